@@ -1,0 +1,40 @@
+"""Local Lipschitz bounds for JAX: train and certify networks whose predictions provably do not change in an l2 ball."""
+
+from lipjax import activations, attacks, losses, margins, models, operators, regions, spectral
+from lipjax.activations import ClippedMaxMin, ClippedReLU, MaxMin, ReLU
+from lipjax.certificates import Certificate, CertifiedRadius, Estimate, certified_radius, certify, estimate
+from lipjax.margins import worst_logits
+from lipjax.operators import AveragePool, Flatten, LinearOperator, linear_operator
+from lipjax.regions import Bound, Region, bound, initial_vectors
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AveragePool",
+    "Bound",
+    "Certificate",
+    "CertifiedRadius",
+    "ClippedMaxMin",
+    "ClippedReLU",
+    "Estimate",
+    "Flatten",
+    "LinearOperator",
+    "MaxMin",
+    "ReLU",
+    "Region",
+    "activations",
+    "attacks",
+    "bound",
+    "certified_radius",
+    "certify",
+    "estimate",
+    "initial_vectors",
+    "linear_operator",
+    "losses",
+    "margins",
+    "models",
+    "operators",
+    "regions",
+    "spectral",
+    "worst_logits",
+]

@@ -1,0 +1,91 @@
+"""Losses of certified training, of one example each, written on bounds. `vmap` makes the batch, the mean is yours."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from lipjax import activations
+from lipjax.margins import worst_logits
+from lipjax.regions import Bound, layers_of
+
+# Weight of the pull towards the upper constant range of a clipped ReLU (the paper's code's choice).
+UPPER_SHARE = 0.1
+
+
+def cross_entropy(logits: jax.Array, label: jax.Array) -> jax.Array:
+    """``-log softmax(logits)[label]`` of one example; a scalar >= 0."""
+    return -jax.nn.log_softmax(logits)[label]
+
+
+def bcp(network: nnx.Module, bound: Bound, label: jax.Array, kappa) -> jax.Array:
+    """``kappa CE(logits) + (1 - kappa) CE(worst logits)``, the loss of BCP (Lee et al. 2020)."""
+    robust = cross_entropy(worst_logits(network, bound, label), label)
+    return kappa * cross_entropy(bound.logits, label) + (1 - kappa) * robust
+
+
+def gloro_logits(network: nnx.Module, bound: Bound, label: jax.Array) -> jax.Array:
+    """The logits and, as class number `classes`, the largest worst-case rival: ``(classes + 1,)``."""
+    worst = worst_logits(network, bound, label)
+    rival = jnp.max(jnp.where(jnp.arange(worst.shape[0]) == label, -jnp.inf, worst))
+    return jnp.concatenate([bound.logits, rival[None]])
+
+
+def gloro(network: nnx.Module, bound: Bound, label: jax.Array) -> jax.Array:
+    """Cross-entropy over the logits and the "not robust" class of GloRo (Leino et al. 2021)."""
+    return cross_entropy(gloro_logits(network, bound, label), label)
+
+
+@functools.singledispatch
+def sparsity_of(layer, lower: jax.Array, upper: jax.Array) -> jax.Array:
+    """How far one activation's inputs are from its constant ranges, given their box. Register your own types.
+
+    Raises:
+        TypeError: for an activation that nobody registered.
+    """
+    raise TypeError(
+        f"no sparsity loss for {type(layer).__name__}: register it with lipjax.losses.sparsity_of.register."
+    )
+
+
+@sparsity_of.register
+def _(layer: activations.ReLU, lower, upper):
+    return jnp.mean(jax.nn.relu(upper))
+
+
+@sparsity_of.register
+def _(layer: activations.ClippedReLU, lower, upper):
+    return jnp.mean(jax.nn.relu(upper)) + UPPER_SHARE * jnp.mean(jax.nn.relu(layer.threshold[...] - lower))
+
+
+@sparsity_of.register
+def _(layer: activations.MaxMin, lower, upper):
+    return jnp.zeros((), lower.dtype)  # never constant: there is nothing to pull towards
+
+
+@sparsity_of.register
+def _(layer: activations.ClippedMaxMin, lower, upper):
+    lower_a, lower_b = jnp.split(lower, 2, axis=-1)
+    upper_a, upper_b = jnp.split(upper, 2, axis=-1)
+    to_upper = layer.upper[...] - jnp.maximum(lower_a, lower_b)
+    to_lower = jnp.minimum(upper_a, upper_b) - layer.lower[...]
+    return jnp.mean(jax.nn.relu(to_upper)) + jnp.mean(jax.nn.relu(to_lower))
+
+
+def sparsity(network: nnx.Module, bound: Bound) -> jax.Array:
+    """The hinge that pushes neurons into their constant ranges, summed over the activations; a scalar >= 0.
+
+    It reads the boxes in front of the activations, so mode "global", whose boxes are balls, is a poor guide.
+
+    Raises:
+        TypeError: for an activation without a registered `sparsity_of`, or one at the very start of the network.
+    """
+    layers = layers_of(network)
+    total = jnp.zeros((), bound.logits.dtype)
+    for i, layer in enumerate(layers):
+        if activations.is_activation(layer):
+            if i == 0:
+                raise TypeError("the network begins with an activation: it has no pre-activation box.")
+            total += sparsity_of(layer, bound.regions[i - 1].lower, bound.regions[i - 1].upper)
+    return total

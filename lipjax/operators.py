@@ -1,0 +1,276 @@
+"""The linear view of an affine layer: ``x -> W x``, its transpose, ``|W|`` and the norms of its rows.
+
+Bounds never look into a layer. They ask `linear_operator` for this view, and a layer that nobody registered is a
+`TypeError` that names it: never a guess, never a constant 1. Register a layer of your own in a few lines; its matrix
+must be linear in one array, the kernel, each entry of the matrix being 0 or one entry of the kernel::
+
+    @lipjax.linear_operator.register(MyLinear)
+    def _(layer):
+        return lipjax.LinearOperator(lambda kernel, x: kernel @ x, kernel=layer.weight, bias=layer.bias)
+
+For any other linear map, give its explicit matrix: ``LinearOperator.from_matrix(matrix, input_shape, output_shape)``.
+Registration is by *exact* type: a subclass may compute something else, so it must be registered itself.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["kernel", "bias", "kernel_row_norms"], meta_fields=["apply"]
+)
+@dataclasses.dataclass(frozen=True)
+class LinearOperator:
+    """One example's affine map ``x -> W x + bias``, with ``W x = apply(kernel, x)``.
+
+    Contract: `apply` is linear in each argument, and every entry of W is zero or exactly one entry of `kernel`. Then
+    ``|W| x = apply(|kernel|, x)`` and the squared row norms over a mask are ``apply(kernel**2, mask)``: `absolute` and
+    `row_norms` rely on it. A map that breaks it must come in through `from_matrix`.
+
+    Attributes:
+        apply: ``(kernel, x) -> W x`` for one example, no bias.
+        kernel: the array that the matrix is made of.
+        bias: broadcastable to the output, or None.
+        kernel_row_norms: norms of the rows as the paper takes them, of the whole kernel also where padding cuts some of
+            it off; broadcastable to the output. None: the true row norms.
+    """
+
+    apply: Callable[[jax.Array, jax.Array], jax.Array]
+    kernel: jax.Array
+    bias: jax.Array | None = None
+    kernel_row_norms: jax.Array | None = None
+
+    @classmethod
+    def from_matrix(
+        cls,
+        matrix: jax.Array,
+        input_shape: Sequence[int],
+        output_shape: Sequence[int],
+        bias: jax.Array | None = None,
+    ) -> "LinearOperator":
+        """The map of an explicit matrix of shape ``(prod(output_shape), prod(input_shape))``."""
+        input_shape, output_shape = tuple(input_shape), tuple(output_shape)
+        if matrix.shape != (math.prod(output_shape), math.prod(input_shape)):
+            raise ValueError(
+                f"a matrix from {input_shape} to {output_shape} has shape "
+                f"{(math.prod(output_shape), math.prod(input_shape))}, got {matrix.shape}."
+            )
+
+        return cls(_Hashable(functools.partial(_apply_matrix, input_shape, output_shape)), matrix, bias)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """``W x``."""
+        return self.apply(self.kernel, x)
+
+    def affine(self, x: jax.Array) -> jax.Array:
+        """``W x + bias``."""
+        y = self(x)
+        return y if self.bias is None else y + jnp.broadcast_to(self.bias, y.shape)
+
+    def absolute(self, x: jax.Array) -> jax.Array:
+        """``|W| x``, for x >= 0 the half-widths of a box."""
+        return self.apply(jnp.abs(self.kernel), x)
+
+    def transpose(self, x: jax.Array | jax.ShapeDtypeStruct) -> Callable[[jax.Array], jax.Array]:
+        """``y -> W^T y`` for inputs like `x`, as JAX derives it from `apply`: right for every stride and padding."""
+        transposed = jax.linear_transpose(self, jax.ShapeDtypeStruct(x.shape, x.dtype))
+        return lambda y: transposed(y)[0]
+
+    def row_norms(self, mask: jax.Array) -> jax.Array:
+        """``||row_i(W) restricted to mask||_2``, of the output's shape; differentiable also where it is 0.
+
+        Args:
+            mask: boolean, of the input's shape: the inputs that vary.
+        """
+        return safe_sqrt(self.apply(jnp.square(self.kernel), mask.astype(self.kernel.dtype)))
+
+
+def _apply_matrix(input_shape, output_shape, matrix, x):
+    if x.shape != input_shape:
+        raise ValueError(f"expected an input of shape {input_shape}, got {x.shape}.")
+    return (matrix @ x.reshape(-1)).reshape(output_shape)
+
+
+def safe_sqrt(x: jax.Array) -> jax.Array:
+    """``sqrt(x)`` for x >= 0 with gradient 0 (not infinity) at 0. A NaN stays a NaN."""
+    zero = x == 0
+    return jnp.where(zero, 0.0, jnp.sqrt(jnp.where(zero, 1.0, x)))
+
+
+def safe_norm(x: jax.Array) -> jax.Array:
+    """``||x||_2`` of all entries, with gradient 0 at 0."""
+    return safe_sqrt(jnp.sum(jnp.square(x)))
+
+
+class Flatten(nnx.Module):
+    """Flattens the last `ndim` axes: one example ``(H, W, C) -> (H*W*C,)`` or a batch of them, row-major."""
+
+    def __init__(self, ndim: int = 3):
+        self.ndim = ndim
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        if x.ndim < self.ndim:
+            raise ValueError(f"Flatten(ndim={self.ndim}) needs at least {self.ndim} axes, got shape {x.shape}.")
+        return x.reshape(*x.shape[: x.ndim - self.ndim], math.prod(x.shape[x.ndim - self.ndim :]))
+
+
+class AveragePool(nnx.Module):
+    """Mean over windows of the two axes before the channels; a linear layer of known matrix. No padding.
+
+    Args:
+        window: ``(height, width)`` or one number for both.
+        strides: likewise; the window's size by default.
+    """
+
+    def __init__(self, window: int | Sequence[int], strides: int | Sequence[int] | None = None):
+        self.window = (window, window) if isinstance(window, int) else tuple(window)
+        strides = self.window if strides is None else strides
+        self.strides = (strides, strides) if isinstance(strides, int) else tuple(strides)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return _window_sum(self.window, self.strides, jnp.asarray(1 / math.prod(self.window)), x)
+
+
+def _window_sum(window, strides, scale, x):
+    if x.ndim < 3 or x.shape[-3] < window[0] or x.shape[-2] < window[1]:
+        raise ValueError(f"a pooling window of {window} does not fit an input of shape {x.shape}.")
+    batch = (1,) * (x.ndim - 3)
+    zero = jnp.zeros((), x.dtype)
+    total = jax.lax.reduce_window(
+        x, zero, jax.lax.add, (*batch, *window, 1), (*batch, *strides, 1), [(0, 0)] * x.ndim
+    )
+    return scale.astype(x.dtype) * total
+
+
+@functools.singledispatch
+def linear_operator(layer) -> LinearOperator:
+    """The linear view of an affine layer, for one example. Register your own types (see the module's text).
+
+    Raises:
+        TypeError: for a type that nobody registered.
+        ValueError: for settings of a registered type that have no exact linear view.
+    """
+    raise TypeError(
+        f"no linear view of {type(layer).__name__}: register it with lipjax.linear_operator.register, "
+        "or as an activation with lipjax.activations.box_image.register."
+    )
+
+
+def is_affine(layer) -> bool:
+    """Is this exact type registered as an affine layer?"""
+    return type(layer) in linear_operator.registry and type(layer) is not object
+
+
+@linear_operator.register(nnx.Linear)
+def _(layer: nnx.Linear) -> LinearOperator:
+    if layer.dot_general is not jax.lax.dot_general:
+        raise ValueError("nnx.Linear with a dot_general of its own has no known matrix: register the layer yourself.")
+    kernel = layer.kernel[...]
+    bias = None if layer.bias is None else layer.bias[...]
+    return LinearOperator(_apply_dense, kernel, bias)
+
+
+def _apply_dense(kernel, x):
+    # The channel axis is contracted and any other axis kept, as nnx.Linear does.
+    return jax.lax.dot_general(x, kernel, (((x.ndim - 1,), (0,)), ((), ())))
+
+
+@linear_operator.register(nnx.Conv)
+def _(layer: nnx.Conv) -> LinearOperator:
+    if layer.conv_general_dilated is not jax.lax.conv_general_dilated:
+        raise ValueError(
+            "nnx.Conv with a conv_general_dilated of its own has no known matrix: register the layer yourself."
+        )
+    rank = len(layer.kernel_size)
+    kernel = layer.kernel[...] if layer.mask is None else layer.kernel[...] * layer.mask
+    padding = layer.padding.upper() if isinstance(layer.padding, str) else layer.padding
+    dilation = _spread(layer.kernel_dilation, rank)
+    if padding == "CAUSAL":
+        padding = ((dilation[0] * (layer.kernel_size[0] - 1), 0),)
+    elif isinstance(padding, str):
+        if padding not in ("SAME", "VALID", "CIRCULAR"):
+            raise ValueError(
+                f"nnx.Conv with padding={layer.padding!r} puts several kernel entries on one input, so |W| and its row "
+                "norms are not those of the kernel: use SAME, VALID, CIRCULAR or numbers, or register the layer with "
+                "LinearOperator.from_matrix."
+            )
+    else:
+        pairs = (padding,) * rank if isinstance(padding, int) else tuple(padding)
+        padding = tuple((p, p) if isinstance(p, int) else tuple(p) for p in pairs)
+    apply = functools.partial(
+        _apply_convolution,
+        _spread(layer.strides, rank),
+        padding,
+        _spread(layer.input_dilation, rank),
+        dilation,
+        layer.feature_group_count,
+    )
+    bias = None if layer.bias is None else layer.bias[...]
+    norms = safe_sqrt(jnp.sum(jnp.square(kernel), axis=tuple(range(kernel.ndim - 1))))
+    return LinearOperator(_Hashable(apply), kernel, bias, norms)
+
+
+class _Hashable:
+    """A partial that compares by value, so that two views of one layer are one static argument to `jit`."""
+
+    def __init__(self, partial):
+        self.partial = partial
+        self._key = (partial.func, partial.args)
+
+    def __call__(self, kernel, x):
+        return self.partial(kernel, x)
+
+    def __eq__(self, other):
+        return isinstance(other, _Hashable) and self._key == other._key
+
+    def __hash__(self):
+        return hash(self._key)
+
+
+def _spread(value, rank: int) -> tuple[int, ...]:
+    if value is None:
+        return (1,) * rank
+    return (value,) * rank if isinstance(value, int) else tuple(value)
+
+
+def _apply_convolution(strides, padding, input_dilation, dilation, groups, kernel, x):
+    rank = len(strides)
+    if x.ndim != rank + 1:
+        raise ValueError(f"expected one example with {rank} spatial axes and channels, got shape {x.shape}.")
+    if padding == "CIRCULAR":
+        extents = [(k - 1) * d + 1 for k, d in zip(kernel.shape, dilation, strict=False)]
+        for extent, size in zip(extents, x.shape, strict=False):
+            if extent > size:
+                raise ValueError(
+                    f"circular padding of an axis of {size} with a kernel that spans {extent} puts several kernel "
+                    "entries on one input: the matrix is not the kernel's. Register it with LinearOperator.from_matrix."
+                )
+        # Each input is copied to at most one place under every kernel position, so the contract holds.
+        x = jnp.pad(x, [*(((e - 1) // 2, e // 2) for e in extents), (0, 0)], mode="wrap")
+        padding = "VALID"
+    axes = "".join("0123456789"[i] for i in range(rank))
+    y = jax.lax.conv_general_dilated(
+        x[None],
+        kernel,
+        strides,
+        padding,
+        lhs_dilation=input_dilation,
+        rhs_dilation=dilation,
+        dimension_numbers=(f"N{axes}C", f"{axes}IO", f"N{axes}C"),
+        feature_group_count=groups,
+    )[0]
+    if y.size == 0:
+        raise ValueError(f"a kernel of {kernel.shape[:rank]} does not fit an input of shape {x.shape}.")
+    return y
+
+
+@linear_operator.register(AveragePool)
+def _(layer: AveragePool) -> LinearOperator:
+    scale = jnp.asarray(1 / math.prod(layer.window))
+    return LinearOperator(_Hashable(functools.partial(_window_sum, layer.window, layer.strides)), scale)

@@ -1,0 +1,350 @@
+"""What is known of every activation while the input moves in a ball: regions, and their walk through a network."""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from lipjax import activations, operators, spectral
+
+MODES = ("global", "paper", "local")
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["center", "radius", "lower", "upper"], meta_fields=[]
+)
+@dataclasses.dataclass(frozen=True)
+class Region:
+    """Where an activation h(x') can be for every x' within epsilon of x: in a ball and in a box.
+
+    Attributes:
+        center: h(x), of the activation's shape.
+        radius: scalar, ``||h(x') - h(x)||_2 <= radius``.
+        lower, upper: ``lower <= h(x') <= upper``, of the activation's shape.
+    """
+
+    center: jax.Array
+    radius: jax.Array
+    lower: jax.Array
+    upper: jax.Array
+
+    @property
+    def varies(self) -> jax.Array:
+        """Boolean mask of the coordinates that can change: their two ends differ (a NaN counts as varying)."""
+        return activations.varies(self.lower, self.upper)
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["logits", "lipschitz", "norms", "regions", "penultimate", "vectors"],
+    meta_fields=[],
+)
+@dataclasses.dataclass(frozen=True)
+class Bound:
+    """What `bound` knows of one example. A pytree: it goes through `jit`, `vmap` and `grad`.
+
+    Attributes:
+        logits: ``(classes,)``, the network's output at x.
+        lipschitz: scalar, the product of `norms`: Lipschitz estimate on the ball around x, from the input to the
+            penultimate activation.
+        norms: one scalar per affine layer but the last.
+        regions: ``regions[i]`` is what is known after layer i of the network (nested nnx.Sequential spliced in).
+        penultimate: what is known of the input of the last affine layer.
+        vectors: last vectors of the power iterations, to start the next from. A dict with "local" (per example) in
+            modes "paper" and "local", and "global" (shared by all examples) in modes "global" and "paper"; each a
+            tuple of arrays of the inputs' shapes, one per affine layer but the last.
+    """
+
+    logits: jax.Array
+    lipschitz: jax.Array
+    norms: tuple[jax.Array, ...]
+    regions: tuple[Region, ...]
+    penultimate: Region
+    vectors: Any
+
+
+def layers_of(network: nnx.Module) -> tuple:
+    """The layers of a sequential network in order, nested sequences spliced in.
+
+    Raises:
+        TypeError: if the network is not an nnx.Sequential, has a layer of a type that nobody registered, or does not
+            end in an affine layer (a Flatten may follow).
+    """
+    layers = tuple(_spliced(network))
+    for i, layer in enumerate(layers):
+        if not (type(layer) is operators.Flatten or activations.is_activation(layer) or operators.is_affine(layer)):
+            name = getattr(layer, "__qualname__", None) if callable(layer) else None
+            name = name or f"{type(layer).__module__}.{type(layer).__qualname__}"
+            raise TypeError(
+                f"layer {i}, {name}, is not known to lipjax, so nothing can be said of its Lipschitz constant. Known "
+                "are nnx.Conv, nnx.Linear, lipjax.AveragePool, lipjax.Flatten, lipjax.ReLU, ClippedReLU, MaxMin and "
+                "ClippedMaxMin (modules, not functions such as nnx.relu). Register your own exact type with "
+                "lipjax.linear_operator.register or lipjax.activations.box_image.register; dropout, BatchNorm and "
+                "residual blocks are not sequential affine layers."
+            )
+    affine = [i for i, layer in enumerate(layers) if operators.is_affine(layer)]
+    if not affine or any(activations.is_activation(layer) for layer in layers[affine[-1] :]):
+        raise TypeError("the network must end in an affine layer, whose outputs are the logits.")
+    return layers
+
+
+def _spliced(network):
+    if type(network) is not nnx.Sequential:
+        raise TypeError(
+            f"expected a flax.nnx.Sequential, got {type(network).__module__}.{type(network).__qualname__}: lipjax walks "
+            "the layers in order, and of another module's __call__ it knows nothing."
+        )
+    for layer in network.layers:
+        if isinstance(layer, nnx.Sequential):
+            yield from _spliced(layer)
+        else:
+            yield layer
+
+
+def apply(network: nnx.Module, x: jax.Array) -> jax.Array:
+    """The logits ``(classes,)`` of one example, through the same linear views that the bounds use."""
+    for layer in layers_of(network):
+        x = operators.linear_operator(layer).affine(x) if operators.is_affine(layer) else layer(x)
+    return x
+
+
+def check_epsilon(epsilon) -> None:
+    """Raises a ValueError for a radius that is known here and negative, NaN or infinite."""
+    if not isinstance(epsilon, jax.core.Tracer) and not (float(epsilon) >= 0 and math.isfinite(float(epsilon))):
+        raise ValueError(f"epsilon must be finite and >= 0 (an l2 radius on pixels in [0, 1]), got {epsilon}.")
+
+
+# norm(k, operator, like, mask_in, mask_out) -> (sigma, vector); k counts the affine layers. It is given masks of None
+# for a global norm. The walk is the same for estimates and certificates; only this function differs.
+NormFunction = Callable[..., tuple[jax.Array, Any]]
+
+
+def walk(
+    layers: Sequence, x: jax.Array, epsilon: jax.Array, mode: str, local_norm: NormFunction, global_norm: NormFunction
+) -> Bound:
+    """Carries the ball ``||x' - x||_2 <= epsilon`` through the layers; sound iff the norm functions bound from above.
+
+    A region's radius after an affine layer is that of its box: the norm with rows removed holds only behind the
+    activation that makes those rows harmless, and there the region's radius uses it.
+
+    Modes, each at most the one before:
+        global: no masks, radii grow by the norms of the layers (as GloRo and LMT do); boxes are those of the ball.
+        paper: boxes grow with the *global* radius (as in BCP); local norms only in the final product.
+        local: boxes, masks and norms all from the local radius; no global norm is needed.
+    """
+    if mode not in MODES:
+        raise ValueError(f"mode must be one of {', '.join(MODES)}, got {mode!r}.")
+    epsilon = jnp.asarray(epsilon, x.dtype)
+    region = Region(x, epsilon, x - epsilon, x + epsilon)
+    lipschitz = jnp.ones((), x.dtype)
+    global_radius = epsilon  # of the paper's boxes
+    last = max(i for i, layer in enumerate(layers) if operators.is_affine(layer))
+    regions: list[Region] = []
+    norms: list[jax.Array] = []
+    vectors: dict[str, list] = {"global": [], "local": []}
+    penultimate = region
+    pending = None  # radius that becomes true once the next activation is passed
+    for i, layer in enumerate(layers):
+        if type(layer) is operators.Flatten:
+            region = Region(layer(region.center), region.radius, layer(region.lower), layer(region.upper))
+        elif activations.is_activation(layer):
+            center = layer(region.center)
+            radius = region.radius if pending is None else pending
+            pending = None
+            if mode == "global":
+                region = _ball(center, radius)
+            else:
+                region = Region(center, radius, *activations.box_image(layer, region.lower, region.upper))
+                if mode == "local":
+                    region = dataclasses.replace(region, radius=jnp.minimum(radius, _half_diagonal(region)))
+        else:
+            k = len(norms)
+            operator = operators.linear_operator(layer)
+            before = region
+            if i == last:
+                penultimate = region
+            center = _checked(operator.affine, i, layer, before.center)
+            if mode == "global":
+                if i == last:
+                    region = _ball(center, before.radius * safe_frobenius(operator, before.center))
+                else:
+                    sigma, vector = global_norm(k, operator, before.center, None, None)
+                    vectors["global"].append(vector)
+                    norms.append(sigma)
+                    region = _ball(center, sigma * before.radius)
+                regions.append(region)
+                continue
+            ball = global_radius if mode == "paper" else before.radius
+            region = _affine_box(operator, before, center, ball, mode)
+            if i < last:
+                mask_in = before.varies
+                mask_out, behind_activation = _live_rows(layers, i, region, mode)
+                sigma, vector = local_norm(k, operator, before.center, mask_in, mask_out)
+                vectors["local"].append(vector)
+                norms.append(sigma)
+                radius = sigma * before.radius
+                if behind_activation:
+                    pending = radius
+                else:
+                    smaller = jnp.minimum(radius, region.radius) if mode == "local" else radius
+                    region = dataclasses.replace(region, radius=smaller)
+                if mode == "paper":
+                    sigma, vector = global_norm(k, operator, before.center, None, None)
+                    vectors["global"].append(vector)
+                    global_radius = sigma * global_radius
+        regions.append(region)
+    for sigma in norms:
+        lipschitz = lipschitz * sigma
+    if center.ndim != 1 and region.center.ndim != 1:
+        raise ValueError(f"the logits must have one axis, got shape {region.center.shape}: a lipjax.Flatten is missing.")
+    kept = {name: tuple(vectors_) for name, vectors_ in vectors.items() if name in VECTORS_OF[mode]}
+    return Bound(region.center, lipschitz, tuple(norms), tuple(regions), penultimate, kept)
+
+
+# Which power iterations a mode runs: per example ("local"), shared by all examples ("global").
+VECTORS_OF = {"global": ("global",), "paper": ("global", "local"), "local": ("local",)}
+
+
+def _ball(center, radius):
+    return Region(center, radius, center - radius, center + radius)
+
+
+def safe_frobenius(operator: operators.LinearOperator, like: jax.Array) -> jax.Array:
+    """``||W||_F``: a sound norm without any iteration, for the logits' region, where nothing tighter is needed."""
+    return operators.safe_norm(operator.row_norms(jnp.ones(like.shape, bool)))
+
+
+def _checked(function, i, layer, x):
+    try:
+        return function(x)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"layer {i}, {type(layer).__name__}, cannot take an input of shape {x.shape} (one example, channels last; "
+            f"for a batch use jax.vmap): {error}"
+        ) from error
+
+
+def _affine_box(operator, before: Region, center, ball_radius, mode) -> Region:
+    """Interval arithmetic, cut with the ball of the inputs that vary; always contains the center itself."""
+    middle = operator.affine((before.lower + before.upper) / 2)
+    half_width = operator.absolute((before.upper - before.lower) / 2)
+    if mode == "paper" and operator.kernel_row_norms is not None:
+        row_norms = operator.kernel_row_norms
+    else:
+        mask = jnp.ones(before.center.shape, bool) if mode == "paper" else before.varies
+        row_norms = operator.row_norms(mask)
+    reach = ball_radius * jnp.broadcast_to(row_norms, center.shape)
+    # Without the outer minimum and maximum, rounding could leave the two intervals without a common point.
+    lower = jnp.minimum(jnp.maximum(middle - half_width, center - reach), center)
+    upper = jnp.maximum(jnp.minimum(middle + half_width, center + reach), center)
+    region = Region(center, ball_radius, lower, upper)
+    return dataclasses.replace(region, radius=_half_diagonal(region))
+
+
+def _half_diagonal(region: Region) -> jax.Array:
+    """The distance from the center to the farthest corner of the box."""
+    return operators.safe_norm(jnp.maximum(region.upper - region.center, region.center - region.lower))
+
+
+def _live_rows(layers, i, region: Region, mode) -> tuple[jax.Array | None, bool]:
+    """Rows of layer i that can move the output of the activation behind it, and whether there is one."""
+    following = i + 1
+    while type(layers[following]) is operators.Flatten:
+        following += 1
+    layer = layers[following]
+    if not activations.is_activation(layer):
+        return None, False
+    lower, upper = region.lower, region.upper
+    for flatten in layers[i + 1 : following]:
+        lower, upper = flatten(lower), flatten(upper)
+    mask = _checked(lambda z: activations.live_rows(layer, z, upper, mode), following, layer, lower)
+    return mask.reshape(region.center.shape), True
+
+
+def vector_shapes(network: nnx.Module, input_shape: Sequence[int]) -> tuple[tuple[int, ...], ...]:
+    """Input shapes of the affine layers but the last: the shapes of the vectors of their power iterations."""
+    layers = layers_of(network)
+    x = jnp.zeros(tuple(input_shape), jnp.float32)
+    shapes = []
+    for layer in layers:
+        if operators.is_affine(layer):
+            shapes.append(x.shape)
+            x = jax.eval_shape(operators.linear_operator(layer).affine, x)
+        else:
+            x = jax.eval_shape(layer, x)
+    return tuple(shapes[:-1])
+
+
+def initial_vectors(network: nnx.Module, input_shape: Sequence[int], mode: str = "local", key: jax.Array | None = None):
+    """Standard normal start vectors of one example, as `bound` takes them: a dict as `Bound.vectors`."""
+    if mode not in MODES:
+        raise ValueError(f"mode must be one of {', '.join(MODES)}, got {mode!r}.")
+    key = jax.random.key(0) if key is None else key
+    shapes = vector_shapes(network, input_shape)
+    return {
+        name: tuple(
+            jax.random.normal(jax.random.fold_in(jax.random.fold_in(key, n), k), shape)
+            for k, shape in enumerate(shapes)
+        )
+        for n, name in enumerate(VECTORS_OF[mode])
+    }
+
+
+def bound(
+    network: nnx.Module, x: jax.Array, epsilon, *, mode: str = "local", iterations: int = 10, vectors=None
+) -> Bound:
+    """Local Lipschitz bound of one example, **an estimate**: its norms come from power iteration, from below.
+
+    For certificates see `lipjax.certify`. Everything else in the bound is an upper bound: with exact norms,
+    ``||h(x') - h(x)||_2`` stays within each region's radius and h(x') within its box for all ``||x' - x||_2 <= epsilon``.
+    Differentiable in the network's parameters and in x (nothing is differentiated through the power iteration).
+    Source: METHOD 1 and 2, after Huang et al., NeurIPS 2021; `mode="paper"` equals their code at convergence.
+
+    Args:
+        network: an nnx.Sequential of registered layers that ends in an affine layer.
+        x: one example, ``(height, width, channels)`` or what the first layer takes; floats. `vmap` makes the batch.
+        epsilon: l2 radius >= 0, in the units of x. At 0 every coordinate is constant and the norms are 0 (mode
+            "global" knows no masks and is the same for all epsilon).
+        mode: "global", "paper" or "local", each at most the one before at convergence.
+        iterations: power iterations per norm. 0 is allowed (the norm of the image of the start vector).
+        vectors: start vectors, a dict as in `Bound.vectors`; None: fixed random ones. Under `vmap` the "global" ones
+            are shared: ``in_axes={"global": None, "local": 0}``.
+
+    Returns:
+        A `Bound`.
+
+    Raises:
+        TypeError: unregistered layer or non-sequential network, by name; x not floating.
+        ValueError: epsilon negative, infinite or NaN; unknown mode; iterations < 0; x of a shape that a layer refuses.
+    """
+    check_epsilon(epsilon)
+    if iterations < 0:
+        raise ValueError(f"iterations must be >= 0, got {iterations}.")
+    layers = layers_of(network)
+    x = jnp.asarray(x)
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise TypeError(f"x must be floating, with pixels in [0, 1], got {x.dtype}.")
+    starts = vectors
+
+    def power(name):
+        salt = VECTORS_OF[mode].index(name)
+
+        def norm(k, operator, like, mask_in, mask_out):
+            if starts is None:
+                key = jax.random.fold_in(jax.random.fold_in(jax.random.key(0), salt), k)
+                start = jax.random.normal(key, like.shape, like.dtype)
+            else:
+                start = starts[name][k].astype(like.dtype)
+            return spectral.power_iteration(operator, start, iterations, mask_in, mask_out)
+
+        return norm
+
+    if mode not in MODES:
+        raise ValueError(f"mode must be one of {', '.join(MODES)}, got {mode!r}.")
+    norms = {name: power(name) for name in VECTORS_OF[mode]}
+    return walk(layers, x, epsilon, mode, norms.get("local"), norms.get("global"))
