@@ -19,6 +19,9 @@ TIERS = ("probabilistic",)
 INFLATION = 0.01
 SCALE_SLACK = 1.002
 SCALE_ITERATIONS = 30
+RADIUS_ITERATIONS = 15
+# Entries up to which a layer's matrix is written out (float64: 16 MB).
+SMALL_MATRIX = 2**21
 # certified_radius tries these shares of the radius that the estimate gives, largest first.
 RADIUS_SHARES = (0.99, 0.97, 0.9, 0.7)
 
@@ -100,7 +103,7 @@ def estimate(
     """
     images, labels = _check(network, images, labels)
     regions.check_epsilon(epsilon)
-    run = functools.partial(_estimate_batch, mode=mode, iterations=iterations)
+    run = functools.partial(_compiled(_estimate_batch, "mode", "iterations"), mode=mode, iterations=iterations)
     out = _batched(lambda x, y, _: run(network, x, y, jnp.float32(epsilon)), images, labels, batch_size, np.float32)
     ok = out.pop("ok")
     return Estimate(likely_robust=ok, epsilon=float(epsilon), mode=mode, **out)
@@ -158,7 +161,7 @@ def certify(
     share = failure_probability / (_norms_of(layers) * (len(images) + 1))
     with _exact() as dtype:
         network64 = _cast(network, dtype)
-        run = functools.partial(_certify_batch, mode=mode, failure_probability=share)
+        run = functools.partial(_compiled(_certify_batch, "mode", "failure_probability"), mode=mode, failure_probability=share)
         key = jax.random.key(seed)
         out = _batched(
             lambda x, y, i: run(network64, x, y, jnp.full(len(x), epsilon, dtype), key, i),
@@ -208,13 +211,13 @@ def certified_radius(
     with _exact() as dtype:
         network64 = _cast(network, dtype)
         key = jax.random.key(seed)
-        find = functools.partial(_radius_batch, mode=mode)
+        find = functools.partial(_compiled(_radius_batch, "mode"), mode=mode)
         out = _batched(
             lambda x, y, _: find(network64, x, y, jnp.asarray(max_radius, dtype)), images, labels, batch_size, dtype
         )
         candidate = np.where(out["correct"], out["radius"], 0)
         radius = np.zeros(len(images))
-        run = functools.partial(_certify_batch, mode=mode, failure_probability=share)
+        run = functools.partial(_compiled(_certify_batch, "mode", "failure_probability"), mode=mode, failure_probability=share)
         for attempt, portion in enumerate(RADIUS_SHARES):
             open_ = np.flatnonzero((candidate > 0) & (radius == 0))
             if not len(open_):
@@ -277,13 +280,26 @@ def _certified_walk(network, x, label, epsilon, key, mode, failure_probability):
         return norm
 
     global_key, example_key = key
-    return regions.walk(layers, x, epsilon, mode, norm_function(example_key), norm_function(global_key))
+    return regions.walk(layers, x, epsilon, mode, norm_function(example_key), norm_function(global_key), _view)
+
+
+def _view(layer, like):
+    """The layer's linear view; as an explicit matrix, which compiles and runs quickly, where that is small."""
+    operator = operators.linear_operator(layer)
+    outputs = jax.eval_shape(operator, like).size
+    return operator.materialized(like) if like.size * outputs <= SMALL_MATRIX else operator
 
 
 # ---------------------------------------------------------------------------------------------------- batches
 
 
-@functools.partial(jax.jit, static_argnames=("mode", "iterations"))
+@functools.cache
+def _compiled(function, *static: str):
+    """`function` under `jit`. On CPU LLVM's optimizer took most of the time and gained nothing: the work is in products."""
+    options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
+    return jax.jit(function, static_argnames=static, compiler_options=options)
+
+
 def _estimate_batch(network, images, labels, epsilon, *, mode, iterations):
     def one(x, label):
         return _facts(network, regions.bound(network, x, epsilon, mode=mode, iterations=iterations), label)
@@ -291,7 +307,6 @@ def _estimate_batch(network, images, labels, epsilon, *, mode, iterations):
     return jax.vmap(one)(images, labels)
 
 
-@functools.partial(jax.jit, static_argnames=("mode", "failure_probability"))
 def _certify_batch(network, images, labels, epsilon, key, indices, *, mode, failure_probability):
     # Global norms are drawn once and shared, so their key must not depend on the example; indices make the others
     # independent of how the images are batched.
@@ -305,13 +320,16 @@ def _certify_batch(network, images, labels, epsilon, key, indices, *, mode, fail
     return jax.vmap(one)(images, labels, epsilon, indices)
 
 
-@functools.partial(jax.jit, static_argnames=("mode",))
 def _radius_batch(network, images, labels, max_radius, *, mode):
     """The largest radius, to about 1 %, at which the estimate's margin is positive."""
 
     def one(x, label):
+        def norm(k, operator, like, mask_in, mask_out):
+            start = jax.random.normal(jax.random.fold_in(jax.random.key(0), k), like.shape, like.dtype)
+            return spectral.power_iteration(operator, start, RADIUS_ITERATIONS, mask_in, mask_out)
+
         def robust(epsilon):
-            bound = regions.bound(network, x, epsilon, mode=mode, iterations=15)
+            bound = regions.walk(regions.layers_of(network), x, epsilon, mode, norm, norm, _view)
             return _facts(network, bound, label)["ok"]
 
         def halve(_, bracket):

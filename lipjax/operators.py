@@ -14,6 +14,7 @@ Registration is by *exact* type: a subclass may compute something else, so it mu
 
 import dataclasses
 import functools
+import itertools
 import math
 from collections.abc import Callable, Sequence
 
@@ -81,6 +82,13 @@ class LinearOperator:
         """``y -> W^T y`` for inputs like `x`, as JAX derives it from `apply`: right for every stride and padding."""
         transposed = jax.linear_transpose(self, jax.ShapeDtypeStruct(x.shape, x.dtype))
         return lambda y: transposed(y)[0]
+
+    def materialized(self, x: jax.Array | jax.ShapeDtypeStruct) -> "LinearOperator":
+        """The same map, for inputs like `x`, by its explicit matrix: quick where that is small."""
+        matrix = jax.vmap(lambda column: self(column.reshape(x.shape)).reshape(-1))(jnp.eye(x.size, dtype=x.dtype)).T
+        shape = jax.eval_shape(self, jax.ShapeDtypeStruct(x.shape, x.dtype)).shape
+        explicit = LinearOperator.from_matrix(matrix, x.shape, shape, self.bias)
+        return dataclasses.replace(explicit, kernel_row_norms=self.kernel_row_norms)
 
     def row_norms(self, mask: jax.Array) -> jax.Array:
         """``||row_i(W) restricted to mask||_2``, of the output's shape; differentiable also where it is 0.
@@ -254,20 +262,50 @@ def _apply_convolution(strides, padding, input_dilation, dilation, groups, kerne
         # Each input is copied to at most one place under every kernel position, so the contract holds.
         x = jnp.pad(x, [*(((e - 1) // 2, e // 2) for e in extents), (0, 0)], mode="wrap")
         padding = "VALID"
-    axes = "".join("0123456789"[i] for i in range(rank))
-    y = jax.lax.conv_general_dilated(
-        x[None],
-        kernel,
-        strides,
-        padding,
-        lhs_dilation=input_dilation,
-        rhs_dilation=dilation,
-        dimension_numbers=(f"N{axes}C", f"{axes}IO", f"N{axes}C"),
-        feature_group_count=groups,
-    )[0]
+    if x.dtype == jnp.float64 and groups == 1:
+        y = _convolve_by_taps(strides, padding, input_dilation, dilation, kernel, x)
+    else:
+        axes = "".join("0123456789"[i] for i in range(rank))
+        y = jax.lax.conv_general_dilated(
+            x[None],
+            kernel,
+            strides,
+            padding,
+            lhs_dilation=input_dilation,
+            rhs_dilation=dilation,
+            dimension_numbers=(f"N{axes}C", f"{axes}IO", f"N{axes}C"),
+            feature_group_count=groups,
+        )[0]
     if y.size == 0:
         raise ValueError(f"a kernel of {kernel.shape[:rank]} does not fit an input of shape {x.shape}.")
     return y
+
+
+def _convolve_by_taps(strides, padding, input_dilation, dilation, kernel, x):
+    """The same convolution as one matrix product per kernel position.
+
+    XLA's CPU backend has a fast convolution for float32 only; in float64, where certificates are computed, its generic
+    loop is an order of magnitude slower than these products.
+    """
+    rank = len(strides)
+    sizes = [(n - 1) * d + 1 for n, d in zip(x.shape[:rank], input_dilation, strict=True)]
+    extents = [(k - 1) * d + 1 for k, d in zip(kernel.shape[:rank], dilation, strict=True)]
+    if isinstance(padding, str):
+        padding = jax.lax.padtype_to_pads(sizes, extents, strides, padding)
+    pads = [(int(low), int(high), d - 1) for (low, high), d in zip(padding, input_dilation, strict=True)]
+    x = jax.lax.pad(x, jnp.zeros((), x.dtype), [*pads, (0, 0, 0)])
+    if x.shape[-1] != kernel.shape[-2]:
+        raise ValueError(f"the kernel takes {kernel.shape[-2]} channels, got {x.shape[-1]}.")
+    counts = [(n - e) // s + 1 for n, e, s in zip(x.shape, extents, strides, strict=False)]
+    if min(counts) < 1:
+        return jnp.zeros((0,), x.dtype)
+    total = jnp.zeros((*counts, kernel.shape[-1]), x.dtype)
+    for tap in itertools.product(*(range(k) for k in kernel.shape[:rank])):
+        first = [t * d for t, d in zip(tap, dilation, strict=True)]
+        last = [f + (n - 1) * s + 1 for f, n, s in zip(first, counts, strides, strict=True)]
+        seen = jax.lax.slice(x, [*first, 0], [*last, x.shape[-1]], [*strides, 1])
+        total += jax.lax.dot_general(seen, kernel[tap], (((rank,), (0,)), ((), ())))
+    return total
 
 
 @linear_operator.register(AveragePool)

@@ -125,7 +125,13 @@ NormFunction = Callable[..., tuple[jax.Array, Any]]
 
 
 def walk(
-    layers: Sequence, x: jax.Array, epsilon: jax.Array, mode: str, local_norm: NormFunction, global_norm: NormFunction
+    layers: Sequence,
+    x: jax.Array,
+    epsilon: jax.Array,
+    mode: str,
+    local_norm: NormFunction,
+    global_norm: NormFunction,
+    view: Callable = lambda layer, like: operators.linear_operator(layer),
 ) -> Bound:
     """Carries the ball ``||x' - x||_2 <= epsilon`` through the layers; sound iff the norm functions bound from above.
 
@@ -164,7 +170,7 @@ def walk(
                     region = dataclasses.replace(region, radius=jnp.minimum(radius, _half_diagonal(region)))
         else:
             k = len(norms)
-            operator = operators.linear_operator(layer)
+            operator = _checked(lambda z, layer=layer: view(layer, z), i, layer, region.center)
             before = region
             if i == last:
                 penultimate = region

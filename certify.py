@@ -1,0 +1,185 @@
+"""Certifies a trained network on the test set: which predictions are proved not to change.
+
+    python certify.py --workdir=runs/digits
+    python certify.py --workdir=runs/cifar10 --epsilon=0.141 --examples=1000
+
+Prints accuracies (clean, under PGD attack, certified by the bounds global, paper and local side by side) and writes to
+workdir/certification: summary.json, examples.npz and examples.csv (per image), and curve.png (certified accuracy against
+epsilon, below the PGD curve).
+"""
+
+import os
+import shlex
+import sys
+import time
+
+import jax
+import numpy as np
+from absl import app, flags, logging
+from flax import nnx
+from ml_collections import ConfigDict
+
+import lipjax
+from lipjax import data, reporting, training
+from lipjax.checkpoints import CheckpointError, Checkpoints, load_config
+
+_WORKDIR = flags.DEFINE_string("workdir", "runs/digits", "Folder of a run of train.py.")
+_EPSILON = flags.DEFINE_float("epsilon", None, "l2 radius on pixels in [0, 1]; the configuration's epsilon.test if unset.")
+_TIER = flags.DEFINE_enum("tier", "probabilistic", lipjax.certificates.TIERS, "Kind of proof.")
+_DELTA = flags.DEFINE_float("failure_probability", 1e-6, "Of all certificates of this run together.")
+_EXAMPLES = flags.DEFINE_integer("examples", None, "Certify so many test images, a fixed random choice; default all.")
+_SEED = flags.DEFINE_integer("seed", 0, "Of the certificates' draws and the attack's starts.")
+_BATCH = flags.DEFINE_integer("batch_size", 64, "Images at once; no influence on the result.")
+_STEPS = flags.DEFINE_integer("pgd_steps", 100, "Steps of each attack, each of epsilon / 4.")
+_RESTARTS = flags.DEFINE_integer("pgd_restarts", 5, "Random starts of each attack at epsilon.")
+_CURVE = flags.DEFINE_bool("curve", True, "Certified radii and the curve; without it only the verdicts at epsilon.")
+_DATA_DIR = flags.DEFINE_string("data_dir", None, "Where TFDS keeps its sets, if not where training found them.")
+
+# The curve's PGD points are for orientation: one restart, where at epsilon itself there are more.
+CURVE_RESTARTS = 1
+CURVE_POINTS = 6
+
+
+def main(argv):
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected arguments {argv[1:]}")
+    logging.set_verbosity(logging.WARNING)
+    started = time.monotonic()
+
+    # ------------------------------------------------------------------ run, data, network
+    config = ConfigDict(load_config(_WORKDIR.value))
+    if _EXAMPLES.value is not None:
+        config.data.test_examples = _EXAMPLES.value
+    if _DATA_DIR.value is not None:
+        config.data.data_dir = _DATA_DIR.value
+    epsilon = config.epsilon.test if _EPSILON.value is None else _EPSILON.value
+    lipjax.regions.check_epsilon(epsilon)
+    test = training.load_data(config).test
+    network = training.build_network(config, test.images.shape[1:], test.classes)
+    graph, state = nnx.split(network)
+    abstract = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), nnx.to_pure_dict(state))
+    with Checkpoints(_WORKDIR.value) as checkpoints:
+        params, selected = checkpoints.restore_best(abstract)
+    nnx.replace_by_pure_dict(state, params)
+    network = nnx.merge(graph, state)
+    images, labels = test.unit_images(slice(None)), test.labels
+    say(f"{_WORKDIR.value}: epoch {selected['epoch']}, selected on validation images; {len(labels)} test images")
+
+    # ------------------------------------------------------------------ certificates at epsilon, attack
+    modes = lipjax.regions.MODES
+    # One statement for the whole run: each call below gets an equal share of the failure probability.
+    share = _DELTA.value / (len(modes) + (1 if _CURVE.value else 0))
+    arguments = {"tier": _TIER.value, "failure_probability": share, "batch_size": _BATCH.value}
+    certificates = {}
+    for i, mode in enumerate(modes):
+        say(f"certifying, {mode} bound ...")
+        # Independent draws for each call, as the union bound over them needs fresh ones.
+        certificates[mode] = lipjax.certify(
+            network, images, labels, epsilon, mode=mode, seed=draw_seed(_SEED.value, i), **arguments
+        )
+    say(f"attacking, PGD with {_STEPS.value} steps and {_RESTARTS.value} restarts ...")
+    key = jax.random.key(_SEED.value)
+    attack = lipjax.attacks.pgd(
+        network, images, labels, epsilon, steps=_STEPS.value, restarts=_RESTARTS.value, key=key
+    )
+    for mode, certificate in certificates.items():
+        contradicted = np.flatnonzero(certificate.certified & attack.broken)
+        if len(contradicted):
+            raise SystemExit(
+                f"certify.py: the {mode} bound certified test images {test.indices[contradicted].tolist()} and the attack "
+                "broke them: do not trust this run, and please report it."
+            )
+    local = certificates["local"]
+
+    # ------------------------------------------------------------------ radii and curve
+    folder = os.path.join(_WORKDIR.value, "certification")
+    os.makedirs(folder, exist_ok=True)
+    run = {
+        "tier": _TIER.value,
+        "failure_probability": _DELTA.value,
+        "epsilon": epsilon,
+        "data": config.data.name,
+        "split": "test",
+        "examples": len(labels),
+        "data_fingerprint": data.fingerprint(test),
+        "note": test.note,
+        "seed": _SEED.value,
+        "training_seed": config.seed,
+        "trained_with": f"mode {config.bound.mode}, loss {config.bound.loss}",
+        "epoch": selected["epoch"],
+        "precision": local.precision,
+        "pgd_steps": _STEPS.value,
+        "pgd_restarts": _RESTARTS.value,
+        "curve_mode": "local",
+        "versions": {"lipjax": lipjax.__version__, "jax": jax.__version__},
+        "command": shlex.join(["python", "certify.py", *sys.argv[1:]]),
+    }
+    columns = {
+        "index": test.indices,
+        "label": labels,
+        "predicted": local.predicted,
+        "broken_by_pgd": attack.broken,
+        **{f"certified_{mode}": c.certified for mode, c in certificates.items()},
+        **{f"margin_{mode}": c.margin for mode, c in certificates.items()},
+        **{f"lipschitz_{mode}": c.lipschitz for mode, c in certificates.items()},
+    }
+    if _CURVE.value:
+        say("certified radii for the curve ...")
+        found = lipjax.certified_radius(
+            network, images, labels, seed=draw_seed(_SEED.value, len(modes)), max_radius=8 * max(epsilon, 0.01), **arguments
+        )
+        # Both are certificates of the same statement, so the larger radius holds.
+        radii = np.where(local.certified, np.maximum(found.radius, epsilon), found.radius)
+        columns["certified_radius"] = radii
+        top = max(1.6 * epsilon, float(np.quantile(radii, 0.98)), 1e-3)
+        pgd_curve = {0.0: float(np.mean(local.correct))}
+        standing = local.correct.copy()
+        for point in sorted({*np.linspace(0, top, CURVE_POINTS)[1:].tolist(), epsilon} - {0.0}):
+            if point >= epsilon:
+                standing &= ~attack.broken
+            rows = np.flatnonzero(standing)  # what broke within a smaller radius is broken
+            if point != epsilon and len(rows):
+                weak = lipjax.attacks.pgd(
+                    network, images[rows], labels[rows], point, steps=_STEPS.value, restarts=CURVE_RESTARTS, key=key
+                )
+                standing[rows[weak.broken]] = False
+            pgd_curve[point] = float(np.mean(standing))
+        points = {mode: float(np.mean(c.certified)) for mode, c in certificates.items()}
+        reporting.plot_curve(reporting.Path(folder) / "curve.png", run, radii, pgd_curve, points)
+
+    # ------------------------------------------------------------------ report
+    summary = {
+        "run": {**run, "seconds": round(time.monotonic() - started, 1)},
+        "clean_accuracy": float(np.mean(local.correct)),
+        "pgd_accuracy": float(np.mean(~attack.broken)),
+        "modes": {
+            mode: {
+                "certified_accuracy": float(np.mean(c.certified)),
+                "median_lipschitz": float(np.median(c.lipschitz)),
+                "constant_share": np.mean(c.constant, axis=0).tolist(),
+            }
+            for mode, c in certificates.items()
+        },
+    }
+    reporting.write_summary(reporting.Path(folder) / "summary.json", summary)
+    reporting.write_examples(reporting.Path(folder), run, columns)
+    reporting.print_table(summary)
+    written = ["summary.json", "examples.csv", "examples.npz", *(["curve.png"] if _CURVE.value else [])]
+    print("written: " + ", ".join(os.path.join(folder, name) for name in written))
+
+
+def draw_seed(seed: int, call: int) -> int:
+    """A seed of its own for each of this run's calls."""
+    return int(np.random.SeedSequence([seed, call]).generate_state(1)[0])
+
+
+def say(message: str) -> None:
+    print(message, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    try:
+        app.run(main)
+    except (data.DataError, CheckpointError, ValueError, TypeError) as error:
+        # These say what is wrong and what to do; a traceback would only hide it.
+        raise SystemExit(f"certify.py: {error}") from None

@@ -1,0 +1,61 @@
+"""scikit-learn's bundled digits (8x8), the default: no download.
+
+    python train.py --config=configs/digits.py --workdir=runs/digits && python certify.py --workdir=runs/digits
+
+The other experiments start from this file and change fields.
+"""
+
+import ml_collections
+
+
+def get_config() -> ml_collections.ConfigDict:
+    """The experiment's settings, each explained where it stands."""
+    config = ml_collections.ConfigDict()
+    config.seed = 0
+    config.batch_size = 64
+
+    config.data = data = ml_collections.ConfigDict()
+    data.name = "digits"  # or npz:<train>,<test>, folder:<path>, or a TFDS name
+    data.data_dir = ""  # where TFDS keeps prepared sets; "" is its default
+    data.manual_dir = ""  # a folder that already holds a TFDS set's original archives
+    data.validation_fraction = 0.1  # of the training set, to select the best checkpoint
+    data.train_examples = 0  # 0: all
+    data.test_examples = 0
+    data.augment = False  # random crops (padding 4) and flips
+
+    config.model = model = ml_collections.ConfigDict()
+    model.name = "small_conv"
+    model.activation = "clipped_maxmin"
+    model.threshold = 1.0  # initial ReLU thresholds, and +- MaxMin thresholds
+
+    config.epsilon = epsilon = ml_collections.ConfigDict()  # l2 radii on pixels in [0, 1]
+    epsilon.train = 0.55
+    epsilon.test = 0.5
+
+    config.schedule = schedule = ml_collections.ConfigDict()  # in epochs
+    schedule.epochs = 100
+    schedule.warmup = 0.0  # epsilon stays 0
+    schedule.ramp = 40.0  # then epsilon rises to epsilon.train and kappa falls to 0
+
+    config.optimizer = optimizer = ml_collections.ConfigDict()  # Adam
+    optimizer.learning_rate = 5e-3
+    optimizer.final_learning_rate = 1e-5
+    optimizer.decay_start = 50.0  # epoch; exponential from there on
+
+    config.bound = bound = ml_collections.ConfigDict()
+    bound.mode = "local"  # or "paper", "global"
+    bound.iterations = 2  # warm-started power iterations per step
+    bound.loss = "bcp"  # or "gloro"
+    bound.sparsity = 0.0  # weight of the sparsity loss
+
+    config.vectors = vectors = ml_collections.ConfigDict()
+    vectors.dtype = "float32"  # of the stored power-iteration vectors; or "bfloat16", "float8_e4m3fn"
+
+    config.evaluation = evaluation = ml_collections.ConfigDict()
+    evaluation.every = 5  # epochs
+    evaluation.iterations = 20  # from a fresh start
+
+    config.checkpoints = checkpoints = ml_collections.ConfigDict()
+    checkpoints.every = 10  # epochs
+    checkpoints.keep = 2
+    return config

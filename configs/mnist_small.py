@@ -1,0 +1,28 @@
+"""MNIST on a laptop: a small net, clipped MaxMin, BCP loss, epsilon 0.5 and 1.58.
+
+    python train.py --config=configs/mnist_small.py --workdir=runs/mnist_small
+    python certify.py --workdir=runs/mnist_small --examples=1000
+    python certify.py --workdir=runs/mnist_small --examples=1000 --epsilon=0.5
+
+Downloads MNIST through TFDS, or takes the four original archives from --config.data.manual_dir.
+"""
+
+from configs import digits
+
+
+def get_config():
+    """As digits.py, on MNIST."""
+    config = digits.get_config()
+    config.batch_size = 256
+    config.data.name = "mnist"
+    config.model.widths = (8, 16)
+    config.model.dense = 64
+    config.epsilon.train, config.epsilon.test = 1.7, 1.58
+    config.schedule.epochs, config.schedule.ramp = 15, 8.0
+    config.optimizer.learning_rate, config.optimizer.final_learning_rate = 4e-3, 1e-5
+    config.optimizer.decay_start = 8.0
+    config.evaluation.every = 1
+    config.evaluation.iterations = 10
+    config.checkpoints.every = 5
+    config.vectors.dtype = "bfloat16"
+    return config

@@ -1,0 +1,237 @@
+"""Checkpoints of a run, through Orbax: the newest states to continue from, and the best parameters to certify.
+
+Layout: ``workdir/config.json``, ``workdir/checkpoints/last/<step>`` (whole training states) and
+``workdir/checkpoints/best/<step>`` (parameters only). Every write is complete before it gets its name, so a kill at any
+moment leaves the checkpoints that were there.
+"""
+
+import errno
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint could not be written or read; the message says which and what to do."""
+
+
+class ConfigMismatch(CheckpointError):
+    """The workdir belongs to another configuration."""
+
+
+def open_workdir(workdir, config: dict, *, volatile: tuple[str, ...] = ()) -> Path:
+    """The workdir's absolute path, created if needed, after checking that it belongs to this configuration.
+
+    The first call writes ``config.json``; later ones compare with it.
+
+    Args:
+        workdir: folder of the run.
+        config: JSON-able nested dict (tuples and lists are the same).
+        volatile: dotted names of fields that may differ, such as where the data lies.
+
+    Raises:
+        ConfigMismatch: naming every field that differs.
+        CheckpointError: the folder cannot be written.
+    """
+    path = Path(os.path.abspath(os.path.expanduser(workdir)))
+    config = json.loads(json.dumps(config))
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        if not (path / "config.json").exists():
+            write_atomically(path / "config.json", json.dumps(config, indent=2) + "\n")
+    except OSError as error:
+        raise CheckpointError(f"cannot write to {path}: {_reason(error)}.") from error
+    stored, now = _flat(load_config(path)), _flat(config)
+    missing = "(absent)"
+    differing = [
+        f"  {name}: stored {stored.get(name, missing)!r}, now {now.get(name, missing)!r}"
+        for name in sorted(stored.keys() | now.keys())
+        if name not in volatile and stored.get(name, missing) != now.get(name, missing)
+    ]
+    if differing:
+        raise ConfigMismatch(
+            f"{path} holds a run of another configuration:\n" + "\n".join(differing) + "\nGive another --workdir, or "
+            "the same configuration to continue it."
+        )
+    return path
+
+
+def load_config(workdir) -> dict:
+    """The configuration that a run was started with.
+
+    Raises:
+        CheckpointError: no run there.
+    """
+    path = Path(workdir) / "config.json"
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        raise CheckpointError(
+            f"{Path(workdir).absolute()} holds no run (no config.json): train first, python train.py --workdir={workdir}"
+        ) from None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}.") from error
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Writes a small text file so that a kill leaves the old content or the new, never a part."""
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def _flat(tree, prefix="") -> dict[str, Any]:
+    if isinstance(tree, dict) and tree:
+        return {k: v for name, sub in tree.items() for k, v in _flat(sub, f"{prefix}{name}.").items()}
+    return {prefix[:-1]: tree}
+
+
+def _reason(error: BaseException) -> str:
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC or "No space left" in str(error):
+        return "the disk is full; free space and run the same command again, the last good checkpoint is kept"
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+class Checkpoints:
+    """The checkpoints of one workdir; a context manager. Saves run in the background, one at a time.
+
+    Args:
+        workdir: folder of the run.
+        keep_last: how many of the newest states to keep; at least 2, so that a damaged one has a predecessor.
+    """
+
+    def __init__(self, workdir, *, keep_last: int = 2):
+        if keep_last < 2:
+            raise ValueError(f"keep_last must be at least 2, got {keep_last}.")
+        self.directory = Path(os.path.abspath(workdir)) / "checkpoints"  # Orbax refuses relative paths
+        self._last = self._manager("last", keep_last)
+        self._best = self._manager("best", 1)
+
+    def _manager(self, name, keep):
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True, step_prefix=None)
+        try:
+            (self.directory / name).mkdir(parents=True, exist_ok=True)
+            return ocp.CheckpointManager(self.directory / name, options=options)
+        except OSError as error:
+            raise CheckpointError(f"cannot write to {self.directory}: {_reason(error)}.") from error
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, *_):
+        try:
+            self.close()
+        except CheckpointError:
+            if kind is None:  # never hide the error that is already on its way
+                raise
+
+    def save_last(self, step: int, state, meta: dict) -> None:
+        """Saves a whole state (a pytree of arrays) in the background; its arrays may be donated at once."""
+        self._save(self._last, step, state, meta)
+
+    def save_best(self, step: int, params, meta: dict) -> None:
+        """Saves parameters; the one before is removed once this one is complete."""
+        self._save(self._best, step, params, meta)
+
+    def _save(self, manager, step, tree, meta):
+        try:
+            if step in manager.all_steps():
+                # A run that was killed after this save and before the next state comes by here again with equal content.
+                return
+            manager.save(
+                step, args=ocp.args.Composite(state=ocp.args.StandardSave(_copied(tree)), meta=ocp.args.JsonSave(meta))
+            )
+        except Exception as error:  # Orbax raises many kinds, also those of an earlier background save
+            raise CheckpointError(f"saving step {step} to {manager.directory} failed: {_reason(error)}.") from error
+
+    def restore_last(self, abstract_state) -> tuple[Any, dict] | None:
+        """The newest readable state and its meta, or None if there is none yet.
+
+        A damaged one is skipped, and the message on stderr says so.
+
+        Args:
+            abstract_state: pytree of `jax.ShapeDtypeStruct`, with shardings where they matter.
+
+        Raises:
+            CheckpointError: there are checkpoints and none can be read.
+        """
+        steps = sorted(self._last.all_steps(), reverse=True)
+        problems = []
+        for step in steps:
+            try:
+                found = self._restore(self._last, step, abstract_state)
+            except Exception as error:  # a truncated file surfaces as any of a dozen types
+                problems.append(f"step {step}: {_reason(error)}")
+                print(f"checkpoint {self._last.directory / str(step)} is damaged and skipped: {_reason(error)}", file=sys.stderr)
+                continue
+            for damaged in steps[: steps.index(step)]:
+                self._last.delete(damaged)  # or it would stand in the way when training comes by there again
+            return found
+        if problems:
+            raise CheckpointError(
+                f"no checkpoint in {self._last.directory} can be read ({'; '.join(problems)}). Start again in another "
+                "workdir."
+            )
+        return None
+
+    def restore_best(self, abstract_params) -> tuple[Any, dict]:
+        """The selected parameters and their meta.
+
+        Raises:
+            CheckpointError: none there yet, damaged, or of another architecture (naming the parameter).
+        """
+        step = self._best.latest_step()
+        if step is None:
+            raise CheckpointError(f"{self._best.directory} holds no selected checkpoint yet: train first.")
+        try:
+            params, meta = self._restore(self._best, step, abstract_params)
+        except Exception as error:
+            raise CheckpointError(f"checkpoint {self._best.directory / str(step)} cannot be read: {_reason(error)}.") from error
+        return params, meta
+
+    def _restore(self, manager, step, abstract):
+        found = manager.restore(
+            step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract), meta=ocp.args.JsonRestore())
+        )
+        for (path, wanted), got in zip(
+            jax.tree_util.tree_leaves_with_path(abstract), jax.tree.leaves(found.state), strict=True
+        ):
+            if wanted.shape != got.shape:
+                name = jax.tree_util.keystr(path, simple=True, separator=".")
+                raise ValueError(f"{name} has shape {got.shape}, the network's has {wanted.shape}")
+        return found.state, found.meta
+
+    def wait(self) -> None:
+        """Returns when everything that was saved is on disk; raises what a background save met."""
+        for manager in (self._last, self._best):
+            try:
+                manager.wait_until_finished()
+                manager.check_for_errors()
+            except Exception as error:
+                raise CheckpointError(f"saving to {manager.directory} failed: {_reason(error)}.") from error
+
+    def close(self) -> None:
+        """Waits, then releases Orbax's threads."""
+        try:
+            self.wait()
+        finally:
+            for manager in (self._last, self._best):
+                manager.close()
+
+
+def _copied(tree):
+    """A copy whose buffers nobody donates: on CPU a background save would read them after the next step reused them."""
+    if jax.default_backend() != "cpu":
+        return tree  # the copy to the host is made before save returns
+    return jax.tree.map(lambda leaf: jnp.array(leaf, copy=True) if isinstance(leaf, jax.Array) else np.array(leaf), tree)

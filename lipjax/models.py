@@ -1,0 +1,174 @@
+"""The published networks and small ones for small images: flat nnx.Sequential of convolutions, dense layers, activations.
+
+Inputs are NHWC (or one example, HWC). An activation follows each layer but the last. Convolution kernels start normal
+with variance ``2 / (kernel_h * kernel_w * out_channels)`` and zero bias, dense layers as the reference's framework
+(PyTorch) starts them: uniform within ``+-1 / sqrt(inputs)``, weights and bias. Thresholds are those of METHOD 6, where it
+gives them; the others are marked below.
+"""
+
+import difflib
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+from flax import nnx
+
+from lipjax.activations import ClippedMaxMin, ClippedReLU, MaxMin, ReLU
+from lipjax.operators import Flatten
+
+ACTIVATIONS = ("relu", "clipped_relu", "maxmin", "clipped_maxmin")
+
+
+class _Conv(NamedTuple):
+    channels: int
+    kernel: int
+    stride: int
+    padding: int = 1
+
+
+def conv4_dense3(
+    *,
+    activation: str = "clipped_relu",
+    classes: int = 10,
+    input_shape: Sequence[int] = (28, 28, 1),
+    rngs: nnx.Rngs,
+) -> nnx.Sequential:
+    """4C3F, published for MNIST with ReLU thresholds 1.0. MaxMin thresholds +-1.0 are ours."""
+    convs = [_Conv(32, 3, 1), _Conv(32, 4, 2), _Conv(64, 3, 1), _Conv(64, 4, 2)]
+    return _build(convs, [512, 512], activation, [1.0] * 6, [(1.0, -1.0)] * 6, classes, input_shape, rngs)
+
+
+def conv6_dense2(
+    *,
+    activation: str = "clipped_maxmin",
+    classes: int = 10,
+    input_shape: Sequence[int] = (32, 32, 3),
+    rngs: nnx.Rngs,
+) -> nnx.Sequential:
+    """6C2F, published for CIFAR-10: ReLU thresholds 2.0, MaxMin thresholds per layer."""
+    convs = [_Conv(32, 3, 1), _Conv(32, 3, 1), _Conv(32, 4, 2), _Conv(64, 3, 1), _Conv(64, 3, 1), _Conv(64, 4, 2)]
+    pairs = [(0.1, -0.1), (0.1, -0.15), (0.15, -0.15), (0.15, -0.15), (0.2, -0.2), (0.3, -0.3), (1.2, -1.2)]
+    return _build(convs, [512], activation, [2.0] * 7, pairs, classes, input_shape, rngs)
+
+
+def conv8_dense2(
+    *,
+    activation: str = "clipped_maxmin",
+    classes: int = 200,
+    input_shape: Sequence[int] = (64, 64, 3),
+    rngs: nnx.Rngs,
+) -> nnx.Sequential:
+    """8C2F, published for TinyImageNet: ReLU thresholds 1.0, MaxMin thresholds per layer."""
+    convs = [_Conv(64, 3, 1), _Conv(64, 3, 1), _Conv(64, 4, 2, 0), _Conv(128, 3, 1), _Conv(128, 3, 1)]
+    convs += [_Conv(128, 4, 2, 0), _Conv(256, 3, 1), _Conv(256, 4, 2, 0)]
+    pairs = [(t, -t) for t in (0.8, 1.0, 1.4, 1.4, 1.4, 1.6, 2.0, 3.0, 1.6)]
+    return _build(convs, [256], activation, [1.0] * 9, pairs, classes, input_shape, rngs)
+
+
+def small_conv(
+    *,
+    activation: str = "clipped_maxmin",
+    classes: int = 10,
+    input_shape: Sequence[int] = (8, 8, 1),
+    widths: Sequence[int] = (16, 32),
+    dense: int = 64,
+    threshold: float = 1.0,
+    rngs: nnx.Rngs,
+) -> nnx.Sequential:
+    """A small net of our own: per width one 3x3 convolution and one 4x4 of stride 2, then one hidden dense layer.
+
+    Args:
+        widths: channels of each pair of convolutions; each pair halves the image.
+        dense: width of the hidden dense layer.
+        threshold: ReLU thresholds, and +- MaxMin thresholds, of every layer.
+    """
+    convs = [conv for width in widths for conv in (_Conv(width, 3, 1), _Conv(width, 4, 2))]
+    count = len(convs) + 1
+    pairs = [(threshold, -threshold)] * count
+    return _build(convs, [dense], activation, [threshold] * count, pairs, classes, input_shape, rngs)
+
+
+NETWORKS = {
+    "conv4_dense3": conv4_dense3,
+    "conv6_dense2": conv6_dense2,
+    "conv8_dense2": conv8_dense2,
+    "small_conv": small_conv,
+}
+
+
+def build(name: str, **arguments) -> nnx.Sequential:
+    """The network of that name, as configurations name it; see the functions above for the arguments.
+
+    Raises:
+        ValueError: unknown name, with the nearest known ones; what the network's own function refuses.
+    """
+    if name not in NETWORKS:
+        near = difflib.get_close_matches(name, NETWORKS, n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"no network is called {name!r}; there are {', '.join(NETWORKS)}.{hint}")
+    return NETWORKS[name](**arguments)
+
+
+def _build(convs, dense, activation, thresholds, pairs, classes, input_shape, rngs) -> nnx.Sequential:
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}.")
+    if classes < 2:
+        raise ValueError(f"a classifier needs at least 2 classes, got {classes}.")
+    input_shape = tuple(input_shape)
+    if len(input_shape) != 3:
+        raise ValueError(f"input_shape must be (height, width, channels), got {input_shape}.")
+
+    def activate(shape, i):
+        if activation == "relu":
+            return ReLU()
+        if activation == "clipped_relu":
+            return ClippedReLU(shape, threshold=thresholds[i])
+        if activation == "maxmin":
+            return MaxMin()
+        return ClippedMaxMin(shape, upper=pairs[i][0], lower=pairs[i][1])
+
+    layers: list = []
+    height, width, channels = input_shape
+    for i, conv in enumerate(convs):
+        layers.append(_convolution(conv, channels, rngs))
+        height, width = (_size(n, conv, i, input_shape) for n in (height, width))
+        channels = conv.channels
+        layers.append(activate((height, width, channels), i))
+    layers.append(Flatten())
+    size = height * width * channels
+    for i, features in enumerate(dense):
+        layers.append(_dense(size, features, rngs))
+        layers.append(activate((features,), len(convs) + i))
+        size = features
+    layers.append(_dense(size, classes, rngs))
+    return nnx.Sequential(*layers)
+
+
+def _size(size, conv, i, input_shape):
+    out = (size + 2 * conv.padding - conv.kernel) // conv.stride + 1
+    if out < 1:
+        raise ValueError(f"images of {input_shape} are too small: convolution {i} ({conv}) would have no output.")
+    return out
+
+
+def _convolution(conv: _Conv, channels: int, rngs: nnx.Rngs) -> nnx.Conv:
+    deviation = math.sqrt(2 / (conv.kernel**2 * conv.channels))
+    return nnx.Conv(
+        channels,
+        conv.channels,
+        (conv.kernel, conv.kernel),
+        strides=conv.stride,
+        padding=conv.padding,
+        kernel_init=jax.nn.initializers.normal(deviation),
+        rngs=rngs,
+    )
+
+
+def _dense(inputs: int, features: int, rngs: nnx.Rngs) -> nnx.Linear:
+    reach = 1 / math.sqrt(inputs)
+
+    def uniform(key, shape, dtype):
+        return jax.random.uniform(key, shape, dtype, -reach, reach)
+
+    return nnx.Linear(inputs, features, kernel_init=uniform, bias_init=uniform, rngs=rngs)

@@ -1,0 +1,205 @@
+"""What people look at: metrics as JSON lines and progress while training; tables, files and a picture of certificates."""
+
+import csv
+import json
+import math
+import os
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, Progress as Bar, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+# ---------------------------------------------------------------------------------------------------- training
+
+
+def read_metrics(path) -> list[dict]:
+    """The complete lines of a metrics file; [] if there is none. A last line that a kill cut short is left out."""
+    path = Path(path)
+    if not path.exists():
+        return []
+    lines = []
+    for line in path.read_text().splitlines():
+        try:
+            lines.append(json.loads(line))
+        except ValueError:
+            break
+    return lines
+
+
+class Metrics:
+    """Appends JSON lines to a file.
+
+    Args:
+        path: the file.
+        after_step: steps done by the state that training goes on from. Later lines, of work that a kill undid, are
+            dropped, so that the file of a continued run is that of one never stopped.
+    """
+
+    def __init__(self, path, *, after_step: int):
+        self.path = Path(path)
+        kept = [line for line in read_metrics(self.path) if line.get("step", 0) <= after_step]
+        temporary = self.path.with_name(self.path.name + ".tmp")
+        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        os.replace(temporary, self.path)
+
+    def write(self, **fields) -> None:
+        """Writes one line. Numbers that are not finite become null; NumPy and JAX scalars are accepted."""
+        with open(self.path, "a") as file:
+            file.write(json.dumps({name: _plain(value) for name, value in fields.items()}) + "\n")
+
+
+def _plain(value):
+    if isinstance(value, (str, bool, int)) or value is None:
+        return value
+    if isinstance(value, dict):
+        return {name: _plain(v) for name, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(v) for v in value]
+    number = np.asarray(value).item()
+    return None if isinstance(number, float) and not math.isfinite(number) else number
+
+
+class Progress:
+    """Progress of a long loop: a bar with the time left on a terminal, a quiet line now and then in a log.
+
+    Args:
+        total: steps in all.
+        description: what is going on.
+        start: steps that were done before, which say nothing of this machine's speed.
+        stream: where to; stderr by default.
+        quiet_seconds: at most one line in so many seconds when the stream is no terminal.
+    """
+
+    def __init__(self, total: int, description: str, *, start: int = 0, stream=None, quiet_seconds: float = 15.0):
+        self.total, self.description, self.start = total, description, start
+        self.stream = sys.stderr if stream is None else stream
+        self.quiet_seconds = quiet_seconds
+        self._began = self._spoke = time.monotonic()
+        self._bar = None
+        if self.stream.isatty():
+            self._bar = Bar(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                TaskProgressColumn(),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[shown]}"),
+                console=Console(file=self.stream),
+            )
+            self._task = self._bar.add_task(description, total=total, completed=start, shown="")
+
+    def __enter__(self):
+        if self._bar:
+            self._bar.start()
+        return self
+
+    def __exit__(self, *_):
+        if self._bar:
+            self._bar.stop()
+
+    def update(self, done: int, **shown) -> None:
+        """`done` steps of the total are done; `shown` are figures to show beside it."""
+        text = ", ".join(f"{name} {value}" for name, value in shown.items())
+        if self._bar:
+            self._bar.update(self._task, completed=done, shown=text)
+            return
+        now = time.monotonic()
+        if now - self._spoke >= self.quiet_seconds or done >= self.total:
+            self._spoke = now
+            left = (now - self._began) / max(done - self.start, 1) * (self.total - done)
+            share = 100 * done / max(self.total, 1)
+            print(f"{self.description}: {share:.0f} %, {_duration(left)} left; {text}", file=self.stream, flush=True)
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {seconds} s" if minutes else f"{seconds} s"
+
+
+# ---------------------------------------------------------------------------------------------------- certification
+
+
+def print_table(summary: dict, stream=None) -> None:
+    """The summary that certify.py stores, as a table for people."""
+    console = Console(file=stream or sys.stdout, width=100)
+    run = summary["run"]
+    title = (
+        f"{run['data']}, {run['split']} split, {run['examples']} images, epsilon {run['epsilon']:g} (l2, pixels in [0, 1]), "
+        f"training seed {run['training_seed']}"
+    )
+    table = Table(title=title)
+    for column in ("bound", "clean", "PGD", "certified", "Lipschitz (median)", "constant neurons per layer"):
+        table.add_column(column)
+    for mode, row in summary["modes"].items():
+        constant = " ".join(f"{100 * share:.0f}" for share in row["constant_share"]) + " %"
+        table.add_row(
+            mode,
+            f"{100 * summary['clean_accuracy']:.2f} %",
+            f"{100 * summary['pgd_accuracy']:.2f} %",
+            f"{100 * row['certified_accuracy']:.2f} %",
+            f"{row['median_lipschitz']:.4g}",
+            constant if mode != "global" else "-",
+        )
+    console.print(table)
+    console.print(
+        f"certified: tier {run['tier']}, all statements of this run hold with probability >= 1 - "
+        f"{run['failure_probability']:g} over the draws of seed {run['seed']} ({run['precision']}). "
+        f"PGD: {run['pgd_steps']} steps, {run['pgd_restarts']} restarts, an upper bound.",
+        soft_wrap=True,
+    )
+    if run["note"]:
+        console.print(f"note: {run['note']}")
+
+
+def write_summary(path: Path, summary: dict) -> None:
+    """The summary as JSON."""
+    path.write_text(json.dumps(_plain(summary), indent=2) + "\n")
+
+
+def write_examples(folder: Path, run: dict, columns: dict[str, np.ndarray]) -> None:
+    """Per-example results, ``examples.npz`` (with the run's facts as JSON in `run`) and ``examples.csv``.
+
+    Args:
+        columns: name to array of shape ``(N,)``.
+    """
+    np.savez(folder / "examples.npz", run=np.array(json.dumps(_plain(run))), **columns)  # type: ignore[arg-type]
+    with open(folder / "examples.csv", "w", newline="") as file:
+        facts = ("tier", "failure_probability", "epsilon", "data", "split", "seed", "training_seed")
+        file.write("# " + ", ".join(f"{name}={run[name]}" for name in facts) + "\n")
+        writer = csv.writer(file)
+        writer.writerow(columns)
+        writer.writerows(zip(*(array.tolist() for array in columns.values()), strict=True))
+
+
+def plot_curve(path: Path, run: dict, radii: np.ndarray, pgd: dict[float, float], points: dict[str, float]) -> None:
+    """Certified accuracy against epsilon, the PGD accuracy above it, and the accuracy of each mode at the run's epsilon.
+
+    Args:
+        radii: certified radius of each example, 0 where none.
+        pgd: epsilon to PGD accuracy.
+        points: mode to certified accuracy at ``run["epsilon"]``.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    grid = np.linspace(0, max(pgd), 400)
+    certified = [float(np.mean(radii >= max(epsilon, 1e-12))) for epsilon in grid]
+    label = f"certified, {run['curve_mode']} ({run['tier']}, δ = {run['failure_probability']:g})"
+    axes.plot(list(pgd), list(pgd.values()), "o-", color="tab:orange", label="PGD (upper bound)")
+    axes.plot(grid, certified, color="tab:blue", label=label)
+    axes.fill_between(grid, certified, np.interp(grid, list(pgd), list(pgd.values())), color="0.92", label="undecided")
+    for marker, (mode, accuracy) in zip("sD^v", points.items(), strict=False):
+        axes.plot(run["epsilon"], accuracy, marker, color="black", label=f"certified at ε, {mode}: {100 * accuracy:.1f} %")
+    axes.axvline(run["epsilon"], color="0.6", linestyle=":")
+    axes.set(xlabel="ε (ℓ2 radius, pixels in [0, 1])", ylabel="accuracy", ylim=(0, 1.02), xlim=(0, max(pgd)))
+    axes.set_title(f"{run['data']}, {run['split']} split, {run['examples']} images, training seed {run['training_seed']}")
+    axes.legend(fontsize=8)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)

@@ -1,0 +1,292 @@
+"""What train.py is made of: schedules, the training state, one step, and the evaluation that selects checkpoints."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from lipjax import activations, data, losses, margins, models, regions, spectral
+
+# float8 entries keep three bits of mantissa: unit vectors are scaled to entries of size 1 before they are stored.
+VECTOR_TYPES = ("float32", "bfloat16", "float8_e4m3fn")
+
+
+class NonFiniteError(FloatingPointError):
+    """The loss or the gradient became NaN or infinite."""
+
+
+# ---------------------------------------------------------------------------------------------------- experiment
+
+
+def load_data(config) -> data.Splits:
+    """The data sets that a configuration names."""
+    return data.load(
+        config.data.name,
+        data_dir=config.data.data_dir or None,
+        manual_dir=config.data.manual_dir or None,
+        validation_fraction=config.data.validation_fraction,
+        train_examples=config.data.train_examples or None,
+        test_examples=config.data.test_examples or None,
+    )
+
+
+def build_network(config, input_shape, classes) -> nnx.Sequential:
+    """The network that a configuration names, freshly initialised from its seed."""
+    arguments = {k: v for k, v in config.model.items() if k != "name"}
+    return models.build(
+        config.model.name, input_shape=tuple(input_shape), classes=classes, rngs=nnx.Rngs(config.seed), **arguments
+    )
+
+
+# ---------------------------------------------------------------------------------------------------- schedules
+
+
+def ramp(step, steps_per_epoch: int, warmup: float, length: float):
+    """0 during `warmup` epochs, then linear to 1 over `length` epochs, then 1. `step` may be traced."""
+    epoch = jnp.asarray(step, jnp.float32) / steps_per_epoch
+    return jnp.clip((epoch - warmup) / max(length, 1e-9), 0.0, 1.0)
+
+
+def learning_rate(config, steps_per_epoch: int) -> optax.Schedule:
+    """Constant until epoch `decay_start`, then exponential down to `final` at the last epoch (METHOD 6)."""
+    rate, final = config.optimizer.learning_rate, config.optimizer.final_learning_rate
+    start, epochs = config.optimizer.decay_start, config.schedule.epochs
+    if not (0 < final <= rate and 0 <= start <= epochs):
+        raise ValueError(
+            "optimizer: expected 0 < final_learning_rate <= learning_rate and 0 <= decay_start <= schedule.epochs, got "
+            f"learning_rate={rate}, final_learning_rate={final}, decay_start={start}, epochs={epochs}."
+        )
+
+    def schedule(step):
+        epoch = jnp.asarray(step, jnp.float32) / steps_per_epoch
+        progress = jnp.clip((epoch - start) / max(epochs - start, 1e-9), 0.0, 1.0)
+        return rate * (final / rate) ** progress
+
+    return schedule
+
+
+# ---------------------------------------------------------------------------------------------------- devices
+
+
+def device_mesh() -> Mesh:
+    """All local devices on one axis "data"."""
+    return jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
+
+
+# ---------------------------------------------------------------------------------------------------- state
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["step", "network", "optimizer", "vectors", "best"], meta_fields=[]
+)
+@dataclasses.dataclass(frozen=True)
+class State:
+    """Everything that training carries from step to step; what a checkpoint holds.
+
+    Attributes:
+        step: scalar int32, steps done.
+        network: the nnx.Sequential (a pytree).
+        optimizer: the optax state.
+        vectors: power-iteration vectors, a dict: "local" a tuple of ``(examples, *shape)`` arrays, row i of training
+            example i, scaled to entries of size 1 and stored in `config.vectors.dtype`; "global" a tuple of ``shape``.
+        best: scalar, the best validation score so far.
+    """
+
+    step: jax.Array
+    network: Any
+    optimizer: Any
+    vectors: dict[str, tuple[jax.Array, ...]]
+    best: jax.Array
+
+
+def initial_state(network: nnx.Module, transform: optax.GradientTransformation, config, examples: int, input_shape):
+    """The state before the first step; `examples` training examples of `input_shape`."""
+    if config.vectors.dtype not in VECTOR_TYPES:
+        raise ValueError(f"vectors.dtype must be one of {', '.join(VECTOR_TYPES)}, got {config.vectors.dtype!r}.")
+    dtype = jnp.dtype(config.vectors.dtype)
+    # Zeros: the fresh component of the first warm start makes them a cold start, for each example once.
+    vectors: dict[str, tuple[jax.Array, ...]] = {}
+    shapes = regions.vector_shapes(network, input_shape)
+    for name in regions.VECTORS_OF[config.bound.mode]:
+        rows = (examples,) if name == "local" else ()
+        vectors[name] = tuple(jnp.zeros((*rows, *shape), dtype) for shape in shapes)
+    return State(
+        jnp.zeros((), jnp.int32), network, transform.init(network), vectors, jnp.asarray(-jnp.inf, jnp.float32)
+    )
+
+
+def state_shardings(state: State, mesh: Mesh):
+    """Replicated, but for the vectors of the examples: split over the devices along the examples where that divides."""
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    split = NamedSharding(mesh, PartitionSpec("data"))
+    shardings = jax.tree.map(lambda _: everywhere, state)
+    local = state.vectors.get("local")
+    if local and local[0].shape[0] % mesh.size == 0:
+        shardings = dataclasses.replace(shardings, vectors={**shardings.vectors, "local": (split,) * len(local)})
+    return shardings
+
+
+# ---------------------------------------------------------------------------------------------------- the step
+
+
+def example_loss(network, x, label, epsilon, kappa, vectors, config):
+    """Loss of one example, and what the step reports and keeps.
+
+    BCP and sparsity follow METHOD 3: ``kappa CE(clean) + (1 - kappa) (CE(worst) + weight * sparsity)``; the GloRo loss
+    needs no kappa but for its sparsity term.
+    """
+    options = config.bound
+    bound = regions.bound(network, x, epsilon, mode=options.mode, iterations=options.iterations, vectors=vectors)
+    if options.loss == "bcp":
+        loss = losses.bcp(network, bound, label, kappa)
+    elif options.loss == "gloro":
+        loss = losses.gloro(network, bound, label)
+    else:
+        raise ValueError(f"bound.loss must be 'bcp' or 'gloro', got {options.loss!r}.")
+    if options.sparsity:
+        loss += (1 - kappa) * options.sparsity * losses.sparsity(network, bound)
+    correct = jnp.argmax(bound.logits) == label
+    return loss, (jax.lax.stop_gradient(bound.vectors), correct, bound.lipschitz)
+
+
+def make_step(config, transform: optax.GradientTransformation, steps_per_epoch: int, levels: float, mesh: Mesh, state):
+    """The jitted training step ``(state, images, labels, indices) -> (state, metrics)``; the state is donated.
+
+    Args of the step: `images` ``(batch, H, W, C)`` as stored, `labels` ``(batch,)``, `indices` ``(batch,)`` positions in
+    the training set. All randomness comes from ``fold_in(seed, step)``: a restart continues exactly.
+    """
+    root = jax.random.key(config.seed)
+    shardings = state_shardings(state, mesh)
+    batch = NamedSharding(mesh, PartitionSpec("data"))
+    everywhere = NamedSharding(mesh, PartitionSpec())
+
+    def step(state: State, images, labels, indices):
+        key = jax.random.fold_in(root, state.step)
+        augment_key, fresh_key = jax.random.split(key)
+        progress = ramp(state.step, steps_per_epoch, config.schedule.warmup, config.schedule.ramp)
+        epsilon, kappa = progress * config.epsilon.train, 1 - progress
+        images = images.astype(jnp.float32) / levels
+        if config.data.augment:
+            images = data.random_crop_and_flip(images, augment_key)
+
+        starts = {}
+        if "local" in state.vectors:
+            keys = jax.vmap(lambda i: jax.random.fold_in(fresh_key, i))(indices)
+            starts["local"] = tuple(
+                jax.vmap(spectral.refresh)(
+                    stored[indices].astype(jnp.float32), jax.vmap(lambda k, n=n: jax.random.fold_in(k, n))(keys)
+                )
+                for n, stored in enumerate(state.vectors["local"])
+            )
+        if "global" in state.vectors:
+            starts["global"] = tuple(
+                spectral.refresh(stored.astype(jnp.float32), jax.random.fold_in(fresh_key, -1 - n))
+                for n, stored in enumerate(state.vectors["global"])
+            )
+        axes = {name: 0 if name == "local" else None for name in starts}
+
+        def loss_of(network):
+            one = functools.partial(example_loss, network, config=config)
+            loss, (vectors, correct, lipschitz) = jax.vmap(
+                one, in_axes=(0, 0, None, None, axes), out_axes=(0, (axes, 0, 0))
+            )(images, labels, epsilon, kappa, starts)
+            return jnp.mean(loss), (vectors, jnp.mean(correct), jnp.mean(lipschitz))
+
+        (loss, (vectors, accuracy, lipschitz)), gradient = jax.value_and_grad(loss_of, has_aux=True)(state.network)
+        updates, optimizer = transform.update(gradient, state.optimizer, state.network)
+        network = activations.project(optax.apply_updates(state.network, updates))
+
+        def pack(vector, like):
+            return (vector * np.sqrt(vector.size)).astype(like.dtype)
+
+        kept = {}
+        if "local" in vectors:
+            kept["local"] = tuple(
+                stored.at[indices].set(jax.vmap(lambda v, s=stored: pack(v, s))(vector))
+                for stored, vector in zip(state.vectors["local"], vectors["local"], strict=True)
+            )
+        if "global" in vectors:
+            kept["global"] = tuple(map(pack, vectors["global"], state.vectors["global"]))
+        metrics = {
+            "loss": loss,
+            "accuracy": accuracy,
+            "lipschitz_estimate": lipschitz,
+            "gradient_norm": optax.global_norm(gradient),
+            "epsilon": epsilon,
+            "kappa": kappa,
+        }
+        return State(state.step + 1, network, optimizer, kept, state.best), metrics
+
+    return jax.jit(
+        step, donate_argnums=0, in_shardings=(shardings, batch, batch, batch), out_shardings=(shardings, everywhere)
+    )
+
+
+def epoch_order(seed: int, epoch: int, examples: int, batch_size: int) -> np.ndarray:
+    """Positions of one epoch's batches, ``(steps, batch_size)``; a function of seed and epoch alone.
+
+    The examples left over at the end of a shuffle sit out that epoch.
+    """
+    steps = examples // batch_size
+    if steps == 0:
+        raise ValueError(f"batch_size {batch_size} is larger than the training set of {examples} examples.")
+    order = np.random.default_rng([seed, epoch]).permutation(examples)
+    return order[: steps * batch_size].reshape(steps, batch_size).astype(np.int32)
+
+
+def check_finite(metrics: list[dict], first_step: int) -> None:
+    """Raises NonFiniteError naming the first step whose loss or gradient norm is not finite."""
+    for offset, values in enumerate(metrics):
+        for name in ("loss", "gradient_norm"):
+            if not np.isfinite(values[name]):
+                raise NonFiniteError(
+                    f"{name} is {values[name]} at step {first_step + offset}: training stopped; the last checkpoint is "
+                    "good. Try a lower optimizer.learning_rate or a longer schedule.ramp."
+                )
+
+
+# ---------------------------------------------------------------------------------------------------- evaluation
+
+
+@functools.partial(jax.jit, static_argnames=("mode", "iterations"))
+def _evaluate_batch(network, images, labels, weights, epsilon, *, mode, iterations):
+    def one(x, label):
+        bound = regions.bound(network, x, epsilon, mode=mode, iterations=iterations)
+        correct = jnp.argmax(bound.logits) == label
+        robust = margins.margin(margins.worst_logits(network, bound, label), label) > 0
+        return correct, correct & robust, bound.lipschitz
+
+    correct, robust, lipschitz = jax.vmap(one)(images, labels)
+    return (correct * weights).sum(), (robust * weights).sum(), (lipschitz * weights).sum()
+
+
+def evaluate(network, dataset: data.Dataset, config, mesh: Mesh) -> dict[str, float]:
+    """Accuracy and *estimated* robust accuracy at ``config.epsilon.test``; every example exactly once.
+
+    Power iteration starts afresh here and runs `config.evaluation.iterations` times: a stored vector that has gone
+    wrong in training cannot flatter the selection.
+    """
+    size = config.batch_size
+    split = NamedSharding(mesh, PartitionSpec("data"))
+    totals = np.zeros(3)
+    for first in range(0, len(dataset.labels), size):
+        positions = np.arange(first, first + size)
+        rows = np.minimum(positions, len(dataset.labels) - 1)
+        weights = (positions < len(dataset.labels)).astype(np.float32)
+        batch = jax.device_put((dataset.unit_images(rows), dataset.labels[rows], weights), split)
+        out = _evaluate_batch(
+            network, *batch, config.epsilon.test, mode=config.bound.mode, iterations=config.evaluation.iterations
+        )
+        totals += np.array(jax.device_get(out))
+    clean, robust, lipschitz = (totals / len(dataset.labels)).tolist()
+    return {
+        "validation_accuracy": clean,
+        "validation_robust_accuracy_estimate": robust,
+        "validation_lipschitz_estimate": lipschitz,
+    }

@@ -1,0 +1,138 @@
+"""Trains a network with local Lipschitz bounds; certify it afterwards with certify.py.
+
+    python train.py --config=configs/digits.py --workdir=runs/digits
+    python train.py --config=configs/cifar10_maxmin.py --workdir=runs/cifar10 --config.optimizer.learning_rate=5e-4
+
+Run again with the same workdir to continue where it stopped, exactly: also after a kill at any moment. The workdir
+gets config.json, metrics.jsonl (one line per epoch) and checkpoints/ (the newest states, and the parameters that did
+best on the validation split, which is held out of the training set).
+"""
+
+import dataclasses
+import os
+import time
+
+import jax
+import optax
+from absl import app, flags, logging
+from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
+from ml_collections import config_flags
+
+from lipjax import data, training
+from lipjax.checkpoints import CheckpointError, Checkpoints, open_workdir
+from lipjax.reporting import Metrics, Progress
+
+_CONFIG = config_flags.DEFINE_config_file("config", "configs/digits.py", "Experiment: a file with get_config().")
+_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of this run; default runs/<name of the config>.")
+_EPOCHS = flags.DEFINE_integer("stop_after", None, "Stop after this epoch, to go on later; no influence on the result.")
+
+# Fields that say where things are and not what is computed: they may differ when a run is continued.
+VOLATILE = ("data.data_dir", "data.manual_dir")
+
+
+def main(argv):
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected arguments {argv[1:]}; flags look like --config.seed=1")
+    logging.set_verbosity(logging.WARNING)  # Orbax reports every step of every save
+    config = _CONFIG.value
+    name = os.path.splitext(os.path.basename(config_flags.get_config_filename(flags.FLAGS["config"])))[0]
+    workdir = open_workdir(_WORKDIR.value or f"runs/{name}", config.to_dict(), volatile=VOLATILE)
+    config.lock()
+    print(f"{workdir}: {config.model.name} on {config.data.name}, seed {config.seed}", flush=True)
+
+    # ------------------------------------------------------------------ devices
+    mesh = training.device_mesh()
+    if config.batch_size % mesh.size:
+        raise app.UsageError(f"batch_size {config.batch_size} does not divide over {mesh.size} devices.")
+
+    # ------------------------------------------------------------------ data
+    splits = training.load_data(config)
+    train = splits.train
+    input_shape = train.images.shape[1:]
+    steps_per_epoch = len(train.labels) // config.batch_size
+    print(
+        f"{len(train.labels)} training, {len(splits.validation.labels)} validation images of {input_shape}, "
+        f"{train.classes} classes; {mesh.size} {jax.devices()[0].platform} device(s)",
+        flush=True,
+    )
+
+    # ------------------------------------------------------------------ network, optimizer, state
+    network = training.build_network(config, input_shape, train.classes)
+    transform = optax.adam(training.learning_rate(config, steps_per_epoch))
+    state = training.initial_state(network, transform, config, len(train.labels), input_shape)
+    shardings = training.state_shardings(state, mesh)
+    state = jax.device_put(state, shardings)
+    step = training.make_step(config, transform, max(steps_per_epoch, 1), train.levels, mesh, state)
+
+    # ------------------------------------------------------------------ restore
+    with Checkpoints(workdir, keep_last=config.checkpoints.keep) as checkpoints:
+        abstract = jax.tree.map(
+            lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), state, shardings
+        )
+        restored = checkpoints.restore_last(abstract)
+        epoch = 0
+        if restored is not None:
+            state, meta = restored
+            epoch = meta["epoch"]
+            print(f"continuing after epoch {epoch}", flush=True)
+        metrics = Metrics(workdir / "metrics.jsonl", after_step=int(state.step))
+
+        # -------------------------------------------------------------- loop
+        batch = NamedSharding(mesh, PartitionSpec("data"))
+        last_epoch = min(config.schedule.epochs, _EPOCHS.value or config.schedule.epochs)
+        with Progress(config.schedule.epochs * steps_per_epoch, "training", start=int(state.step)) as progress:
+            while epoch < last_epoch:
+                first_step, started, pending = epoch * steps_per_epoch, time.monotonic(), []
+                order = training.epoch_order(config.seed, epoch, len(train.labels), config.batch_size)
+                for i, rows in enumerate(order):
+                    arrays = jax.device_put((train.images[rows], train.labels[rows], rows), batch)
+                    state, values = step(state, *arrays)
+                    pending.append(values)
+                    if len(pending) % 20 == 0 or i + 1 == len(order):
+                        # Waiting here now and then keeps the queue short and shows true progress.
+                        pending[-20:] = jax.device_get(pending[-20:])
+                        training.check_finite(pending[-20:], first_step + max(0, len(pending) - 20))
+                        progress.update(first_step + len(pending), loss=f"{pending[-1]['loss']:.3f}", epoch=epoch + 1)
+                pending = jax.device_get(pending)
+                training.check_finite(pending, first_step)
+                epoch += 1
+                seconds = time.monotonic() - started
+
+                # ------------------------------------------------------ evaluate, select, save
+                if epoch % config.evaluation.every == 0 or epoch == config.schedule.epochs:
+                    found = training.evaluate(state.network, splits.validation, config, mesh)
+                    # Clean accuracy only breaks ties: it weighs less than one validation example.
+                    score = found["validation_robust_accuracy_estimate"] + 1e-6 * found["validation_accuracy"]
+                    if score > float(state.best):
+                        state = dataclasses.replace(
+                            state, best=jax.device_put(jax.numpy.float32(score), shardings.best)
+                        )
+                        checkpoints.save_best(
+                            first_step + len(order), nnx.to_pure_dict(nnx.state(state.network)), {"epoch": epoch, **found}
+                        )
+                else:
+                    found = {}
+                mean = {key: sum(float(p[key]) for p in pending) / len(pending) for key in pending[0]}
+                metrics.write(
+                    step=first_step + len(order),
+                    epoch=epoch,
+                    tier="estimate",
+                    seed=config.seed,
+                    validation_epsilon=config.epsilon.test,
+                    **mean,
+                    **found,
+                    seconds=round(seconds, 3),
+                )
+                if epoch % config.checkpoints.every == 0 or epoch == last_epoch:
+                    checkpoints.save_last(first_step + len(order), state, {"epoch": epoch})
+        checkpoints.wait()
+    print(f"done: {epoch} epochs. Next: python certify.py --workdir={os.path.relpath(workdir)}", flush=True)
+
+
+if __name__ == "__main__":
+    try:
+        app.run(main)
+    except (data.DataError, CheckpointError, training.NonFiniteError, ValueError) as error:
+        # These say what is wrong and what to do; a traceback would only hide it.
+        raise SystemExit(f"train.py: {error}") from None
