@@ -24,7 +24,9 @@ from lipjax import data, reporting, training
 from lipjax.checkpoints import CheckpointError, Checkpoints, load_config
 
 _WORKDIR = flags.DEFINE_string("workdir", "runs/digits", "Folder of a run of train.py.")
-_EPSILON = flags.DEFINE_float("epsilon", None, "l2 radius on pixels in [0, 1]; the configuration's epsilon.test if unset.")
+_EPSILON = flags.DEFINE_float(
+    "epsilon", None, "l2 radius on pixels in [0, 1]; the configuration's epsilon.test if unset."
+)
 _TIER = flags.DEFINE_enum("tier", "probabilistic", lipjax.certificates.TIERS, "Kind of proof.")
 _DELTA = flags.DEFINE_float("failure_probability", 1e-6, "Of all certificates of this run together.")
 _EXAMPLES = flags.DEFINE_integer("examples", None, "Certify so many test images, a fixed random choice; default all.")
@@ -79,9 +81,7 @@ def main(argv):
         )
     say(f"attacking, PGD with {_STEPS.value} steps and {_RESTARTS.value} restarts ...")
     key = jax.random.key(_SEED.value)
-    attack = lipjax.attacks.pgd(
-        network, images, labels, epsilon, steps=_STEPS.value, restarts=_RESTARTS.value, key=key
-    )
+    attack = lipjax.attacks.pgd(network, images, labels, epsilon, steps=_STEPS.value, restarts=_RESTARTS.value, key=key)
     for mode, certificate in certificates.items():
         contradicted = np.flatnonzero(certificate.certified & attack.broken)
         if len(contradicted):
@@ -126,7 +126,12 @@ def main(argv):
     if _CURVE.value:
         say("certified radii for the curve ...")
         found = lipjax.certified_radius(
-            network, images, labels, seed=draw_seed(_SEED.value, len(modes)), max_radius=8 * max(epsilon, 0.01), **arguments
+            network,
+            images,
+            labels,
+            seed=draw_seed(_SEED.value, len(modes)),
+            max_radius=8 * max(epsilon, 0.01),
+            **arguments,
         )
         # Both are certificates of the same statement, so the larger radius holds.
         radii = np.where(local.certified, np.maximum(found.radius, epsilon), found.radius)

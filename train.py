@@ -67,9 +67,7 @@ def main(argv):
 
     # ------------------------------------------------------------------ restore
     with Checkpoints(workdir, keep_last=config.checkpoints.keep) as checkpoints:
-        abstract = jax.tree.map(
-            lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), state, shardings
-        )
+        abstract = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), state, shardings)
         restored = checkpoints.restore_last(abstract)
         epoch = 0
         if restored is not None:
@@ -109,7 +107,9 @@ def main(argv):
                             state, best=jax.device_put(jax.numpy.float32(score), shardings.best)
                         )
                         checkpoints.save_best(
-                            first_step + len(order), nnx.to_pure_dict(nnx.state(state.network)), {"epoch": epoch, **found}
+                            first_step + len(order),
+                            nnx.to_pure_dict(nnx.state(state.network)),
+                            {"epoch": epoch, **found},
                         )
                 else:
                     found = {}

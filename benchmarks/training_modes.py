@@ -25,7 +25,9 @@ def main() -> None:
     parser.add_argument("extra", nargs="*", help="further flags of train.py, after --")
     arguments = parser.parse_args()
 
-    print("| trained with | clean | PGD | certified by `local` | certified by the bound of training | median Lipschitz |")
+    print(
+        "| trained with | clean | PGD | certified by `local` | certified by the bound of training | median Lipschitz |"
+    )
     print("|---|---|---|---|---|---|")
     for mode in MODES:
         found = [run(arguments, mode, seed) for seed in range(arguments.seeds)]

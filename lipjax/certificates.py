@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -161,7 +162,9 @@ def certify(
     share = failure_probability / (_norms_of(layers) * (len(images) + 1))
     with _exact() as dtype:
         network64 = _cast(network, dtype)
-        run = functools.partial(_compiled(_certify_batch, "mode", "failure_probability"), mode=mode, failure_probability=share)
+        run = functools.partial(
+            _compiled(_certify_batch, "mode", "failure_probability"), mode=mode, failure_probability=share
+        )
         key = jax.random.key(seed)
         out = _batched(
             lambda x, y, i: run(network64, x, y, jnp.full(len(x), epsilon, dtype), key, i),
@@ -217,7 +220,9 @@ def certified_radius(
         )
         candidate = np.where(out["correct"], out["radius"], 0)
         radius = np.zeros(len(images))
-        run = functools.partial(_compiled(_certify_batch, "mode", "failure_probability"), mode=mode, failure_probability=share)
+        run = functools.partial(
+            _compiled(_certify_batch, "mode", "failure_probability"), mode=mode, failure_probability=share
+        )
         for attempt, portion in enumerate(RADIUS_SHARES):
             open_ = np.flatnonzero((candidate > 0) & (radius == 0))
             if not len(open_):
@@ -347,7 +352,7 @@ def _radius_batch(network, images, labels, max_radius, *, mode):
     return jax.vmap(one)(images, labels)
 
 
-def _batched(run, images, labels, batch_size, dtype) -> dict[str, np.ndarray]:
+def _batched(run, images, labels, batch_size, dtype) -> dict[str, Any]:
     """Runs ``run(images, labels, indices)`` in batches of one shape (the last one padded); NumPy arrays out."""
     parts = []
     for first in range(0, len(images), batch_size):
@@ -399,7 +404,9 @@ def _check_certifiable(network, tier, failure_probability):
                 )
     for path, leaf in jax.tree_util.tree_leaves_with_path(network):
         if jnp.issubdtype(leaf.dtype, jnp.floating) and jnp.finfo(leaf.dtype).bits < 32:
-            raise ValueError(f"parameter {_name(path)} is stored in {leaf.dtype}: certify a float32 copy of the network.")
+            raise ValueError(
+                f"parameter {_name(path)} is stored in {leaf.dtype}: certify a float32 copy of the network."
+            )
     return layers
 
 

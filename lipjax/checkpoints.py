@@ -18,7 +18,6 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 
-
 class CheckpointError(RuntimeError):
     """A checkpoint could not be written or read; the message says which and what to do."""
 
@@ -98,7 +97,7 @@ def _flat(tree, prefix="") -> dict[str, Any]:
 
 
 def _reason(error: BaseException) -> str:
-    if isinstance(error, OSError) and error.errno == errno.ENOSPC or "No space left" in str(error):
+    if (isinstance(error, OSError) and error.errno == errno.ENOSPC) or "No space left" in str(error):
         return "the disk is full; free space and run the same command again, the last good checkpoint is kept"
     return (str(error).splitlines() or [type(error).__name__])[0]
 
@@ -173,7 +172,10 @@ class Checkpoints:
                 found = self._restore(self._last, step, abstract_state)
             except Exception as error:  # a truncated file surfaces as any of a dozen types
                 problems.append(f"step {step}: {_reason(error)}")
-                print(f"checkpoint {self._last.directory / str(step)} is damaged and skipped: {_reason(error)}", file=sys.stderr)
+                print(
+                    f"checkpoint {self._last.directory / str(step)} is damaged and skipped: {_reason(error)}",
+                    file=sys.stderr,
+                )
                 continue
             for damaged in steps[: steps.index(step)]:
                 self._last.delete(damaged)  # or it would stand in the way when training comes by there again
@@ -197,7 +199,9 @@ class Checkpoints:
         try:
             params, meta = self._restore(self._best, step, abstract_params)
         except Exception as error:
-            raise CheckpointError(f"checkpoint {self._best.directory / str(step)} cannot be read: {_reason(error)}.") from error
+            raise CheckpointError(
+                f"checkpoint {self._best.directory / str(step)} cannot be read: {_reason(error)}."
+            ) from error
         return params, meta
 
     def _restore(self, manager, step, abstract):
@@ -234,4 +238,6 @@ def _copied(tree):
     """A copy whose buffers nobody donates: on CPU a background save would read them after the next step reused them."""
     if jax.default_backend() != "cpu":
         return tree  # the copy to the host is made before save returns
-    return jax.tree.map(lambda leaf: jnp.array(leaf, copy=True) if isinstance(leaf, jax.Array) else np.array(leaf), tree)
+    return jax.tree.map(
+        lambda leaf: jnp.array(leaf, copy=True) if isinstance(leaf, jax.Array) else np.array(leaf), tree
+    )

@@ -170,7 +170,9 @@ def _dataset(name, split, images, labels, levels=None, note="", classes=None) ->
     if images.ndim != 4 or len(images) != len(labels) or len(labels) == 0:
         raise DataError(f"{name}, {split}: images of shape {images.shape} do not fit {len(labels)} labels.")
     if not np.issubdtype(labels.dtype, np.integer) or labels.min() < 0:
-        raise DataError(f"{name}, {split}: labels must be integers from 0 on, got {labels.dtype}, {labels.min()} first.")
+        raise DataError(
+            f"{name}, {split}: labels must be integers from 0 on, got {labels.dtype}, {labels.min()} first."
+        )
     if images.dtype == np.uint8:
         levels = levels or 255.0
     elif np.issubdtype(images.dtype, np.floating):
@@ -192,7 +194,9 @@ def _dataset(name, split, images, labels, levels=None, note="", classes=None) ->
 
 def _pair(name, train, test) -> tuple[Dataset, Dataset]:
     if train.images.shape[1:] != test.images.shape[1:] or train.levels != test.levels:
-        raise DataError(f"{name}: training images {train.images.shape[1:]} differ from test images {test.images.shape[1:]}.")
+        raise DataError(
+            f"{name}: training images {train.images.shape[1:]} differ from test images {test.images.shape[1:]}."
+        )
     classes = max(train.classes, test.classes)
     return dataclasses.replace(train, classes=classes), dataclasses.replace(test, classes=classes)
 
@@ -252,7 +256,9 @@ def _folder(name):
             f"unpack it and give the folder as folder:<path>."
         )
     listed = root / "wnids.txt"
-    names = listed.read_text().split() if listed.is_file() else [p.name for p in (root / "train").iterdir() if p.is_dir()]
+    names = (
+        listed.read_text().split() if listed.is_file() else [p.name for p in (root / "train").iterdir() if p.is_dir()]
+    )
     number = {wnid: i for i, wnid in enumerate(sorted(names))}
     train_files = [
         (path, number[wnid]) for wnid in sorted(number) for path in sorted((root / "train" / wnid).rglob("*.JPEG"))
@@ -296,7 +302,9 @@ def _tfds(name, data_dir, manual_dir):
     except tfds.core.registered.DatasetNotFoundError as error:
         near = difflib.get_close_matches(name, ["digits", *tfds.list_builders(with_community_datasets=False)], n=1)
         hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise DataError(f"there is no data set called {name!r} (digits, npz:, folder: or a TFDS name).{hint}") from error
+        raise DataError(
+            f"there is no data set called {name!r} (digits, npz:, folder: or a TFDS name).{hint}"
+        ) from error
     if not builder.is_prepared():
         _prepare_in_child(name, data_dir, manual_dir)
         builder = tfds.builder(name, data_dir=data_dir, file_format="array_record", try_gcs=False)

@@ -150,9 +150,7 @@ def _window_sum(window, strides, scale, x):
         raise ValueError(f"a pooling window of {window} does not fit an input of shape {x.shape}.")
     batch = (1,) * (x.ndim - 3)
     zero = jnp.zeros((), x.dtype)
-    total = jax.lax.reduce_window(
-        x, zero, jax.lax.add, (*batch, *window, 1), (*batch, *strides, 1), [(0, 0)] * x.ndim
-    )
+    total = jax.lax.reduce_window(x, zero, jax.lax.add, (*batch, *window, 1), (*batch, *strides, 1), [(0, 0)] * x.ndim)
     return scale.astype(x.dtype) * total
 
 
@@ -210,7 +208,7 @@ def _(layer: nnx.Conv) -> LinearOperator:
             )
     else:
         pairs = (padding,) * rank if isinstance(padding, int) else tuple(padding)
-        padding = tuple((p, p) if isinstance(p, int) else tuple(p) for p in pairs)
+        padding = tuple((p, p) if isinstance(p, int) else (p[0], p[1]) for p in pairs)
     apply = functools.partial(
         _apply_convolution,
         _spread(layer.strides, rank),

@@ -15,9 +15,7 @@ from lipjax import activations, operators, spectral
 MODES = ("global", "paper", "local")
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["center", "radius", "lower", "upper"], meta_fields=[]
-)
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["center", "radius", "lower", "upper"], meta_fields=[])
 @dataclasses.dataclass(frozen=True)
 class Region:
     """Where an activation h(x') can be for every x' within epsilon of x: in a ball and in a box.
@@ -207,7 +205,9 @@ def walk(
     for sigma in norms:
         lipschitz = lipschitz * sigma
     if center.ndim != 1 and region.center.ndim != 1:
-        raise ValueError(f"the logits must have one axis, got shape {region.center.shape}: a lipjax.Flatten is missing.")
+        raise ValueError(
+            f"the logits must have one axis, got shape {region.center.shape}: a lipjax.Flatten is missing."
+        )
     kept = {name: tuple(vectors_) for name, vectors_ in vectors.items() if name in VECTORS_OF[mode]}
     return Bound(region.center, lipschitz, tuple(norms), tuple(regions), penultimate, kept)
 
@@ -338,7 +338,7 @@ def bound(
     starts = vectors
 
     def power(name):
-        salt = VECTORS_OF[mode].index(name)
+        salt = ("local", "global").index(name)
 
         def norm(k, operator, like, mask_in, mask_out):
             if starts is None:
@@ -352,5 +352,4 @@ def bound(
 
     if mode not in MODES:
         raise ValueError(f"mode must be one of {', '.join(MODES)}, got {mode!r}.")
-    norms = {name: power(name) for name in VECTORS_OF[mode]}
-    return walk(layers, x, epsilon, mode, norms.get("local"), norms.get("global"))
+    return walk(layers, x, epsilon, mode, power("local"), power("global"))

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import numpy as np
 from rich.console import Console
-from rich.progress import BarColumn, Progress as Bar, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
 from rich.table import Table
 
 # ---------------------------------------------------------------------------------------------------- training
@@ -196,10 +197,14 @@ def plot_curve(path: Path, run: dict, radii: np.ndarray, pgd: dict[float, float]
     axes.plot(grid, certified, color="tab:blue", label=label)
     axes.fill_between(grid, certified, np.interp(grid, list(pgd), list(pgd.values())), color="0.92", label="undecided")
     for marker, (mode, accuracy) in zip("sD^v", points.items(), strict=False):
-        axes.plot(run["epsilon"], accuracy, marker, color="black", label=f"certified at ε, {mode}: {100 * accuracy:.1f} %")
+        axes.plot(
+            run["epsilon"], accuracy, marker, color="black", label=f"certified at ε, {mode}: {100 * accuracy:.1f} %"
+        )
     axes.axvline(run["epsilon"], color="0.6", linestyle=":")
     axes.set(xlabel="ε (ℓ2 radius, pixels in [0, 1])", ylabel="accuracy", ylim=(0, 1.02), xlim=(0, max(pgd)))
-    axes.set_title(f"{run['data']}, {run['split']} split, {run['examples']} images, training seed {run['training_seed']}")
+    axes.set_title(
+        f"{run['data']}, {run['split']} split, {run['examples']} images, training seed {run['training_seed']}"
+    )
     axes.legend(fontsize=8)
     figure.savefig(path, dpi=150)
     plt.close(figure)

@@ -1,0 +1,74 @@
+"""What the tests share: real data beside the checkout, small nets, a dense oracle."""
+
+import os
+from pathlib import Path
+
+# Before JAX starts: eight CPU devices would slow every test down, so the sharding tests ask for them in a process of
+# their own.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# The tests compile much and compute little.
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+import lipjax
+
+ROOT = Path(__file__).resolve().parents[1]
+SHARED = ROOT.parent / "shared"
+
+
+@pytest.fixture
+def x64():
+    """float64 for one test."""
+    with jax.enable_x64(True):
+        yield
+
+
+@pytest.fixture
+def shared():
+    """The folder of real data and golden cases beside the checkout; skips where it is absent."""
+    if not SHARED.is_dir():
+        pytest.skip(f"{SHARED} is not here: no golden cases and no real data to test against")
+    return SHARED
+
+
+ACTIVATIONS = ("relu", "clipped_relu", "maxmin", "clipped_maxmin")
+
+
+def tiny_net(activation: str, seed: int = 0, threshold: float = 0.3, scale: float = 1.0) -> nnx.Sequential:
+    """6x6x2 images, two convolutions and two dense layers, random biases, small enough for explicit matrices."""
+    rngs = nnx.Rngs(seed)
+
+    def act(shape):
+        return {
+            "relu": lipjax.ReLU,
+            "maxmin": lipjax.MaxMin,
+            "clipped_relu": lambda: lipjax.ClippedReLU(shape, threshold=threshold),
+            "clipped_maxmin": lambda: lipjax.ClippedMaxMin(shape, upper=threshold, lower=-threshold),
+        }[activation]()
+
+    bias = jax.nn.initializers.normal(0.3)
+    net = nnx.Sequential(
+        nnx.Conv(2, 4, (3, 3), padding=1, rngs=rngs, bias_init=bias),
+        act((6, 6, 4)),
+        nnx.Conv(4, 6, (4, 4), strides=2, padding=1, rngs=rngs, bias_init=bias),
+        act((3, 3, 6)),
+        lipjax.Flatten(),
+        nnx.Linear(54, 12, rngs=rngs, bias_init=bias),
+        act((12,)),
+        nnx.Linear(12, 4, rngs=rngs, bias_init=bias),
+    )
+    for layer in net.layers:
+        if hasattr(layer, "kernel"):
+            layer.kernel[...] = layer.kernel[...] * scale
+    return net
+
+
+def dense_matrix(function, shape) -> np.ndarray:
+    """The explicit matrix of a linear function, column by column."""
+    size = int(np.prod(shape))
+    columns = [np.asarray(function(jax.numpy.asarray(e.reshape(shape)))).reshape(-1) for e in np.eye(size)]
+    return np.stack(columns, axis=1)

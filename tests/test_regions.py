@@ -1,0 +1,309 @@
+"""Regions and bounds: against explicit matrices, sampling, the golden cases, and the order of the modes."""
+
+import functools
+import itertools
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import ACTIVATIONS, dense_matrix, tiny_net
+from flax import nnx
+
+import lipjax
+from lipjax import losses, operators, regions
+
+CONVERGED = 400
+
+
+@functools.partial(jax.jit, static_argnames=("mode", "iterations"))
+def jitted_bound(net, x, epsilon, *, mode="local", iterations=CONVERGED):
+    return lipjax.bound(net, x, epsilon, mode=mode, iterations=iterations)
+
+
+jitted_worst = jax.jit(lipjax.worst_logits)
+
+
+def images(count, seed=0, shape=(6, 6, 2)):
+    return np.random.default_rng(seed).uniform(0, 1, (count, *shape))
+
+
+def cast64(net):
+    return jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float64), net)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("mode", regions.MODES)
+def test_each_norm_is_the_spectral_norm_of_the_explicit_masked_matrix(x64, activation, mode):
+    net, x, epsilon = cast64(tiny_net(activation)), jnp.asarray(images(1)[0]), 0.15
+    bound = jitted_bound(net, x, epsilon, mode=mode, iterations=4000)
+    layers = regions.layers_of(net)
+    before = regions.Region(x, epsilon, x - epsilon, x + epsilon)
+    k = 0
+    for i, layer in enumerate(layers[:-1]):
+        if operators.is_affine(layer):
+            matrix = dense_matrix(operators.linear_operator(layer), before.center.shape)
+            if mode != "global":
+                columns = np.asarray(before.varies).reshape(-1)
+                rows = naive_rows(activation, bound.regions[i], layers[i + 1], mode)
+                matrix = matrix[rows][:, columns]
+            expected = np.linalg.svd(matrix, compute_uv=False)[0] if matrix.size else 0.0
+            np.testing.assert_allclose(bound.norms[k], expected, rtol=1e-6)
+            k += 1
+        before = bound.regions[i]
+    np.testing.assert_allclose(bound.lipschitz, np.prod(bound.norms), rtol=1e-12)
+
+
+def naive_rows(activation, region, layer, mode):
+    """Which rows matter, found one neuron at a time from the definition."""
+    lower, upper = np.asarray(region.lower), np.asarray(region.upper)
+    varies = np.asarray(layer(region.lower)) != np.asarray(layer(region.upper))
+    if "relu" in activation:
+        return varies.reshape(-1)
+    if mode == "paper":
+        return np.ones(lower.size, bool)
+    rows, half = np.zeros(lower.shape, bool), lower.shape[-1] // 2
+    for index in np.ndindex(*lower.shape[:-1], half):
+        a, b = index, (*index[:-1], index[-1] + half)
+        if lower[a] >= upper[b]:
+            rows[a], rows[b] = varies[a], varies[b]
+        elif lower[b] >= upper[a]:
+            rows[b], rows[a] = varies[a], varies[b]
+        else:
+            rows[a] = rows[b] = varies[a] | varies[b]
+    return rows.reshape(-1)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("mode", regions.MODES)
+def test_every_region_contains_what_sampling_reaches(x64, activation, mode):
+    net, epsilon = cast64(tiny_net(activation, seed=1)), 0.3
+    rng = np.random.default_rng(2)
+    for x in jnp.asarray(images(3, seed=1)):
+        bound = jitted_bound(net, x, epsilon, mode=mode)
+        directions = rng.normal(size=(300, *x.shape))
+        directions *= epsilon / np.linalg.norm(directions.reshape(300, -1), axis=1)[:, None, None, None]
+        h = x + jnp.asarray(directions)
+        for layer, region in zip(net.layers, bound.regions, strict=True):
+            h = jax.vmap(layer)(h)
+            moved = np.linalg.norm(np.asarray(h - region.center).reshape(300, -1), axis=1)
+            assert np.all(region.radius * (1 + 1e-6) - moved >= 0)
+            assert np.all(np.asarray(h) >= np.asarray(region.lower) - 1e-12)
+            assert np.all(np.asarray(h) <= np.asarray(region.upper) + 1e-12)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_local_is_at_most_paper_is_at_most_global(x64, activation):
+    net = cast64(tiny_net(activation, seed=3))
+    for x, epsilon in itertools.product(jnp.asarray(images(4, seed=4)), [0.01, 0.1, 0.5, 2.0]):
+        found = [jitted_bound(net, x, epsilon, mode=m) for m in ("local", "paper", "global")]
+        margins = [jitted_worst(net, b, 0) for b in found]
+        for smaller, larger, tight, loose in zip(found, found[1:], margins, margins[1:], strict=False):
+            assert smaller.lipschitz <= larger.lipschitz * (1 + 1e-6)
+            assert smaller.penultimate.radius <= larger.penultimate.radius * (1 + 1e-6)
+            assert np.all(tight <= loose + 1e-6 * np.abs(loose).max())
+
+
+def test_masks_bite_in_the_nets_of_these_tests(x64):
+    """Otherwise the tests above would compare equal things."""
+    for activation in ("clipped_relu", "clipped_maxmin"):
+        net, x = cast64(tiny_net(activation)), jnp.asarray(images(1)[0])
+        local, glob = (jitted_bound(net, x, 0.15, mode=m) for m in ("local", "global"))
+        assert local.lipschitz < 0.9 * glob.lipschitz
+
+
+@pytest.mark.parametrize("mode", regions.MODES)
+def test_gradient_of_the_bound_is_that_of_finite_differences(x64, mode):
+    net, x = cast64(tiny_net("clipped_relu", seed=5)), jnp.asarray(images(1, seed=5)[0])
+
+    @jax.jit
+    def objective(net):
+        bound = lipjax.bound(net, x, 0.1, mode=mode, iterations=30_000)
+        return jnp.max(lipjax.worst_logits(net, bound, 1)) + bound.lipschitz + losses.sparsity(net, bound)
+
+    gradient = jax.grad(objective)(net)
+    leaves, structure = jax.tree.flatten(net)
+    slopes = jax.tree.leaves(gradient)
+    rng = np.random.default_rng(0)
+    for i, (leaf, slope) in enumerate(zip(leaves, slopes, strict=True)):
+        direction = jnp.asarray(rng.normal(size=leaf.shape))
+        h = 1e-6
+
+        def shifted(sign, i=i, direction=direction, h=h):
+            moved = [v + sign * h * direction if j == i else v for j, v in enumerate(leaves)]
+            return objective(jax.tree.unflatten(structure, moved))
+
+        numeric = (shifted(1) - shifted(-1)) / (2 * h)
+        np.testing.assert_allclose(jnp.sum(slope * direction), numeric, rtol=2e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("mode", regions.MODES)
+def test_value_and_gradient_are_finite_in_degenerate_cases(activation, mode):
+    plain, x = tiny_net(activation), jnp.asarray(images(1)[0], jnp.float32)
+    masked = tiny_net(activation)
+    for layer in masked.layers:  # far below 0: every ReLU is off, every clipped pair half constant
+        if hasattr(layer, "bias"):
+            layer.bias[...] = layer.bias[...] - 100.0
+    zero = jax.tree.map(jnp.zeros_like, plain)
+
+    def objective(net, epsilon):
+        bound = lipjax.bound(net, x, epsilon, mode=mode, iterations=2)
+        loss = losses.bcp(net, bound, 0, 0.3) + losses.gloro(net, bound, 1) + losses.sparsity(net, bound)
+        return loss, (bound, lipjax.worst_logits(net, bound, 0))
+
+    run = jax.jit(jax.value_and_grad(objective, has_aux=True))
+    for case, net, epsilon in (
+        ("epsilon 0", plain, 0.0),
+        ("all masked", masked, 0.2),
+        ("zero weights", zero, 0.2),
+        ("huge epsilon", plain, 1e4),
+    ):
+        (value, (bound, worst)), gradient = run(net, epsilon)
+        assert np.isfinite(value), case
+        assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(gradient)), case
+        if case == "epsilon 0":
+            np.testing.assert_allclose(worst, bound.logits, atol=1e-5)
+        if mode != "global" and (case == "epsilon 0" or (case == "all masked" and "relu" in activation)):
+            assert bound.lipschitz == 0, case
+
+
+def test_bound_goes_through_jit_vmap_and_grad():
+    net, batch = tiny_net("clipped_maxmin"), jnp.asarray(images(3), jnp.float32)
+    together = jax.jit(jax.vmap(lambda x: lipjax.bound(net, x, 0.1)))(batch)
+    alone = [lipjax.bound(net, x, 0.1) for x in batch]
+    np.testing.assert_allclose(together.lipschitz, [b.lipschitz for b in alone], rtol=1e-4)
+    np.testing.assert_allclose(together.logits, jax.vmap(net)(batch), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("case", ["tiny_relux", "tiny_clmaxmin", "tiny_standrelu"])
+@pytest.mark.parametrize("suffix", ["", "_scaled"])
+def test_paper_mode_equals_the_golden_cases_of_the_papers_code(x64, shared, case, suffix):
+    file = np.load(shared / "golden" / f"{case}{suffix}.npz")
+    meta, net = json.loads(str(file["meta"])), golden_net(file)
+    x, y = jnp.asarray(nhwc(file["x"].astype(np.float64))), jnp.asarray(file["y"])
+    bound = jax.jit(jax.vmap(lambda x: lipjax.bound(net, x, float(file["eps"]), mode="paper", iterations=3000)))(x)
+
+    def equal(ours, theirs):
+        ours, theirs = np.asarray(ours), np.asarray(theirs, np.float64)
+        np.testing.assert_allclose(ours, theirs, rtol=1e-6, atol=1e-6 * np.abs(theirs).max())
+
+    equal(bound.logits, file["logits"])
+    equal(bound.lipschitz, file["lip"])
+    equal(bound.penultimate.radius, file["r_pen"])
+    equal(bound.penultimate.center, file["pen_mu"])
+    equal((bound.penultimate.lower + bound.penultimate.upper) / 2, file["pen_ibp_mu"])
+    equal((bound.penultimate.upper - bound.penultimate.lower) / 2, file["pen_ibp_r"])
+    glob = jitted_bound(net, x[0], 0.1, mode="global", iterations=3000)
+    k = 0
+    for position, entry in enumerate(meta["layers"]):
+        i = entry["i"]
+        if f"ibpmu{i}" not in file:
+            continue
+        region = bound.regions[i]
+        equal((region.lower + region.upper) / 2, nhwc(file[f"ibpmu{i}"]))
+        equal((region.upper - region.lower) / 2, nhwc(file[f"ibpr{i}"]))
+        equal(bound.norms[k], file[f"lsn{i}"])
+        equal(glob.norms[k], file[f"gsn{i}"])
+        mask = next(name for name in (f"mask{i}", f"mask{i + 1}") if name in file)
+        assert np.array_equal(bound.regions[position + 1].varies, nhwc(file[mask]).astype(bool))
+        k += 1
+    equal(jax.vmap(lambda b, y: lipjax.worst_logits(net, b, y))(bound, y), file["worst_bcp"])
+    equal(jax.vmap(lambda b, y: losses.gloro_logits(net, b, y))(bound, y), file["worst_gloro"])
+    equal(jnp.mean(jax.vmap(lambda b, y: losses.bcp(net, b, y, 0.0))(bound, y)), file["loss_bcp"])
+    equal(jnp.mean(jax.vmap(lambda b, y: losses.gloro(net, b, y))(bound, y)), file["loss_gloro"])
+    if "sparse" in file:
+        equal(jnp.mean(jax.vmap(lambda b: losses.sparsity(net, b))(bound)), file["sparse"])
+
+
+def nhwc(array):
+    return array.transpose(0, 2, 3, 1) if array.ndim == 4 else array
+
+
+def golden_net(file) -> nnx.Sequential:
+    """The net of a golden case, from PyTorch's layout to ours."""
+    layers, flattened = [], None
+
+    def param(name):
+        return jnp.asarray(nhwc(file[name].astype(np.float64))[0])
+
+    for entry in json.loads(str(file["meta"]))["layers"]:
+        i, kind = entry["i"], entry["type"]
+        if kind == "Conv2d":
+            size = (entry["kernel"],) * 2
+            geometry = {"strides": entry["stride"], "padding": entry["padding"]}
+            layer = nnx.Conv(entry["in"][0], entry["cout"], size, **geometry, rngs=nnx.Rngs(0))
+            layer.kernel = nnx.Param(jnp.asarray(file[f"w{i}"].astype(np.float64).transpose(2, 3, 1, 0)))
+        elif kind == "Linear":
+            weight = file[f"w{i}"].astype(np.float64)
+            if flattened:
+                weight = weight.reshape(-1, *flattened).transpose(0, 2, 3, 1).reshape(weight.shape)
+                flattened = None
+            layer = nnx.Linear(weight.shape[1], weight.shape[0], rngs=nnx.Rngs(0))
+            layer.kernel = nnx.Param(jnp.asarray(weight.T))
+        elif kind == "Flatten":
+            layer, flattened = lipjax.Flatten(), entry["in"]
+        elif kind == "ReLU_x":
+            layer = lipjax.ClippedReLU(1)
+            layer.threshold = nnx.Param(param(f"thr{i}"))
+        elif kind == "ClampGroupSort":
+            layer = lipjax.ClippedMaxMin(2)
+            layer.upper, layer.lower = nnx.Param(param(f"max{i}")), nnx.Param(param(f"min{i}"))
+        else:
+            assert kind == "ReLU"
+            layer = lipjax.ReLU()
+        if kind in ("Conv2d", "Linear"):
+            layer.bias = nnx.Param(jnp.asarray(file[f"b{i}"].astype(np.float64)))
+        layers.append(layer)
+    return nnx.Sequential(*layers)
+
+
+class Unknown(nnx.Module):
+    def __call__(self, x):
+        return 3 * x
+
+
+class Doubled(nnx.Linear):
+    """A subclass that computes something else: its parent's view would be wrong by a factor."""
+
+    def __call__(self, x, **kwargs):
+        return 2 * super().__call__(x, **kwargs)
+
+
+@pytest.mark.parametrize("layer", [Unknown(), nnx.relu, Doubled(3, 3, rngs=nnx.Rngs(0)), nnx.Dropout(0.1)])
+def test_an_unregistered_layer_is_an_error_that_names_it(layer):
+    net = nnx.Sequential(nnx.Linear(3, 3, rngs=nnx.Rngs(0)), layer, nnx.Linear(3, 2, rngs=nnx.Rngs(0)))
+    name = getattr(layer, "__name__", type(layer).__name__)
+    with pytest.raises(TypeError, match=f"layer 1.*{name}.*not known"):
+        lipjax.bound(net, jnp.ones(3), 0.1)
+
+
+def test_bad_arguments_are_errors_that_name_the_value():
+    net, x = tiny_net("relu"), jnp.ones((6, 6, 2))
+    for epsilon in (-0.1, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match=str(epsilon)):
+            lipjax.bound(net, x, epsilon)
+    with pytest.raises(ValueError, match=r"layer 0, Conv.*shape"):
+        lipjax.bound(net, jnp.ones((6, 6, 3)), 0.1)
+    with pytest.raises(ValueError, match="layer 0, Conv"):
+        lipjax.bound(net, jnp.ones((5, 6, 6, 2)), 0.1)
+    with pytest.raises(ValueError, match="'locale'"):
+        lipjax.bound(net, x, 0.1, mode="locale")
+    with pytest.raises(ValueError, match="-1"):
+        lipjax.bound(net, x, 0.1, iterations=-1)
+    with pytest.raises(TypeError, match="int32"):
+        lipjax.bound(net, jnp.ones((6, 6, 2), jnp.int32), 0.1)
+    with pytest.raises(ValueError, match=r"0\.\.3"):
+        lipjax.worst_logits(net, lipjax.bound(net, x, 0.1), 4)
+    with pytest.raises(TypeError, match=r"nnx.Sequential.*Linear"):
+        lipjax.bound(nnx.Linear(3, 3, rngs=nnx.Rngs(0)), jnp.ones(3), 0.1)
+    with pytest.raises(TypeError, match="end in an affine layer"):
+        lipjax.bound(nnx.Sequential(nnx.Linear(3, 3, rngs=nnx.Rngs(0)), lipjax.ReLU()), jnp.ones(3), 0.1)
+
+
+def test_a_nan_in_the_input_spreads_and_is_never_masked_away():
+    net = tiny_net("clipped_relu")
+    bound = lipjax.bound(net, jnp.full((6, 6, 2), jnp.nan), 0.1)
+    assert np.isnan(lipjax.worst_logits(net, bound, 0)[1:]).all()
+    assert not np.isfinite(bound.lipschitz)
