@@ -186,7 +186,7 @@ def make_step(config, transform: optax.GradientTransformation, steps_per_epoch: 
             )
         if "global" in state.vectors:
             starts["global"] = tuple(
-                spectral.refresh(stored.astype(jnp.float32), jax.random.fold_in(fresh_key, -1 - n))
+                spectral.refresh(stored.astype(jnp.float32), jax.random.fold_in(fresh_key, 2**31 - 1 - n))
                 for n, stored in enumerate(state.vectors["global"])
             )
         axes = {name: 0 if name == "local" else None for name in starts}
