@@ -1,0 +1,132 @@
+"""Linear views: against the layer itself and against the explicit matrix."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import dense_matrix
+from flax import nnx
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import lipjax
+from lipjax import operators
+
+
+def check(layer, shape):
+    """apply, transpose, |W| and row norms of a layer's view against its explicit matrix."""
+    layer = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float64), layer)
+    view = lipjax.linear_operator(layer)
+    x = jnp.asarray(np.random.default_rng(0).normal(size=shape))
+    zero = layer(jnp.zeros(shape))
+    matrix = dense_matrix(lambda e: layer(e) - zero, shape)
+    np.testing.assert_allclose(view.affine(x), layer(x), atol=1e-12)
+    np.testing.assert_allclose(view(x).reshape(-1), matrix @ x.reshape(-1), atol=1e-12)
+    y = jnp.asarray(np.random.default_rng(1).normal(size=zero.shape))
+    np.testing.assert_allclose(view.transpose(x)(y).reshape(-1), matrix.T @ y.reshape(-1), atol=1e-12)
+    np.testing.assert_allclose(view.absolute(jnp.abs(x)).reshape(-1), np.abs(matrix) @ np.abs(x).reshape(-1), atol=1e-12)
+    mask = np.random.default_rng(2).uniform(size=shape) < 0.5
+    rows = np.linalg.norm(matrix * mask.reshape(-1), axis=1)
+    np.testing.assert_allclose(view.row_norms(jnp.asarray(mask)).reshape(-1), rows, atol=1e-12)
+    small = view.materialized(x)
+    np.testing.assert_allclose(small.affine(x), layer(x), atol=1e-12)
+    if view.kernel_row_norms is not None:
+        whole = np.linalg.norm(matrix, axis=1).reshape(zero.shape)
+        assert np.all(np.broadcast_to(view.kernel_row_norms, zero.shape) >= whole - 1e-12)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    kernel=st.tuples(st.integers(1, 3), st.integers(1, 4)),
+    strides=st.sampled_from([1, 2, (1, 2), None]),
+    padding=st.sampled_from(["SAME", "VALID", 0, 1, (1, 2), ((0, 1), (2, 0)), "CIRCULAR"]),
+    dilation=st.sampled_from([1, (2, 1)]),
+    input_dilation=st.sampled_from([1, 2]),
+    groups=st.sampled_from([1, 2]),
+    bias=st.booleans(),
+)
+def test_a_convolutions_view_equals_its_explicit_matrix(kernel, strides, padding, dilation, input_dilation, groups, bias):
+    with jax.enable_x64(True):
+        layer = nnx.Conv(
+            2,
+            4,
+            kernel,
+            strides=strides,
+            padding=padding,
+            kernel_dilation=dilation,
+            input_dilation=input_dilation,
+            feature_group_count=groups,
+            use_bias=bias,
+            rngs=nnx.Rngs(0),
+        )
+        check(layer, (6, 5, 2))
+
+
+def test_dense_and_pooling_views_equal_their_explicit_matrices(x64):
+    check(nnx.Linear(5, 3, rngs=nnx.Rngs(0)), (5,))
+    check(nnx.Linear(5, 3, use_bias=False, rngs=nnx.Rngs(0)), (2, 5))
+    check(lipjax.AveragePool(2), (4, 6, 3))
+    check(lipjax.AveragePool((3, 2), strides=1), (4, 4, 2))
+    check(nnx.Conv(2, 3, (3,), padding="CAUSAL", rngs=nnx.Rngs(0)), (7, 2))
+
+
+def test_float32_and_float64_views_agree():
+    layer = nnx.Conv(3, 4, (3, 3), strides=2, padding="SAME", rngs=nnx.Rngs(0))
+    x = np.random.default_rng(0).normal(size=(7, 6, 3))
+    single = lipjax.linear_operator(layer).affine(jnp.asarray(x, jnp.float32))
+    with jax.enable_x64(True):
+        wide = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float64), layer)
+        double = lipjax.linear_operator(wide).affine(jnp.asarray(x))
+        np.testing.assert_allclose(single, double, rtol=1e-5, atol=1e-5)
+
+
+def test_paddings_that_repeat_an_input_in_a_row_are_errors():
+    with pytest.raises(ValueError, match="REFLECT"):
+        lipjax.linear_operator(nnx.Conv(1, 1, (3, 3), padding="REFLECT", rngs=nnx.Rngs(0)))
+    view = lipjax.linear_operator(nnx.Conv(1, 1, (5, 5), padding="CIRCULAR", rngs=nnx.Rngs(0)))
+    with pytest.raises(ValueError, match="circular"):
+        view(jnp.ones((4, 4, 1)))
+
+
+def test_layers_with_arithmetic_of_their_own_are_errors():
+    own = lambda *a, **k: 2 * jax.lax.dot_general(*a, **k)  # noqa: E731
+    with pytest.raises(ValueError, match="dot_general"):
+        lipjax.linear_operator(nnx.Linear(2, 2, dot_general=own, rngs=nnx.Rngs(0)))
+    twice = lambda *a, **k: 2 * jax.lax.conv_general_dilated(*a, **k)  # noqa: E731
+    with pytest.raises(ValueError, match="conv_general_dilated"):
+        lipjax.linear_operator(nnx.Conv(1, 1, (1, 1), conv_general_dilated=twice, rngs=nnx.Rngs(0)))
+
+
+class Raw(nnx.Module):
+    """A layer of somebody's own, on raw arrays."""
+
+    def __init__(self, weight):
+        self.weight = nnx.Param(weight)
+
+    def __call__(self, x):
+        return self.weight[...] @ x
+
+
+def test_a_registered_layer_of_ones_own_is_bounded(x64):
+    raw = Raw(jnp.asarray(np.random.default_rng(0).normal(size=(3, 4))))
+    net = nnx.Sequential(raw, lipjax.ReLU(), nnx.Linear(3, 2, rngs=nnx.Rngs(0), param_dtype=jnp.float64))
+    with pytest.raises(TypeError, match="Raw"):
+        lipjax.bound(net, jnp.ones(4), 0.1)
+    lipjax.linear_operator.register(Raw)(lambda layer: lipjax.LinearOperator(jnp.matmul, layer.weight[...]))
+    bound = lipjax.bound(net, jnp.ones(4), 0.1, mode="global", iterations=500)
+    np.testing.assert_allclose(bound.lipschitz, np.linalg.norm(np.asarray(raw.weight[...]), 2), rtol=1e-9)
+
+
+def test_from_matrix_refuses_a_wrong_shape():
+    with pytest.raises(ValueError, match=r"\(6, 4\)"):
+        lipjax.LinearOperator.from_matrix(jnp.ones((4, 6)), (2, 2), (6,))
+
+
+def test_square_roots_have_gradient_zero_at_zero():
+    assert jax.grad(operators.safe_sqrt)(0.0) == 0
+    assert np.all(jax.grad(operators.safe_norm)(jnp.zeros(3)) == 0)
+    assert np.isnan(operators.safe_sqrt(jnp.nan))
+    for value in itertools.chain([1e-20, 1.0, 4.0]):
+        np.testing.assert_allclose(operators.safe_sqrt(value), value**0.5, rtol=1e-6)
