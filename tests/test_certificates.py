@@ -16,9 +16,7 @@ def batch(count=12, seed=0, shape=(6, 6, 2)):
 
 def linear_net(scale=1.0, bias=(0.0, 0.0)):
     """Logits (x0, x1) behind an identity layer with plain ReLU: the radius is known exactly."""
-    net = nnx.Sequential(
-        nnx.Linear(2, 2, rngs=nnx.Rngs(0)), lipjax.ReLU(), nnx.Linear(2, 2, rngs=nnx.Rngs(0))
-    )
+    net = nnx.Sequential(nnx.Linear(2, 2, rngs=nnx.Rngs(0)), lipjax.ReLU(), nnx.Linear(2, 2, rngs=nnx.Rngs(0)))
     net.layers[0].kernel[...] = jnp.eye(2)
     net.layers[2].kernel[...] = scale * jnp.eye(2)
     net.layers[2].bias[...] = jnp.array(bias)
@@ -32,7 +30,7 @@ def test_certified_examples_are_never_broken_by_attack_or_sampling(activation):
     assert np.sum(radius.radius > 0) > 10
     rows = np.flatnonzero(radius.radius > 0)
     attack = lipjax.attacks.pgd(
-        net, x[rows], radius.predicted[rows], radius.radius[rows] * 0.9999, steps=100, restarts=20, clip=None
+        net, x[rows], radius.predicted[rows], radius.radius[rows] * 0.9999, steps=100, restarts=5, clip=None
     )
     assert not attack.broken.any()
     noise = np.random.default_rng(0).normal(size=(200, *x[rows].shape)).astype(np.float32)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from conftest import dense_matrix
 from flax import nnx
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 import lipjax
@@ -26,7 +26,9 @@ def check(layer, shape):
     np.testing.assert_allclose(view(x).reshape(-1), matrix @ x.reshape(-1), atol=1e-12)
     y = jnp.asarray(np.random.default_rng(1).normal(size=zero.shape))
     np.testing.assert_allclose(view.transpose(x)(y).reshape(-1), matrix.T @ y.reshape(-1), atol=1e-12)
-    np.testing.assert_allclose(view.absolute(jnp.abs(x)).reshape(-1), np.abs(matrix) @ np.abs(x).reshape(-1), atol=1e-12)
+    np.testing.assert_allclose(
+        view.absolute(jnp.abs(x)).reshape(-1), np.abs(matrix) @ np.abs(x).reshape(-1), atol=1e-12
+    )
     mask = np.random.default_rng(2).uniform(size=shape) < 0.5
     rows = np.linalg.norm(matrix * mask.reshape(-1), axis=1)
     np.testing.assert_allclose(view.row_norms(jnp.asarray(mask)).reshape(-1), rows, atol=1e-12)
@@ -47,7 +49,10 @@ def check(layer, shape):
     groups=st.sampled_from([1, 2]),
     bias=st.booleans(),
 )
-def test_a_convolutions_view_equals_its_explicit_matrix(kernel, strides, padding, dilation, input_dilation, groups, bias):
+def test_a_convolutions_view_equals_its_explicit_matrix(
+    kernel, strides, padding, dilation, input_dilation, groups, bias
+):
+    assume(not (isinstance(padding, str) and input_dilation > 1))  # lax takes no padding by name there
     with jax.enable_x64(True):
         layer = nnx.Conv(
             2,
