@@ -19,7 +19,7 @@ TIERS = ("probabilistic",)
 # estimate, because a polynomial scaled to less than the true norm grows fast.
 INFLATION = 0.01
 SCALE_SLACK = 1.002
-SCALE_ITERATIONS = 30
+SCALE_ITERATIONS = 60
 RADIUS_ITERATIONS = 15
 # Entries up to which a layer's matrix is written out (float64: 16 MB).
 SMALL_MATRIX = 2**21

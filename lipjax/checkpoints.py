@@ -149,7 +149,10 @@ class Checkpoints:
                 # A run that was killed after this save and before the next state comes by here again with equal content.
                 return
             manager.save(
-                step, args=ocp.args.Composite(state=ocp.args.StandardSave(_copied(tree)), meta=ocp.args.JsonSave(meta))
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardSave(_copied(_named(tree))), meta=ocp.args.JsonSave(meta)
+                ),
             )
         except Exception as error:  # Orbax raises many kinds, also those of an earlier background save
             raise CheckpointError(f"saving step {step} to {manager.directory} failed: {_reason(error)}.") from error
@@ -205,16 +208,15 @@ class Checkpoints:
         return params, meta
 
     def _restore(self, manager, step, abstract):
+        named = _named(abstract)
         found = manager.restore(
-            step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract), meta=ocp.args.JsonRestore())
+            step, args=ocp.args.Composite(state=ocp.args.StandardRestore(named), meta=ocp.args.JsonRestore())
         )
-        for (path, wanted), got in zip(
-            jax.tree_util.tree_leaves_with_path(abstract), jax.tree.leaves(found.state), strict=True
-        ):
-            if wanted.shape != got.shape:
-                name = jax.tree_util.keystr(path, simple=True, separator=".")
-                raise ValueError(f"{name} has shape {got.shape}, the network's has {wanted.shape}")
-        return found.state, found.meta
+        for name, wanted in named.items():
+            if wanted.shape != found.state[name].shape:
+                raise ValueError(f"{name} has shape {found.state[name].shape}, the network's has {wanted.shape}")
+        leaves = [found.state[name] for name in named]
+        return jax.tree.unflatten(jax.tree.structure(abstract), leaves), found.meta
 
     def wait(self) -> None:
         """Returns when everything that was saved is on disk; raises what a background save met."""
@@ -232,6 +234,14 @@ class Checkpoints:
         finally:
             for manager in (self._last, self._best):
                 manager.close()
+
+
+def _named(tree) -> dict[str, Any]:
+    """The leaves by their path: Orbax cannot sort the mixed keys (numbers and words) of an nnx.Sequential."""
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="."): leaf
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
 
 
 def _copied(tree):

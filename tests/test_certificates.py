@@ -57,7 +57,7 @@ def test_certified_norms_are_at_least_converged_estimates_and_close():
         c = lipjax.certify(net, x, None, 0.1, mode=mode)
         e = lipjax.estimate(net, x, None, 0.1, mode=mode, iterations=3000)
         assert np.all(c.norms >= e.norms * (1 - 1e-5))
-        assert np.all(c.norms <= e.norms * 1.05 + 1e-9)
+        assert np.all(c.norms <= e.norms * 1.1 + 1e-9)
         assert c.tier == "probabilistic" and c.precision == "float64" and e.tier == "estimate"
 
 

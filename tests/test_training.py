@@ -23,7 +23,6 @@ SMALL = [
     "--config.optimizer.decay_start=2.0",
     "--config.evaluation.every=2",
     "--config.checkpoints.every=1",
-    "--config.model.widths=(4,)",
 ]
 
 
