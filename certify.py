@@ -4,8 +4,8 @@
     python certify.py --workdir=runs/cifar10 --epsilon=0.141 --examples=1000
 
 Prints accuracies (clean, under PGD attack, certified by the bounds global, paper and local side by side) and writes to
-workdir/certification: summary.json, examples.npz and examples.csv (per image), and curve.png (certified accuracy against
-epsilon, below the PGD curve).
+workdir/certification: summary.json, examples.npz and examples.csv (per image), curve.png (certified accuracy against
+epsilon, below the PGD curve), and certificate.npz, which `python -m lipjax.check` derives once more with other code.
 """
 
 import os
@@ -28,7 +28,21 @@ _EPSILON = flags.DEFINE_float(
     "epsilon", None, "l2 radius on pixels in [0, 1]; the configuration's epsilon.test if unset."
 )
 _TIER = flags.DEFINE_enum("tier", "probabilistic", lipjax.certificates.TIERS, "Kind of proof.")
-_DELTA = flags.DEFINE_float("failure_probability", 1e-6, "Of all certificates of this run together.")
+_DELTA = flags.DEFINE_float(
+    "failure_probability", 1e-6, "Of all certificates of this run together, in tier probabilistic."
+)
+_ARITHMETIC = flags.DEFINE_enum(
+    "arithmetic",
+    None,
+    list(lipjax.rounding.ARITHMETICS),
+    "How the network will be executed; its rounding is taken off the margins. Unset: as this machine executes it.",
+)
+_BUDGET = flags.DEFINE_float(
+    "budget",
+    lipjax.certificates.BUDGET,
+    "Tier deterministic: floating-point operations per norm and image, above which a masked convolution's norm is its "
+    "global one.",
+)
 _EXAMPLES = flags.DEFINE_integer("examples", None, "Certify so many test images, a fixed random choice; default all.")
 _SEED = flags.DEFINE_integer("seed", 0, "Of the certificates' draws and the attack's starts.")
 _BATCH = flags.DEFINE_integer("batch_size", 64, "Images at once; no influence on the result.")
@@ -71,7 +85,13 @@ def main(argv):
     modes = lipjax.regions.MODES
     # One statement for the whole run: each call below gets an equal share of the failure probability.
     share = _DELTA.value / (len(modes) + (1 if _CURVE.value else 0))
-    arguments = {"tier": _TIER.value, "failure_probability": share, "batch_size": _BATCH.value}
+    arguments = {
+        "tier": _TIER.value,
+        "failure_probability": share,
+        "arithmetic": _ARITHMETIC.value,
+        "budget": _BUDGET.value,
+        "batch_size": _BATCH.value,
+    }
     certificates = {}
     for i, mode in enumerate(modes):
         say(f"certifying, {mode} bound ...")
@@ -96,7 +116,8 @@ def main(argv):
     os.makedirs(folder, exist_ok=True)
     run = {
         "tier": _TIER.value,
-        "failure_probability": _DELTA.value,
+        "failure_probability": _DELTA.value if _TIER.value == "probabilistic" else 0.0,
+        "arithmetic": local.arithmetic,
         "epsilon": epsilon,
         "data": config.data.name,
         "split": "test",
@@ -168,8 +189,18 @@ def main(argv):
     }
     reporting.write_summary(reporting.Path(folder) / "summary.json", summary)
     reporting.write_examples(reporting.Path(folder), run, columns)
+    lipjax.certificate_files.save(
+        os.path.join(folder, "certificate.npz"),
+        local,
+        network,
+        images,
+        labels,
+        indices=test.indices,
+        data={"name": config.data.name, "split": "test"},
+        command=run["command"],
+    )
     reporting.print_table(summary)
-    written = ["summary.json", "examples.csv", "examples.npz", *(["curve.png"] if _CURVE.value else [])]
+    written = ["certificate.npz", "summary.json", "examples.csv", "examples.npz", *(["curve.png"] if _CURVE.value else [])]
     print("written: " + ", ".join(os.path.join(folder, name) for name in written))
 
 

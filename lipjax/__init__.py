@@ -1,6 +1,18 @@
 """Local Lipschitz bounds for JAX: train and certify networks whose predictions provably do not change in an l2 ball."""
 
-from lipjax import activations, attacks, losses, margins, models, operators, regions, spectral
+from lipjax import (
+    activations,
+    attacks,
+    certificate_files,
+    deterministic,
+    losses,
+    margins,
+    models,
+    operators,
+    regions,
+    rounding,
+    spectral,
+)
 from lipjax.activations import ClippedMaxMin, ClippedReLU, MaxMin, ReLU
 from lipjax.certificates import Certificate, CertifiedRadius, Estimate, certified_radius, certify, estimate
 from lipjax.margins import worst_logits
@@ -25,8 +37,10 @@ __all__ = [
     "activations",
     "attacks",
     "bound",
+    "certificate_files",
     "certified_radius",
     "certify",
+    "deterministic",
     "estimate",
     "initial_vectors",
     "linear_operator",
@@ -35,6 +49,7 @@ __all__ = [
     "models",
     "operators",
     "regions",
+    "rounding",
     "spectral",
     "worst_logits",
 ]

@@ -4,7 +4,7 @@ Every activation here is 1-Lipschitz in the l2 norm and monotone in each coordin
 end, and clipping returns *the very same number* for both ends of a constant coordinate. That is why no mask is ever
 stored: a coordinate varies iff its lower and its upper end differ.
 
-To use an activation of your own, register two rules for its exact type::
+To use an activation of your own, register rules for its exact type (the third is needed to certify)::
 
     @lipjax.activations.box_image.register(MyActivation)
     def _(layer, lower, upper):                # the smallest box you can prove to contain the outputs
@@ -13,6 +13,10 @@ To use an activation of your own, register two rules for its exact type::
     @lipjax.activations.live_rows.register(MyActivation)
     def _(layer, lower, upper, mode):          # False where that input cannot move any output inside the box
         return jnp.ones(lower.shape, bool)     # (always right)
+
+    @lipjax.activations.error_image.register(MyActivation)
+    def _(layer, error):                       # |computed output - exact output|, given that of the inputs
+        return error                           # (right for elementwise 1-Lipschitz maps that round nothing)
 
 By registering it you assert that it is 1-Lipschitz in the l2 norm. An activation that is not registered raises.
 """
@@ -130,6 +134,23 @@ def live_rows(layer, lower: jax.Array, upper: jax.Array, mode: str) -> jax.Array
     raise TypeError(f"no row rule for {type(layer).__name__}: register it with lipjax.activations.live_rows.register.")
 
 
+@functools.singledispatch
+def error_image(layer, error: jax.Array) -> jax.Array:
+    """Bound of ``|computed - exact|`` of each output of an activation as executed, given that of each input.
+
+    Args:
+        layer: the activation.
+        error: of the shape of one example's inputs, >= 0.
+
+    Raises:
+        TypeError: for a type that nobody registered.
+    """
+    raise TypeError(
+        f"no rounding rule for {type(layer).__name__}: what its arithmetic does is part of a certificate. Register it "
+        "with lipjax.activations.error_image.register."
+    )
+
+
 def is_activation(layer) -> bool:
     """Is this exact type registered as an activation? (A subclass may compute something else, so it is not.)"""
     return type(layer) in box_image.registry and type(layer) is not object
@@ -149,6 +170,12 @@ def _(layer, lower, upper, mode):
     return varies(*box_image(layer, lower, upper))
 
 
+@error_image.register(ReLU)
+@error_image.register(ClippedReLU)
+def _(layer, error):
+    return error  # comparing and selecting round nothing, and no output moves further than its input
+
+
 @live_rows.register(MaxMin)
 @live_rows.register(ClippedMaxMin)
 def _(layer, lower, upper, mode):
@@ -163,6 +190,13 @@ def _(layer, lower, upper, mode):
     keep_b = jnp.where(b_is_max, first, jnp.where(a_is_max, second, either))
     # A tie for sure (all four ends equal) makes both orders true; either reading is a permutation of constants.
     return jnp.concatenate([keep_a, keep_b], axis=-1)
+
+
+@error_image.register(MaxMin)
+@error_image.register(ClippedMaxMin)
+def _(layer, error):
+    either = jnp.maximum(*_halves(error))
+    return jnp.concatenate([either, either], axis=-1)
 
 
 def project(network: nnx.Module) -> nnx.Module:

@@ -1,4 +1,10 @@
-"""Certificates: predictions proved not to change on an l2 ball, and estimates that monitor them, kept apart by name."""
+"""Certificates: predictions proved not to change on an l2 ball, and estimates that monitor them, kept apart by name.
+
+Two tiers of proof, which differ only in how the norms are bounded from above: "probabilistic" by
+`spectral.probabilistic_norm_bound`, "deterministic" by `deterministic.norm_bound`. Everything else is the same for both,
+and rounding is part of it twice over (`lipjax.rounding`): the bounds are computed in float64 and rounded outwards, and
+what the network's own arithmetic can do to its logits anywhere in the ball is taken off the margin.
+"""
 
 import contextlib
 import dataclasses
@@ -12,9 +18,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from lipjax import margins, operators, regions, spectral
+from lipjax import activations, certificate_files, deterministic, margins, operators, regions, rounding, spectral
 
-TIERS = ("probabilistic",)
+TIERS = ("probabilistic", "deterministic")
 # Aimed-at inflation of each norm by the probabilistic bound. The guess of its scale is taken this much above the
 # estimate, because a polynomial scaled to less than the true norm grows fast.
 INFLATION = 0.01
@@ -23,6 +29,8 @@ SCALE_ITERATIONS = 60
 RADIUS_ITERATIONS = 15
 # Entries up to which a layer's matrix is written out (float64: 16 MB).
 SMALL_MATRIX = 2**21
+# Floating-point operations, per norm and image, that the deterministic tier may spend on a masked convolution.
+BUDGET = 1e10
 # certified_radius tries these shares of the radius that the estimate gives, largest first.
 RADIUS_SHARES = (0.99, 0.97, 0.9, 0.7)
 
@@ -32,24 +40,29 @@ class Certificate:
     """Per-example verdicts of one call of `certify`, NumPy arrays of shape ``(N,)`` unless said.
 
     `certified[i]` is True only if the prediction is right (equals the label that was given) and *every* image within
-    l2 distance `epsilon` of image i has that same prediction, by the real-number function of the network. All
-    statements of one certificate hold together with probability >= 1 - failure_probability over the draws of `seed`.
+    l2 distance `epsilon` of image i has that same prediction: by the real-number function of the network, and by the
+    network as executed in `arithmetic`. All statements of one certificate hold together (`statement`).
 
     Attributes:
-        predicted: class of the largest logit.
+        predicted: class of the largest logit, computed in float64.
         correct: ``predicted == label``.
         certified: the verdict.
-        margin: label's logit minus the largest worst-case rival; certified needs it strictly positive.
+        margin: label's logit minus the largest worst-case rival, all rounding taken off; certified needs it > 0.
+        allowance: what the rounding of the network as executed has taken off the margin.
         lipschitz: product of the norm bounds, from the input to the penultimate activation.
         norms: ``(N, affine layers - 1)``, the norm bounds.
         constant: ``(N, activations)``, share of neurons that are constant on the ball; zeros in mode "global".
-        epsilon, mode, tier, failure_probability, seed, precision: what the verdicts are for and rest on.
+        epsilon, mode, tier, failure_probability, seed: what the verdicts are for and rest on. In tier "deterministic"
+            failure_probability is 0 and the seed has no influence on what is proved.
+        precision: of the bounds' own computation.
+        arithmetic: of the network as executed, the least precise of its layers; a name in `rounding.ARITHMETICS`.
     """
 
     predicted: np.ndarray
     correct: np.ndarray
     certified: np.ndarray
     margin: np.ndarray
+    allowance: np.ndarray
     lipschitz: np.ndarray
     norms: np.ndarray
     constant: np.ndarray
@@ -59,6 +72,12 @@ class Certificate:
     failure_probability: float
     seed: int
     precision: str
+    arithmetic: str
+
+    @property
+    def statement(self) -> str:
+        """What is proved, in words."""
+        return certificate_files.statement(vars(self))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,7 +101,7 @@ class CertifiedRadius:
     """Per-example radii of one call of `certified_radius`, of shape ``(N,)``.
 
     `radius[i]` is 0 where nothing was certified (a wrong prediction, or an open region that the tool cannot prove).
-    All radii hold together with probability >= 1 - failure_probability.
+    All radii hold together, as `Certificate` says.
     """
 
     predicted: np.ndarray
@@ -93,6 +112,7 @@ class CertifiedRadius:
     failure_probability: float
     seed: int
     precision: str
+    arithmetic: str
 
 
 def estimate(
@@ -105,8 +125,14 @@ def estimate(
     images, labels = _check(network, images, labels)
     regions.check_epsilon(epsilon)
     run = functools.partial(_compiled(_estimate_batch, "mode", "iterations"), mode=mode, iterations=iterations)
-    out = _batched(lambda x, y, _: run(network, x, y, jnp.float32(epsilon)), images, labels, batch_size, np.float32)
+    out = _batched(
+        lambda x, y: run(network, x, y, jnp.float32(epsilon)),
+        min(batch_size, len(images)),
+        images.astype(np.float32),
+        labels,
+    )
     ok = out.pop("ok")
+    del out["allowance"]
     return Estimate(likely_robust=ok, epsilon=float(epsilon), mode=mode, **out)
 
 
@@ -119,36 +145,44 @@ def certify(
     tier: str = "probabilistic",
     failure_probability: float = 1e-6,
     mode: str = "local",
+    arithmetic: str | None = None,
+    budget: float = BUDGET,
     seed: int = 0,
     batch_size: int = 64,
 ) -> Certificate:
     """Proves, image by image, that no l2 perturbation of norm <= epsilon changes the network's (right) prediction.
 
-    **Guarantee** (tier "probabilistic"): with probability >= 1 - failure_probability over the tool's own draws, *all*
+    **Guarantee**, tier "probabilistic": with probability >= 1 - failure_probability over the tool's own draws, *all*
     certificates of the call hold, whatever the weights and images. Each norm is bounded from above by
-    `spectral.probabilistic_norm_bound` with a fresh start; failure_probability is split evenly over layers and images
-    (union bound). Computed in float64 where the device has it (CPU, GPU), else float32, at the highest matmul
-    precision. It is about the network as a function of real numbers with these weights: the rounding of a forward pass
-    in lower precision is not yet part of it.
+    `spectral.probabilistic_norm_bound` with fresh starts; failure_probability is split evenly over layers and images
+    (union bound), and the number of steps follows from it, the layer's size and the wanted `INFLATION`. Tier
+    "deterministic": they hold, without any probability; each norm is bounded by `deterministic.norm_bound`.
 
-    A certificate of one image does not depend on the other images, except through the split of failure_probability.
-    Strict: ties, NaN and infinities are never certified.
+    Both: the bounds are computed in float64 (on the host, where the device has none), rounded outwards, and hold for the
+    real-number function of the network as well as for the network as executed in `arithmetic`, by the error model of
+    `lipjax.rounding`. A certificate of one image does not depend on the other images, except through the split of
+    failure_probability. Strict: ties, NaN and infinities are never certified.
 
     | case | verdict |
     |---|---|
     | wrong prediction | not certified |
-    | epsilon = 0 | certified iff the prediction is right and no rival ties |
-    | a NaN or infinity anywhere in the walk | not certified |
-    | NaN or infinite weights or pixels, pixels outside [0, 1], unknown layer, low-precision layer | error |
+    | epsilon = 0 | certified iff the prediction is right and no rival is within rounding of it |
+    | a NaN, an infinity or a number above 1e100 anywhere in the walk | not certified |
+    | NaN or infinite weights or pixels, negative ReLU threshold, pixels outside [0, 1], unknown layer | error |
+    | a dtype that the error model does not know | error |
 
     Args:
         network: an nnx.Sequential of registered layers.
         images: ``(N, ...)`` floats in [0, 1].
         labels: ``(N,)`` integers, or None: then the predictions themselves are certified.
         epsilon: l2 radius on the pixels as given, >= 0.
-        tier: "probabilistic".
-        failure_probability: delta in (0, 1), of the whole call.
+        tier: "probabilistic" or "deterministic".
+        failure_probability: delta in (0, 1), of the whole call; of no meaning in tier "deterministic".
         mode: "global", "paper" or "local", the tightest.
+        arithmetic: a name in `rounding.ARITHMETICS`: how the network will be executed. None: as this process's device
+            executes it (`rounding.arithmetics_of`), e.g. float32 on a CPU, TF32 on a GPU at default precision.
+        budget: floating-point operations, per norm and image, that tier "deterministic" may spend on a masked
+            convolution; where `deterministic.masked_convolution_cost` is above it the convolution's global norm is used.
         seed: of the draws. The draws must be independent of the network and the images: do not choose weights or images
             by looking at the outcome for one seed.
         batch_size: images at once; no influence on the result.
@@ -157,33 +191,10 @@ def certify(
         TypeError, ValueError: as the table and `bound` say, naming the value.
     """
     regions.check_epsilon(epsilon)
-    layers = _check_certifiable(network, tier, failure_probability)
     images, labels = _check(network, images, labels)
-    share = failure_probability / (_norms_of(layers) * (len(images) + 1))
-    with _exact() as dtype:
-        network64 = _cast(network, dtype)
-        run = functools.partial(
-            _compiled(_certify_batch, "mode", "failure_probability"), mode=mode, failure_probability=share
-        )
-        key = jax.random.key(seed)
-        out = _batched(
-            lambda x, y, i: run(network64, x, y, jnp.full(len(x), epsilon, dtype), key, i),
-            images,
-            labels,
-            batch_size,
-            dtype,
-        )
-    ok = out.pop("ok")
-    return Certificate(
-        certified=ok,
-        epsilon=float(epsilon),
-        mode=mode,
-        tier=tier,
-        failure_probability=failure_probability,
-        seed=seed,
-        precision=np.dtype(dtype).name,
-        **out,
-    )
+    with _Prover(network, images, tier, failure_probability, mode, arithmetic, budget, seed, batch_size) as prover:
+        out = prover.verdicts(images, labels, np.full(len(images), float(epsilon)))
+    return Certificate(certified=out.pop("ok"), epsilon=float(epsilon), mode=mode, **prover.facts, **out)
 
 
 def certified_radius(
@@ -194,6 +205,8 @@ def certified_radius(
     tier: str = "probabilistic",
     failure_probability: float = 1e-6,
     mode: str = "local",
+    arithmetic: str | None = None,
+    budget: float = BUDGET,
     seed: int = 0,
     max_radius: float = 4.0,
     batch_size: int = 64,
@@ -208,84 +221,141 @@ def certified_radius(
     """
     if not (max_radius > 0 and math.isfinite(max_radius)):
         raise ValueError(f"max_radius must be positive and finite, got {max_radius}.")
-    layers = _check_certifiable(network, tier, failure_probability)
     images, labels = _check(network, images, labels)
-    share = failure_probability / (_norms_of(layers) * (len(images) + 1) * len(RADIUS_SHARES))
-    with _exact() as dtype:
-        network64 = _cast(network, dtype)
-        key = jax.random.key(seed)
-        find = functools.partial(_compiled(_radius_batch, "mode"), mode=mode)
-        out = _batched(
-            lambda x, y, _: find(network64, x, y, jnp.asarray(max_radius, dtype)), images, labels, batch_size, dtype
-        )
+    attempts = len(RADIUS_SHARES)
+    with _Prover(
+        network, images, tier, failure_probability, mode, arithmetic, budget, seed, batch_size, attempts
+    ) as prover:
+        out = prover.candidates(images, labels, max_radius)
         candidate = np.where(out["correct"], out["radius"], 0)
         radius = np.zeros(len(images))
-        run = functools.partial(
-            _compiled(_certify_batch, "mode", "failure_probability"), mode=mode, failure_probability=share
-        )
         for attempt, portion in enumerate(RADIUS_SHARES):
-            open_ = np.flatnonzero((candidate > 0) & (radius == 0))
-            if not len(open_):
+            rows = np.flatnonzero((candidate > 0) & (radius == 0))
+            if not len(rows):
                 break
-            trial = candidate[open_] * portion
-            attempt_key = jax.random.fold_in(key, attempt)
+            trial = candidate[rows] * portion
+            found = prover.verdicts(images[rows], labels[rows], trial, rows, attempt)
+            radius[rows[found["ok"]]] = trial[found["ok"]]
+    return CertifiedRadius(out["predicted"], out["correct"], radius, mode, **prover.facts)
 
-            def step(x, y, i, trial=trial, attempt_key=attempt_key, open_=open_):
-                positions = np.minimum(np.asarray(i), len(trial) - 1)
-                return run(network64, x, y, jnp.asarray(trial[positions]), attempt_key, jnp.asarray(open_[positions]))
 
-            ok = _batched(step, images[open_], labels[open_], batch_size, dtype)["ok"]
-            radius[open_[ok]] = trial[ok]
-    return CertifiedRadius(
-        out["predicted"], out["correct"], radius, mode, tier, failure_probability, seed, np.dtype(dtype).name
-    )
+class _Prover:
+    """What certificates of one network share: checks, the split of delta, arithmetic, global norms. A context."""
+
+    def __init__(
+        self, network, images, tier, failure_probability, mode, arithmetic, budget, seed, batch_size, attempts=1
+    ):
+        layers = _check_certifiable(network, tier, failure_probability)
+        if not budget >= 0:
+            raise ValueError(f"budget must be >= 0 floating-point operations, got {budget}.")
+        arithmetics = rounding.arithmetics_of(layers, arithmetic)
+        self.network, self.shape, self.seed = network, images.shape[1:], seed
+        self._size = min(batch_size, len(images))
+        norms = max(1, sum(operators.is_affine(layer) for layer in layers) - 1)
+        # One share more than images: for the global norms, which all images use.
+        share = failure_probability / (norms * (len(images) + 1) * attempts)
+        self._options = {
+            "mode": mode,
+            "tier": tier,
+            "failure_probability": share if tier == "probabilistic" else 0.5,
+            "arithmetics": arithmetics,
+            "budget": float(budget),
+        }
+        self.facts = {
+            "tier": tier,
+            "failure_probability": failure_probability if tier == "probabilistic" else 0.0,
+            "seed": seed,
+            "precision": "float64",
+            "arithmetic": rounding.least_precise(arithmetics),
+        }
+
+    def __enter__(self):
+        self._context = _exact()
+        self._context.__enter__()
+        self.network = jax.tree.map(
+            lambda leaf: (
+                jnp.asarray(np.asarray(leaf).astype(np.float64)) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
+            ),
+            self.network,
+        )
+        self._key = jax.random.key(self.seed)
+        self._global = _compiled(_global_norms, "shape")(self.network, shape=self.shape)
+        return self
+
+    def __exit__(self, *error):
+        self._context.__exit__(*error)
+
+    def verdicts(self, images, labels, radii, indices=None, attempt=None):
+        """`_verdict` of each image at its own radius; `indices` are the images' positions in the whole call."""
+        indices = np.arange(len(images)) if indices is None else indices
+        key = self._key if attempt is None else jax.random.fold_in(self._key, attempt)
+        run = functools.partial(_compiled(_certify_batch, *self._options), **self._options)
+        return _batched(
+            lambda x, y, r, i: run(self.network, self._global, x, y, r, key, i),
+            self._size,
+            images.astype(np.float64),
+            labels,
+            radii,
+            indices,
+        )
+
+    def candidates(self, images, labels, max_radius):
+        """For each image the largest radius at which its verdict would be positive if estimates were norms."""
+        options = {name: self._options[name] for name in ("mode", "arithmetics")}
+        run = functools.partial(_compiled(_radius_batch, *options), **options)
+        return _batched(
+            lambda x, y: run(self.network, self._global, x, y, jnp.float64(max_radius)),
+            self._size,
+            images.astype(np.float64),
+            labels,
+        )
 
 
 # ---------------------------------------------------------------------------------------------------- one example
 
 
-def _facts(network, bound, label):
-    worst = margins.worst_logits(network, bound, label)
+def _facts(network, bound, label, worst, extra):
+    """Verdict and figures of one example; `worst` with everything taken off that is known of rounding."""
     margin = margins.margin(worst, label)
     predicted = jnp.argmax(bound.logits)
     # An overflow or NaN anywhere, even one that a mask or a minimum hides later, is a reason not to certify.
-    finite = jnp.all(jnp.array([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves((bound.regions, bound.norms))]))
-    layers = regions.layers_of(network)
+    largest = min(rounding.LARGEST, float(jnp.finfo(margin.dtype).max))
+    sound = jnp.array([jnp.all(jnp.abs(leaf) < largest) for leaf in jax.tree.leaves((bound.regions, bound.norms))])
     constant = [
         1 - jnp.mean(region.varies.astype(margin.dtype))
-        for layer, region in zip(layers, bound.regions, strict=True)
-        if regions.activations.is_activation(layer)
+        for layer, region in zip(regions.layers_of(network), bound.regions, strict=True)
+        if activations.is_activation(layer)
     ]
     return {
         "predicted": predicted,
         "correct": predicted == label,
-        "ok": (predicted == label) & (margin > 0) & finite & jnp.isfinite(margin),
+        "ok": (predicted == label) & (margin > 0) & jnp.all(sound) & jnp.isfinite(margin),
         "margin": margin,
+        "allowance": extra,
         "lipschitz": bound.lipschitz,
         "norms": jnp.stack(bound.norms) if bound.norms else jnp.zeros((0,), margin.dtype),
         "constant": jnp.stack(constant) if constant else jnp.zeros((0,), margin.dtype),
     }
 
 
-def _certified_walk(network, x, label, epsilon, key, mode, failure_probability):
+def _verdict(network, x, label, epsilon, mode, arithmetics, global_norms, local_norm, global_norm):
+    """The verdict by bounds in float64, rounded outwards: a proof iff the norm functions bound from above."""
     layers = regions.layers_of(network)
+    outward = rounding.OUTWARD
+    bound = regions.walk(layers, x, epsilon, mode, local_norm, global_norm, _view, outward)
+    boxes = [outward.widened(x - epsilon, x + epsilon, 0.0), *((r.lower, r.upper) for r in bound.regions)]
+    executed = rounding.forward_error(layers, boxes, arithmetics, global_norms, _view)
+    last = max(i for i, layer in enumerate(layers) if operators.is_affine(layer))
+    own = outward.slack(_view(layers[last], boxes[last][0]), *boxes[last]).reshape(executed.shape)
+    worst = margins.worst_logits(network, bound, label, outward)
+    # The two sums below round once more each.
+    own = own + 8 * rounding.DOUBLE * (jnp.abs(worst) + own + executed)
 
-    def norm_function(salt):
-        def norm(k, operator, like, mask_in, mask_out):
-            # The guess of the scale uses its own randomness: the certified start must be fresh.
-            scale_key, fresh = jax.random.split(jax.random.fold_in(jax.random.fold_in(salt, k), 7))
-            start = jax.random.normal(scale_key, like.shape, like.dtype)
-            guess, vector = spectral.power_iteration(operator, start, SCALE_ITERATIONS, mask_in, mask_out)
-            steps = spectral.chebyshev_steps(like.size, failure_probability, INFLATION * 0.8)
-            sigma = spectral.probabilistic_norm_bound(
-                operator, fresh, SCALE_SLACK * guess, steps, failure_probability, like, mask_in, mask_out
-            )
-            return sigma, vector
+    def taken_off(allowance):
+        return jnp.where(jnp.arange(worst.shape[0]) == label, worst - allowance, worst + allowance)
 
-        return norm
-
-    global_key, example_key = key
-    return regions.walk(layers, x, epsilon, mode, norm_function(example_key), norm_function(global_key), _view)
+    ideal, real = taken_off(own), taken_off(own + executed)
+    return _facts(network, bound, label, real, margins.margin(ideal, label) - margins.margin(real, label))
 
 
 def _view(layer, like):
@@ -293,6 +363,11 @@ def _view(layer, like):
     operator = operators.linear_operator(layer)
     outputs = jax.eval_shape(operator, like).size
     return operator.materialized(like) if like.size * outputs <= SMALL_MATRIX else operator
+
+
+def _guess(operator, like, key, iterations, mask_in, mask_out):
+    start = jax.random.normal(key, like.shape, like.dtype)
+    return spectral.power_iteration(operator, start, iterations, mask_in, mask_out)
 
 
 # ---------------------------------------------------------------------------------------------------- batches
@@ -307,35 +382,72 @@ def _compiled(function, *static: str):
 
 def _estimate_batch(network, images, labels, epsilon, *, mode, iterations):
     def one(x, label):
-        return _facts(network, regions.bound(network, x, epsilon, mode=mode, iterations=iterations), label)
+        bound = regions.bound(network, x, epsilon, mode=mode, iterations=iterations)
+        return _facts(network, bound, label, margins.worst_logits(network, bound, label), 0.0)
 
     return jax.vmap(one)(images, labels)
 
 
-def _certify_batch(network, images, labels, epsilon, key, indices, *, mode, failure_probability):
+def _global_norms(network, *, shape):
+    """Proven upper bounds of the affine layers' unmasked norms, in order."""
+    found = []
+    like = jnp.zeros(shape)
+    for layer in regions.layers_of(network):
+        if operators.is_affine(layer):
+            operator = operators.linear_operator(layer)
+            found.append(deterministic.global_norm_bound(operator, like))
+            like = jnp.zeros(jax.eval_shape(operator.affine, like).shape)
+        else:
+            like = jnp.zeros(jax.eval_shape(layer, like).shape)
+    return tuple(found)
+
+
+def _certify_batch(
+    network, global_norms, images, labels, radii, key, indices, *, mode, tier, failure_probability, arithmetics, budget
+):
     # Global norms are drawn once and shared, so their key must not depend on the example; indices make the others
     # independent of how the images are batched.
     global_key, local_key = jax.random.split(key)
 
-    def one(x, label, epsilon, index):
-        keys = (global_key, jax.random.fold_in(local_key, index))
-        bound = _certified_walk(network, x, label, epsilon, keys, mode, failure_probability)
-        return _facts(network, bound, label)
+    def norm_function(salt):
+        def norm(k, operator, like, mask_in, mask_out):
+            # The guess has its own randomness: the certified start must be fresh.
+            guess_key, fresh = jax.random.split(jax.random.fold_in(salt, k))
+            guess, vector = _guess(operator, like, guess_key, SCALE_ITERATIONS, mask_in, mask_out)
+            guess = SCALE_SLACK * guess
+            if tier == "deterministic":
+                sigma = deterministic.norm_bound(
+                    operator, like, mask_in, mask_out, guess=guess, global_bound=global_norms[k], budget=budget
+                )
+            else:
+                steps = spectral.chebyshev_steps(like.size, failure_probability, INFLATION * 0.8)
+                sigma = spectral.probabilistic_norm_bound(
+                    operator, fresh, guess, steps, failure_probability, like, mask_in, mask_out
+                )
+                for other in (global_norms[k], deterministic.schur_bound(operator, like, mask_in, mask_out)):
+                    sigma = jnp.minimum(sigma, other)
+            return sigma, vector
 
-    return jax.vmap(one)(images, labels, epsilon, indices)
+        return norm
+
+    def one(arguments):
+        x, label, epsilon, index = arguments
+        local_norm = norm_function(jax.random.fold_in(local_key, index))
+        global_norm = norm_function(global_key)
+        return _verdict(network, x, label, epsilon, mode, arithmetics, global_norms, local_norm, global_norm)
+
+    return jax.vmap(one)((images, labels, radii, indices))
 
 
-def _radius_batch(network, images, labels, max_radius, *, mode):
-    """The largest radius, to about 1 %, at which the estimate's margin is positive."""
+def _radius_batch(network, global_norms, images, labels, max_radius, *, mode, arithmetics):
+    """The largest radius, to about 1 %, at which the verdict is positive with estimates in place of norms."""
+
+    def norm(k, operator, like, mask_in, mask_out):
+        return _guess(operator, like, jax.random.fold_in(jax.random.key(0), k), RADIUS_ITERATIONS, mask_in, mask_out)
 
     def one(x, label):
-        def norm(k, operator, like, mask_in, mask_out):
-            start = jax.random.normal(jax.random.fold_in(jax.random.key(0), k), like.shape, like.dtype)
-            return spectral.power_iteration(operator, start, RADIUS_ITERATIONS, mask_in, mask_out)
-
         def robust(epsilon):
-            bound = regions.walk(regions.layers_of(network), x, epsilon, mode, norm, norm, _view)
-            return _facts(network, bound, label)["ok"]
+            return _verdict(network, x, label, epsilon, mode, arithmetics, global_norms, norm, norm)["ok"]
 
         def halve(_, bracket):
             low, high = bracket
@@ -352,35 +464,23 @@ def _radius_batch(network, images, labels, max_radius, *, mode):
     return jax.vmap(one)(images, labels)
 
 
-def _batched(run, images, labels, batch_size, dtype) -> dict[str, Any]:
-    """Runs ``run(images, labels, indices)`` in batches of one shape (the last one padded); NumPy arrays out."""
+def _batched(run, size, *columns) -> dict[str, Any]:
+    """Runs ``run(*columns)`` in batches of `size` rows (the last one padded: one shape, one compilation); NumPy out."""
+    count = len(columns[0])
     parts = []
-    for first in range(0, len(images), batch_size):
-        indices = np.arange(first, first + min(batch_size, len(images)))
-        rows = np.minimum(indices, len(images) - 1)
-        kept = min(batch_size, len(images) - first)
-        x, y = jnp.asarray(images[rows].astype(dtype)), jnp.asarray(labels[rows])
-        out = jax.device_get(run(x, y, jnp.asarray(indices)))
-        parts.append({name: value[:kept] for name, value in out.items()})
+    for first in range(0, count, size):
+        rows = np.minimum(np.arange(first, first + size), count - 1)
+        out = jax.device_get(run(*(jnp.asarray(column[rows]) for column in columns)))
+        parts.append({name: value[: min(size, count - first)] for name, value in out.items()})
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
 @contextlib.contextmanager
-def _exact() -> Iterator[type]:
-    """float64 where the device has it, and never TF32 or bfloat16 products."""
-    wide = jax.default_backend() != "tpu"
-    with jax.enable_x64(wide), jax.default_matmul_precision("highest"):
-        yield np.float64 if wide else np.float32
-
-
-def _cast(network: nnx.Module, dtype) -> nnx.Module:
-    return jax.tree.map(
-        lambda leaf: jnp.asarray(leaf, dtype) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf, network
-    )
-
-
-def _norms_of(layers) -> int:
-    return max(1, sum(operators.is_affine(layer) for layer in layers) - 1)
+def _exact() -> Iterator[None]:
+    """IEEE float64, on the host where the accelerator has none, and never TF32 or bfloat16 products."""
+    host = jax.devices("cpu")[0] if jax.default_backend() == "tpu" else None
+    with jax.enable_x64(True), jax.default_matmul_precision("highest"), jax.default_device(host):
+        yield
 
 
 # ---------------------------------------------------------------------------------------------------- bad input
@@ -395,17 +495,10 @@ def _check_certifiable(network, tier, failure_probability):
         raise ValueError(f"failure_probability must lie in (0, 1), got {failure_probability}.")
     layers = regions.layers_of(network)
     for i, layer in enumerate(layers):
-        for name in ("dtype", "preferred_element_type"):
-            used = getattr(layer, name, None)
-            if used is not None and jnp.dtype(used) not in (jnp.dtype(np.float32), jnp.dtype(np.float64)):
-                raise ValueError(
-                    f"layer {i}, {type(layer).__name__}, computes in {jnp.dtype(used).name}: what rounding at that "
-                    "precision does is not covered by the certificate. Give the layer dtype float32."
-                )
-    for path, leaf in jax.tree_util.tree_leaves_with_path(network):
-        if jnp.issubdtype(leaf.dtype, jnp.floating) and jnp.finfo(leaf.dtype).bits < 32:
+        if type(layer) is activations.ClippedReLU and np.any(np.asarray(layer.threshold[...]) < 0):
             raise ValueError(
-                f"parameter {_name(path)} is stored in {leaf.dtype}: certify a float32 copy of the network."
+                f"layer {i}, ClippedReLU, has a threshold below 0 ({np.min(np.asarray(layer.threshold[...])):g}): it must be "
+                ">= 0; apply lipjax.activations.project after each optimizer step."
             )
     return layers
 

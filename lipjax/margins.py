@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from lipjax import operators
+from lipjax import operators, rounding
 from lipjax.operators import safe_norm
 from lipjax.regions import Bound, Region, layers_of
 
@@ -14,7 +14,7 @@ BISECTION_STEPS = 30
 WIDEST = 1e12
 
 
-def ascent(direction: jax.Array, region: Region) -> jax.Array:
+def ascent(direction: jax.Array, region: Region, arithmetic: rounding.Rounding = rounding.EXACT) -> jax.Array:
     """Upper bound of ``max <direction, t>`` over ``||t||_2 <= radius, lower - center <= t <= upper - center``.
 
     By duality every ``mu >= 0`` gives an upper bound ``<d, t> + mu / 2 (radius^2 - ||t||^2)`` at
@@ -26,16 +26,19 @@ def ascent(direction: jax.Array, region: Region) -> jax.Array:
     Args:
         direction: of the region's shape.
         region: what is known of the penultimate activation.
+        arithmetic: `rounding.OUTWARD` (in float64) makes the computed value an upper bound of the exact one, also where
+            each entry of `direction` is itself a rounded difference.
 
     Returns:
         A scalar >= 0 up to rounding; NaN if anything is NaN.
     """
-    d = direction
-    low, high = region.lower - region.center, region.upper - region.center
+    d, up = direction, arithmetic.up
+    # The center lies in the box, so the ends have signs and can be rounded outwards one by one.
+    low, high = -up(region.center - region.lower), up(region.upper - region.center)
     norm = safe_norm(d)
-    ball = region.radius * norm
+    ball = up(region.radius * norm, d.size)
     corner = jnp.where(d > 0, high, jnp.where(d < 0, low, 0.0))
-    box = jnp.sum(d * corner)
+    box = up(jnp.sum(d * corner), d.size)
 
     tiny = jnp.finfo(d.dtype).tiny ** 0.5
     frozen_d, frozen_low, frozen_high, radius, unit = jax.lax.stop_gradient((d, low, high, region.radius, norm))
@@ -57,7 +60,10 @@ def ascent(direction: jax.Array, region: Region) -> jax.Array:
     left, right = jax.lax.fori_loop(0, BISECTION_STEPS + 5, halve, bracket)
     scale = jax.lax.stop_gradient(jnp.exp((left + right) / 2))
     t = jnp.clip(d * scale, low, high)
-    dual = jnp.sum(d * t) + (jnp.square(region.radius) - jnp.sum(jnp.square(t))) / (2 * scale)
+    # Every term of the sums is >= 0, the difference is not: its rounding is bounded by that of the sum of its parts.
+    room, used = jnp.square(region.radius), jnp.sum(jnp.square(t))
+    excess = up(room + used, d.size) - (room + used)
+    dual = up(jnp.sum(d * t), d.size) + (room - used + 2 * excess) / (2 * scale)
     return jnp.minimum(jnp.minimum(box, ball), dual)
 
 
@@ -73,7 +79,7 @@ def directions(network: nnx.Module, penultimate: Region, classes: int, label: ja
     return rows - jax.lax.dynamic_index_in_dim(rows, label, axis=0, keepdims=True)
 
 
-def worst_logits(network: nnx.Module, bound: Bound, label) -> jax.Array:
+def worst_logits(network: nnx.Module, bound: Bound, label, arithmetic: rounding.Rounding = rounding.EXACT) -> jax.Array:
     """``logits[j] + max (w_j - w_label)^T (h' - h)`` over the penultimate region of one example; ``(classes,)``.
 
     No x' in the ball has a logit j that exceeds logit `label` by more than entry j minus entry `label` says, if the
@@ -84,6 +90,7 @@ def worst_logits(network: nnx.Module, bound: Bound, label) -> jax.Array:
         network: the network that `bound` was computed of.
         bound: what `lipjax.bound` returned for one example.
         label: the true class, an integer scalar (may be traced).
+        arithmetic: as in `ascent`; the rounding of the clean logits themselves is not in the result.
 
     Raises:
         ValueError: for a concrete label outside ``0 .. classes - 1``.
@@ -92,7 +99,7 @@ def worst_logits(network: nnx.Module, bound: Bound, label) -> jax.Array:
     if not isinstance(label, jax.core.Tracer) and not 0 <= int(label) < classes:
         raise ValueError(f"label must lie in 0..{classes - 1}, got {label}.")
     rivals = directions(network, bound.penultimate, classes, label)
-    gains = jax.vmap(ascent, in_axes=(0, None))(rivals, bound.penultimate)
+    gains = jax.vmap(lambda d: ascent(d, bound.penultimate, arithmetic))(rivals)
     return bound.logits + jnp.where(jnp.arange(classes) == label, 0.0, gains)
 
 

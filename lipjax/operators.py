@@ -209,17 +209,37 @@ def _(layer: nnx.Conv) -> LinearOperator:
     else:
         pairs = (padding,) * rank if isinstance(padding, int) else tuple(padding)
         padding = tuple((p, p) if isinstance(p, int) else (p[0], p[1]) for p in pairs)
-    apply = functools.partial(
-        _apply_convolution,
-        _spread(layer.strides, rank),
-        padding,
-        _spread(layer.input_dilation, rank),
-        dilation,
-        layer.feature_group_count,
+    apply = Convolution(
+        _spread(layer.strides, rank), padding, _spread(layer.input_dilation, rank), dilation, layer.feature_group_count
     )
     bias = None if layer.bias is None else layer.bias[...]
     norms = safe_sqrt(jnp.sum(jnp.square(kernel), axis=tuple(range(kernel.ndim - 1))))
-    return LinearOperator(_Hashable(apply), kernel, bias, norms)
+    return LinearOperator(apply, kernel, bias, norms)
+
+
+@dataclasses.dataclass(frozen=True)
+class Convolution:
+    """``(kernel, x) -> W x`` of a convolution of one example, channels last: what `LinearOperator.apply` is for nnx.Conv.
+
+    Hashable, and compared by value, so that two views of one layer are one static argument to `jit`. Bounds that use
+    the structure of a convolution find its geometry here.
+
+    Attributes:
+        strides, input_dilation, dilation: one number per spatial axis; `dilation` is the kernel's.
+        padding: "SAME", "VALID", "CIRCULAR", or ``(low, high)`` per spatial axis.
+        groups: the kernel has the shape ``(*window, channels_in / groups, channels_out)``.
+    """
+
+    strides: tuple[int, ...]
+    padding: str | tuple[tuple[int, int], ...]
+    input_dilation: tuple[int, ...]
+    dilation: tuple[int, ...]
+    groups: int
+
+    def __call__(self, kernel: jax.Array, x: jax.Array) -> jax.Array:
+        return _apply_convolution(
+            self.strides, self.padding, self.input_dilation, self.dilation, self.groups, kernel, x
+        )
 
 
 class _Hashable:

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from lipjax import activations, operators, spectral
+from lipjax import activations, operators, rounding, spectral
 
 MODES = ("global", "paper", "local")
 
@@ -105,9 +105,14 @@ def _spliced(network):
 
 
 def apply(network: nnx.Module, x: jax.Array) -> jax.Array:
-    """The logits ``(classes,)`` of one example, through the same linear views that the bounds use."""
-    for layer in layers_of(network):
-        x = operators.linear_operator(layer).affine(x) if operators.is_affine(layer) else layer(x)
+    """The logits ``(classes,)`` of one example, through the same linear views that the bounds use.
+
+    Raises:
+        ValueError: x of a shape that a layer refuses, naming the layer.
+    """
+    for i, layer in enumerate(layers_of(network)):
+        function = operators.linear_operator(layer).affine if operators.is_affine(layer) else layer
+        x = _checked(function, i, layer, x)
     return x
 
 
@@ -130,8 +135,13 @@ def walk(
     local_norm: NormFunction,
     global_norm: NormFunction,
     view: Callable = lambda layer, like: operators.linear_operator(layer),
+    arithmetic: rounding.Rounding = rounding.EXACT,
 ) -> Bound:
     """Carries the ball ``||x' - x||_2 <= epsilon`` through the layers; sound iff the norm functions bound from above.
+
+    With `rounding.OUTWARD`, in float64, this includes the rounding of the walk itself: every exact h(x') lies in its box,
+    and within its radius of the center *as computed*. A constant coordinate stays exactly constant: its two ends, the
+    computed center and the exact value are the same threshold.
 
     A region's radius after an affine layer is that of its box: the norm with rows removed holds only behind the
     activation that makes those rows harmless, and there the region's radius uses it.
@@ -144,7 +154,7 @@ def walk(
     if mode not in MODES:
         raise ValueError(f"mode must be one of {', '.join(MODES)}, got {mode!r}.")
     epsilon = jnp.asarray(epsilon, x.dtype)
-    region = Region(x, epsilon, x - epsilon, x + epsilon)
+    region = _ball(x, epsilon, arithmetic)
     lipschitz = jnp.ones((), x.dtype)
     global_radius = epsilon  # of the paper's boxes
     last = max(i for i, layer in enumerate(layers) if operators.is_affine(layer))
@@ -161,11 +171,11 @@ def walk(
             radius = region.radius if pending is None else pending
             pending = None
             if mode == "global":
-                region = _ball(center, radius)
+                region = _ball(center, radius, arithmetic)
             else:
                 region = Region(center, radius, *activations.box_image(layer, region.lower, region.upper))
                 if mode == "local":
-                    region = dataclasses.replace(region, radius=jnp.minimum(radius, _half_diagonal(region)))
+                    region = dataclasses.replace(region, radius=jnp.minimum(radius, _half_diagonal(region, arithmetic)))
         else:
             k = len(norms)
             operator = _checked(lambda z, layer=layer: view(layer, z), i, layer, region.center)
@@ -173,25 +183,27 @@ def walk(
             if i == last:
                 penultimate = region
             center = _checked(operator.affine, i, layer, before.center)
+            slack = arithmetic.slack(operator, before.lower, before.upper)
+            moved = arithmetic.norm(slack)  # how far the computed center can be from the image of the one before
             if mode == "global":
                 if i == last:
-                    region = _ball(center, before.radius * safe_frobenius(operator, before.center))
+                    sigma = arithmetic.up(safe_frobenius(operator, before.center), before.center.size)
                 else:
                     sigma, vector = global_norm(k, operator, before.center, None, None)
                     vectors["global"].append(vector)
                     norms.append(sigma)
-                    region = _ball(center, sigma * before.radius)
+                region = _ball(center, arithmetic.up(sigma * before.radius + moved), arithmetic)
                 regions.append(region)
                 continue
             ball = global_radius if mode == "paper" else before.radius
-            region = _affine_box(operator, before, center, ball, mode)
+            region = _affine_box(operator, before, center, ball, mode, slack, arithmetic)
             if i < last:
                 mask_in = before.varies
                 mask_out, behind_activation = _live_rows(layers, i, region, mode)
                 sigma, vector = local_norm(k, operator, before.center, mask_in, mask_out)
                 vectors["local"].append(vector)
                 norms.append(sigma)
-                radius = sigma * before.radius
+                radius = arithmetic.up(sigma * before.radius + moved)
                 if behind_activation:
                     pending = radius
                 else:
@@ -200,10 +212,10 @@ def walk(
                 if mode == "paper":
                     sigma, vector = global_norm(k, operator, before.center, None, None)
                     vectors["global"].append(vector)
-                    global_radius = sigma * global_radius
+                    global_radius = arithmetic.up(sigma * global_radius + moved)
         regions.append(region)
     for sigma in norms:
-        lipschitz = lipschitz * sigma
+        lipschitz = arithmetic.up(lipschitz * sigma)
     if center.ndim != 1 and region.center.ndim != 1:
         raise ValueError(
             f"the logits must have one axis, got shape {region.center.shape}: a lipjax.Flatten is missing."
@@ -216,8 +228,10 @@ def walk(
 VECTORS_OF = {"global": ("global",), "paper": ("global", "local"), "local": ("local",)}
 
 
-def _ball(center, radius):
-    return Region(center, radius, center - radius, center + radius)
+def _ball(center, radius, arithmetic):
+    # Nothing varies in a ball of radius 0: there the two ends must stay equal.
+    lower, upper = arithmetic.widened(center - radius, center + radius, 0.0)
+    return Region(center, radius, jnp.where(radius == 0, center, lower), jnp.where(radius == 0, center, upper))
 
 
 def safe_frobenius(operator: operators.LinearOperator, like: jax.Array) -> jax.Array:
@@ -235,26 +249,30 @@ def _checked(function, i, layer, x):
         ) from error
 
 
-def _affine_box(operator, before: Region, center, ball_radius, mode) -> Region:
+def _affine_box(operator, before: Region, center, ball_radius, mode, slack, arithmetic) -> Region:
     """Interval arithmetic, cut with the ball of the inputs that vary; always contains the center itself."""
-    middle = operator.affine((before.lower + before.upper) / 2)
-    half_width = operator.absolute((before.upper - before.lower) / 2)
+    middle_in, half_width_in = arithmetic.around(before.lower, before.upper)
+    middle, half_width = operator.affine(middle_in), operator.absolute(half_width_in)
     if mode == "paper" and operator.kernel_row_norms is not None:
         row_norms = operator.kernel_row_norms
     else:
         mask = jnp.ones(before.center.shape, bool) if mode == "paper" else before.varies
         row_norms = operator.row_norms(mask)
-    reach = ball_radius * jnp.broadcast_to(row_norms, center.shape)
+    terms = before.center.size + operator.kernel.size
+    reach = arithmetic.up(ball_radius * jnp.broadcast_to(row_norms, center.shape), terms)
+    lower = jnp.maximum(middle - half_width, center - reach)
+    upper = jnp.minimum(middle + half_width, center + reach)
+    lower, upper = arithmetic.widened(lower, upper, slack)
     # Without the outer minimum and maximum, rounding could leave the two intervals without a common point.
-    lower = jnp.minimum(jnp.maximum(middle - half_width, center - reach), center)
-    upper = jnp.maximum(jnp.minimum(middle + half_width, center + reach), center)
+    lower, upper = jnp.minimum(lower, center), jnp.maximum(upper, center)
     region = Region(center, ball_radius, lower, upper)
-    return dataclasses.replace(region, radius=_half_diagonal(region))
+    return dataclasses.replace(region, radius=_half_diagonal(region, arithmetic))
 
 
-def _half_diagonal(region: Region) -> jax.Array:
+def _half_diagonal(region: Region, arithmetic) -> jax.Array:
     """The distance from the center to the farthest corner of the box."""
-    return operators.safe_norm(jnp.maximum(region.upper - region.center, region.center - region.lower))
+    reach = jnp.maximum(region.upper - region.center, region.center - region.lower)
+    return arithmetic.up(operators.safe_norm(reach), region.center.size)
 
 
 def _live_rows(layers, i, region: Region, mode) -> tuple[jax.Array | None, bool]:

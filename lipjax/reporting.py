@@ -14,6 +14,8 @@ from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeRemaini
 from rich.progress import Progress as Bar
 from rich.table import Table
 
+from lipjax.certificate_files import statement
+
 # ---------------------------------------------------------------------------------------------------- training
 
 
@@ -147,8 +149,7 @@ def print_table(summary: dict, stream=None) -> None:
         )
     console.print(table)
     console.print(
-        f"certified: tier {run['tier']}, all statements of this run hold with probability >= 1 - "
-        f"{run['failure_probability']:g} over the draws of seed {run['seed']} ({run['precision']}). "
+        f"certified, tier {run['tier']}, seed {run['seed']}: {statement(run)} "
         f"PGD: {run['pgd_steps']} steps, {run['pgd_restarts']} restarts, an upper bound.",
         soft_wrap=True,
     )
@@ -169,7 +170,7 @@ def write_examples(folder: Path, run: dict, columns: dict[str, np.ndarray]) -> N
     """
     np.savez(folder / "examples.npz", run=np.array(json.dumps(_plain(run))), **columns)  # type: ignore[arg-type]
     with open(folder / "examples.csv", "w", newline="") as file:
-        facts = ("tier", "failure_probability", "epsilon", "data", "split", "seed", "training_seed")
+        facts = ("tier", "failure_probability", "arithmetic", "epsilon", "data", "split", "seed", "training_seed")
         file.write("# " + ", ".join(f"{name}={run[name]}" for name in facts) + "\n")
         writer = csv.writer(file)
         writer.writerow(columns)

@@ -10,11 +10,15 @@ import jax
 import jax.numpy as jnp
 
 from lipjax.operators import LinearOperator, safe_norm
+from lipjax.rounding import gamma, terms_of, transposed_terms_of
 
 # Share of a fresh random direction in every warm start. Without it a vector that was masked to zero, or has no weight
 # on coordinates that open later, stays there for ever and the norm is estimated far too small. Its price is small: after
 # two iterations its weight on lesser directions has shrunk by (sigma_i / sigma_1)^4.
 FRESH_SHARE = 0.1
+
+# Gaussian start vectors of one probabilistic bound. One would do in exact arithmetic; see its text.
+STARTS = 4
 
 
 def masked(operator: LinearOperator, x: jax.Array, mask_in: jax.Array | None, mask_out: jax.Array | None):
@@ -98,10 +102,27 @@ def chebyshev_steps(size: int, failure_probability: float, inflation: float) -> 
         size: number of inputs of the map.
         failure_probability: of this one bound.
         inflation: of the norm, e.g. 0.01.
+
+    Raises:
+        ValueError: failure_probability outside (0, 1), inflation <= 0.
     """
+    if not inflation > 0:
+        raise ValueError(f"inflation must be positive, got {inflation}.")
     excess = (1 + inflation) ** 2 - 1  # on the eigenvalue
-    log_ratio = math.log(2 * math.sqrt(size) / failure_probability)
+    observed = math.sqrt(STARTS * size)  # about the norm of the start block, which the recurrence does not enlarge
+    log_ratio = math.log(4 * observed / smallest_start(failure_probability))
     return max(4, math.ceil(log_ratio / math.acosh(1 + 2 * excess)))
+
+
+def smallest_start(failure_probability: float) -> float:
+    """The t for which `STARTS` standard normal numbers have l2 norm below t with probability <= failure_probability.
+
+    The density of chi-squared with m degrees of freedom is at most ``x^(m/2 - 1) / (2^(m/2) Gamma(m/2))``, so
+    ``P(chi_m < t) <= t^m / (2^(m/2) Gamma(m/2 + 1))``.
+    """
+    if not 0 < failure_probability < 1:
+        raise ValueError(f"failure_probability must lie in (0, 1), got {failure_probability}.")
+    return (failure_probability * 2 ** (STARTS / 2) * math.gamma(STARTS / 2 + 1)) ** (1 / STARTS)
 
 
 def probabilistic_norm_bound(
@@ -116,22 +137,31 @@ def probabilistic_norm_bound(
 ) -> jax.Array:
     """An upper bound of ``||D_out W D_in||_2`` that fails with probability <= `failure_probability`.
 
-    **Guarantee.** Let ``A = (D_out W D_in)^T (D_out W D_in)`` on the m kept inputs, `lambda` its largest eigenvalue, g
-    the standard normal start drawn from `key`, and ``tau = scale^2``. The component of g along a top eigenvector is a
-    standard normal, smaller in size than ``t = failure_probability * sqrt(pi / 2)`` with probability at most
-    `failure_probability`. Otherwise, if ``lambda = (1 + s) tau`` with s > 0, then ``||T_k(2 A / tau - I) g|| >=
-    t * T_k(1 + 2 s)`` for the Chebyshev polynomial T_k; so the norm that is observed bounds s. This holds for *every*
-    scale, even one that depends on g: a bad scale makes the bound loose, never wrong. It does not depend on W, the
-    masks or the input, as long as `key` is fresh, i.e. was not used in choosing them. (Kuczynski and Wozniakowski 1992
-    analyse such random starts.)
+    **Guarantee.** Let ``A = (D_out W D_in)^T (D_out W D_in)`` on the kept inputs, lambda its largest eigenvalue with unit
+    eigenvector v, ``tau = scale^2``, ``B = 2 A / tau - I``, and G a block of m = `STARTS` standard normal columns drawn
+    from `key`. The m entries of ``v^T G`` are standard normal: their norm is below ``t = smallest_start`` with
+    probability at most `failure_probability`. Otherwise, if ``lambda = (1 + s) tau`` with s > 0,
 
-    The statement is about exact arithmetic; rounding of the recurrence itself is not part of it.
+        ||T_k(B) G||_F >= T_k(1 + 2 s) t        for the Chebyshev polynomial T_k,
+
+    so the norm that is observed bounds s. This holds for *every* scale, even one that depends on G: a bad scale makes
+    the bound loose, never wrong. It depends on neither W nor the masks nor the input, as long as `key` is fresh, i.e. was
+    not used in choosing them. (Kuczynski and Wozniakowski 1992 analyse such random starts.)
+
+    **Rounding.** Let ``e_j`` be the Frobenius norm of the error made in computing the j-th block. In the recurrence it
+    grows like ``U_{k-j}(1+2s) <= (k-j+1) T_k(1+2s) / T_j(1+2s)``, hence
+
+        t <= ||computed block k||_F / T_k(1 + 2s) + sum_j (k - j + 1) e_j / T_j(1 + 2s).
+
+    Both terms fall with s. The s that is returned makes the first at most t/2 and is used only if it makes the second at
+    most t/2 too (else the bound is infinite). The e_j follow from the model of `lipjax.rounding`. With one start t would
+    be of the size of `failure_probability`, and drown in e_j; with four it is its fourth root.
 
     Args:
-        operator: the map W.
+        operator: the map W; float64.
         key: fresh randomness, for this bound alone.
         scale: a guess of the norm, best a few per mille above it (see `chebyshev_steps` for the tightness then).
-        steps: degree k of the polynomial, fixed in advance.
+        steps: degree k of the polynomial, fixed in advance, >= 1.
         failure_probability: in (0, 1).
         like: an array of the input's shape and type.
         mask_in, mask_out: boolean, of the input's and the output's shape, or None for everything.
@@ -139,32 +169,57 @@ def probabilistic_norm_bound(
     Returns:
         A scalar. Exactly 0 when a mask keeps nothing; NaN or infinity when the arithmetic broke down.
     """
-    if not 0 < failure_probability < 1:
-        raise ValueError(f"failure_probability must lie in (0, 1), got {failure_probability}.")
+    least = smallest_start(failure_probability)
     forward, backward = masked(operator, like, mask_in, mask_out)
     dtype = like.dtype
+    unit = float(jnp.finfo(dtype).eps) / 2
+    image = jax.eval_shape(operator, like)
     # A scale that is zero, negative or NaN is only a bad guess; any positive one is sound.
     scale = jnp.where(scale > 0, scale, 1.0).astype(dtype)
 
-    def gram(u: jax.Array) -> jax.Array:
-        return backward(forward(u / scale) / scale)  # A / tau without squaring a tiny or a huge scale
+    # The norm of D_out |W| D_in by Schur's test: an inner product errs by gamma times its terms' sizes.
+    absolute = jax.linear_transpose(operator.absolute, jax.ShapeDtypeStruct(like.shape, dtype))
+    rows = _keep(mask_out, operator.absolute(_keep(mask_in, jnp.ones(like.shape, dtype))))
+    columns = _keep(mask_in, absolute(_keep(mask_out, jnp.ones(image.shape, dtype)))[0])
+    size = jnp.sqrt(jnp.max(rows) * jnp.max(columns)) / scale
+    relative = gamma(terms_of(operator, like) + 4, unit) + gamma(transposed_terms_of(operator, like) + 4, unit)
+    error_of_gram = 2 * relative * jnp.square(size)  # times ||u||
 
-    def step(_, carry):
+    def gram(u: jax.Array) -> jax.Array:
+        return jax.vmap(lambda column: backward(forward(column / scale) / scale))(u)  # without squaring the scale
+
+    def frobenius(u: jax.Array) -> jax.Array:
+        return jnp.sqrt(jnp.sum(jnp.square(u)))
+
+    def error_of(current, previous):
+        sizes = (1 + jnp.square(size)) * frobenius(current) + frobenius(previous)
+        return 2 * (4 * error_of_gram * frobenius(current) + 16 * unit * sizes)
+
+    def step(carry, _):
         previous, current, log_scale = carry
         following = 2 * (2 * gram(current) - current) - previous
+        log_error = jnp.log(error_of(current, previous)) + log_scale
         # Rescaled at every step, so that a scale far too small ends in a loose bound and not in an overflow.
-        size = jnp.maximum(jnp.max(jnp.abs(following)), jnp.asarray(1, dtype))
-        return current / size, following / size, log_scale + jnp.log(size)
+        largest = jnp.maximum(jnp.max(jnp.abs(following)), jnp.asarray(1, dtype))
+        return (current / largest, following / largest, log_scale + jnp.log(largest)), log_error
 
-    start = _keep(mask_in, jax.random.normal(key, like.shape, dtype))
+    start = jax.random.normal(key, (STARTS, *like.shape), dtype)
+    start = _keep(mask_in, start)
     first = 2 * gram(start) - start
-    _, last, log_scale = jax.lax.fori_loop(1, steps, step, (start, first, jnp.zeros((), dtype)))
-    threshold = failure_probability * math.sqrt(math.pi / 2)
-    # arccosh(R) <= log(2 R): the larger value gives the larger, hence sound, bound. R <= 1 proves lambda <= tau.
-    log_ratio = jnp.log(2 * jnp.linalg.norm(last.reshape(-1))) + log_scale - math.log(threshold)
-    excess = (jnp.cosh(jnp.maximum(log_ratio, 0) / steps) - 1) / 2
-    excess = jnp.where(jnp.isnan(log_ratio), jnp.nan, excess)
-    bound = scale * jnp.sqrt(1 + excess)
+    (_, last, log_scale), log_errors = jax.lax.scan(step, (start, first, jnp.zeros((), dtype)), length=steps - 1)
+    log_errors = jnp.concatenate([jnp.log(error_of(start, start))[None], log_errors])
+
+    # arccosh(R) <= log(2 R): the larger value gives the larger, hence sound, bound. R <= 1 proves lambda <= tau. The
+    # logarithms' own rounding is far below what is added for it here.
+    log_ratio = jnp.log(frobenius(last)) + log_scale - math.log(least / 2) + 1e-9
+    angle = jnp.maximum(log_ratio + math.log(2), 0) / steps
+    angle = jnp.where(jnp.isnan(log_ratio), jnp.nan, angle)
+    index = jnp.arange(1, steps + 1)
+    # T_j(cosh angle) = cosh(j angle) >= max(1, exp(j angle) / 2)
+    grown = log_errors - jnp.maximum(index * angle - math.log(2), 0)
+    accumulated = jnp.sum((steps - index + 1) * jnp.exp(grown + 1e-9))
+    bound = scale * jnp.sqrt((1 + jnp.cosh(angle)) / 2) * (1 + 1e-12)
+    bound = jnp.where(accumulated <= least / 2, bound, jnp.where(jnp.isnan(accumulated), jnp.nan, jnp.inf))
     nothing = jnp.zeros((), bool)
     if mask_in is not None:
         nothing |= ~jnp.any(mask_in)

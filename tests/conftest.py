@@ -9,12 +9,24 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # The tests compile much and compute little.
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"
 
+import hypothesis
 import jax
 import numpy as np
 import pytest
 from flax import nnx
 
 import lipjax
+
+# The same examples every time, as everything here is reproducible; no shrinking, which compiles for many minutes: a test
+# prints what failed.
+hypothesis.settings.register_profile(
+    "lipjax",
+    deadline=None,
+    derandomize=True,
+    database=None,
+    phases=[hypothesis.Phase.explicit, hypothesis.Phase.generate],
+)
+hypothesis.settings.load_profile("lipjax")
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"
@@ -65,6 +77,11 @@ def tiny_net(activation: str, seed: int = 0, threshold: float = 0.3, scale: floa
         if hasattr(layer, "kernel"):
             layer.kernel[...] = layer.kernel[...] * scale
     return net
+
+
+def cast64(net):
+    """The same network with float64 parameters; inside `x64`."""
+    return jax.tree.map(lambda leaf: jax.numpy.asarray(leaf, jax.numpy.float64), net)
 
 
 def dense_matrix(function, shape) -> np.ndarray:

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import ACTIVATIONS, dense_matrix, tiny_net
+from conftest import ACTIVATIONS, cast64, dense_matrix, tiny_net
 from flax import nnx
 
 import lipjax
@@ -27,10 +27,6 @@ jitted_worst = jax.jit(lipjax.worst_logits)
 
 def images(count, seed=0, shape=(6, 6, 2)):
     return np.random.default_rng(seed).uniform(0, 1, (count, *shape))
-
-
-def cast64(net):
-    return jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float64), net)
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)

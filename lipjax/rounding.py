@@ -1,0 +1,284 @@
+"""The error model of floating-point arithmetic: what rounding can do to a network as executed, and to its bounds.
+
+**Model** (Higham, *Accuracy and Stability of Numerical Algorithms*, 2nd ed. 2002, sections 2.2 and 3.1). An operation
+returns the exact result times ``1 + d``, ``|d| <= u``. An inner product of n terms, summed in any order, with or
+without fused multiply-adds, errs by at most ``gamma(n) sum |a_i b_i|``, ``gamma(n) = n u / (1 - n u)``. Results that
+underflow may be flushed to zero, as may subnormal operands. Not covered: products that are no inner products (Winograd
+or Fourier convolutions, Strassen), and faults of the hardware.
+
+Where the operands are first rounded to a narrower format (TF32, bfloat16) that adds a factor ``(1 + u_in)^2``, and the
+format of the result another ``1 + u_out``. Tensor cores truncate and keep few guard bits (Fasi, Higham, Mikaitis and
+Pranesh, *Numerical behavior of NVIDIA tensor cores*, 2021), so their accumulation is counted with ``u_acc = 2^-22`` and
+the conversion to TF32, which some do by truncation, with ``u_in = 2^-10``.
+
+Two things are made of it. `OUTWARD` turns every rounding error of a bound, computed in float64, to the safe side;
+`EXACT` does nothing and serves estimates, which are differentiated. `forward_error` bounds how far the logits of the
+network *as executed*, in its own arithmetic, can be from those of the real-number function, for every input of a ball.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+
+from lipjax import activations, operators
+
+DOUBLE = 2.0**-53
+# What underflow can do to one float64 operation, with room for operands of up to `LARGEST` and millions of terms.
+FLOOR = 1e-150
+# Bounds with a number above this are given up: below it nothing overflows, and FLOOR covers all that underflows.
+LARGEST = 1e100
+
+
+def gamma(n, unit: float = DOUBLE) -> float:
+    """``n u / (1 - n u)``: relative error of an inner product of n terms; infinity where the model says nothing."""
+    return n * unit / (1 - n * unit) if n * unit < 1 else math.inf
+
+
+# ------------------------------------------------------------------------------------------- rounding of the bounds
+
+
+class Exact:
+    """Bounds as if arithmetic were exact: for estimates."""
+
+    def up(self, x: jax.Array, terms: int = 1) -> jax.Array:
+        return x
+
+    def around(self, lower: jax.Array, upper: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return (lower + upper) / 2, (upper - lower) / 2
+
+    def widened(self, lower: jax.Array, upper: jax.Array, slack) -> tuple[jax.Array, jax.Array]:
+        return lower, upper
+
+    def slack(self, operator: operators.LinearOperator, lower: jax.Array, upper: jax.Array):
+        return 0.0
+
+    def norm(self, slack) -> jax.Array | float:
+        return 0.0
+
+
+class Outward:
+    """Bounds in float64, every rounding error turned to the safe side; see the module's text for the model."""
+
+    def up(self, x: jax.Array, terms: int = 1) -> jax.Array:
+        """At least the exact value of what was computed as x >= 0 by sums of `terms` products of numbers >= 0, with up
+        to eight further multiplications, divisions or square roots. Exactly 0 stays 0."""
+        return jnp.where(x == 0, x, x * (1 + 2 * gamma(terms + 8)) + FLOOR)
+
+    def around(self, lower: jax.Array, upper: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Middle and half-width whose interval contains ``[lower, upper]``."""
+        middle, half_width = (lower + upper) / 2, (upper - lower) / 2
+        return middle, self.up(half_width) + 4 * DOUBLE * jnp.abs(middle)
+
+    def widened(self, lower: jax.Array, upper: jax.Array, slack) -> tuple[jax.Array, jax.Array]:
+        """The box widened by `slack` and by the rounding of doing so."""
+        margin = self.up(slack + 4 * DOUBLE * jnp.maximum(jnp.abs(lower), jnp.abs(upper)))
+        return lower - margin, upper + margin
+
+    def slack(self, operator: operators.LinearOperator, lower: jax.Array, upper: jax.Array) -> jax.Array:
+        """At least the rounding error, entry by entry, of each of ``W x + b``, ``|W| x`` and two sums of them, for every
+        x of size at most that of the box.
+
+        Each errs by at most ``gamma(n + 2) (|W| |x| + |b|)``; a factor 8 covers their sum and this computation's own.
+        """
+        magnitude = operator.absolute(jnp.maximum(jnp.abs(lower), jnp.abs(upper)))
+        if operator.bias is not None:
+            magnitude = magnitude + jnp.abs(jnp.broadcast_to(operator.bias, magnitude.shape))
+        return 8 * gamma(terms_of(operator, lower) + 8) * magnitude + FLOOR
+
+    def norm(self, slack: jax.Array) -> jax.Array:
+        """Its l2 norm, rounded up."""
+        return self.up(jnp.sqrt(jnp.sum(jnp.square(slack))), slack.size)
+
+
+EXACT, OUTWARD = Exact(), Outward()
+Rounding = Exact | Outward
+
+
+def terms_of(operator: operators.LinearOperator, like: jax.Array | jax.ShapeDtypeStruct) -> int:
+    """Entries of the kernel in the fullest row of W, for inputs like `like`: the terms of one inner product. Static."""
+    return _count(operator, like, transposed=False)
+
+
+def transposed_terms_of(operator: operators.LinearOperator, like: jax.Array | jax.ShapeDtypeStruct) -> int:
+    """The same for the fullest column: the terms of one inner product of the transposed map."""
+    return _count(operator, like, transposed=True)
+
+
+def _count(operator, like, transposed) -> int:
+    # Counted by running the map on ones, outside of any trace; float32 counts exactly up to 2^24.
+    with jax.ensure_compile_time_eval():
+        kernel = jnp.ones(operator.kernel.shape, jnp.float32)
+        x = jax.ShapeDtypeStruct(like.shape, jnp.float32)
+
+        def apply(x):
+            return operator.apply(kernel, x)
+
+        if transposed:
+            image = jax.eval_shape(apply, x)
+            counts = jax.linear_transpose(apply, x)(jnp.ones(image.shape, jnp.float32))[0]
+        else:
+            counts = apply(jnp.ones(x.shape, jnp.float32))
+        return math.ceil(float(jnp.max(counts)))
+
+
+# ------------------------------------------------------------------------------------------- the network as executed
+
+
+@dataclasses.dataclass(frozen=True)
+class Arithmetic:
+    """How a layer computes.
+
+    Attributes:
+        name: as results carry it.
+        input: relative error of converting an operand before it is multiplied.
+        accumulate: unit roundoff of products and sums.
+        output: unit roundoff of the result's format.
+        smallest: what underflow can do to one operation, for operands of size up to 1.
+        largest: numbers above it overflow.
+    """
+
+    name: str
+    input: float
+    accumulate: float
+    output: float
+    smallest: float
+    largest: float
+
+    def relative(self, terms: int) -> float:
+        """An affine layer with inner products of so many terms errs by at most this share of ``|W| |x| + |b|``."""
+        conversions = (1 + self.input) ** 2 * (1 + self.output) ** 3
+        return conversions * (1 + gamma(terms + 2, self.accumulate)) - 1
+
+
+ARITHMETICS = {
+    a.name: a
+    for a in (
+        Arithmetic("float64", 0.0, 2.0**-53, 2.0**-53, 2.0**-1020, 1e300),
+        Arithmetic("float32", 0.0, 2.0**-24, 2.0**-24, 2.0**-125, 3e38),
+        Arithmetic("tf32", 2.0**-10, 2.0**-22, 2.0**-24, 2.0**-125, 3e38),
+        # float32 products at a TPU's default precision
+        Arithmetic("bfloat16_products", 2.0**-8, 2.0**-22, 2.0**-24, 2.0**-125, 3e38),
+        # layers that compute in bfloat16; partial sums in float32, as every matrix unit keeps them
+        Arithmetic("bfloat16", 2.0**-8, 2.0**-22, 2.0**-8, 2.0**-125, 3e38),
+    )
+}
+
+
+def arithmetics_of(layers: Sequence, declared: str | None = None) -> tuple[Arithmetic, ...]:
+    """The arithmetic of each affine layer, in order.
+
+    Args:
+        layers: as `regions.layers_of` returns them.
+        declared: a name in `ARITHMETICS`, for all layers; None: as this process's default device executes them, from
+            each layer's dtype and precision and JAX's default matmul precision.
+
+    Raises:
+        ValueError: unknown name; a layer that computes in a dtype that the model does not know, or in a narrower one
+            than was declared.
+    """
+    if declared is not None and declared not in ARITHMETICS:
+        raise ValueError(f"arithmetic must be one of {', '.join(ARITHMETICS)}, got {declared!r}.")
+    found = []
+    for i, layer in enumerate(layers):
+        if not operators.is_affine(layer):
+            continue
+        own = _own_arithmetic(i, layer)
+        if declared is not None:
+            if ARITHMETICS[declared].output < ARITHMETICS[own].output and own not in ("float32", "float64"):
+                raise ValueError(
+                    f"layer {i}, {type(layer).__name__}, computes in {own}, which rounds more than the declared "
+                    f"{declared}: declare {own} or give the layer dtype float32."
+                )
+            own = declared
+        found.append(ARITHMETICS[own])
+    return tuple(found)
+
+
+def _own_arithmetic(i: int, layer) -> str:
+    used = {jnp.dtype(leaf.dtype) for leaf in jax.tree.leaves(layer) if jnp.issubdtype(leaf.dtype, jnp.floating)}
+    for name in ("dtype", "preferred_element_type"):
+        own = getattr(layer, name, None)
+        if own is not None:
+            used.add(jnp.dtype(own))
+    known = {jnp.dtype(jnp.float64), jnp.dtype(jnp.float32), jnp.dtype(jnp.bfloat16)}
+    if not used <= known:
+        strange = ", ".join(sorted(d.name for d in used - known))
+        raise ValueError(
+            f"layer {i}, {type(layer).__name__}, uses {strange}: what rounding does there is not in the error model "
+            "(float32, float64 and bfloat16 are). Give the layer dtype float32."
+        )
+    if jnp.dtype(jnp.bfloat16) in used:
+        return "bfloat16"
+    # A float64 network still meets float32 images and JAX's default of 32 bits: float32 is the safe reading.
+    precision = getattr(layer, "precision", None) or jax.config.jax_default_matmul_precision  # type: ignore[attr-defined]
+    platform = jax.default_backend()
+    if platform == "tpu":
+        return "bfloat16_products"
+    if platform != "cpu" and str(precision).lower() not in ("highest", "float32", "precision.highest"):
+        return "tf32"
+    return "float32"
+
+
+def least_precise(arithmetics: Sequence[Arithmetic]) -> str:
+    """The name of the arithmetic that rounds most."""
+    return max(arithmetics, key=lambda a: a.relative(1)).name
+
+
+def forward_error(
+    layers: Sequence,
+    boxes: Sequence[tuple[jax.Array, jax.Array]],
+    arithmetics: Sequence[Arithmetic],
+    global_norms: Sequence[jax.Array],
+    view: Callable = lambda layer, like: operators.linear_operator(layer),
+) -> jax.Array:
+    """How far each logit of the network as executed can be from the real-number function, anywhere in the ball.
+
+    Carried forward: e, a bound of ``|computed - exact|`` for each coordinate, and rho, a bound of its l2 norm. At an
+    affine layer, with ``m = max(|lower|, |upper|)`` of the exact activation in front,
+
+        local = relative(n) (|W| (m + e) + |b|) + underflow,    e' = min(|W| e, ||row_i(W)|| rho) + local,
+        rho' = min(||W|| rho + ||local||, ||e'||).
+
+    All coordinates count, also those that are constant in exact arithmetic: rounding may move them. An activation never
+    makes the error larger (`activations.error_image`). Computed in float64, rounded up.
+
+    Args:
+        layers: as `regions.layers_of` returns them.
+        boxes: ``boxes[i]`` contains the exact input of layer i, one more for the logits.
+        arithmetics: one per affine layer.
+        global_norms: proven upper bounds of the unmasked norms, one per affine layer.
+        view: layer and example to linear view.
+
+    Returns:
+        ``(classes,)``, float64; infinity where a number may overflow.
+    """
+    error = jnp.zeros(boxes[0][0].shape)
+    total = jnp.zeros(())
+    k = 0
+    for i, layer in enumerate(layers):
+        lower, upper = boxes[i]
+        if type(layer) is operators.Flatten:
+            error = layer(error)
+        elif activations.is_activation(layer):
+            error = activations.error_image(layer, error)
+        else:
+            operator, arithmetic = view(layer, lower), arithmetics[k]
+            size = jnp.maximum(jnp.abs(lower), jnp.abs(upper)) + error
+            # The layer's own inner products: a view may spell them out as longer ones, padded with zeros.
+            terms = terms_of(operators.linear_operator(layer), lower)
+            magnitude = operator.absolute(size)
+            bias = None if operator.bias is None else jnp.abs(jnp.broadcast_to(operator.bias, magnitude.shape))
+            magnitude = magnitude if bias is None else magnitude + bias
+            underflow = arithmetic.smallest * (terms + 2) * (1 + jnp.max(jnp.abs(operator.kernel)) + jnp.max(size))
+            local = arithmetic.relative(terms) * magnitude + underflow
+            rows = operator.row_norms(jnp.ones(lower.shape, bool))
+            grown = OUTWARD.up(jnp.minimum(operator.absolute(error), rows * total) + local, lower.size)
+            total = jnp.minimum(
+                OUTWARD.up(global_norms[k] * total + OUTWARD.norm(local), lower.size), OUTWARD.norm(grown)
+            )
+            error = jnp.where(OUTWARD.up(magnitude + grown, lower.size) < arithmetic.largest, grown, jnp.inf)
+            k += 1
+    return error

@@ -1,0 +1,333 @@
+"""The error model against exact rational arithmetic: boxes, radii, worst-case gains and the network as executed."""
+
+import dataclasses
+import itertools
+import math
+from fractions import Fraction
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import ACTIVATIONS, cast64, dense_matrix
+from flax import nnx
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import lipjax
+from lipjax import operators, regions, rounding
+from lipjax.margins import ascent
+from lipjax.regions import Region
+
+
+def rational(array) -> np.ndarray:
+    """The same numbers, exactly."""
+    return np.vectorize(lambda v: Fraction(float(v)), otypes=[object])(np.asarray(array, np.float64))
+
+
+def dense_net(activation, sizes=(6, 8, 8, 3), seed=0, spread=1.0) -> nnx.Sequential:
+    """A dense net; `spread` > 1 makes weights of very different size and sign, whose products cancel."""
+    rng, layers = np.random.default_rng(seed), []
+    for i, (n, m) in enumerate(itertools.pairwise(sizes)):
+        layer = nnx.Linear(n, m, rngs=nnx.Rngs(0))
+        size = spread ** rng.uniform(-1, 1, (n, m))
+        weights = rng.normal(size=(n, m)) * size / np.sqrt(n)
+        if spread > 1:  # each second row nearly cancels the one before
+            weights[1::2] = -weights[0 : 2 * (n // 2) : 2] * (1 + 1e-6 * rng.normal(size=weights[1::2].shape))
+        layer.kernel[...] = jnp.asarray(weights, jnp.float32)
+        layer.bias[...] = jnp.asarray(rng.normal(size=m) * 0.1, jnp.float32)
+        layers.append(layer)
+        if i < len(sizes) - 2:
+            layers.append(
+                {
+                    "relu": lipjax.ReLU,
+                    "maxmin": lipjax.MaxMin,
+                    "clipped_relu": lambda m=m: lipjax.ClippedReLU(m, threshold=0.7),
+                    "clipped_maxmin": lambda m=m: lipjax.ClippedMaxMin(m, upper=0.5, lower=-0.5),
+                }[activation]()
+            )
+    return nnx.Sequential(*layers)
+
+
+def exact_layers(net, x) -> list[np.ndarray]:
+    """The activations behind each layer at x (an object array of Fractions), in exact arithmetic."""
+    found = []
+    for layer in net.layers:
+        if type(layer) is nnx.Linear:
+            x = rational(layer.kernel[...]).T @ x + rational(layer.bias[...])
+        elif type(layer) is lipjax.ReLU:
+            x = np.maximum(x, 0)
+        elif type(layer) is lipjax.ClippedReLU:
+            x = np.minimum(np.maximum(x, 0), rational(layer.threshold[...]))
+        else:
+            a, b = np.split(x, 2)
+            top, bottom = np.maximum(a, b), np.minimum(a, b)
+            if type(layer) is lipjax.ClippedMaxMin:
+                top = np.minimum(top, rational(layer.upper[...]))
+                bottom = np.maximum(bottom, rational(layer.lower[...]))
+            x = np.concatenate([top, bottom])
+        found.append(x)
+    return found
+
+
+def proven_norm(k, operator, like, mask_in, mask_out):
+    """A norm function of a walk: SVD of the explicit masked matrix, plus far more than its rounding."""
+    matrix = dense_matrix(operator, like.shape)
+    if mask_in is not None:
+        matrix = matrix * np.asarray(mask_in).reshape(-1)
+    if mask_out is not None:
+        matrix = matrix * np.asarray(mask_out).reshape(-1, 1)
+    return jnp.asarray(np.linalg.norm(matrix, 2) * (1 + 1e-12)), None
+
+
+def points(x, epsilon, count, seed):
+    """float32 points of the ball, near its surface, checked exactly."""
+    rng, found = np.random.default_rng(seed), []
+    while len(found) < count:
+        step = rng.normal(size=x.shape)
+        point = (x + step * 0.999999 * epsilon / np.linalg.norm(step)).astype(np.float32)
+        if sum((rational(point) - rational(x)) ** 2) <= Fraction(float(epsilon)) ** 2:
+            found.append(point)
+    return found
+
+
+@pytest.mark.parametrize("mode", regions.MODES)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("spread", [1.0, 1e4])
+def test_exact_activations_lie_in_boxes_and_balls_rounded_outwards(x64, activation, mode, spread):
+    net, rng = dense_net(activation, spread=spread), np.random.default_rng(1)
+    wide = cast64(net)
+    for epsilon in (1e-9, 0.05):
+        x = rng.uniform(0, 1, 6).astype(np.float32)
+        bound = regions.walk(
+            regions.layers_of(wide),
+            jnp.asarray(x, jnp.float64),
+            epsilon,
+            mode,
+            proven_norm,
+            proven_norm,
+            arithmetic=rounding.OUTWARD,
+        )
+        for point in [x, *points(x, epsilon, 6, seed=2)]:
+            for h, region in zip(exact_layers(net, rational(point)), bound.regions, strict=True):
+                assert np.all(rational(region.lower) <= h) and np.all(h <= rational(region.upper))
+                away = sum((h - rational(region.center)) ** 2)
+                assert away <= Fraction(float(region.radius)) ** 2
+
+
+def test_without_outward_rounding_the_boxes_do_fail(x64):
+    """Else the test above would say nothing: a net of pure cancellation, at radius 0."""
+    net = cast64(dense_net("relu", spread=1e6, seed=3))
+    failed = 0
+    for seed in range(20):
+        x = np.random.default_rng(seed).uniform(0, 1, 6).astype(np.float32)
+        for arithmetic in (rounding.EXACT, rounding.OUTWARD):
+            bound = regions.walk(
+                regions.layers_of(net),
+                jnp.asarray(x, jnp.float64),
+                0.0,
+                "local",
+                proven_norm,
+                proven_norm,
+                arithmetic=arithmetic,
+            )
+            h, region = exact_layers(net, rational(x))[0], bound.regions[0]
+            inside = np.all(rational(region.lower) <= h) and np.all(h <= rational(region.upper))
+            if arithmetic is rounding.OUTWARD:
+                assert inside
+            else:
+                failed += not inside
+    assert failed > 0
+
+
+def tf32(x):
+    """float32 with the ten bits of mantissa that TF32 keeps, cut off as some hardware does."""
+    bits = np.asarray(x, np.float32).view(np.uint32) & np.uint32(0xFFFFE000)
+    return bits.view(np.float32)
+
+
+def executed_logits(net, x, arithmetic):
+    """The logits as a machine of that arithmetic computes them, in float64 for the comparison."""
+    if arithmetic == "tf32":
+        h = np.asarray(x, np.float32)
+        for layer in net.layers:
+            if type(layer) is nnx.Linear:
+                products = tf32(layer.kernel[...]).T * tf32(h)
+                total = np.zeros(products.shape[0], np.float32)
+                for column in products.T:  # one after the other: the worst order
+                    total = (total + column).astype(np.float32)
+                h = total + np.asarray(layer.bias[...])
+            else:
+                h = np.asarray(layer(jnp.asarray(h)))
+        return h.astype(np.float64)
+    if arithmetic == "bfloat16":
+        graph, state = nnx.split(net)
+        net = nnx.merge(graph, state)
+        for layer in net.layers:
+            if type(layer) is nnx.Linear:
+                layer.dtype = jnp.bfloat16
+    return np.asarray(net(jnp.asarray(x, jnp.float32)), np.float64)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("arithmetic", ["float32", "tf32", "bfloat16"])
+@pytest.mark.parametrize("spread", [1.0, 1e4])
+def test_executed_logits_are_within_the_forward_error_of_the_exact_ones(activation, arithmetic, spread):
+    net, epsilon = dense_net(activation, sizes=(24, 32, 16, 3), spread=spread, seed=4), 0.02
+    x = np.random.default_rng(5).uniform(0, 1, 24).astype(np.float32)
+    with jax.enable_x64(True):
+        wide = cast64(net)
+        layers = regions.layers_of(wide)
+        start = jnp.asarray(x, jnp.float64)
+        bound = regions.walk(layers, start, epsilon, "local", proven_norm, proven_norm, arithmetic=rounding.OUTWARD)
+        boxes = [(start - 1.001 * epsilon, start + 1.001 * epsilon), *((r.lower, r.upper) for r in bound.regions)]
+        arithmetics = rounding.arithmetics_of(layers, arithmetic)
+        norms = [np.linalg.norm(np.asarray(w.kernel[...]), 2) * (1 + 1e-12) for w in layers if operators.is_affine(w)]
+        error = np.asarray(rounding.forward_error(layers, boxes, arithmetics, norms))
+    worst = 0.0
+    for point in [x, *points(x, epsilon, 5, seed=6)]:
+        exact = exact_layers(net, rational(point))[-1]
+        off = np.array([float(abs(e)) for e in rational(executed_logits(net, point, arithmetic)) - exact])
+        assert np.all(off <= error)
+        worst = max(worst, float(np.max(off / error)))
+    # With weights in all sizes, clipping can hide nearly every error.
+    assert worst > 1e-4 or spread > 1, "a bound that is never within four digits of the truth would be of no use"
+
+
+def cancelling_net() -> nnx.Sequential:
+    """Logits of 0.01 and 0 for every input, in exact arithmetic: the products of the first row cancel. In float32 1e7 +
+    0.01 - 1e7 leaves 0, 1 or nothing like 0.01."""
+    net = nnx.Sequential(nnx.Linear(3, 2, rngs=nnx.Rngs(0)))
+    net.layers[0].kernel[...] = jnp.array([[1e7, 0.0], [0.01, 0.0], [-1e7, 0.0]], jnp.float32)
+    return net
+
+
+def test_a_margin_that_float32_loses_is_certified_for_float64_only():
+    net, x = cancelling_net(), np.array([[1.0, 1.0, 1.0]], np.float32)
+    ideal = lipjax.certify(net, x, np.array([0]), 0.0, arithmetic="float64", tier="deterministic")
+    real = lipjax.certify(net, x, np.array([0]), 0.0, arithmetic="float32", tier="deterministic")
+    assert ideal.certified[0] and not real.certified[0]
+    assert real.allowance[0] > 0.009 > 1e-3 > ideal.allowance[0]
+    orders = [np.float32(sum_) for sum_ in _float32_sums([1e7, 0.01, -1e7])]
+    assert 0.0 in orders  # in one order at least, the margin is gone: refusing is right
+
+
+def _float32_sums(terms):
+    for order in itertools.permutations(np.array(terms, np.float32)):
+        total = np.float32(0)
+        for term in order:
+            total = np.float32(total + term)
+        yield total
+
+
+@settings(max_examples=40, deadline=None)
+@given(seed=st.integers(0, 10**6), n=st.integers(1, 40), radius=st.floats(1e-6, 10), tilt=st.floats(-6, 6))
+def test_the_rounded_gain_is_at_least_that_of_any_point_in_exact_arithmetic(seed, n, radius, tilt):
+    rng = np.random.default_rng(seed)
+    d = rng.normal(size=n) * 10 ** (tilt * rng.uniform(-1, 1, n))
+    low, high = -np.abs(rng.normal(size=n)), np.abs(rng.normal(size=n)) * 10 ** rng.uniform(-3, 1, n)
+    with jax.enable_x64(True):
+        region = Region(jnp.zeros(n), jnp.asarray(radius), jnp.asarray(low), jnp.asarray(high))
+        found = Fraction(float(ascent(jnp.asarray(d), region, rounding.OUTWARD)))
+    scale = 1.0
+    for _ in range(60):  # points that are nearly optimal: scaled to the ball, then checked to be in it exactly
+        t = np.clip(d * scale, low, high)
+        size = np.linalg.norm(t)
+        if size <= radius * (1 - 1e-12):
+            assert sum(rational(t) ** 2) <= Fraction(radius) ** 2
+            assert sum(rational(d) * rational(t)) <= found
+        scale *= 0.7 if size > radius else 1.3
+
+
+@settings(max_examples=60, deadline=None)
+@given(seed=st.integers(0, 10**6), n=st.integers(1, 300), spread=st.floats(0, 8))
+def test_up_covers_the_rounding_of_a_sum_of_products(seed, n, spread):
+    rng = np.random.default_rng(seed)
+    a, b = (np.abs(rng.normal(size=n)) * 10 ** rng.uniform(-spread, spread, n) for _ in range(2))
+    with jax.enable_x64(True):
+        found = float(rounding.OUTWARD.up(jnp.sum(jnp.asarray(a) * jnp.asarray(b)), n))
+        nothing = float(rounding.OUTWARD.up(jnp.zeros(())))
+    truth = sum(rational(a) * rational(b))
+    assert truth <= Fraction(found) <= truth * (1 + Fraction(1, 10**9)) + Fraction(1, 10**100)
+    assert nothing == 0
+
+
+def test_terms_are_the_entries_of_the_fullest_row_and_column():
+    def counts(layer, shape):
+        operator = lipjax.linear_operator(layer)
+        like = jax.ShapeDtypeStruct(shape, jnp.float32)
+        return rounding.terms_of(operator, like), rounding.transposed_terms_of(operator, like)
+
+    rngs = nnx.Rngs(0)
+    assert counts(nnx.Linear(7, 3, rngs=rngs), (7,)) == (7, 3)
+    assert counts(nnx.Conv(2, 5, (3, 3), padding=1, rngs=rngs), (6, 6, 2)) == (18, 45)
+    assert counts(nnx.Conv(2, 6, (4, 4), strides=2, padding=1, rngs=rngs), (8, 8, 2)) == (32, 24)
+    assert counts(nnx.Conv(4, 4, (3, 3), padding=0, feature_group_count=2, rngs=rngs), (5, 5, 4)) == (18, 18)
+    assert counts(lipjax.AveragePool(2), (4, 4, 3)) == (4, 1)
+
+
+def test_gamma_is_the_worst_growth_of_rounding_errors():
+    unit = Fraction(1, 2**53)
+    for n in (1, 10, 1000):
+        assert (1 + unit) ** n - 1 <= Fraction(rounding.gamma(n))
+    assert rounding.gamma(2**24, 2.0**-24) == math.inf
+
+
+def test_arithmetic_is_read_from_layers_and_device_and_unknown_ones_are_errors():
+    def names(**arguments):
+        net = nnx.Sequential(nnx.Linear(2, 2, rngs=nnx.Rngs(0), **arguments))
+        return [a.name for a in rounding.arithmetics_of(net.layers)]
+
+    assert names() == ["float32"]
+    assert names(dtype=jnp.bfloat16) == names(param_dtype=jnp.bfloat16) == ["bfloat16"]
+    with pytest.raises(ValueError, match="float16"):
+        names(dtype=jnp.float16)
+    net = nnx.Sequential(nnx.Linear(2, 2, dtype=jnp.bfloat16, rngs=nnx.Rngs(0)))
+    with pytest.raises(ValueError, match=r"layer 0.*bfloat16.*float32"):
+        rounding.arithmetics_of(net.layers, "float32")
+    with pytest.raises(ValueError, match="'float8'"):
+        rounding.arithmetics_of(net.layers, "float8")
+    assert rounding.least_precise(rounding.arithmetics_of(net.layers)) == "bfloat16"
+
+
+@pytest.mark.parametrize("platform, precision, expected", [
+    ("gpu", None, "tf32"),
+    ("gpu", "highest", "float32"),
+    ("tpu", "highest", "bfloat16_products"),
+    ("cpu", None, "float32"),
+])  # fmt: skip
+def test_accelerators_round_their_products_unless_told_otherwise(monkeypatch, platform, precision, expected):
+    monkeypatch.setattr(jax, "default_backend", lambda: platform)
+    layer = nnx.Linear(2, 2, rngs=nnx.Rngs(0), precision=precision)
+    assert [a.name for a in rounding.arithmetics_of([layer])] == [expected]
+
+
+def test_overflow_of_the_executed_network_is_an_infinite_error(x64):
+    net = cast64(dense_net("relu"))
+    net.layers[0].kernel[...] = net.layers[0].kernel[...] * 1e39
+    layers, x = regions.layers_of(net), jnp.full(6, 0.5)
+    bound = regions.walk(layers, x, 0.1, "local", proven_norm, proven_norm, arithmetic=rounding.OUTWARD)
+    boxes = [(x - 0.11, x + 0.11), *((r.lower, r.upper) for r in bound.regions)]
+    error = rounding.forward_error(layers, boxes, rounding.arithmetics_of(layers, "float32"), [jnp.inf] * 3)
+    assert np.all(np.isinf(error))
+
+
+def test_an_activation_without_a_rounding_rule_cannot_be_certified():
+    class Halved(nnx.Module):
+        def __call__(self, z):
+            return z / 2
+
+    lipjax.activations.box_image.register(Halved)(lambda layer, lower, upper: (layer(lower), layer(upper)))
+    lipjax.activations.live_rows.register(Halved)(lambda layer, lower, upper, mode: jnp.ones(lower.shape, bool))
+    rngs = nnx.Rngs(0)
+    net = nnx.Sequential(nnx.Linear(2, 2, rngs=rngs), Halved(), nnx.Linear(2, 2, rngs=rngs))
+    lipjax.bound(net, jnp.ones(2), 0.1)
+    with pytest.raises(TypeError, match=r"rounding rule for Halved"):
+        lipjax.certify(net, np.ones((1, 2), np.float32), None, 0.1)
+
+
+def test_the_model_is_data():
+    for arithmetic in rounding.ARITHMETICS.values():
+        assert arithmetic.relative(1) < arithmetic.relative(1000)
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            arithmetic.name = "other"
