@@ -9,6 +9,7 @@ best on the validation split, which is held out of the training set).
 """
 
 import dataclasses
+import functools
 import os
 import time
 
@@ -25,7 +26,9 @@ from lipjax.reporting import Metrics, Progress
 
 _CONFIG = config_flags.DEFINE_config_file("config", "configs/digits.py", "Experiment: a file with get_config().")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of this run; default runs/<name of the config>.")
-_EPOCHS = flags.DEFINE_integer("stop_after", None, "Stop after this epoch, to go on later; no influence on the result.")
+_EPOCHS = flags.DEFINE_integer(
+    "stop_after", None, "Stop after this epoch, to go on later; no influence on the result.", lower_bound=1
+)
 
 # Fields that say where things are and not what is computed: they may differ when a run is continued.
 VOLATILE = ("data.data_dir", "data.manual_dir")
@@ -34,23 +37,24 @@ VOLATILE = ("data.data_dir", "data.manual_dir")
 def main(argv):
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments {argv[1:]}; flags look like --config.seed=1")
-    logging.set_verbosity(logging.WARNING)  # Orbax reports every step of every save
+    logging.set_verbosity(logging.FATAL)  # Orbax reports every step of every save; its errors are reported below
     config = _CONFIG.value
-    name = os.path.splitext(os.path.basename(config_flags.get_config_filename(flags.FLAGS["config"])))[0]
-    workdir = open_workdir(_WORKDIR.value or f"runs/{name}", config.to_dict(), volatile=VOLATILE)
+    training.check_config(config)
     config.lock()
-    print(f"{workdir}: {config.model.name} on {config.data.name}, seed {config.seed}", flush=True)
 
     # ------------------------------------------------------------------ devices
     mesh = training.device_mesh()
     if config.batch_size % mesh.size:
-        raise app.UsageError(f"batch_size {config.batch_size} does not divide over {mesh.size} devices.")
+        raise ValueError(
+            f"batch_size {config.batch_size} does not divide over {mesh.size} devices: give a multiple, "
+            f"--config.batch_size={-(-config.batch_size // mesh.size) * mesh.size}."
+        )
 
     # ------------------------------------------------------------------ data
     splits = training.load_data(config)
     train = splits.train
     input_shape = train.images.shape[1:]
-    steps_per_epoch = len(train.labels) // config.batch_size
+    steps_per_epoch = len(training.epoch_order(config.seed, 0, len(train.labels), config.batch_size))
     print(
         f"{len(train.labels)} training, {len(splits.validation.labels)} validation images of {input_shape}, "
         f"{train.classes} classes; {mesh.size} {jax.devices()[0].platform} device(s)",
@@ -60,19 +64,32 @@ def main(argv):
     # ------------------------------------------------------------------ network, optimizer, state
     network = training.build_network(config, input_shape, train.classes)
     transform = optax.adam(training.learning_rate(config, steps_per_epoch))
-    state = training.initial_state(network, transform, config, len(train.labels), input_shape)
-    shardings = training.state_shardings(state, mesh)
-    state = jax.device_put(state, shardings)
-    step = training.make_step(config, transform, max(steps_per_epoch, 1), train.levels, mesh, state)
+    create = functools.partial(
+        training.initial_state,
+        transform=transform,
+        config=config,
+        examples=len(train.labels),
+        input_shape=input_shape,
+    )
+    abstract = jax.eval_shape(create, network)
+    shardings = training.state_shardings(abstract, mesh)
+    step = training.make_step(config, transform, steps_per_epoch, train.levels, mesh, abstract)
+
+    # ------------------------------------------------------------------ workdir
+    # Not earlier: a start that fails for its data or its settings must not claim the folder.
+    name = os.path.splitext(os.path.basename(config_flags.get_config_filename(flags.FLAGS["config"])))[0]
+    workdir = open_workdir(_WORKDIR.value or f"runs/{name}", config.to_dict(), volatile=VOLATILE)
+    print(f"{workdir}: {config.model.name} on {config.data.name}, seed {config.seed}", flush=True)
 
     # ------------------------------------------------------------------ restore
     with Checkpoints(workdir, keep_last=config.checkpoints.keep) as checkpoints:
-        abstract = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), state, shardings)
-        restored = checkpoints.restore_last(abstract)
-        epoch = 0
-        if restored is not None:
-            state, meta = restored
-            epoch = meta["epoch"]
+        wanted = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, shardings)
+        restored = checkpoints.restore_last(wanted)
+        if restored is None:
+            # Compiled with its shardings, so that no device ever holds more than its share of the vectors.
+            state, epoch = jax.jit(create, out_shardings=shardings)(network), 0
+        else:
+            state, epoch = restored[0], restored[1]["epoch"]
             print(f"continuing after epoch {epoch}", flush=True)
         metrics = Metrics(workdir / "metrics.jsonl", after_step=int(state.step))
 
@@ -130,9 +147,20 @@ def main(argv):
     print(f"done: {epoch} epochs. Next: python certify.py --workdir={os.path.relpath(workdir)}", flush=True)
 
 
+def parse_flags(argv):
+    """absl's parser; of a misspelt field ml_collections says in an AttributeError which one may be meant."""
+    try:
+        return app.parse_flags_with_usage(argv)
+    except AttributeError as error:
+        reason = error
+        while isinstance(reason.args[0], Exception):
+            reason = reason.args[0]
+        raise SystemExit(f"train.py: the configuration has no such field: {reason.args[0]}") from None
+
+
 if __name__ == "__main__":
     try:
-        app.run(main)
-    except (data.DataError, CheckpointError, training.NonFiniteError, ValueError) as error:
+        app.run(main, flags_parser=parse_flags)
+    except (data.DataError, CheckpointError, training.NonFiniteError, ValueError, OSError) as error:
         # These say what is wrong and what to do; a traceback would only hide it.
         raise SystemExit(f"train.py: {error}") from None

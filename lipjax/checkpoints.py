@@ -9,6 +9,7 @@ import errno
 import json
 import os
 import sys
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,10 @@ class CheckpointError(RuntimeError):
 
 class ConfigMismatch(CheckpointError):
     """The workdir belongs to another configuration."""
+
+
+class AnotherArchitecture(CheckpointError):
+    """The checkpoint is of a network or a data set of other shapes."""
 
 
 def open_workdir(workdir, config: dict, *, volatile: tuple[str, ...] = ()) -> Path:
@@ -56,11 +61,18 @@ def open_workdir(workdir, config: dict, *, volatile: tuple[str, ...] = ()) -> Pa
         if name not in volatile and stored.get(name, missing) != now.get(name, missing)
     ]
     if differing:
-        raise ConfigMismatch(
-            f"{path} holds a run of another configuration:\n" + "\n".join(differing) + "\nGive another --workdir, or "
-            "the same configuration to continue it."
-        )
+        advice = "Give another --workdir, or the same configuration to continue it."
+        if not _has_results(path):
+            advice += " It has finished no epoch yet: if it was a failed start, remove the folder."
+        raise ConfigMismatch(f"{path} holds a run of another configuration:\n" + "\n".join(differing) + f"\n{advice}")
     return path
+
+
+def _has_results(path: Path) -> bool:
+    """Whether a run has left a line of metrics or a checkpoint."""
+    metrics = path / "metrics.jsonl"
+    folders = [path / "checkpoints" / name for name in ("last", "best")]
+    return (metrics.exists() and metrics.stat().st_size > 0) or any(f.is_dir() and any(f.iterdir()) for f in folders)
 
 
 def load_config(workdir) -> dict:
@@ -148,11 +160,11 @@ class Checkpoints:
             if step in manager.all_steps():
                 # A run that was killed after this save and before the next state comes by here again with equal content.
                 return
+            named = _named(tree)
+            record = {**meta, "leaves": _kinds(named), "checksums": _checksums(named, meta)}
             manager.save(
                 step,
-                args=ocp.args.Composite(
-                    state=ocp.args.StandardSave(_copied(_named(tree))), meta=ocp.args.JsonSave(meta)
-                ),
+                args=ocp.args.Composite(state=ocp.args.StandardSave(_copied(named)), meta=ocp.args.JsonSave(record)),
             )
         except Exception as error:  # Orbax raises many kinds, also those of an earlier background save
             raise CheckpointError(f"saving step {step} to {manager.directory} failed: {_reason(error)}.") from error
@@ -166,13 +178,16 @@ class Checkpoints:
             abstract_state: pytree of `jax.ShapeDtypeStruct`, with shardings where they matter.
 
         Raises:
-            CheckpointError: there are checkpoints and none can be read.
+            CheckpointError: there are checkpoints and none can be read; the newest is of another architecture (naming
+                the parameter).
         """
         steps = sorted(self._last.all_steps(), reverse=True)
         problems = []
         for step in steps:
             try:
                 found = self._restore(self._last, step, abstract_state)
+            except AnotherArchitecture:
+                raise
             except Exception as error:  # a truncated file surfaces as any of a dozen types
                 problems.append(f"step {step}: {_reason(error)}")
                 print(
@@ -201,6 +216,8 @@ class Checkpoints:
             raise CheckpointError(f"{self._best.directory} holds no selected checkpoint yet: train first.")
         try:
             params, meta = self._restore(self._best, step, abstract_params)
+        except AnotherArchitecture:
+            raise
         except Exception as error:
             raise CheckpointError(
                 f"checkpoint {self._best.directory / str(step)} cannot be read: {_reason(error)}."
@@ -209,14 +226,20 @@ class Checkpoints:
 
     def _restore(self, manager, step, abstract):
         named = _named(abstract)
-        found = manager.restore(
-            step, args=ocp.args.Composite(state=ocp.args.StandardRestore(named), meta=ocp.args.JsonRestore())
-        )
-        for name, wanted in named.items():
-            if wanted.shape != found.state[name].shape:
-                raise ValueError(f"{name} has shape {found.state[name].shape}, the network's has {wanted.shape}")
-        leaves = [found.state[name] for name in named]
-        return jax.tree.unflatten(jax.tree.structure(abstract), leaves), found.meta
+        meta = manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
+        wanted = _kinds(named)
+        stored, checksums = meta.pop("leaves", wanted), meta.pop("checksums", {})
+        for name in sorted(stored.keys() | wanted.keys()):
+            if stored.get(name) != wanted.get(name):
+                raise AnotherArchitecture(
+                    f"checkpoint {manager.directory / str(step)} is of another network or data set: its {name} is "
+                    f"{stored.get(name, 'absent')}, here it is {wanted.get(name, 'absent')}."
+                )
+        state = manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(named))).state
+        for name, found in _checksums(state, meta).items():
+            if checksums.get(name, found) != found:
+                raise ValueError(f"{name} is not what was saved: its checksum differs")
+        return jax.tree.unflatten(jax.tree.structure(abstract), [state[name] for name in named]), meta
 
     def wait(self) -> None:
         """Returns when everything that was saved is on disk; raises what a background save met."""
@@ -242,6 +265,38 @@ def _named(tree) -> dict[str, Any]:
         jax.tree_util.keystr(path, simple=True, separator="."): leaf
         for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
     }
+
+
+def _kinds(named) -> dict[str, str]:
+    return {name: f"{np.dtype(leaf.dtype).name} {tuple(leaf.shape)}" for name, leaf in named.items()}
+
+
+def _checksums(named, meta) -> dict[str, int]:
+    """A number for each leaf, and one for `meta`. Orbax's formats check their own structure, not the values in it."""
+    sums = {name: int(value) for name, value in jax.device_get(_sums_of_bits(named)).items()}
+    return {**sums, "meta": zlib.crc32(json.dumps(meta, sort_keys=True).encode())}
+
+
+@jax.jit
+def _sums_of_bits(named):
+    return {name: _sum_of_bits(leaf) for name, leaf in named.items()}
+
+
+def _sum_of_bits(leaf):
+    """The sum of a bijective hash of each word and its position (MurmurHash3's last steps), modulo 2^32.
+
+    So every change within one word is seen for certain, any other misses it with probability 2^-32.
+    """
+    size = min(leaf.dtype.itemsize, 4)
+    words = jax.lax.bitcast_convert_type(leaf, f"uint{8 * size}").astype(jnp.uint32)  # 8 bytes: one more axis, of 2
+    position, stride = jnp.zeros((), jnp.uint32), 1
+    for axis in reversed(range(words.ndim)):  # not by one flat index, which would need a reshape over devices
+        position += jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis) * jnp.uint32(stride % 2**32)
+        stride *= words.shape[axis]
+    words ^= position * jnp.uint32(0x9E3779B1)
+    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
+        words = (words ^ (words >> shift)) * jnp.uint32(factor)
+    return jnp.sum(words ^ (words >> 16), dtype=jnp.uint32)
 
 
 def _copied(tree):

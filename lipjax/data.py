@@ -15,6 +15,8 @@ import hashlib
 import os
 import subprocess
 import sys
+import zipfile
+import zlib
 from pathlib import Path
 
 import jax
@@ -175,6 +177,11 @@ def _dataset(name, split, images, labels, levels=None, note="", classes=None) ->
         )
     if images.dtype == np.uint8:
         levels = levels or 255.0
+        if images.max() <= 1:
+            raise DataError(
+                f"{name}, {split}: no uint8 pixel is above {images.max()}, and white is 255: floats in [0, 1] lose "
+                "everything when they are cast to uint8; store them as floats, or times 255."
+            )
     elif np.issubdtype(images.dtype, np.floating):
         levels, images = levels or 1.0, images.astype(np.float32)
         low, high = images.min(), images.max()
@@ -226,14 +233,20 @@ def _npz(name):
     files = []
     for path in paths:
         try:
-            with np.load(path) as file:
+            with open(path, "rb") as raw:
+                file = np.load(raw)
+                if isinstance(file, np.ndarray):
+                    raise ValueError("it is a single array (npy)")
                 files.append({key: file[key] for key in file.files})
-        except (OSError, ValueError, EOFError, KeyError) as error:
+        except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
             raise DataError(f"{path} cannot be read as npz: {error}") from error
     if len(files) == 1:
         wanted = ("x_train", "y_train", "x_test", "y_test")
         if not all(key in files[0] for key in wanted):
-            raise DataError(f"{paths[0]} must hold {', '.join(wanted)}; it holds {', '.join(files[0])}.")
+            raise DataError(
+                f"{paths[0]} alone must hold {', '.join(wanted)}; it holds {', '.join(files[0])}. Two files are given as "
+                "npz:<train.npz>,<test.npz>."
+            )
         parts = [(files[0]["x_train"], files[0]["y_train"]), (files[0]["x_test"], files[0]["y_test"])]
     else:
         parts = []
@@ -243,8 +256,13 @@ def _npz(name):
                 raise DataError(f"{path} must hold images and labels (or x and y); it holds {', '.join(file)}.")
             parts.append((file[names[0]], file[names[1]]))
     lossy = files[-1].get("lossy")
-    note = "" if lossy is None else f"{np.size(lossy)} of the test images are not exact copies of the official ones"
-    return _pair(name, _dataset(name, "train", *parts[0]), _dataset(name, "test", *parts[1], note=note))
+    test = _dataset(name, "test", *parts[1])
+    if lossy is not None:
+        note = (
+            f"{np.size(lossy)} of the file's {len(test.labels)} test images are not exact copies of the official ones"
+        )
+        test = dataclasses.replace(test, note=note)
+    return _pair(name, _dataset(name, "train", *parts[0]), test)
 
 
 def _folder(name):
@@ -264,7 +282,11 @@ def _folder(name):
         (path, number[wnid]) for wnid in sorted(number) for path in sorted((root / "train" / wnid).rglob("*.JPEG"))
     ]
     test_files = []
-    for line in (root / "val" / "val_annotations.txt").read_text().splitlines():
+    for number_of_line, line in enumerate((root / "val" / "val_annotations.txt").read_text().splitlines(), 1):
+        if "\t" not in line:
+            raise DataError(
+                f"{root}: line {number_of_line} of val_annotations.txt is not <file>, tab, <class>: {line!r}."
+            )
         file, wnid = line.split("\t")[:2]
         path = root / "val" / "images" / file
         if wnid not in number:
@@ -274,9 +296,16 @@ def _folder(name):
     parts = []
     for split, files in (("train", train_files), ("test", test_files)):
         if not files:
-            raise DataError(f"{root}: no {split} images found.")
-        images = np.stack([_decode(path) for path, _ in files])
-        parts.append(_dataset(name, split, images, np.array([label for _, label in files]), classes=len(number)))
+            where = "train/<class>/images/*.JPEG" if split == "train" else "val/images/, named in val_annotations.txt"
+            raise DataError(f"{root}: no {split} images found ({where}).")
+        images = [_decode(path) for path, _ in files]
+        for (path, _), image in zip(files, images, strict=True):
+            if image.shape != images[0].shape:
+                raise DataError(
+                    f"{path} is {image.shape}, {files[0][0]} is {images[0].shape}: resize them to one size."
+                )
+        labels = np.array([label for _, label in files])
+        parts.append(_dataset(name, split, np.stack(images), labels, classes=len(number)))
     return _pair(name, *parts)
 
 

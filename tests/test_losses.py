@@ -1,0 +1,176 @@
+"""BCP, GloRo and sparsity losses against naive NumPy formulas, and their gradients against finite differences."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import ACTIVATIONS
+from flax import nnx
+
+import lipjax
+from lipjax import losses
+
+EPSILON, KAPPA, LABEL = 0.2, 0.3, 2
+
+
+def small_net(activation, threshold=0.3):
+    """4x4x1 images, one convolution, one hidden dense layer, random biases; four classes."""
+    rngs, bias = nnx.Rngs(0), jax.nn.initializers.normal(0.3)
+
+    def act(shape):
+        return {
+            "relu": lipjax.ReLU,
+            "maxmin": lipjax.MaxMin,
+            "clipped_relu": lambda: lipjax.ClippedReLU(shape, threshold=threshold),
+            "clipped_maxmin": lambda: lipjax.ClippedMaxMin(shape, upper=threshold, lower=-threshold),
+        }[activation]()
+
+    return nnx.Sequential(
+        nnx.Conv(1, 4, (3, 3), strides=2, padding=1, rngs=rngs, bias_init=bias),
+        act((2, 2, 4)),
+        lipjax.Flatten(),
+        nnx.Linear(16, 6, rngs=rngs, bias_init=bias),
+        act((6,)),
+        nnx.Linear(6, 4, rngs=rngs, bias_init=bias),
+    )
+
+
+def image():
+    return jax.random.uniform(jax.random.key(0), (4, 4, 1))
+
+
+@functools.partial(jax.jit, static_argnames="iterations")
+def everything(net, x, epsilon, kappa, label, iterations=30):
+    """The three losses as one vector, and what the naive formulas start from."""
+    bound = lipjax.bound(net, x, epsilon, mode="local", iterations=iterations)
+    found = [losses.bcp(net, bound, label, kappa), losses.gloro(net, bound, label), losses.sparsity(net, bound)]
+    return jnp.stack(found), bound, lipjax.worst_logits(net, bound, label)
+
+
+def naive_cross_entropy(logits, label):
+    return -np.log(np.exp(logits[label]) / np.sum(np.exp(logits)))
+
+
+def naive_sparsity(net, bound):
+    total = 0.0
+    for layer, before in zip(net.layers[1:], bound.regions, strict=False):
+        low, high = np.asarray(before.lower, np.float64), np.asarray(before.upper, np.float64)
+        terms = []
+        if type(layer) in (lipjax.ReLU, lipjax.ClippedReLU):
+            terms.append([max(u, 0) for u in high.ravel()])
+        if type(layer) is lipjax.ClippedReLU:
+            threshold = np.asarray(layer.threshold[...], np.float64)
+            terms.append(
+                [0.1 * max(end - bottom, 0) for end, bottom in zip(threshold.ravel(), low.ravel(), strict=True)]
+            )
+        if type(layer) is lipjax.ClippedMaxMin:
+            half = low.shape[-1] // 2
+            upper, lower = np.asarray(layer.upper[...], np.float64), np.asarray(layer.lower[...], np.float64)
+            first, second = [], []
+            for index in np.ndindex(upper.shape):
+                other = (*index[:-1], index[-1] + half)
+                first.append(max(upper[index] - max(low[index], low[other]), 0))
+                second.append(max(min(high[index], high[other]) - lower[index], 0))
+            terms += [first, second]
+        total += sum(np.mean(term) for term in terms)
+    return total
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_losses_are_their_formulas(x64, activation):
+    net = small_net(activation, threshold=0.3)
+    found, bound, worst = everything(net, image().astype(jnp.float64), EPSILON, KAPPA, LABEL)
+    logits, worst = np.asarray(bound.logits), np.asarray(worst)
+    robust = naive_cross_entropy(worst, LABEL)
+    rival = max(worst[j] for j in range(4) if j != LABEL)
+    bcp = KAPPA * naive_cross_entropy(logits, LABEL) + (1 - KAPPA) * robust
+    gloro = naive_cross_entropy(np.append(logits, rival), LABEL)
+    sparsity = naive_sparsity(net, bound)
+    assert robust > naive_cross_entropy(logits, LABEL) + 0.01  # the bound matters here, else this would show little
+    assert (sparsity > 0) == (activation != "maxmin")
+    np.testing.assert_allclose(found, [bcp, gloro, sparsity], rtol=1e-10)
+
+
+def test_kappa_goes_from_the_clean_to_the_worst_case_loss(x64):
+    net, x = small_net("clipped_relu"), image().astype(jnp.float64)
+    (clean, *_), bound, worst = everything(net, x, EPSILON, 1.0, LABEL)
+    np.testing.assert_allclose(clean, naive_cross_entropy(np.asarray(bound.logits), LABEL), rtol=1e-12)
+    (robust, *_), _, worst = everything(net, x, EPSILON, 0.0, LABEL)
+    np.testing.assert_allclose(robust, naive_cross_entropy(np.asarray(worst), LABEL), rtol=1e-12)
+    # With no perturbation there is nothing between the two.
+    (still, *_), _, _ = everything(net, x, 0.0, 0.0, LABEL)
+    np.testing.assert_allclose(still, clean, rtol=1e-12)
+
+
+def test_the_extra_logit_of_gloro_is_the_best_rival_whatever_the_label(x64):
+    net, x = small_net("clipped_relu"), image().astype(jnp.float64)
+    extend = jax.jit(losses.gloro_logits)
+    for label in range(4):
+        _, bound, worst = everything(net, x, EPSILON, KAPPA, label)
+        extended = np.asarray(extend(net, bound, label))
+        np.testing.assert_array_equal(extended[:4], np.asarray(bound.logits))
+        np.testing.assert_allclose(extended[4], max(worst[j] for j in range(4) if j != label), rtol=1e-12)
+
+
+@pytest.mark.parametrize("activation", ["clipped_relu", "clipped_maxmin"])
+def test_gradients_are_those_of_finite_differences(x64, activation):
+    graph, params = nnx.split(small_net(activation, threshold=0.3))
+    params = jax.tree.map(lambda a: a.astype(jnp.float64), params)
+    x = image().astype(jnp.float64)
+
+    # 400 iterations: converged, as the gradient of a norm with its vectors held fixed is right at convergence only.
+    @jax.jit
+    def values(params):
+        return everything(nnx.merge(graph, params), x, EPSILON, KAPPA, LABEL, iterations=400)[0]
+
+    found = jax.jit(jax.jacrev(values))(params)
+    keys = jax.random.split(jax.random.key(1), len(jax.tree.leaves(params)))
+    directions = [jax.random.normal(k, a.shape) for k, a in zip(keys, jax.tree.leaves(params), strict=True)]
+    step = 1e-6
+    for i, leaf in enumerate(jax.tree.leaves(found)):  # each parameter on its own: none can hide behind a larger one
+
+        def moved(sign, i=i):
+            leaves = jax.tree.leaves(params)
+            leaves[i] = leaves[i] + sign * step * directions[i]
+            return np.asarray(values(jax.tree.unflatten(jax.tree.structure(params), leaves)))
+
+        difference = (moved(1) - moved(-1)) / (2 * step)
+        slope = np.asarray(jnp.sum(leaf * directions[i], axis=tuple(range(1, leaf.ndim))))
+        np.testing.assert_allclose(slope, difference, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("activation", ["clipped_relu", "clipped_maxmin"])
+def test_values_and_gradients_are_finite_where_nothing_varies(activation):
+    """At the start of the ramp (epsilon 0), and where thresholds make every neuron constant (METHOD 7)."""
+    net = small_net(activation)
+    dead = small_net(activation, threshold=0.0)
+
+    @jax.jit
+    @functools.partial(jax.value_and_grad, argnums=0, has_aux=True)
+    def total(net, epsilon):
+        found, bound, _ = everything(net, image(), epsilon, 0.5, LABEL, iterations=2)
+        return jnp.sum(found), (found, bound.norms)
+
+    for network, epsilon in ((net, 0.0), (dead, 0.0), (dead, 0.2)):
+        (value, (found, norms)), gradient = total(network, epsilon)
+        assert np.isfinite(value) and np.all(np.isfinite(found)) and np.all(np.isfinite(norms))
+        assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(gradient))
+    assert float(norms[-1]) == 0 or activation != "clipped_relu"  # the case is what it claims to be
+
+
+def test_cross_entropy_does_not_overflow():
+    assert float(losses.cross_entropy(jnp.array([0.0, 1e4]), 0)) == 1e4
+    assert float(losses.cross_entropy(jnp.array([0.0, 1e4]), 1)) == 0
+
+
+def test_a_network_without_a_box_in_front_of_an_activation_is_refused():
+    class Doubled(lipjax.ReLU):
+        pass
+
+    with pytest.raises(TypeError, match=r"Doubled: register it with lipjax\.losses\.sparsity_of\.register"):
+        losses.sparsity_of.dispatch(object)(Doubled(), jnp.zeros(3), jnp.ones(3))
+    net = nnx.Sequential(lipjax.ReLU(), nnx.Linear(3, 2, rngs=nnx.Rngs(0)))
+    with pytest.raises(TypeError, match="begins with an activation"):
+        losses.sparsity(net, lipjax.bound(net, jnp.ones(3), 0.1))
