@@ -39,11 +39,13 @@ _ARITHMETIC = flags.DEFINE_enum(
 )
 _BUDGET = flags.DEFINE_float(
     "budget",
-    lipjax.certificates.BUDGET,
+    lipjax.deterministic.BUDGET,
     "Tier deterministic: floating-point operations per norm and image, above which a masked convolution's norm is its "
     "global one.",
 )
-_EXAMPLES = flags.DEFINE_integer("examples", None, "Certify so many test images, a fixed random choice; default all.")
+_EXAMPLES = flags.DEFINE_integer(
+    "examples", None, "Certify so many test images, a fixed random choice; default all.", lower_bound=1
+)
 _SEED = flags.DEFINE_integer("seed", 0, "Of the certificates' draws and the attack's starts.")
 _BATCH = flags.DEFINE_integer("batch_size", 64, "Images at once; no influence on the result.")
 _STEPS = flags.DEFINE_integer("pgd_steps", 100, "Steps of each attack, each of epsilon / 4.")
@@ -70,6 +72,8 @@ def main(argv):
         config.data.data_dir = _DATA_DIR.value
     epsilon = config.epsilon.test if _EPSILON.value is None else _EPSILON.value
     lipjax.regions.check_epsilon(epsilon)
+    if not 0 < _DELTA.value < 1:
+        raise ValueError(f"failure_probability must lie in (0, 1), got {_DELTA.value}.")
     test = training.load_data(config).test
     network = training.build_network(config, test.images.shape[1:], test.classes)
     graph, state = nnx.split(network)

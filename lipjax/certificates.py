@@ -29,8 +29,6 @@ SCALE_ITERATIONS = 60
 RADIUS_ITERATIONS = 15
 # Entries up to which a layer's matrix is written out (float64: 16 MB).
 SMALL_MATRIX = 2**21
-# Floating-point operations, per norm and image, that the deterministic tier may spend on a masked convolution.
-BUDGET = 1e10
 # certified_radius tries these shares of the radius that the estimate gives, largest first.
 RADIUS_SHARES = (0.99, 0.97, 0.9, 0.7)
 
@@ -146,7 +144,7 @@ def certify(
     failure_probability: float = 1e-6,
     mode: str = "local",
     arithmetic: str | None = None,
-    budget: float = BUDGET,
+    budget: float = deterministic.BUDGET,
     seed: int = 0,
     batch_size: int = 64,
 ) -> Certificate:
@@ -206,7 +204,7 @@ def certified_radius(
     failure_probability: float = 1e-6,
     mode: str = "local",
     arithmetic: str | None = None,
-    budget: float = BUDGET,
+    budget: float = deterministic.BUDGET,
     seed: int = 0,
     max_radius: float = 4.0,
     batch_size: int = 64,
