@@ -1,0 +1,398 @@
+"""Checks a certificate file: derives every verdict once more, in NumPy and SciPy, with none of the code that made it.
+
+    python -m lipjax.check runs/digits/certification/local.npz --workdir=runs/digits
+    python -m lipjax.check FILE --workdir=RUN --images=mine.npz --examples=100
+
+Exit codes: 0 confirmed; 1 rejected: something in the file is wrong or could not be derived again, and the report says
+what; 2 could not be checked: a file that cannot be read, a layer or setting that this checker does not know.
+
+For a network of your own, of the layers that `lipjax.certificate_files.describe` knows::
+
+    header, arrays = lipjax.certificate_files.load("mine.npz")
+    report = lipjax.check.check(
+        lipjax.check.describe(network), images, labels, header, arrays, np.random.default_rng()
+    )
+    print(report)      # report.confirmed, report.problems, report.margin
+
+**What is shared with the tool**: the file's format and hashes and the plain description of the layers
+(`lipjax.certificate_files`), and, in `load_run` alone, what reads a run's parameters and data. Nothing of its bounds:
+matrices (`lipjax.check_layers`), norms (`check_norms`), masks, margins and the rounding of the executed network
+(`check_walk`) are derived in other words, from METHOD 1 to 4, in float64 with every rounding error turned outwards. Modes
+"global" and "paper" are at least as loose as "local", so one walk in mode "local" confirms the verdicts of all three.
+
+**What a confirmation says.** Each verdict "certified" follows for a second time, from the network and the images of the
+recorded hashes. Norms of matrices with a side of at most `check_norms.SMALL` are proved without chance; larger ones by a
+randomised upper bound that fails with probability at most the file's failure probability in all
+(`DETERMINISTIC_FILE_DELTA` if the file has none) over the checker's own draws: fresh ones, from the operating system
+unless a seed is given. A rejected verdict is not proved to be false: it could not be derived.
+"""
+
+import argparse
+import dataclasses
+import math
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from lipjax.certificate_files import CertificateFileError, data_hash, describe, digest, load, network_hash, statement
+from lipjax.check_layers import Affine, CannotCheck, steps_of
+from lipjax.check_norms import Norms
+from lipjax.check_walk import ARITHMETICS, Derived, Network, derive
+
+# Failure probability of the checker's own draws for a file that claims none.
+DETERMINISTIC_FILE_DELTA = 1e-9
+# Relative tolerance where the checker compares a recorded number with one that it knows precisely.
+TOLERANCE = 1e-9
+# The share of the allowance for the executed network's rounding that two derivations of it may differ by.
+ALLOWANCE_TOLERANCE = 0.02
+HUGE = 1e30
+
+# ---------------------------------------------------------------------------------------------------- the file
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What `check` found.
+
+    Attributes:
+        problems: each a sentence; empty iff the file is confirmed.
+        header: of the file.
+        checked: rows of the file that were derived again.
+        margin: ``(checked,)``, the re-derived margins.
+        certified, derived: of the checked rows, how many the file calls certified and how many were derived as such.
+        random_norms: norm bounds that rest on the checker's own draws.
+        delta: their failure probability, of all together; 0.0 if there are none.
+    """
+
+    problems: tuple[str, ...]
+    header: Mapping[str, Any]
+    checked: np.ndarray
+    margin: np.ndarray
+    certified: int
+    derived: int
+    random_norms: int
+    delta: float
+
+    @property
+    def confirmed(self) -> bool:
+        return not self.problems
+
+    def __str__(self) -> str:
+        header, count = self.header, len(self.checked)
+        part = f", as far as {count} of them go" if self.confirmed and count < header["examples"] else ""
+        lines = [
+            f"{'CONFIRMED' if self.confirmed else 'REJECTED'}: certificates of {header['examples']} images, "
+            f"{header['data_name'] or 'data'}, {header['split'] or 'unnamed'} split{part}",
+            f"tier {header['tier']}, delta {header['failure_probability']!r}, epsilon {header['epsilon']!r}, mode "
+            f"{header['mode']}, seed {header['seed']}, executed in {header['arithmetic']}",
+            f"claim: {header['statement']}",
+        ]
+        if count:
+            lines.append(
+                f"derived again: {count} of {header['examples']} verdicts; {self.certified} recorded as certified, "
+                f"{self.derived} derived as certified"
+            )
+            lines.append(
+                f"{self.random_norms} norm bounds are randomised: fail with probability <= {self.delta!r} in all, over "
+                "the checker's own draws"
+                if self.random_norms
+                else "no norm bound rests on chance"
+            )
+        shown = self.problems[:10]
+        lines += [f"- {problem}" for problem in shown]
+        if len(shown) < len(self.problems):
+            lines.append(f"- and {len(self.problems) - len(shown)} more")
+        return "\n".join(lines)
+
+
+def check(
+    layers: Sequence[Mapping[str, Any]],
+    images: np.ndarray,
+    labels: np.ndarray,
+    header: Mapping[str, Any],
+    arrays: Mapping[str, np.ndarray],
+    rng: np.random.Generator,
+    *,
+    examples: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Report:
+    """Checks a certificate file's content against the network and the data.
+
+    First what the file says of itself: digest, hashes of network and data, verdicts that follow from margins. If that
+    holds, every example is derived again, and these must hold of it: a recorded certificate is derived as one; the
+    recorded prediction is right (up to rounding of the executed network); a recorded norm is not below the true norm
+    inside the checker's own masks, which are at most the tool's; the recorded margin is not above the derived one, nor
+    the recorded allowance for rounding below it. Relative differences of 1e-9 are let pass, of 2 % in an allowance, and
+    those up to what the checker itself does not know of the norms (about 0.1 % each where it uses the randomised bound).
+
+    Args:
+        layers: the network as `describe` writes it.
+        images, labels: ``(N, ...)`` floats and ``(N,)`` integers, the rows of the file in its order.
+        header, arrays: as `lipjax.certificate_files.load` returns them.
+        rng: of the checker's own draws; it must be independent of the file.
+        examples: derive only so many rows, chosen at random.
+        progress: called with the rows done and the rows in all.
+
+    Raises:
+        CannotCheck: a layer, a setting or an arithmetic that this checker does not know.
+        ValueError: `examples` is not between 1 and N.
+    """
+    images, labels = np.asarray(images), np.asarray(labels)
+    count = header["examples"]
+    if examples is not None and not 1 <= examples <= count:
+        raise ValueError(f"examples must lie in 1..{count}, the rows of the file, got {examples}.")
+    if header["arithmetic"] not in ARITHMETICS:
+        raise CannotCheck(f"arithmetic {header['arithmetic']!r} is not one of {', '.join(ARITHMETICS)}.")
+    problems = _contradictions(layers, images, labels, header, arrays)
+    nothing = np.zeros(0, int)
+    if problems:
+        return Report(tuple(problems), header, nothing, np.zeros(0), 0, 0, 0, 0.0)
+    chosen = np.arange(count) if examples is None else np.sort(rng.choice(count, examples, replace=False))
+    steps = steps_of(layers, images.shape[1:])
+    affine = [step for step in steps if isinstance(step, Affine)]
+    _check_precision(layers, header["arithmetic"])
+    problems = _misfits(arrays, affine)
+    if problems:
+        return Report(tuple(problems), header, nothing, np.zeros(0), 0, 0, 0, 0.0)
+    delta = header["failure_probability"] or DETERMINISTIC_FILE_DELTA
+    norms = Norms(delta / (len(affine) * (len(chosen) + 1)), rng)
+    network = Network(steps, [norms(layer.matrix) for layer in affine], header["arithmetic"])
+    margins = np.full(len(chosen), -math.inf)
+    for i, row in enumerate(chosen):
+        derived = derive(network, images[row], int(labels[row]), float(arrays["epsilon"][row]), norms)
+        margins[i] = derived.margin
+        problems += [
+            f"image {arrays['index'][row]} (row {row}): {problem}"
+            for problem in _differences(derived, network, header, {name: array[row] for name, array in arrays.items()})
+        ]
+        if progress is not None:
+            progress(i + 1, len(chosen))
+    return Report(
+        tuple(problems),
+        header,
+        chosen,
+        margins,
+        int(np.sum(arrays["certified"][chosen])),
+        int(np.sum((margins > 0) & arrays["correct"][chosen])),
+        norms.random,
+        delta if norms.random else 0.0,
+    )
+
+
+def _contradictions(layers, images, labels, header, arrays) -> list[str]:
+    """What is wrong with the file before anything is derived."""
+    problems = []
+    if header["digest"] != digest(header, arrays):
+        problems.append("the digest does not fit the content: the file was changed after it was written.")
+    found = network_hash(layers)
+    if header["network"] != found:
+        problems.append(f"the file is about the network {header['network'][:16]}, this one is {found[:16]}.")
+    if len(images) != header["examples"] or header["data"] != data_hash(images, labels):
+        problems.append(
+            f"the file is about the data {header['data'][:16]}, these are {data_hash(images, labels)[:16]}."
+        )
+    try:
+        claimed = statement(header)
+    except ValueError as error:
+        problems.append(str(error))
+    else:
+        if header["statement"] != claimed:
+            problems.append(f"the statement does not follow from the header: it should read {claimed!r}.")
+    if header["mode"] not in ("global", "paper", "local"):
+        problems.append(f"mode {header['mode']!r} is none of global, paper, local.")
+    epsilon, margin, certified = arrays["epsilon"], arrays["margin"], arrays["certified"]
+    if not np.all((epsilon >= 0) & np.isfinite(epsilon)):
+        problems.append("an epsilon is negative, infinite or NaN.")
+    if header["epsilon"] is not None and not np.all(epsilon == header["epsilon"]):
+        problems.append(f"the header says epsilon {header['epsilon']!r}, the examples say otherwise.")
+    if len(labels) == len(arrays["label"]) and np.any(wrong := arrays["label"] != labels):
+        problems.append(f"the labels differ from the data's in rows {_rows(wrong)}.")
+    if np.any(wrong := arrays["correct"] != (arrays["predicted"] == arrays["label"])):
+        problems.append(f"correct is not predicted == label in rows {_rows(wrong)}.")
+    with np.errstate(all="ignore"):
+        numbers = np.column_stack([margin, arrays["allowance"], arrays["lipschitz"], arrays["norms"]])
+        follows = arrays["correct"] & (margin > 0)
+        if np.any(wrong := certified & ~(follows & np.all(np.isfinite(numbers), axis=1))):
+            problems.append(f"certified without correct, margin > 0 and finite numbers in rows {_rows(wrong)}.")
+        # The tool refuses what comes near to overflow anywhere in its walk, whatever the margin.
+        if np.any(wrong := ~certified & follows & np.all(np.abs(numbers) < HUGE, axis=1)):
+            problems.append(f"not certified, although correct and margin > 0, in rows {_rows(wrong)}.")
+        product = np.prod(arrays["norms"], axis=1)
+        if np.any(wrong := certified & ~(arrays["lipschitz"] >= product * (1 - TOLERANCE))):
+            problems.append(f"lipschitz is below the product of the norms in rows {_rows(wrong)}.")
+    return problems
+
+
+def _rows(wrong: np.ndarray) -> str:
+    rows = np.flatnonzero(wrong)
+    return ", ".join(map(str, rows[:10])) + (", ..." if len(rows) > 10 else "")
+
+
+def _check_precision(layers, arithmetic: str) -> None:
+    """Refuses a layer that rounds more than the recorded arithmetic says."""
+    for i, layer in enumerate(layers):
+        used = {
+            layer.get("dtype"),
+            *(layer[name].dtype.name for name in ("kernel", "bias") if layer.get(name) is not None),
+        }
+        coarser = "bfloat16" in used and arithmetic != "bfloat16"
+        if coarser or (layer.get("dtype") == "float32" and arithmetic == "float64"):
+            raise CannotCheck(
+                f"layer {i}, {layer['kind']}, computes in {'bfloat16' if coarser else 'float32'}, which rounds more than the "
+                f"recorded arithmetic, {arithmetic}."
+            )
+        for name in ("threshold", "upper", "lower"):
+            value = layer.get(name)
+            if value is not None and arithmetic != "float64" and not np.array_equal(value, value.astype(np.float32)):
+                raise CannotCheck(
+                    f"layer {i}, {layer['kind']}, has float64 thresholds: {arithmetic} would round them, which is not in the "
+                    "error model."
+                )
+
+
+def _misfits(arrays, affine: Sequence[Affine]) -> list[str]:
+    """What in the file cannot belong to this network."""
+    problems, classes = [], len(affine[-1].bias)
+    if arrays["norms"].shape[1] != len(affine) - 1:
+        problems.append(f"there are {arrays['norms'].shape[1]} norms an image, the network has {len(affine) - 1}.")
+    for name in ("label", "predicted"):
+        if np.any(wrong := (arrays[name] < 0) | (arrays[name] >= classes)):
+            problems.append(f"{name} is outside 0..{classes - 1} in rows {_rows(wrong)}.")
+    if classes < 2:
+        problems.append("the network has one class only: there is no rival, and nothing to certify.")
+    return problems
+
+
+def _differences(derived: Derived, network: Network, header, row) -> list[str]:
+    """What of one recorded row does not agree with what was derived."""
+    problems = []
+    scale = float(np.max(np.abs(derived.logits)))
+    # The largest logit as executed may differ from the exact one only where rounding can close the gap.
+    behind = derived.logits - derived.rounding
+    highest = derived.logits[row["predicted"]] + derived.rounding[row["predicted"]]
+    if np.max(np.delete(behind, row["predicted"])) > highest + TOLERANCE * scale:
+        problems.append(f"recorded prediction {row['predicted']}, derived {int(np.argmax(derived.logits))}.")
+    if row["certified"] and not derived.margin > 0:
+        problems.append(f"recorded as certified with margin {row['margin']:.6g}, derived margin {derived.margin:.6g}.")
+    # What the checker does not know of the norms: its own bounds of them lie so far apart, in all.
+    lower, upper = derived.norms[:, 0], derived.norms[:, 1]
+    width = float(np.sum(upper[lower > 0] / lower[lower > 0] - 1))
+    least = lower * (1 - TOLERANCE - 4 * width)
+    if header["mode"] == "global":  # the file's norms are those without masks
+        least = np.array([bounds[0] for bounds in network.whole[:-1]]) * (1 - TOLERANCE)
+    for k in np.flatnonzero(row["norms"] < least):
+        problems.append(f"recorded norm {k} is {row['norms'][k]:.9g}, the true one is at least {least[k]:.9g}.")
+    spare = TOLERANCE * scale + (TOLERANCE + 2 * width) * derived.taken
+    spare += 2 * ALLOWANCE_TOLERANCE * float(np.max(derived.rounding))
+    if math.isfinite(derived.margin) and row["margin"] > derived.margin + spare:
+        problems.append(f"recorded margin {row['margin']:.9g} is above the derived one, {derived.margin:.9g}.")
+    needed = derived.rounding[row["label"]] + np.min(np.delete(derived.rounding, row["label"]))
+    if row["certified"] and not row["allowance"] >= (1 - ALLOWANCE_TOLERANCE) * needed - TOLERANCE * scale:
+        problems.append(
+            f"recorded allowance {row['allowance']:.4g}, but rounding can take {needed:.4g} off the margin."
+        )
+    return problems
+
+
+# ---------------------------------------------------------------------------------------------------- command
+
+
+def load_run(workdir: str, header, arrays, images_file: str | None, data_dir: str | None):
+    """The network of a run of train.py and the rows of the file from its data: ``(layers, images, labels)``.
+
+    The only part that uses the library, to read parameters and data.
+    """
+    import jax
+    from flax import nnx
+    from ml_collections import ConfigDict
+
+    from lipjax import training
+    from lipjax.checkpoints import Checkpoints, load_config
+
+    config = ConfigDict(load_config(workdir))
+    if data_dir is not None:
+        config.data.data_dir = data_dir
+    if images_file is None:
+        if header["split"] not in (None, "test"):
+            raise CannotCheck(f"the file is about the {header['split']} split: give its images with --images.")
+        config.data.test_examples = 0  # all: the file says which of them it is about
+        test = training.load_data(config).test
+        place = {int(index): i for i, index in enumerate(test.indices)}
+        missing = [int(index) for index in arrays["index"] if int(index) not in place]
+        if missing:
+            raise CannotCheck(f"the run's test split has no images {missing[:5]}, which the file is about.")
+        rows = np.array([place[int(index)] for index in arrays["index"]])
+        images, labels, classes = test.unit_images(rows), test.labels[rows], test.classes
+    else:
+        images, labels = _from_npz(images_file, arrays["index"])
+        classes = header["classes"]  # only to build the network; its hash is compared
+    network = training.build_network(config, images.shape[1:], classes)
+    graph, state = nnx.split(network)
+    abstract = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), nnx.to_pure_dict(state))
+    with Checkpoints(workdir) as checkpoints:
+        parameters, _ = checkpoints.restore_best(abstract)
+    nnx.replace_by_pure_dict(state, parameters)
+    return describe(nnx.merge(graph, state)), images, labels
+
+
+def _from_npz(path: str, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    with np.load(path, allow_pickle=False) as file:
+        names = next((n for n in (("images", "labels"), ("x", "y")) if n[0] in file and n[1] in file), None)
+        if names is None:
+            raise CannotCheck(f"{path} must hold images and labels (or x and y); it holds {', '.join(file)}.")
+        images, labels = file[names[0]], file[names[1]].reshape(-1)
+    if len(images) != len(labels) or np.any((index < 0) | (index >= len(images))):
+        raise CannotCheck(
+            f"{path} holds {len(images)} images and {len(labels)} labels; the file asks for {max(index)}."
+        )
+    if images.dtype == np.uint8:
+        images = images.astype(np.float32) / np.float32(255)
+    if images.ndim == 3:
+        images = images[..., None]
+    return images[index], labels[index].astype(np.int32)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m lipjax.check",
+        description="Derives the verdicts of a certificate file once more, independently of the code that made them.",
+        epilog="Exit codes: 0 confirmed, 1 rejected, 2 could not be checked.",
+    )
+    parser.add_argument("file", help="the certificate file")
+    parser.add_argument("--workdir", required=True, help="the run of train.py whose network was certified")
+    parser.add_argument("--images", help="npz of images and labels, if not the run's test split")
+    parser.add_argument("--examples", type=int, help="derive only so many, chosen at random; default all")
+    parser.add_argument("--seed", type=int, help="of the checker's draws; default: from the operating system")
+    parser.add_argument("--data_dir", help="where TFDS keeps its sets, if not where training found them")
+    given = parser.parse_args(arguments)
+    spoke = 0.0
+
+    def progress(done: int, total: int) -> None:
+        nonlocal spoke
+        spoke = spoke or time.monotonic()
+        if time.monotonic() - spoke > 15:
+            spoke = time.monotonic()
+            print(f"{done} of {total} images", file=sys.stderr, flush=True)
+
+    try:
+        header, arrays = load(given.file)
+        layers, images, labels = load_run(given.workdir, header, arrays, given.images, given.data_dir)
+        rng = np.random.default_rng(given.seed)
+        report = check(layers, images, labels, header, arrays, rng, examples=given.examples, progress=progress)
+    except (CertificateFileError, CannotCheck) as error:
+        print(f"lipjax.check: could not be checked: {error}", file=sys.stderr)
+        return 2
+    except Exception as error:
+        # Whatever reading a run raises (checkpoints, data sets): exit code 1, Python's own, would say "rejected".
+        print(f"lipjax.check: could not be checked: {type(error).__name__}: {error}", file=sys.stderr)
+        return 2
+    print(report)
+    return 0 if report.confirmed else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

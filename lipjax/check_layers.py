@@ -1,0 +1,222 @@
+"""The checker's layers: every affine layer as an explicit sparse matrix, written from the layer's plain description.
+
+Part of `lipjax.check`; shares nothing with the bounds that it checks. What it does not know it refuses, and never guesses.
+"""
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import scipy.sparse  # type: ignore[import-untyped]
+
+from lipjax.check_norms import up
+
+
+class CannotCheck(ValueError):
+    """The checker does not know something that it would have to know; the message says what."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Affine:
+    """``x -> W x + b`` on flattened arrays.
+
+    Attributes:
+        matrix, absolute, squared: W, |W| and its entries' squares, sparse, ``(outputs, inputs)``.
+        bias: ``(outputs,)``.
+        terms: the largest number of entries in a row, which is that of the roundings of products in an output.
+        row_norms: ``(outputs,)``, upper bounds of the norms of the rows.
+        largest: ``max |W|``.
+    """
+
+    matrix: Any
+    absolute: Any
+    squared: Any
+    bias: np.ndarray
+    terms: int
+    row_norms: np.ndarray
+    largest: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Activation:
+    """An activation on flattened arrays of `shape`: "relu", or "maxmin" on the two halves of the last axis.
+
+    Attributes:
+        top: values above it are cut to it; of the outputs of ReLU, or of the first output of each pair. May be infinite.
+        bottom: values below it are cut to it; of the second output of each pair.
+    """
+
+    pairs: bool
+    shape: tuple[int, ...]
+    top: np.ndarray
+    bottom: np.ndarray
+
+    def halves(self, z: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        z = z.reshape(self.shape)
+        half = self.shape[-1] // 2
+        return z[..., :half], z[..., half:]
+
+    def joined(self, first: np.ndarray, second: np.ndarray) -> np.ndarray:
+        return np.concatenate([first, second], axis=-1).reshape(-1)
+
+    def __call__(self, z: np.ndarray) -> np.ndarray:
+        if not self.pairs:
+            return np.minimum(np.maximum(z.reshape(self.shape), 0.0), self.top).reshape(-1)
+        a, b = self.halves(z)
+        return self.joined(np.minimum(np.maximum(a, b), self.top), np.maximum(np.minimum(a, b), self.bottom))
+
+
+def steps_of(layers: Sequence[Mapping[str, Any]], shape: tuple[int, ...]) -> list[Affine | Activation]:
+    """The layers on flattened arrays, for one example of this shape. `layers` as `describe` writes them.
+
+    Raises:
+        CannotCheck: a layer, a setting or a shape that this checker does not know.
+    """
+    steps: list[Affine | Activation] = []
+    for i, layer in enumerate(layers):
+        name = f"layer {i}, {layer['kind']},"
+        if layer.get("unusual"):
+            raise CannotCheck(f"{name} has settings unknown to this checker: {', '.join(layer['unusual'])}.")
+        if layer.get("dtype") not in (None, "bfloat16", "float32", "float64"):
+            raise CannotCheck(f"{name} computes in {layer['dtype']}: expected bfloat16, float32 or float64.")
+        for what in ("kernel", "bias", "threshold", "upper", "lower"):
+            value = layer.get(what)
+            if value is not None and value.dtype.name not in ("bfloat16", "float32", "float64"):
+                raise CannotCheck(f"{name} has a {what} of type {value.dtype}: expected bfloat16, float32 or float64.")
+            if value is not None and not np.all(np.isfinite(value.astype(np.float64))):
+                raise CannotCheck(f"{name} has a {what} with NaN or infinity: nothing can be derived from it.")
+        match layer["kind"]:
+            case "conv":
+                matrix, shape = _convolution(name, layer, shape)
+                steps.append(_affine(matrix, layer["bias"], shape))
+            case "linear":
+                matrix, shape = _dense(name, layer, shape)
+                steps.append(_affine(matrix, layer["bias"], shape))
+            case "average_pool":
+                matrix, shape = _pool(name, layer, shape)
+                steps.append(_affine(matrix, None, shape, more=1))  # the rounding of 1 / (window's size)
+            case "flatten":
+                kept = len(shape) - layer["ndim"]
+                if kept < 0:
+                    raise CannotCheck(f"{name} flattens {layer['ndim']} axes of an input of shape {shape}.")
+                shape = (*shape[:kept], math.prod(shape[kept:]))
+            case "relu":
+                steps.append(Activation(False, shape, np.array(np.inf), np.array(-np.inf)))
+            case "clipped_relu":
+                top = _fitting(name, layer["threshold"], shape)
+                steps.append(Activation(False, shape, top, np.array(-np.inf)))
+            case "maxmin" | "clipped_maxmin":
+                if not shape or shape[-1] % 2:
+                    raise CannotCheck(f"{name} needs an even number of channels, got an input of shape {shape}.")
+                half = (*shape[:-1], shape[-1] // 2)
+                if layer["kind"] == "maxmin":
+                    top, bottom = np.array(np.inf), np.array(-np.inf)
+                else:
+                    top, bottom = _fitting(name, layer["upper"], half), _fitting(name, layer["lower"], half)
+                steps.append(Activation(True, shape, top, bottom))
+            case _:
+                raise CannotCheck(f"{name} is not known to this checker, so nothing can be derived of it.")
+    if not steps or not isinstance(steps[-1], Affine) or len(shape) != 1:
+        raise CannotCheck("the network does not end in an affine layer with one axis of logits.")
+    return steps
+
+
+def _affine(matrix, bias, shape, more: int = 0) -> Affine:
+    matrix = scipy.sparse.csr_array(matrix)
+    matrix.eliminate_zeros()  # also for the executed network: adding a zero, of the kernel or of padding, rounds nothing
+    terms = int(np.max(np.diff(matrix.indptr), initial=0)) + more
+
+    def like(values):  # the index arrays, which are most of the memory, are shared
+        return scipy.sparse.csr_array((values, matrix.indices, matrix.indptr), shape=matrix.shape)
+
+    squared = like(np.square(matrix.data))
+    bias = np.zeros(shape) if bias is None else np.broadcast_to(bias.astype(np.float64), shape)
+    # A square may underflow; its root is below 2^-500.
+    norms = up(np.sqrt(up(squared.sum(axis=1), terms))) + terms * 2.0**-500
+    sizes = np.abs(matrix.data)
+    return Affine(matrix, like(sizes), squared, bias.reshape(-1), terms, norms, float(np.max(sizes, initial=0.0)))
+
+
+def _fitting(name, threshold, shape) -> np.ndarray:
+    if shape[len(shape) - threshold.ndim :] != threshold.shape or threshold.ndim > len(shape):
+        raise CannotCheck(f"{name} has thresholds of shape {threshold.shape}, which do not fit an input of {shape}.")
+    return threshold.astype(np.float64)
+
+
+def _dense(name, layer, shape):
+    """The last axis is contracted; any axes before it are kept."""
+    kernel = layer["kernel"].astype(np.float64)
+    if kernel.ndim != 2 or not shape or shape[-1] != kernel.shape[0]:
+        raise CannotCheck(f"{name} with a kernel of shape {kernel.shape} cannot take an input of shape {shape}.")
+    copies = scipy.sparse.eye_array(math.prod(shape[:-1]))
+    return scipy.sparse.kron(copies, kernel.T, format="csr"), (*shape[:-1], kernel.shape[1])
+
+
+def _convolution(name, layer, shape):
+    kernel = layer["kernel"].astype(np.float64)
+    rank, groups, padding = kernel.ndim - 2, layer["groups"], layer["padding"]
+    if any(d != 1 for d in layer["input_dilation"]):
+        raise CannotCheck(f"{name} has input_dilation {layer['input_dilation']}, which this checker does not know.")
+    if isinstance(padding, str) and padding not in ("SAME", "VALID"):
+        raise CannotCheck(f"{name} has padding {padding!r}; this checker knows numbers, SAME and VALID.")
+    if len(shape) != rank + 1 or shape[-1] != kernel.shape[-2] * groups or kernel.shape[-1] % groups:
+        raise CannotCheck(
+            f"{name} with a kernel of shape {kernel.shape} and {groups} groups cannot take an input of shape {shape}."
+        )
+    places = []  # per axis: outputs, and for each of its taps the input that each output reads
+    for axis in range(rank):
+        size, stride, dilation = shape[axis], layer["strides"][axis], layer["dilation"][axis]
+        extent = (kernel.shape[axis] - 1) * dilation + 1
+        if padding == "SAME":
+            low = max((-(-size // stride) - 1) * stride + extent - size, 0) // 2
+            count = -(-size // stride)
+        else:
+            low, high = (0, 0) if padding == "VALID" else padding[axis]
+            count = (size + low + high - extent) // stride + 1
+        if count < 1:
+            raise CannotCheck(f"{name}: a kernel of {kernel.shape[:rank]} does not fit an input of shape {shape}.")
+        places.append([np.arange(count) * stride - low + tap * dilation for tap in range(kernel.shape[axis])])
+    return _gather(kernel, places, shape, groups)
+
+
+def _gather(kernel, places, shape, groups: int):
+    """The matrix whose row (place, channel) has ``kernel[tap, i, channel]`` at the input that the tap reads there."""
+    rank = len(places)
+    counts = tuple(len(places[axis][0]) for axis in range(rank))
+    inputs, outputs = kernel.shape[-2], kernel.shape[-1] // groups  # channels of one group
+    rows, columns, values = [], [], []
+    for tap in itertools.product(*(range(len(axis)) for axis in places)):
+        seen = np.meshgrid(*(places[axis][tap[axis]] for axis in range(rank)), indexing="ij")
+        inside = np.logical_and.reduce([(s >= 0) & (s < n) for s, n in zip(seen, shape, strict=False)])
+        if not inside.any():
+            continue
+        to = np.flatnonzero(inside)
+        source = np.ravel_multi_index([s[inside] for s in seen], shape[:rank])
+        for group in range(groups):
+            block = kernel[tap][:, group * outputs : (group + 1) * outputs]
+            row = to[:, None, None] * kernel.shape[-1] + group * outputs + np.arange(outputs)[None, None, :]
+            column = source[:, None, None] * shape[-1] + group * inputs + np.arange(inputs)[None, :, None]
+            row, column, value = np.broadcast_arrays(row, column, block[None])
+            rows.append(row.ravel())
+            columns.append(column.ravel())
+            values.append(value.ravel())
+    size = (math.prod(counts) * kernel.shape[-1], math.prod(shape))
+    numbers = np.int32 if max(size) < 2**31 else np.int64
+    value, row, column = (np.concatenate([[], *part]) for part in (values, rows, columns))
+    matrix = scipy.sparse.coo_array((value, (row.astype(numbers), column.astype(numbers))), shape=size)
+    return matrix.tocsr(), (*counts, kernel.shape[-1])
+
+
+def _pool(name, layer, shape):
+    window, strides = layer["window"], layer["strides"]
+    if len(shape) != 3 or shape[0] < window[0] or shape[1] < window[1]:
+        raise CannotCheck(f"{name} with a window of {window} cannot take an input of shape {shape}.")
+    places = [
+        [np.arange((n - w) // s + 1) * s + tap for tap in range(w)]
+        for n, w, s in zip(shape[:2], window, strides, strict=True)
+    ]
+    kernel = np.full((*window, 1, shape[-1]), 1 / math.prod(window))
+    return _gather(kernel, places, shape, groups=shape[-1])

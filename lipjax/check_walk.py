@@ -1,0 +1,280 @@
+"""The checker's derivation of one example: what a ball around the input becomes, layer by layer, and the margin left.
+
+Part of `lipjax.check`; shares nothing with the bounds that it checks. METHOD 1 in mode "local" and METHOD 3, in float64
+with every rounding error turned outwards.
+"""
+
+import dataclasses
+import math
+
+import numpy as np
+
+from lipjax.check_layers import Activation, Affine
+from lipjax.check_norms import TINY, Norms, U, gamma, up, up_norm
+
+BISECTION_STEPS = 60
+
+# Of the network as executed: unit roundoff of its operands, its sums, its results, the smallest result that is not
+# flushed to zero, and the largest that is no overflow. Tensor cores truncate, hence one bit less for TF32 and bfloat16.
+# A file names the least precise arithmetic of the network's layers; here all layers are taken to compute in it.
+ARITHMETICS = {
+    "float64": (0.0, 2.0**-53, 2.0**-53, 2.0**-1020, 2.0**1023),
+    "float32": (0.0, 2.0**-24, 2.0**-24, 2.0**-125, 2.0**127),
+    "tf32": (2.0**-10, 2.0**-22, 2.0**-24, 2.0**-125, 2.0**127),
+    "bfloat16_products": (2.0**-8, 2.0**-22, 2.0**-24, 2.0**-125, 2.0**127),
+    "bfloat16": (2.0**-8, 2.0**-22, 2.0**-8, 2.0**-125, 2.0**127),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Network:
+    """The steps, and what does not depend on the example.
+
+    Attributes:
+        whole: per affine layer ``(lower, upper)`` bounds of its unmasked norm.
+        arithmetic: in which the network is executed, a key of `ARITHMETICS`.
+    """
+
+    steps: list[Affine | Activation]
+    whole: list[tuple[float, float]]
+    arithmetic: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Derived:
+    """What was derived of one example.
+
+    Attributes:
+        logits: ``(classes,)``, as the checker computes them.
+        rounding: ``(classes,)``, how far an executed logit can be from the exact one anywhere in the ball.
+        margin: certified iff correct and this is positive; -infinity where the derivation met NaN or overflow.
+        taken: what was taken off the clean margin to the rival that decides.
+        norms: ``(affine layers - 1, 2)``, lower and upper bounds of the masked norms.
+    """
+
+    logits: np.ndarray
+    rounding: np.ndarray
+    margin: float
+    taken: float
+    norms: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class Known:
+    """What is known of the activation h(x') for every x' in the ball.
+
+    Attributes:
+        center: the value that the checker computed at x. It lies in the box.
+        lower, upper: a box that contains h(x').
+        varies: False only where h(x') is the same real number for all x' (known only to rounding: the box may have a
+            width there).
+        radius: ``||h(x') - center||_2`` over the coordinates that vary.
+        error: per coordinate, how far the executed network's activation can be from h(x').
+        distance: the same, as a distance in l2.
+    """
+
+    center: np.ndarray
+    lower: np.ndarray
+    upper: np.ndarray
+    varies: np.ndarray
+    radius: float
+    error: np.ndarray
+    distance: float
+
+    def offset(self) -> np.ndarray:
+        """How far h(x') can be from the center."""
+        return up(np.maximum(self.upper - self.center, self.center - self.lower))
+
+
+def derive(network: Network, x: np.ndarray, label: int, epsilon: float, norms: Norms) -> Derived:
+    """Bounds the margin of class `label` on the ball ``||x' - x||_2 <= epsilon`` around one example x."""
+    with np.errstate(all="ignore"):  # NaN and infinity are dealt with at the end
+        regions, found = walk(network, x, epsilon, norms)
+        return _margin(network, regions[-1], label, found)
+
+
+def walk(network: Network, x: np.ndarray, epsilon: float, norms: Norms) -> tuple[list[Known], np.ndarray]:
+    """Carries the ball up to the input of the last layer, in mode "local".
+
+    Returns:
+        What is known of x' itself and behind each affine layer (and its activation, where it has one); and the bounds of
+        the masked norms, ``(affine layers - 1, 2)``.
+    """
+    x = x.astype(np.float64).reshape(-1)
+    ends = [np.nextafter(x + side * epsilon, side * np.inf) if epsilon > 0 else x for side in (-1, 1)]
+    regions = [Known(x, ends[0], ends[1], np.full(x.shape, epsilon > 0), epsilon, np.zeros(x.shape), 0.0)]
+    found: list[tuple[float, float]] = []
+    for layer, activation in _blocks(network.steps[:-1]):
+        before = regions[-1]
+        if layer is None:  # 1-Lipschitz, also in what is not known of the inputs that do not vary
+            assert activation is not None
+            known, rows = activate(activation, before)
+            radius = up(before.radius + up_norm(before.offset()[rows & ~before.varies]))
+        else:
+            whole = network.whole[len(found)]
+            known, slack = transform(layer, before, whole[1], network.arithmetic)
+            rows = known.varies
+            if activation is not None:
+                known, rows = activate(activation, known)
+            if rows.all() and before.varies.all():
+                lower, upper = whole
+            else:
+                lower, upper = norms(layer.matrix[rows][:, before.varies])
+                upper = min(upper, whole[1])
+            found.append((lower, upper))
+            radius = up(up(upper * before.radius) + up_norm(slack[rows]))
+        half_diagonal = up_norm(known.offset()[known.varies])
+        radius = float(np.minimum(radius, half_diagonal))  # unlike min, this keeps a NaN
+        regions.append(dataclasses.replace(known, radius=radius))
+    return regions, np.array(found).reshape(-1, 2)
+
+
+def _margin(network: Network, known: Known, label: int, found: np.ndarray) -> Derived:
+    head = network.steps[-1]
+    assert isinstance(head, Affine)  # steps_of sees to it
+    logits, slack = transform(head, known, network.whole[-1][1], network.arithmetic)
+    rivals = np.flatnonzero(np.arange(len(logits.center)) != label)
+    rows, inside = head.matrix.toarray(), known.varies
+    gain = worst_gains(
+        (rows[rivals] - rows[label])[:, inside],
+        (known.lower - known.center)[inside],
+        (known.upper - known.center)[inside],
+        known.radius,
+    )
+    taken = gain + slack[rivals] + slack[label] + logits.error[rivals] + logits.error[label]
+    sizes = np.abs(logits.center[rivals]) + np.abs(logits.center[label]) + taken
+    margins = logits.center[label] - logits.center[rivals] - taken - 16 * U * sizes
+    worst = int(np.argmin(margins))
+    everything = (logits.center, logits.lower, logits.upper, logits.error, gain, margins, found)
+    finite = all(np.all(np.isfinite(part)) for part in everything)
+    margin = float(margins[worst]) if finite else -math.inf
+    return Derived(logits.center, logits.error, margin, float(taken[worst]), found)
+
+
+def _blocks(steps: list[Affine | Activation]) -> list[tuple[Affine | None, Activation | None]]:
+    """Each affine layer with the activation behind it; None where one of the two is missing."""
+    blocks: list[tuple[Affine | None, Activation | None]] = []
+    for step in steps:
+        if isinstance(step, Affine):
+            blocks.append((step, None))
+        elif blocks and blocks[-1][1] is None:
+            blocks[-1] = (blocks[-1][0], step)
+        else:
+            blocks.append((None, step))
+    return blocks
+
+
+def transform(layer: Affine, known: Known, whole: float, arithmetic: str) -> tuple[Known, np.ndarray]:
+    """What is known behind an affine layer, but for the radius (infinity), and the slack of its center.
+
+    The slack bounds, per output, ``(W h(x') + b - center) - W D_in (h(x') - h's center)``: rounding of the center, and
+    what is not known of the inputs that do not vary.
+
+    Args:
+        whole: an upper bound of ``||W||_2``.
+        arithmetic: key of `ARITHMETICS`, of the network as executed.
+    """
+    bias, sizes = layer.bias, np.abs(layer.bias)
+    loss = 2 * gamma(layer.terms + 4)
+    center = layer.matrix @ known.center + bias
+    fixed = np.where(known.varies, 0.0, known.offset())
+    slack = loss * (layer.absolute @ np.abs(known.center) + sizes) + up(layer.absolute @ fixed, layer.terms) + TINY
+
+    middle = (known.lower + known.upper) / 2
+    half = up(np.maximum(known.upper - middle, middle - known.lower))
+    half_image = layer.absolute @ half
+    around = layer.matrix @ middle + bias
+    reach = half_image + loss * (layer.absolute @ np.abs(middle) + half_image + sizes) + TINY
+
+    inside = known.varies.astype(np.float64)
+    rows = np.sqrt(up(layer.squared @ inside, layer.terms)) + layer.terms * 2.0**-500
+    ball = up(up(rows) * known.radius) + slack
+    # Both intervals hold, and so does the center's own value: without it, rounding could leave them no common point.
+    lower = np.minimum(np.maximum(around - reach, center - ball), center)
+    upper = np.maximum(np.minimum(around + reach, center + ball), center)
+    varies = layer.absolute @ inside > 0
+    error, distance = _executed(layer, known, whole, arithmetic)
+    return Known(center, lower, upper, varies, math.inf, error, distance), slack
+
+
+def _executed(layer: Affine, known: Known, whole: float, arithmetic: str) -> tuple[np.ndarray, float]:
+    """How far the executed network can be behind this layer: the error carried through it, and its own rounding.
+
+    An inner product of n terms of operands that are first rounded by u_in, summed with u_acc, and stored with u_out errs
+    by at most g(n) of the sum of its terms' sizes; the sizes are those of the executed activation, |h| + error. Results
+    below the smallest number may be flushed to zero. Infinity where a sum could overflow.
+    """
+    u_in, u_acc, u_out, smallest, largest = ARITHMETICS[arithmetic]
+    n = layer.terms
+    growth = up((1 + u_in) ** 2 * (1 + gamma(n + 2, u_acc)) * (1 + u_out) ** 3 - 1) + 8 * U
+    size = up(np.maximum(np.abs(known.lower), np.abs(known.upper)) + known.error)
+    total = up(layer.absolute @ size + np.abs(layer.bias), n)
+    flushed = (n + 2) * smallest * (1 + layer.largest + np.max(size, initial=0.0))
+    local = up(growth * total + flushed)
+    carried = np.minimum(layer.absolute @ known.error, layer.row_norms * known.distance)
+    error = up(up(carried, n) + local)
+    distance = np.minimum(up(whole * known.distance + up_norm(local)), up_norm(error))
+    if not np.max(total + local, initial=0.0) < largest:
+        return np.full(error.shape, np.inf), math.inf
+    return error, float(distance)
+
+
+def activate(step: Activation, known: Known) -> tuple[Known, np.ndarray]:
+    """What is known behind an activation, its radius as before, and which inputs can move an output that varies."""
+    lower, upper = step(known.lower), step(known.upper)
+    open_ = lower != upper  # clipping returns the very same number for both ends; a NaN counts as open
+    if not step.pairs:
+        varies = rows = known.varies & open_
+        error = known.error
+    else:
+        (lower_a, lower_b), (upper_a, upper_b) = step.halves(known.lower), step.halves(known.upper)
+        varies_a, varies_b = step.halves(known.varies)
+        open_first, open_second = step.halves(open_)
+        # Where the order cannot change the pair is a permutation: each input feeds one output.
+        a_leads = lower_a >= upper_b
+        b_leads = ~a_leads & (lower_b >= upper_a)
+        mixed = varies_a | varies_b
+        first = np.where(a_leads, varies_a, np.where(b_leads, varies_b, mixed)) & open_first
+        second = np.where(a_leads, varies_b, np.where(b_leads, varies_a, mixed)) & open_second
+        either = first | second
+        rows_a = np.where(a_leads, first, np.where(b_leads, second, either))
+        rows_b = np.where(a_leads, second, np.where(b_leads, first, either))
+        varies, rows = step.joined(first, second), step.joined(rows_a, rows_b)
+        larger = np.maximum(*step.halves(known.error))
+        error = step.joined(larger, larger)
+    return Known(step(known.center), lower, upper, varies, known.radius, error, known.distance), rows
+
+
+def worst_gains(directions: np.ndarray, low: np.ndarray, high: np.ndarray, radius: float) -> np.ndarray:
+    """Upper bounds of ``max <d, t>`` over ``||t||_2 <= radius, low <= t <= high``, one per row d of `directions`.
+
+    For every mu > 0, ``<d, t> <= max over the box of (<d, t> - mu/2 ||t||^2) + mu/2 radius^2``, and the maximum is at
+    ``t = clip(d / mu, low, high)`` (METHOD 3). The smallest of this at the mu that bisection finds, of the ball alone and of
+    the box alone.
+
+    Args:
+        directions: ``(rivals, n)``.
+        low, high: ``(n,)``, low <= 0 <= high.
+        radius: >= 0.
+    """
+    d, count = directions, directions.shape[1]
+    if count == 0 or radius == 0:
+        return np.zeros(len(d))
+    low, high = low * (1 + 4 * U) - TINY, high * (1 + 4 * U) + TINY
+    norm = np.array([up_norm(row) for row in d])
+    ball = up(radius * norm)
+    box = up(np.sum(np.maximum(d * low, d * high), axis=1), count)
+    left = np.log(radius) - np.log(np.maximum(norm, 1e-290))  # the scale 1 / mu of the ball alone
+    right = left + 40
+    for _ in range(BISECTION_STEPS):
+        middle = (left + right) / 2
+        t = np.clip(d * np.exp(middle)[:, None], low, high)
+        short = np.linalg.norm(t, axis=1) <= radius
+        left, right = np.where(short, middle, left), np.where(short, right, middle)
+    scale = np.exp((left + right) / 2)
+    t = np.clip(d * scale[:, None], low, high)
+    product, square = np.sum(d * t, axis=1), np.sum(np.square(t), axis=1)
+    dual = product + (radius**2 - square) / (2 * scale)
+    dual += 2 * gamma(count + 8) * (product + (radius**2 + square) / (2 * scale)) + TINY
+    # The differences of rows that d holds are themselves rounded.
+    return np.minimum(np.minimum(box, ball), dual) + 4 * U * ball
