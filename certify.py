@@ -204,7 +204,13 @@ def main(argv):
         command=run["command"],
     )
     reporting.print_table(summary)
-    written = ["certificate.npz", "summary.json", "examples.csv", "examples.npz", *(["curve.png"] if _CURVE.value else [])]
+    written = [
+        "certificate.npz",
+        "summary.json",
+        "examples.csv",
+        "examples.npz",
+        *(["curve.png"] if _CURVE.value else []),
+    ]
     print("written: " + ", ".join(os.path.join(folder, name) for name in written))
 
 

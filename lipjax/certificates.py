@@ -277,7 +277,7 @@ class _Prover:
             self.network,
         )
         self._key = jax.random.key(self.seed)
-        self._global = _compiled(_global_norms, "shape")(self.network, shape=self.shape)
+        self._global = _global_norms(self.network, self.shape)
         return self
 
     def __exit__(self, *error):
@@ -386,17 +386,17 @@ def _estimate_batch(network, images, labels, epsilon, *, mode, iterations):
     return jax.vmap(one)(images, labels)
 
 
-def _global_norms(network, *, shape):
-    """Proven upper bounds of the affine layers' unmasked norms, in order."""
+def _global_norms(network, shape):
+    """Proven upper bounds of the affine layers' unmasked norms, in order. Compiled layer by layer: nets share layers."""
     found = []
-    like = jnp.zeros(shape)
     for layer in regions.layers_of(network):
+        like = jax.ShapeDtypeStruct(shape, jnp.float64)
         if operators.is_affine(layer):
             operator = operators.linear_operator(layer)
-            found.append(deterministic.global_norm_bound(operator, like))
-            like = jnp.zeros(jax.eval_shape(operator.affine, like).shape)
+            found.append(_compiled(deterministic.global_norm_bound)(operator, jnp.zeros(shape)))
+            shape = jax.eval_shape(operator.affine, like).shape
         else:
-            like = jnp.zeros(jax.eval_shape(layer, like).shape)
+            shape = jax.eval_shape(layer, like).shape
     return tuple(found)
 
 

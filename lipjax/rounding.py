@@ -184,25 +184,37 @@ def arithmetics_of(layers: Sequence, declared: str | None = None) -> tuple[Arith
     found = []
     for i, layer in enumerate(layers):
         if not operators.is_affine(layer):
+            if declared not in (None, "float64") and _dtypes_of(layer) & {jnp.dtype(jnp.float64)}:
+                raise ValueError(
+                    f"layer {i}, {type(layer).__name__}, has float64 thresholds, which {declared} arithmetic would round: "
+                    "give the network float32 parameters."
+                )
             continue
         own = _own_arithmetic(i, layer)
         if declared is not None:
-            if ARITHMETICS[declared].output < ARITHMETICS[own].output and own not in ("float32", "float64"):
+            fixed = own == "bfloat16" or getattr(layer, "dtype", None) is not None
+            if fixed and ARITHMETICS[declared].output < ARITHMETICS[own].output:
                 raise ValueError(
                     f"layer {i}, {type(layer).__name__}, computes in {own}, which rounds more than the declared "
-                    f"{declared}: declare {own} or give the layer dtype float32."
+                    f"{declared}: declare {own} or give the layer another dtype."
                 )
             own = declared
         found.append(ARITHMETICS[own])
     return tuple(found)
 
 
+def _dtypes_of(layer) -> set:
+    """Of the layer's floating parameters."""
+    return {jnp.dtype(leaf.dtype) for leaf in jax.tree.leaves(layer) if jnp.issubdtype(leaf.dtype, jnp.floating)}
+
+
 def _own_arithmetic(i: int, layer) -> str:
-    used = {jnp.dtype(leaf.dtype) for leaf in jax.tree.leaves(layer) if jnp.issubdtype(leaf.dtype, jnp.floating)}
+    used, chosen = _dtypes_of(layer), set()
     for name in ("dtype", "preferred_element_type"):
         own = getattr(layer, name, None)
         if own is not None:
-            used.add(jnp.dtype(own))
+            chosen.add(jnp.dtype(own))
+    used |= chosen
     known = {jnp.dtype(jnp.float64), jnp.dtype(jnp.float32), jnp.dtype(jnp.bfloat16)}
     if not used <= known:
         strange = ", ".join(sorted(d.name for d in used - known))
@@ -212,11 +224,12 @@ def _own_arithmetic(i: int, layer) -> str:
         )
     if jnp.dtype(jnp.bfloat16) in used:
         return "bfloat16"
-    # A float64 network still meets float32 images and JAX's default of 32 bits: float32 is the safe reading.
     precision = getattr(layer, "precision", None) or jax.config.jax_default_matmul_precision  # type: ignore[attr-defined]
     platform = jax.default_backend()
     if platform == "tpu":
         return "bfloat16_products"
+    if jnp.dtype(jnp.float64) in used and not chosen:
+        return "float64"  # parameters of float64 exist only where JAX has 64 bits, and there they widen what they meet
     if platform != "cpu" and str(precision).lower() not in ("highest", "float32", "precision.highest"):
         return "tf32"
     return "float32"

@@ -115,7 +115,7 @@ def test_gradient_of_the_bound_is_that_of_finite_differences(x64, mode):
 
     @jax.jit
     def objective(net):
-        bound = lipjax.bound(net, x, 0.1, mode=mode, iterations=3000)
+        bound = lipjax.bound(net, x, 0.1, mode=mode, iterations=800)
         return jnp.max(lipjax.worst_logits(net, bound, 1)) + bound.lipschitz + losses.sparsity(net, bound)
 
     gradient = jax.grad(objective)(net)
@@ -134,8 +134,10 @@ def test_gradient_of_the_bound_is_that_of_finite_differences(x64, mode):
         np.testing.assert_allclose(jnp.sum(slope * direction), numeric, rtol=2e-2, atol=1e-4)
 
 
-@pytest.mark.parametrize("activation", ACTIVATIONS)
-@pytest.mark.parametrize("mode", regions.MODES)
+@pytest.mark.parametrize(
+    "activation, mode",
+    [*((activation, "local") for activation in ACTIVATIONS), ("clipped_maxmin", "paper"), ("clipped_relu", "global")],
+)
 def test_value_and_gradient_are_finite_in_degenerate_cases(activation, mode):
     plain, x = tiny_net(activation), jnp.asarray(images(1)[0], jnp.float32)
     masked = tiny_net(activation)
@@ -168,7 +170,8 @@ def test_value_and_gradient_are_finite_in_degenerate_cases(activation, mode):
 def test_bound_goes_through_jit_vmap_and_grad():
     net, batch = tiny_net("clipped_maxmin"), jnp.asarray(images(3), jnp.float32)
     together = jax.jit(jax.vmap(lambda x: lipjax.bound(net, x, 0.1)))(batch)
-    alone = [lipjax.bound(net, x, 0.1) for x in batch]
+    one = jax.jit(lambda x: lipjax.bound(net, x, 0.1))
+    alone = [one(x) for x in batch]
     np.testing.assert_allclose(together.lipschitz, [b.lipschitz for b in alone], rtol=1e-4)
     np.testing.assert_allclose(together.logits, jax.vmap(net)(batch), rtol=1e-4, atol=1e-5)
 

@@ -285,9 +285,19 @@ def test_arithmetic_is_read_from_layers_and_device_and_unknown_ones_are_errors()
     net = nnx.Sequential(nnx.Linear(2, 2, dtype=jnp.bfloat16, rngs=nnx.Rngs(0)))
     with pytest.raises(ValueError, match=r"layer 0.*bfloat16.*float32"):
         rounding.arithmetics_of(net.layers, "float32")
+    single = nnx.Sequential(nnx.Linear(2, 2, dtype=jnp.float32, rngs=nnx.Rngs(0)))
+    with pytest.raises(ValueError, match=r"layer 0.*float32.*float64"):
+        rounding.arithmetics_of(single.layers, "float64")
     with pytest.raises(ValueError, match="'float8'"):
         rounding.arithmetics_of(net.layers, "float8")
     assert rounding.least_precise(rounding.arithmetics_of(net.layers)) == "bfloat16"
+
+
+def test_float64_parameters_compute_in_float64_and_their_thresholds_in_nothing_less(x64):
+    layers = [cast64(nnx.Linear(2, 2, rngs=nnx.Rngs(0))), cast64(lipjax.ClippedReLU(2))]
+    assert [a.name for a in rounding.arithmetics_of(layers)] == ["float64"]
+    with pytest.raises(ValueError, match=r"layer 1, ClippedReLU.*float64 thresholds.*float32"):
+        rounding.arithmetics_of(layers, "float32")
 
 
 @pytest.mark.parametrize("platform, precision, expected", [
