@@ -54,7 +54,7 @@ RITZ_STEPS = 60
 # Explicit matrices up to this many entries; beyond, the Gram matrix is formed by applying the map, in chunks.
 EXPLICIT_ENTRIES = 2**25
 # Matrices up to this many entries are taken by vmap all at once, larger ones one after the other.
-VECTORISED_ENTRIES = 2**18
+VECTORISED_ENTRIES = 2**16
 # Entries of one intermediate result of a chunk. On a CPU it must fit the cache: measured, 2.5 times as fast as 2^23.
 CPU_CHUNK_ENTRIES, CHUNK_ENTRIES = 2**16, 2**23
 # Few kept coordinates are gathered into smaller blocks, of these shares of the block, where they fit.
@@ -590,10 +590,11 @@ class _Bands:
         return self.forming + self.blocks * (22 / 3) * float(capacity) ** 3
 
     def capacity(self, budget: float) -> int:
-        """The largest block that the budget allows, 0 if none."""
+        """The largest block that the budget allows; 0 if that is below the smallest of `SHARES`."""
         if self.flops(self.block) <= budget:
             return self.block
-        return math.floor((max(0.0, budget - self.forming) / (self.blocks * 22 / 3)) ** (1 / 3))
+        largest = math.floor((max(0.0, budget - self.forming) / (self.blocks * 22 / 3)) ** (1 / 3))
+        return largest if largest >= min(SHARES) * self.block else 0
 
 
 def _bands(operator: LinearOperator, like) -> _Bands | None:
@@ -648,8 +649,8 @@ def masked_convolution_norm_bound(
     in `dense_norm_bound`.
 
     Masked coordinates are left out: the kept ones of each slab are gathered into the smallest of the blocks of `SHARES`
-    of a slab that holds those of every slab. Where not even the largest block within the budget does, the fallback is
-    returned.
+    of a slab that holds those of every slab. Where not even the largest block within the budget does, or that is
+    smaller than the smallest share, the fallback is returned.
 
     Args:
         operator, like, mask_in, mask_out: as in `schur_bound`.

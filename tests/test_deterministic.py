@@ -1,0 +1,522 @@
+"""Deterministic bounds of norms: never below the norm, not even by rounding, and within what is promised above it.
+
+Oracles: the SVD of the explicit masked matrix where a relative 1e-12 does not matter, and exact rational arithmetic
+where it does: ``bound >= ||M||_2`` iff ``bound^2 I - M^T M`` is positive semidefinite, which elimination in fractions
+decides.
+"""
+
+from fractions import Fraction
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import lipjax
+from lipjax import deterministic
+
+# What an accepted first attempt inflates the norm by, and what Gram iteration may.
+ATTEMPT = deterministic.INFLATIONS[0] ** 0.5 + 1e-6
+GRAM = 1.004
+
+BANDED = {
+    "3x3, stride 2": (dict(kernel_size=(3, 3), padding=1, strides=2), (9, 8, 2)),
+    "groups and dilation, other axis": (
+        dict(kernel_size=(2, 3), padding=((0, 2), (1, 1)), kernel_dilation=(2, 1), feature_group_count=2),
+        (4, 9, 4),
+    ),
+    "1-d, input dilated": (dict(kernel_size=(4,), padding=2, input_dilation=2, strides=3), (11, 3)),
+}
+
+
+def convolution(settings, shape, features=4):
+    """The view of a layer, with a random kernel, and its input."""
+    zeros = nnx.initializers.zeros
+    layer = nnx.Conv(shape[-1], features, rngs=nnx.Rngs(0), param_dtype=jnp.float64, kernel_init=zeros, **settings)
+    kernel = np.random.default_rng(0).normal(size=layer.kernel.shape)
+    return with_kernel(lipjax.linear_operator(layer), kernel), jax.ShapeDtypeStruct(shape, jnp.float64)
+
+
+def with_kernel(operator, kernel):
+    return lipjax.LinearOperator(operator.apply, jnp.asarray(kernel))
+
+
+def explicit(matrix):
+    """A map with this matrix."""
+    rows, columns = matrix.shape
+    like = jax.ShapeDtypeStruct((columns,), jnp.float64)
+    return lipjax.LinearOperator.from_matrix(jnp.asarray(matrix), (columns,), (rows,)), like
+
+
+@jax.jit
+def _columns(operator, identity):
+    return jax.vmap(operator)(identity)
+
+
+def matrix_of(operator, like) -> np.ndarray:
+    """The explicit matrix."""
+    return np.asarray(_columns(operator, jnp.eye(like.size).reshape(like.size, *like.shape))).reshape(like.size, -1).T
+
+
+def positive_semidefinite(a) -> bool:
+    """Exactly, of a symmetric matrix of fractions."""
+    a = [list(row) for row in a]
+    for k in range(len(a)):
+        if a[k][k] < 0 or (a[k][k] == 0 and any(a[k][j] != 0 for j in range(k + 1, len(a)))):
+            return False
+        if a[k][k] > 0:
+            for i in range(k + 1, len(a)):
+                factor = a[i][k] / a[k][k]
+                a[i] = [x - factor * y for x, y in zip(a[i], a[k], strict=True)]
+    return True
+
+
+def exceeds_eigenvalues(bound, gram) -> bool:
+    """Is this bound, exactly, at least the largest eigenvalue of the symmetric part of the matrix?"""
+    g = [[Fraction(float(x)) for x in row] for row in gram]
+    n = range(len(g))
+    return positive_semidefinite([[Fraction(float(bound)) * (i == j) - (g[i][j] + g[j][i]) / 2 for j in n] for i in n])
+
+
+def exceeds_norm(bound, matrix) -> bool:
+    """Is this bound, exactly, at least the norm of the matrix?"""
+    m = [[Fraction(float(x)) for x in row] for row in matrix]
+    n = range(len(m[0]))
+    square = Fraction(float(bound)) ** 2
+    return positive_semidefinite([[square * (i == j) - sum(row[i] * row[j] for row in m) for j in n] for i in n])
+
+
+def test_the_exact_oracle_tells_the_last_bit():
+    matrix = np.array([[3.0, 0.0], [4.0, 0.0]])
+    assert exceeds_norm(5.0, matrix) and not exceeds_norm(np.nextafter(5, 0), matrix)
+    assert exceeds_eigenvalues(0.0, -np.eye(2)) and not exceeds_eigenvalues(0.0, np.diag([0.0, 1e-300]))
+
+
+# ---------------------------------------------------------------------------------------------------- against the SVD
+
+
+def times(guess, truth):
+    """A guess relative to the truth, or none at all."""
+    return guess * truth if np.isfinite(guess) else guess
+
+
+@pytest.mark.parametrize("name", BANDED)
+def test_bounds_of_masked_convolutions_are_at_least_the_norm_and_tight_whatever_the_guess(x64, name):
+    operator, like = convolution(*BANDED[name])
+    shape_out = jax.eval_shape(operator, like).shape
+    assert deterministic.masked_convolution_cost(operator, like) < 1e9
+
+    @jax.jit
+    def bounds(operator, *arguments):
+        *masks, guess = arguments
+        return {
+            "schur": deterministic.schur_bound(operator, like, *masks),
+            "frobenius": deterministic.frobenius_bound(operator, like, *masks),
+            "banded": deterministic.masked_convolution_norm_bound(operator, like, *masks, guess),
+        }
+
+    @settings(max_examples=20, deadline=None)
+    @given(
+        seed=st.integers(0, 10**6),
+        shares=st.tuples(*[st.sampled_from([0.0, 0.1, 0.4, 0.8, 1.0])] * 2),
+        scale=st.sampled_from([1.0, 1e-150, 1e150]),
+        guess=st.sampled_from([1.0, 0.9, 1e-3, 0.0, -1.0, np.nan, np.inf, 3.0, 1e100]),
+    )
+    def check(seed, shares, scale, guess):
+        rng = np.random.default_rng(seed)
+        kernel = scale * rng.normal(size=operator.kernel.shape)
+        masks = [rng.uniform(size=s) < share for s, share in zip((like.shape, shape_out), shares, strict=True)]
+        matrix = matrix_of(with_kernel(operator, kernel), like) * masks[0].reshape(-1) * masks[1].reshape(-1, 1)
+        truth = np.linalg.norm(matrix / scale, 2) * scale
+        found = bounds(with_kernel(operator, kernel), *map(jnp.asarray, masks), times(guess, truth))
+        if not all(mask.any() for mask in masks):
+            assert all(value == 0 for value in found.values())
+            return
+        if truth == 0:
+            assert all(0 < value <= 1e-100 * scale for value in found.values())
+            return
+        assert all(value >= truth * (1 - 1e-12) for value in found.values())
+        assert found["schur"] <= found["frobenius"]
+        np.testing.assert_allclose(found["frobenius"], np.linalg.norm(matrix / scale) * scale, rtol=1e-9)
+        sums = [np.max(np.sum(np.abs(matrix / scale), axis=axis)) for axis in (0, 1)]
+        assert found["schur"] <= np.sqrt(sums[0] * sums[1]) * scale * (1 + 1e-9)
+        if not 1 < guess < np.inf:  # a guess that is too large makes the bound loose
+            assert found["banded"] <= ATTEMPT * truth
+
+    check()
+
+
+@pytest.mark.parametrize("sizes", [(9, 5), (5, 9)])
+def test_dense_bounds_are_at_least_the_norm_and_tight_whatever_the_guess(x64, sizes):
+    columns, rows = sizes
+    operator, like = explicit(np.zeros((rows, columns)))
+
+    @jax.jit
+    def bound(matrix, *arguments):
+        return deterministic.dense_norm_bound(with_kernel(operator, matrix), like, *arguments)
+
+    @settings(max_examples=40, deadline=None)
+    @given(
+        seed=st.integers(0, 10**6),
+        share=st.sampled_from([0.0, 0.3, 0.7, 1.0]),
+        scale=st.sampled_from([1.0, 1e-150, 1e150]),
+        guess=st.sampled_from([1.0, 1e-3, -1.0, np.nan, np.inf, 1.5, 1e100]),
+    )
+    def check(seed, share, scale, guess):
+        rng = np.random.default_rng(seed)
+        matrix = rng.normal(size=(rows, columns)) * scale
+        keep_in, keep_out = rng.uniform(size=columns) < share, rng.uniform(size=rows) < share
+        truth = np.linalg.norm(matrix / scale * keep_in * keep_out[:, None], 2) * scale
+        found = bound(jnp.asarray(matrix), jnp.asarray(keep_in), jnp.asarray(keep_out), times(guess, truth))
+        assert found >= truth * (1 - 1e-12)
+        if not (keep_in.any() and keep_out.any()):
+            assert found == 0
+        elif not 1 < guess < np.inf:
+            assert found <= ATTEMPT * truth
+
+    check()
+
+
+def test_the_hidden_direction_does_not_deceive_the_dense_bound(x64):
+    n = 512
+    v = np.random.default_rng(0).choice([-1.0, 1.0], n) / np.sqrt(n)
+    bound = jax.jit(deterministic.gram_norm_bound)
+    for s in (2.0, 1.01):
+        found = bound(jnp.asarray(np.eye(n) + (s - 1) * np.outer(v, v)), 1.0)  # the guess is what an estimate sees
+        assert s <= found <= ATTEMPT * s
+
+
+def test_an_estimate_that_misses_the_largest_value_falls_back_on_gram_iteration(x64, monkeypatch):
+    monkeypatch.setattr(deterministic, "_ritz_value", lambda gram, shape: jnp.asarray(1e-3))
+    matrix = np.random.default_rng(0).normal(size=(12, 12))
+    truth = np.linalg.norm(matrix, 2)
+    found = jax.jit(lambda m: deterministic.gram_norm_bound(m))(jnp.asarray(matrix))
+    assert truth <= found <= GRAM * truth
+
+
+# ---------------------------------------------------------------------------------------------------- circular bounds
+
+
+@pytest.mark.parametrize(
+    ("settings_", "shape"),
+    [
+        (dict(kernel_size=(3, 4), padding=1), (6, 7, 2)),
+        (dict(kernel_size=(4, 3), padding=((1, 2), (0, 3)), strides=(2, 3), kernel_dilation=(1, 2)), (8, 7, 2)),
+        (dict(kernel_size=(5,), padding=7, input_dilation=2, strides=2, feature_group_count=2), (9, 4)),
+        (dict(kernel_size=(2, 1, 3), padding="VALID", strides=(1, 1, 2)), (3, 2, 5, 2)),
+    ],
+)
+def test_the_circular_bound_is_the_norm_of_the_circle_that_contains_the_convolution(x64, settings_, shape):
+    operator, like = convolution(settings_, shape)
+    bound = jax.jit(lambda operator: deterministic.convolution_norm_bound(operator, like))
+    apply = operator.apply
+    extents = [(k - 1) * d for k, d in zip(operator.kernel.shape, apply.dilation, strict=False)]
+    grid = [
+        -(-((n - 1) * spread + 1 + e) // s) * s
+        for n, spread, e, s in zip(shape, apply.input_dilation, extents, apply.strides, strict=False)
+    ]
+    circle = lipjax.operators.Convolution(
+        apply.strides, "CIRCULAR", (1,) * len(grid), apply.dilation, groups=apply.groups
+    )
+    on_circle = jax.ShapeDtypeStruct((*grid, shape[-1]), jnp.float64)
+    for seed in range(3):
+        kernel = np.random.default_rng(seed).normal(size=operator.kernel.shape)
+        found = bound(with_kernel(operator, kernel))
+        around = matrix_of(lipjax.LinearOperator(circle, jnp.asarray(kernel)), on_circle)
+        inside = matrix_of(with_kernel(operator, kernel), like)
+        truth = np.linalg.norm(around, 2)
+        assert np.linalg.norm(inside, 2) * (1 - 1e-12) <= found <= GRAM * truth
+        schur = np.sqrt(np.abs(inside).sum(axis=0).max() * np.abs(inside).sum(axis=1).max())
+        assert min(truth, schur, np.linalg.norm(inside)) * (1 - 1e-12) <= found
+
+
+@pytest.mark.parametrize(("size", "exact"), [(6, True), (7, False)])
+def test_circular_padding_is_its_own_circle_where_the_stride_divides_it(x64, size, exact):
+    operator, like = convolution(dict(kernel_size=(3, 2), padding="CIRCULAR", strides=2), (size, size, 2))
+    truth = np.linalg.norm(matrix_of(operator, like), 2)
+    found = jax.jit(lambda operator: deterministic.convolution_norm_bound(operator, like))(operator)
+    assert found >= truth * (1 - 1e-12)
+    assert (found <= GRAM * truth) == exact
+
+
+def test_the_circular_bound_is_close_for_large_images(x64):
+    operator, like = convolution(dict(kernel_size=(3, 3), padding=1), (24, 24, 1), 2)
+    truth = np.linalg.norm(matrix_of(operator, like), 2)
+    found = jax.jit(lambda operator: deterministic.convolution_norm_bound(operator, like))(operator)
+    assert truth <= found <= 1.02 * truth
+
+
+# ---------------------------------------------------------------------------------------------------- rounding
+
+
+def around(value, count=60):
+    """The floating-point numbers next to a value."""
+    return value * (1 + np.arange(-count, count + 1) * 2.0**-52)
+
+
+def block_attempts(gram, taus):
+    """Attempts on four blocks of a matrix of 8 rows that is block tridiagonal."""
+
+    def entries(rows, columns):
+        return gram[rows[:, None], columns[None, :]]
+
+    indices, valid = jnp.arange(8).reshape(4, 2), jnp.ones((4, 2), bool)
+    return jax.vmap(lambda tau: deterministic._banded_attempt(entries, indices, valid, tau))(taus)
+
+
+def block_gram(seed):
+    band = np.abs(np.subtract.outer(range(8), range(8))) <= 1
+    matrix = np.random.default_rng(seed).normal(size=(8, 8)) * band
+    return matrix.T @ matrix
+
+
+def full_gram(seed):
+    matrix = np.random.default_rng(seed).normal(size=(7, 6))
+    return matrix.T @ matrix
+
+
+def dense_attempts(gram, taus):
+    return jax.vmap(lambda tau: deterministic._attempt(gram, tau))(taus)
+
+
+def compiled(attempts):
+    """Never from the cache of another test: they replace what is called inside."""
+    return jax.jit(lambda gram, taus: attempts(gram, taus))
+
+
+@pytest.mark.parametrize(("attempts", "gram_of"), [(dense_attempts, full_gram), (block_attempts, block_gram)])
+def test_a_factorisation_accepted_below_the_largest_eigenvalue_still_bounds_it(x64, monkeypatch, attempts, gram_of):
+    # Without the general allowance: what the factors leave over must be enough by itself.
+    monkeypatch.setattr(deterministic, "_ROUND_UP", 1.0)
+    run, below = compiled(attempts), 0
+    for gram in map(gram_of, range(8)):
+        taus = around(np.linalg.eigvalsh(gram)[-1])
+        for tau, bound in zip(taus, np.asarray(run(jnp.asarray(gram), jnp.asarray(taus))), strict=True):
+            assert exceeds_eigenvalues(bound, gram) if np.isfinite(bound) else bound == np.inf
+            below += np.isfinite(bound) and not exceeds_eigenvalues(tau, gram)
+    assert below > 0  # else nothing was tested: rounding did let a factorisation through
+
+
+WRONG_FACTORS = {
+    "of another matrix": lambda a: jnp.linalg.cholesky(a + 10 * jnp.max(jnp.abs(a)) * jnp.eye(len(a))),
+    "zero": jnp.zeros_like,
+    "not triangular": lambda a: jnp.abs(a) + 0.1,
+}
+
+
+@pytest.mark.parametrize("attempts", [dense_attempts, block_attempts])
+@pytest.mark.parametrize("factor", WRONG_FACTORS)
+def test_nothing_is_assumed_of_the_factorisation(x64, monkeypatch, attempts, factor):
+    monkeypatch.setattr(jax.lax.linalg, "cholesky", lambda a, **_: WRONG_FACTORS[factor](a))
+    run, finite = compiled(attempts), 0
+    for gram in map(block_gram, range(5)):
+        largest = np.linalg.eigvalsh(gram)[-1]
+        bounds = np.asarray(run(jnp.asarray(gram), largest * jnp.array([0.1, 0.5, 0.9])))
+        assert np.all(bounds >= largest)
+        finite += np.sum(np.isfinite(bounds))
+    assert finite > 0 or (factor == "zero" and attempts is block_attempts)  # there the solve divides by zero
+
+
+def test_nothing_is_assumed_of_the_triangular_solve(x64, monkeypatch):
+    def solve(a, b, **_):
+        return 0.5 * jnp.linalg.solve(a, b.T).T
+
+    monkeypatch.setattr(jax.lax.linalg, "triangular_solve", solve)
+    run = compiled(block_attempts)
+    for gram in map(block_gram, range(5)):
+        largest = np.linalg.eigvalsh(gram)[-1]
+        below, far = np.split(np.asarray(run(jnp.asarray(gram), largest * jnp.array([0.6, 0.8, 0.95, 3.0]))), [3])
+        assert np.all(below >= largest)
+        assert 3 * largest * (1 + 1e-9) < far < np.inf  # noticed, though this factorisation would be accepted
+
+
+def test_gram_iteration_of_matrices_on_which_it_is_exact_is_not_rounded_below_the_norm(x64):
+    """Rank one: every iterate's Frobenius norm is its norm, so nothing but the allowance for rounding is between."""
+    real = jax.jit(lambda m: deterministic._gram_iteration((m,)))
+    doubled = jax.jit(lambda a, b: deterministic._gram_iteration((a, b)))
+    for seed in range(10):
+        rng = np.random.default_rng(seed)
+        left, right = rng.uniform(size=5) * 10.0 ** rng.integers(-100, 100), rng.uniform(size=4)
+        matrix = np.outer(left, right)
+        bound = real(jnp.asarray(matrix))
+        assert exceeds_norm(bound, matrix)
+        assert bound <= np.linalg.norm(left) * np.linalg.norm(right) * (1 + 1e-12)
+        imaginary = np.outer(left, rng.normal(size=4))
+        bound = doubled(jnp.asarray(matrix), jnp.asarray(imaginary))
+        assert exceeds_norm(bound, np.block([[matrix, -imaginary], [imaginary, matrix]]))
+        assert bound <= np.linalg.norm(matrix + 1j * imaginary, 2) * (1 + 1e-12)
+
+
+def test_closed_forms_of_matrices_on_which_they_are_exact_are_not_rounded_below_the_norm(x64):
+    operator, like = explicit(np.zeros((5, 4)))
+    schur = jax.jit(lambda m: deterministic.schur_bound(with_kernel(operator, m), like))
+    frobenius = jax.jit(lambda m: deterministic.frobenius_bound(with_kernel(operator, m), like))
+    for value in (0.1, 1 / 3, 7e-151, 3e150, 1e-320):
+        matrix = np.full((5, 4), value)
+        assert exceeds_norm(schur(matrix), matrix)
+        assert schur(matrix) <= np.sqrt(20) * value * (1 + 1e-12) or value < 1e-300
+    for seed in range(10):
+        rng = np.random.default_rng(seed)
+        matrix = np.outer(rng.normal(size=5), rng.normal(size=4))
+        assert exceeds_norm(frobenius(matrix), matrix)
+
+
+def test_a_circular_convolution_with_a_positive_kernel_is_not_rounded_below_its_sum(x64):
+    operator, like = convolution(dict(kernel_size=(3, 2), padding="CIRCULAR"), (5, 4, 1), 1)
+    bound = jax.jit(lambda operator: deterministic.convolution_norm_bound(operator, like))
+    for seed in range(10):
+        kernel = np.random.default_rng(seed).uniform(size=operator.kernel.shape)
+        exact = sum(Fraction(float(k)) for k in kernel.reshape(-1))
+        found = bound(with_kernel(operator, kernel))
+        assert exact <= Fraction(float(found)) <= exact * (1 + Fraction(1, 10**12))
+
+
+def test_cancellation_and_nearly_equal_singular_values_are_covered(x64):
+    bound = jax.jit(deterministic.gram_norm_bound)
+    rng = np.random.default_rng(0)
+    parallel = np.outer(rng.normal(size=6), np.ones(5)) + 1e-12 * rng.normal(size=(6, 5))
+    q, _ = np.linalg.qr(rng.normal(size=(6, 5)))
+    equal = q * (1 - 1e-15 * np.arange(5)) @ np.linalg.qr(rng.normal(size=(5, 5)))[0]
+    wide = q * 10.0 ** -(60 * np.arange(5.0))
+    for matrix in (parallel, equal, wide, np.eye(6, 5)):
+        for guess in (0.5, 1.0, np.linalg.norm(matrix, 2) * (1 - 1e-15)):
+            found = bound(jnp.asarray(matrix), guess)
+            assert exceeds_norm(found, matrix)
+            assert found <= 1.01 * np.linalg.norm(matrix, 2)
+
+
+# ---------------------------------------------------------------------------------------------------- degenerate maps
+
+
+def test_degenerate_kernels_and_masks_never_give_a_number_too_small(x64):
+    operator, like = convolution(dict(kernel_size=(3,), padding=1), (5, 1), 1)
+    mask = jnp.ones((5, 1), bool)
+
+    @jax.jit
+    def bounds(operator, mask_in, mask_out):
+        masks = mask_in, mask_out
+        return (
+            deterministic.schur_bound(operator, like, *masks),
+            deterministic.frobenius_bound(operator, like, *masks),
+            deterministic.dense_norm_bound(operator, like, *masks),
+            deterministic.masked_convolution_norm_bound(operator, like, *masks),
+            jnp.where(jnp.all(mask_in & mask_out), deterministic.convolution_norm_bound(operator, like), 0),
+        )
+
+    def of(kernel, mask_in=mask, mask_out=mask):
+        return np.asarray(bounds(with_kernel(operator, np.reshape(kernel, (3, 1, 1))), mask_in, mask_out))
+
+    for bad in (np.nan, np.inf, -np.inf):
+        assert np.all(of([0.0, bad, 1.0]) == np.inf)
+        assert np.all(of([0.0, bad, 1.0], ~mask) == 0)
+    assert np.all(of([1.7e308, 1.7e308, 1.7e308]) == np.inf)  # the norm overflows
+    assert np.all(of([0.0, 0.0, 0.0]) < 1e-250) and np.all(of([0.0, 0.0, 0.0]) >= 0)
+    for tiny in (5e-324, 1e-310, 3e-308):
+        assert np.all(of([0.0, tiny, 0.0]) >= tiny)
+    for huge in (8e307, 1.7e308):
+        assert np.all(of([0.0, huge, 0.0]) >= huge)
+    # A single entry is kept, and it is far below the others: out 0 sees in 0 through the middle tap only.
+    first = jnp.zeros((5, 1), bool).at[0].set(True)
+    for small in (1e-9, 1e-160, 1e-300):
+        assert np.all(of([1e150, small, 1e150], first, first)[:4] >= small)
+    assert np.all(of([1.0, 1e-9, 1.0], first, first)[:4] <= 1e-9 * ATTEMPT)
+
+
+@pytest.mark.parametrize("function", ["schur_bound", "dense_norm_bound", "masked_convolution_norm_bound", "norm_bound"])
+def test_unsuitable_arguments_are_errors(function):
+    bound = getattr(deterministic, function)
+    single = lipjax.linear_operator(nnx.Conv(1, 1, (3,), rngs=nnx.Rngs(0)))
+    with pytest.raises(ValueError, match=r"float32.*enable x64"):
+        bound(single, jnp.zeros((5, 1)))
+    with jax.enable_x64(True):
+        operator, like = convolution(dict(kernel_size=(3,), padding=1), (5, 1), 1)
+        with pytest.raises(ValueError, match=r"mask_out must be boolean of shape \(5, 1\), got bool of shape \(4, 1\)"):
+            bound(operator, like, None, jnp.ones((4, 1), bool))
+        with pytest.raises(ValueError, match="mask_in must be boolean"):
+            bound(operator, like, jnp.ones((5, 1)))
+
+
+def test_unsuitable_matrices_and_maps_are_errors(x64):
+    with pytest.raises(ValueError, match=r"square float64 matrix, got float64 of shape \(3, 2\)"):
+        deterministic.largest_eigenvalue_bound(jnp.zeros((3, 2)))
+    with pytest.raises(ValueError, match="expected a matrix"):
+        deterministic.gram_norm_bound(jnp.zeros(3))
+    with pytest.raises(TypeError, match="expected the view of a convolution"):
+        deterministic.convolution_norm_bound(*explicit(np.eye(2)))
+    assert deterministic.masked_convolution_cost(*explicit(np.eye(2))) == np.inf
+
+
+# ---------------------------------------------------------------------------------------------------- what is chosen
+
+
+@pytest.mark.parametrize("function", ["dense_norm_bound", "masked_convolution_norm_bound"])
+def test_examples_taken_one_after_the_other_under_vmap_keep_their_own_masks(x64, monkeypatch, function):
+    monkeypatch.setattr(deterministic, "VECTORISED_ENTRIES", 1)
+    operator, like = convolution(dict(kernel_size=(3,), padding=1), (6, 2), 3)
+    rng = np.random.default_rng(0)
+    masks = [rng.uniform(size=(4, 6, channels)) < 0.5 for channels in (2, 3)]
+    bound = lambda operator, *masks: getattr(deterministic, function)(operator, like, *masks)  # noqa: E731
+    found = jax.jit(jax.vmap(bound, in_axes=(None, 0, 0)))(operator, *map(jnp.asarray, masks))
+    matrix = matrix_of(operator, like)
+    for value, keep_in, keep_out in zip(found, *masks, strict=True):
+        truth = np.linalg.norm(matrix * keep_in.reshape(-1) * keep_out.reshape(-1, 1), 2)
+        assert truth <= value <= ATTEMPT * truth
+
+
+@pytest.mark.parametrize("channels", [1, 4])
+def test_a_gram_matrix_formed_by_application_in_chunks_is_the_explicit_one(x64, monkeypatch, channels):
+    operator, like = convolution(dict(kernel_size=(3,), padding=1), (9, channels), 2)
+    keep_in, keep_out = (np.random.default_rng(0).uniform(size=(9, c)) < 0.6 for c in (channels, 2))
+    truth = np.linalg.norm(matrix_of(operator, like) * keep_in.reshape(-1) * keep_out.reshape(-1, 1), 2)
+    monkeypatch.setattr(deterministic, "EXPLICIT_ENTRIES", 1)
+    monkeypatch.setattr(deterministic, "CPU_CHUNK_ENTRIES", 100)  # does not divide the number of columns
+    found = jax.jit(lambda *masks: deterministic.dense_norm_bound(operator, like, *masks))(keep_in, keep_out)
+    assert truth <= found <= ATTEMPT * truth
+
+
+def test_a_budget_below_the_whole_still_serves_examples_with_few_kept_coordinates(x64):
+    operator, like = convolution(dict(kernel_size=(3, 3), padding=1), (12, 6, 2), 2)
+    budget = 0.5 * deterministic.masked_convolution_cost(operator, like)
+    bound = jax.jit(
+        lambda mask: deterministic.masked_convolution_norm_bound(
+            operator, like, mask, None, fallback=50.0, budget=budget
+        )
+    )
+    rng = np.random.default_rng(0)
+    matrix = matrix_of(operator, like)
+    for share, local in ((0.15, True), (0.9, False)):
+        mask = rng.uniform(size=like.shape) < share
+        truth = np.linalg.norm(matrix * mask.reshape(-1), 2)
+        found = bound(jnp.asarray(mask))
+        assert truth <= found <= 50.0
+        assert (found <= ATTEMPT * truth) == local
+
+
+def test_the_best_bound_is_at_most_every_candidate_within_the_budget(x64):
+    rng = np.random.default_rng(0)
+    dense, like = explicit(rng.normal(size=(6, 9)))
+    truth = np.linalg.norm(dense.kernel, 2)
+    best = lambda **options: float(jax.jit(lambda: deterministic.norm_bound(dense, like, **options))())  # noqa: E731
+    assert truth <= best() <= ATTEMPT * truth
+    cheap = best(budget=0.0)
+    np.testing.assert_allclose(cheap, deterministic.schur_bound(dense, like), rtol=1e-12)
+    assert cheap > 1.1 * truth
+    assert best(budget=0.0, global_bound=1.0001 * truth) == 1.0001 * truth
+    assert best(budget=0.0, global_bound=np.nan) == cheap  # a NaN is no bound
+
+
+def test_the_global_bound_is_tight_within_the_budget_and_circular_beyond_it(x64):
+    operator, like = convolution(dict(kernel_size=(4,), padding=1), (5, 2), 2)
+    truth = np.linalg.norm(matrix_of(operator, like), 2)
+    whole, circular, expected = jax.jit(
+        lambda operator: (
+            deterministic.global_norm_bound(operator, like),
+            deterministic.global_norm_bound(operator, like, budget=0.0),
+            deterministic.convolution_norm_bound(operator, like),
+        )
+    )(operator)
+    assert truth <= whole <= ATTEMPT * truth < circular
+    np.testing.assert_allclose(circular, expected, rtol=1e-12)
