@@ -154,6 +154,9 @@ def test_a_run_killed_again_and_again_ends_bit_for_bit_as_one_never_stopped(tmp_
     file = np.load(broken / "certification" / "examples.npz")
     assert len(file["certified_local"]) == 16 and not np.any(file["certified_local"] & file["broken_by_pgd"])
     assert (broken / "certification" / "curve.png").stat().st_size > 10_000
+    certificate = broken / "certification" / "certificate.npz"
+    confirmed = run("-m", "lipjax.check", str(certificate), f"--workdir={broken}").stdout
+    assert "CONFIRMED: certificates of 16 images, digits, test split" in confirmed
 
 
 def test_a_loss_that_overflows_ends_training_with_the_step_and_leaves_a_good_checkpoint(tmp_path):
