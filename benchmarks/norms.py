@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from lipjax import deterministic, models, operators, regions, spectral
+from lipjax import certificates, deterministic, models, operators, regions, spectral
 
 SHAPES = {
     "conv4_dense3": (28, 28, 1),
@@ -32,7 +32,6 @@ SHAPES = {
     "conv8_dense2": (64, 64, 3),
     "small_conv": (8, 8, 1),
 }
-GUESS_ITERATIONS = 60
 
 
 def main() -> None:
@@ -120,10 +119,7 @@ def ways(operator, like, global_bound: float, arguments: argparse.Namespace) -> 
         return spectral.power_iteration(operator, start, iterations, mask_in, mask_out)[0]
 
     def probabilistic(operator, key, mask_in, mask_out):
-        guess_key, fresh = jax.random.split(key)
-        scale = 1.002 * estimate(operator, guess_key, mask_in, mask_out, GUESS_ITERATIONS)
-        steps = spectral.chebyshev_steps(like.size, delta, 0.008)
-        return spectral.probabilistic_norm_bound(operator, fresh, scale, steps, delta, like, mask_in, mask_out)
+        return certificates.probabilistic_norm(operator, key, delta, like, mask_in, mask_out)
 
     def schur(operator, _, mask_in, mask_out):
         return deterministic.schur_bound(operator, like, mask_in, mask_out)
