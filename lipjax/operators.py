@@ -20,6 +20,7 @@ from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 
@@ -149,7 +150,7 @@ def _window_sum(window, strides, scale, x):
     if x.ndim < 3 or x.shape[-3] < window[0] or x.shape[-2] < window[1]:
         raise ValueError(f"a pooling window of {window} does not fit an input of shape {x.shape}.")
     batch = (1,) * (x.ndim - 3)
-    zero = jnp.zeros((), x.dtype)
+    zero = np.zeros((), x.dtype)  # of NumPy: under `jit` a JAX constant hides that this is a sum, which has a transpose
     total = jax.lax.reduce_window(x, zero, jax.lax.add, (*batch, *window, 1), (*batch, *strides, 1), [(0, 0)] * x.ndim)
     return scale.astype(x.dtype) * total
 

@@ -77,6 +77,21 @@ def test_dense_and_pooling_views_equal_their_explicit_matrices(x64):
     check(nnx.Conv(2, 3, (3,), padding="CAUSAL", rngs=nnx.Rngs(0)), (7, 2))
 
 
+def test_a_network_with_pooling_is_bounded_and_certified_under_jit():
+    rngs, x = nnx.Rngs(0), np.random.default_rng(0).uniform(0, 1, (3, 4, 4, 1)).astype(np.float32)
+    net = nnx.Sequential(
+        nnx.Conv(1, 2, (3, 3), rngs=rngs),
+        lipjax.ReLU(),
+        lipjax.AveragePool(2),
+        lipjax.Flatten(),
+        nnx.Linear(8, 3, rngs=rngs),
+    )
+    bounds = jax.jit(jax.vmap(lambda x: lipjax.bound(net, x, 0.1, mode="global", iterations=300)))(x)
+    np.testing.assert_allclose(bounds.norms[1], 0.5, rtol=1e-4)  # four inputs of weight 1/4 each
+    found = lipjax.certify(net, x, None, 1e-4, mode="global")
+    assert found.certified.all() and np.all(found.norms[:, 1] >= 0.5) and np.all(found.norms[:, 1] < 0.51)
+
+
 def test_float32_and_float64_views_agree():
     layer = nnx.Conv(3, 4, (3, 3), strides=2, padding="SAME", rngs=nnx.Rngs(0))
     x = np.random.default_rng(0).normal(size=(7, 6, 3))
