@@ -181,7 +181,7 @@ def test_executed_logits_are_within_the_forward_error_of_the_exact_ones(activati
         start = jnp.asarray(x, jnp.float64)
         bound = regions.walk(layers, start, epsilon, "local", proven_norm, proven_norm, arithmetic=rounding.OUTWARD)
         boxes = [(start - 1.001 * epsilon, start + 1.001 * epsilon), *((r.lower, r.upper) for r in bound.regions)]
-        arithmetics = rounding.arithmetics_of(layers, arithmetic)
+        arithmetics = rounding.arithmetics_of(regions.layers_of(net), arithmetic)
         norms = [np.linalg.norm(np.asarray(w.kernel[...]), 2) * (1 + 1e-12) for w in layers if operators.is_affine(w)]
         error = np.asarray(rounding.forward_error(layers, boxes, arithmetics, norms))
     worst = 0.0
