@@ -4,6 +4,10 @@
     python certify.py --workdir=runs/mnist_small --examples=1000
     python certify.py --workdir=runs/mnist_small --examples=1000 --epsilon=0.5
 
+Measured (seed 0, first 100 images of the test set's fixed shuffle, bound local, tier probabilistic with delta 1e-6): clean
+91 %; at epsilon 1.58 PGD 63, certified 39 %; at 0.5 PGD 84, certified 78 %. About half a second a step, 1050 steps, on
+two CPU cores.
+
 Downloads MNIST through TFDS, or takes the four original archives from --config.data.manual_dir.
 """
 
