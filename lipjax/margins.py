@@ -36,7 +36,7 @@ def ascent(direction: jax.Array, region: Region, arithmetic: rounding.Rounding =
     # The center lies in the box, so the ends have signs and can be rounded outwards one by one.
     low, high = -up(region.center - region.lower), up(region.upper - region.center)
     norm = safe_norm(d)
-    ball = up(region.radius * norm, d.size)
+    ball = up(region.radius * arithmetic.length(d))
     corner = jnp.where(d > 0, high, jnp.where(d < 0, low, 0.0))
     box = up(jnp.sum(d * corner), d.size)
 

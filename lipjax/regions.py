@@ -272,7 +272,7 @@ def _affine_box(operator, before: Region, center, ball_radius, mode, slack, arit
 def _half_diagonal(region: Region, arithmetic) -> jax.Array:
     """The distance from the center to the farthest corner of the box."""
     reach = jnp.maximum(region.upper - region.center, region.center - region.lower)
-    return arithmetic.up(operators.safe_norm(reach), region.center.size)
+    return arithmetic.length(reach)
 
 
 def _live_rows(layers, i, region: Region, mode) -> tuple[jax.Array | None, bool]:

@@ -58,6 +58,9 @@ class Exact:
     def norm(self, slack) -> jax.Array | float:
         return 0.0
 
+    def length(self, x: jax.Array) -> jax.Array:
+        return operators.safe_norm(x)
+
 
 class Outward:
     """Bounds in float64, every rounding error turned to the safe side; see the module's text for the model."""
@@ -91,6 +94,11 @@ class Outward:
     def norm(self, slack: jax.Array) -> jax.Array:
         """Its l2 norm, rounded up."""
         return self.up(jnp.sqrt(jnp.sum(jnp.square(slack))), slack.size)
+
+    def length(self, x: jax.Array) -> jax.Array:
+        """``||x||_2`` rounded up; 0 only for 0: the squares of entries below 1e-154 underflow, and FLOOR covers them."""
+        size = self.up(operators.safe_norm(x), x.size)
+        return jnp.where(jnp.any(x != 0), size + FLOOR, size)
 
 
 EXACT, OUTWARD = Exact(), Outward()

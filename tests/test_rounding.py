@@ -252,6 +252,12 @@ def test_up_covers_the_rounding_of_a_sum_of_products(seed, n, spread):
     assert nothing == 0
 
 
+def test_a_length_whose_squares_underflow_is_not_zero(x64):
+    for size in (1e-200, 1e-160, 1e-100, 1.0):
+        assert rounding.OUTWARD.length(jnp.full(100, size)) >= 10 * size
+    assert rounding.OUTWARD.length(jnp.zeros(3)) == 0
+
+
 def test_terms_are_the_entries_of_the_fullest_row_and_column():
     def counts(layer, shape):
         operator = lipjax.linear_operator(layer)
