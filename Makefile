@@ -3,11 +3,12 @@ PYTHON ?= python3
 VENV ?= .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: help demo test clean
+.PHONY: help demo test test-slow clean
 
 help:
 	@echo "make demo   set up, train on scikit-learn's digits, certify; shows where the picture is"
 	@echo "make test   set up, lint, check types, run the tests"
+	@echo "make test-slow   the tests that take a minute or more each"
 	@echo "make clean  remove the environment and the demo's run"
 	@echo "VENV=DIR and PYTHON=python3.12 choose the environment and the interpreter (Python >= 3.11)."
 
@@ -31,6 +32,9 @@ test: $(VENV)/.tests
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
 	$(RUN) -m pytest -n 2
+
+test-slow: $(VENV)/.tests
+	$(RUN) -m pytest -m slow
 
 clean:
 	rm -rf $(VENV) runs/digits

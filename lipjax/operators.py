@@ -281,8 +281,8 @@ def _apply_convolution(strides, padding, input_dilation, dilation, groups, kerne
         # Each input is copied to at most one place under every kernel position, so the contract holds.
         x = jnp.pad(x, [*(((e - 1) // 2, e // 2) for e in extents), (0, 0)], mode="wrap")
         padding = "VALID"
-    if x.dtype == jnp.float64 and groups == 1:
-        y = _convolve_by_taps(strides, padding, input_dilation, dilation, kernel, x)
+    if x.dtype == jnp.float64:
+        y = _convolve_by_products(strides, padding, input_dilation, dilation, groups, kernel, x)
     else:
         axes = "".join("0123456789"[i] for i in range(rank))
         y = jax.lax.conv_general_dilated(
@@ -300,11 +300,17 @@ def _apply_convolution(strides, padding, input_dilation, dilation, groups, kerne
     return y
 
 
-def _convolve_by_taps(strides, padding, input_dilation, dilation, kernel, x):
-    """The same convolution as one matrix product per kernel position.
+# Channels below which all taps of a convolution go into one matrix product: it compiles and runs faster than many thin
+# ones. Above, that only costs memory.
+THIN = 32
+
+
+def _convolve_by_products(strides, padding, input_dilation, dilation, groups, kernel, x):
+    """The same convolution as matrix products: one for all kernel positions, or one for each where channels are many.
 
     XLA's CPU backend has a fast convolution for float32 only; in float64, where certificates are computed, its generic
-    loop is an order of magnitude slower than these products.
+    loop is an order of magnitude slower than these products. And these are inner products on every device, as the error
+    model of `rounding` wants, where a library's convolution may choose another algorithm.
     """
     rank = len(strides)
     sizes = [(n - 1) * d + 1 for n, d in zip(x.shape[:rank], input_dilation, strict=True)]
@@ -313,17 +319,30 @@ def _convolve_by_taps(strides, padding, input_dilation, dilation, kernel, x):
         padding = jax.lax.padtype_to_pads(sizes, extents, strides, padding)
     pads = [(int(low), int(high), d - 1) for (low, high), d in zip(padding, input_dilation, strict=True)]
     x = jax.lax.pad(x, jnp.zeros((), x.dtype), [*pads, (0, 0, 0)])
-    if x.shape[-1] != kernel.shape[-2]:
-        raise ValueError(f"the kernel takes {kernel.shape[-2]} channels, got {x.shape[-1]}.")
+    *window, channels, outputs = kernel.shape
+    if x.shape[-1] != channels * groups:
+        raise ValueError(f"the kernel takes {channels * groups} channels, got {x.shape[-1]}.")
     counts = [(n - e) // s + 1 for n, e, s in zip(x.shape, extents, strides, strict=False)]
     if min(counts) < 1:
         return jnp.zeros((0,), x.dtype)
-    total = jnp.zeros((*counts, kernel.shape[-1]), x.dtype)
-    for tap in itertools.product(*(range(k) for k in kernel.shape[:rank])):
+    seen = []  # what each kernel position sees, (*counts, groups, channels)
+    for tap in itertools.product(*(range(k) for k in window)):
         first = [t * d for t, d in zip(tap, dilation, strict=True)]
         last = [f + (n - 1) * s + 1 for f, n, s in zip(first, counts, strides, strict=True)]
-        seen = jax.lax.slice(x, [*first, 0], [*last, x.shape[-1]], [*strides, 1])
-        total += jax.lax.dot_general(seen, kernel[tap], (((rank,), (0,)), ((), ())))
+        part = jax.lax.slice(x, [*first, 0], [*last, x.shape[-1]], [*strides, 1])
+        seen.append(part.reshape(*counts, groups, channels))
+    taps = kernel.reshape(-1, channels, groups, outputs // groups)
+    if channels < THIN:
+        parts, kernels = [jnp.concatenate(seen, axis=-1)], [taps.reshape(-1, *taps.shape[2:])]
+    else:
+        parts, kernels = seen, list(taps)
+    total = jnp.zeros((*counts, outputs), x.dtype)
+    for part, each in zip(parts, kernels, strict=True):
+        if groups == 1:
+            total += jax.lax.dot_general(part[..., 0, :], each[:, 0], (((rank,), (0,)), ((), ())))
+        else:
+            product = jax.lax.dot_general(part, each, (((rank + 1,), (0,)), ((rank,), (1,))))
+            total += jnp.moveaxis(product, 0, rank).reshape(total.shape)
     return total
 
 

@@ -17,8 +17,8 @@ from flax import nnx
 
 import lipjax
 
-# The same examples every time, as everything here is reproducible; no shrinking, which compiles for many minutes: a test
-# prints what failed.
+# The same examples every time on one installation (hypothesis takes some constants from what is imported), as everything
+# here is reproducible; no shrinking, which compiles for many minutes: a test prints what failed.
 hypothesis.settings.register_profile(
     "lipjax",
     deadline=None,
@@ -85,7 +85,7 @@ def cast64(net):
 
 
 def dense_matrix(function, shape) -> np.ndarray:
-    """The explicit matrix of a linear function, column by column."""
+    """The explicit matrix of a linear function, from its values on the unit vectors."""
     size = int(np.prod(shape))
-    columns = [np.asarray(function(jax.numpy.asarray(e.reshape(shape)))).reshape(-1) for e in np.eye(size)]
-    return np.stack(columns, axis=1)
+    rows = jax.jit(jax.vmap(function))(jax.numpy.asarray(np.eye(size).reshape(size, *shape)))
+    return np.asarray(rows).reshape(size, -1).T

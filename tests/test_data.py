@@ -273,6 +273,7 @@ def idx(path):
     return np.frombuffer(raw, np.uint8, offset=4 + 4 * axes).reshape(shape)
 
 
+@pytest.mark.slow
 def test_tfds_prepares_its_own_mnist_offline_from_the_original_archives(shared, tmp_path, capfd, monkeypatch):
     pytest.importorskip("tensorflow_datasets")
     source = shared / "data" / "mnist"

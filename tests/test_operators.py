@@ -39,7 +39,7 @@ def check(layer, shape):
         assert np.all(np.broadcast_to(view.kernel_row_norms, zero.shape) >= whole - 1e-12)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(
     kernel=st.tuples(st.integers(1, 3), st.integers(1, 4)),
     strides=st.sampled_from([1, 2, (1, 2), None]),
@@ -150,3 +150,41 @@ def test_square_roots_have_gradient_zero_at_zero():
     assert np.isnan(operators.safe_sqrt(jnp.nan))
     for value in itertools.chain([1e-20, 1.0, 4.0]):
         np.testing.assert_allclose(operators.safe_sqrt(value), value**0.5, rtol=1e-6)
+
+
+def test_inputs_that_do_not_fit_are_errors_that_name_the_shape(x64):
+    with pytest.raises(ValueError, match=r"\(2,\).*\(3,\)"):
+        lipjax.LinearOperator.from_matrix(jnp.eye(2), (2,), (2,))(jnp.ones(3))
+    with pytest.raises(ValueError, match=r"at least 3 axes.*\(4,\)"):
+        lipjax.Flatten()(jnp.ones(4))
+    with pytest.raises(ValueError, match=r"window of \(3, 3\).*\(2, 2, 1\)"):
+        lipjax.AveragePool(3)(jnp.ones((2, 2, 1)))
+    view = lipjax.linear_operator(nnx.Conv(2, 4, (3, 3), padding="VALID", rngs=nnx.Rngs(0)))
+    with pytest.raises(ValueError, match=r"\(3, 3\) does not fit.*\(2, 5, 2\)"):
+        view(jnp.ones((2, 5, 2)))
+    with pytest.raises(ValueError, match=r"spatial axes.*\(5, 2\)"):
+        view(jnp.ones((5, 2)))
+    with pytest.raises(ValueError, match="takes 2 channels, got 3"):
+        view(jnp.ones((5, 5, 3)))
+    with pytest.raises(TypeError, match="no linear view of ReLU"):
+        lipjax.linear_operator(lipjax.ReLU())
+
+
+def test_activations_refuse_what_does_not_fit_and_unknown_types_have_no_rules():
+    acts = lipjax.activations
+    with pytest.raises(ValueError, match="threshold >= 0, got -1"):
+        acts.ClippedReLU(3, threshold=-1)
+    with pytest.raises(ValueError, match=r"even number.*\(3,\)"):
+        acts.ClippedMaxMin(3)
+    with pytest.raises(ValueError, match=r"even number.*\(3,\)"):
+        acts.MaxMin()(jnp.ones(3))
+    with pytest.raises(ValueError, match=r"\(3,\) do not fit.*\(4,\)"):
+        acts.ClippedReLU(3)(jnp.ones(4))
+    for rule, arguments in (
+        (acts.box_image, (1, 2)),
+        (acts.live_rows, (1, 2, "local")),
+        (acts.error_image, (1,)),
+        (lipjax.losses.sparsity_of, (1, 2)),
+    ):
+        with pytest.raises(TypeError, match=r"for object: .*register"):
+            rule(object(), *arguments)
