@@ -27,8 +27,11 @@ SCALE_SLACK = 0.002
 RADIUS_ITERATIONS = 15
 # Entries up to which a layer's matrix is written out (float64: 16 MB).
 SMALL_MATRIX = 2**21
+# Pixels in all images up to which compiling without LLVM's optimizer is the quicker way (two CPU cores: 1500 digits or 130
+# MNIST images).
+FEW_PIXELS = 100_000
 # certified_radius tries these shares of the radius that the estimate gives, largest first.
-RADIUS_SHARES = (0.99, 0.97, 0.9, 0.7)
+RADIUS_SHARES = (0.998, 0.99, 0.97, 0.94, 0.88, 0.7)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,21 +97,41 @@ class Estimate:
 
 @dataclasses.dataclass(frozen=True)
 class CertifiedRadius:
-    """Per-example radii of one call of `certified_radius`, of shape ``(N,)``.
+    """Per-example radii of one call of `certified_radius`, NumPy arrays of shape ``(N,)`` unless said.
 
-    `radius[i]` is 0 where nothing was certified (a wrong prediction, or an open region that the tool cannot prove).
-    All radii hold together, as `Certificate` says.
+    A `Certificate` in which each image has its own epsilon, `radius[i]`; all of them hold together, and
+    `certificate_files.save` takes it. `radius[i]` is 0 where nothing was certified (a wrong prediction, or an open region
+    that the tool cannot prove); there margin is -inf, and allowance, lipschitz and norms are inf: nothing is claimed.
     """
 
     predicted: np.ndarray
     correct: np.ndarray
     radius: np.ndarray
+    margin: np.ndarray
+    allowance: np.ndarray
+    lipschitz: np.ndarray
+    norms: np.ndarray
     mode: str
     tier: str
     failure_probability: float
     seed: int
     precision: str
     arithmetic: str
+
+    @property
+    def certified(self) -> np.ndarray:
+        """``radius > 0``."""
+        return self.radius > 0
+
+    @property
+    def epsilon(self) -> np.ndarray:
+        """Each image's own: `radius`."""
+        return self.radius
+
+    @property
+    def statement(self) -> str:
+        """What is proved, in words."""
+        return certificate_files.statement({**vars(self), "epsilon": None})
 
 
 def estimate(
@@ -120,7 +143,8 @@ def estimate(
     """
     images, labels = _check(network, images, labels)
     regions.check_epsilon(epsilon)
-    run = functools.partial(_compiled(_estimate_batch, "mode", "iterations"), mode=mode, iterations=iterations)
+    compiled = _compiled(_estimate_batch, "mode", "iterations", optimize=images.size > FEW_PIXELS)
+    run = functools.partial(compiled, mode=mode, iterations=iterations)
     out = _batched(
         lambda x, y: run(network, x, y, jnp.float32(epsilon)),
         min(batch_size, len(images)),
@@ -210,7 +234,7 @@ def certified_radius(
     """A certified radius per image: bisection on estimates finds a candidate, a certificate at the tier decides.
 
     Guarantee and arguments as in `certify`; failure_probability covers all attempts (at most ``len(RADIUS_SHARES)`` an
-    image). The radius is a lower bound of the largest certifiable one, usually 1 to 3 % below it.
+    image). The radius is a lower bound of the largest certifiable one, by 1 % to a few % below it.
 
     Args:
         max_radius: no radius above it is looked for.
@@ -224,15 +248,24 @@ def certified_radius(
     ) as prover:
         out = prover.candidates(images, labels, max_radius)
         candidate = np.where(out["correct"], out["radius"], 0)
-        radius = np.zeros(len(images))
+        count = len(images)
+        nothing = np.full(count, np.inf)
+        facts: dict[str, Any] = {
+            "radius": np.zeros(count),
+            "margin": -nothing,
+            "allowance": nothing.copy(),
+            "lipschitz": nothing.copy(),
+            "norms": np.full((count, prover.norms), np.inf),
+        }
         for attempt, portion in enumerate(RADIUS_SHARES):
-            rows = np.flatnonzero((candidate > 0) & (radius == 0))
+            rows = np.flatnonzero((candidate > 0) & (facts["radius"] == 0))
             if not len(rows):
                 break
             trial = candidate[rows] * portion
-            found = prover.verdicts(images[rows], labels[rows], trial, rows, attempt)
-            radius[rows[found["ok"]]] = trial[found["ok"]]
-    return CertifiedRadius(out["predicted"], out["correct"], radius, mode, **prover.facts)
+            found = prover.verdicts(images[rows], labels[rows], trial, rows, attempt) | {"radius": trial}
+            for name, column in facts.items():
+                column[rows[found["ok"]]] = found[name][found["ok"]]
+    return CertifiedRadius(out["predicted"], out["correct"], **facts, mode=mode, **prover.facts)
 
 
 class _Prover:
@@ -247,9 +280,10 @@ class _Prover:
         arithmetics = rounding.arithmetics_of(layers, arithmetic)
         self.network, self.shape, self.seed = network, images.shape[1:], seed
         self._size = min(batch_size, len(images))
-        norms = max(1, sum(operators.is_affine(layer) for layer in layers) - 1)
+        self._optimize = images.size > FEW_PIXELS
+        self.norms = sum(operators.is_affine(layer) for layer in layers) - 1
         # One share more than images: for the global norms, which all images use.
-        share = failure_probability / (norms * (len(images) + 1) * attempts)
+        share = failure_probability / (max(1, self.norms) * (len(images) + 1) * attempts)
         self._options = {
             "mode": mode,
             "tier": tier,
@@ -285,7 +319,7 @@ class _Prover:
         """`_verdict` of each image at its own radius; `indices` are the images' positions in the whole call."""
         indices = np.arange(len(images)) if indices is None else indices
         key = self._key if attempt is None else jax.random.fold_in(self._key, attempt)
-        run = functools.partial(_compiled(_certify_batch, *self._options), **self._options)
+        run = functools.partial(_compiled(_certify_batch, *self._options, optimize=self._optimize), **self._options)
         return _batched(
             lambda x, y, r, i: run(self.network, self._global, x, y, r, key, i),
             self._size,
@@ -298,7 +332,7 @@ class _Prover:
     def candidates(self, images, labels, max_radius):
         """For each image the largest radius at which its verdict would be positive if estimates were norms."""
         options = {name: self._options[name] for name in ("mode", "arithmetics")}
-        run = functools.partial(_compiled(_radius_batch, *options), **options)
+        run = functools.partial(_compiled(_radius_batch, *options, optimize=self._optimize), **options)
         return _batched(
             lambda x, y: run(self.network, self._global, x, y, jnp.float64(max_radius)),
             self._size,
@@ -373,9 +407,10 @@ def probabilistic_norm(operator, key, failure_probability, like, mask_in, mask_o
 
 
 @functools.cache
-def _compiled(function, *static: str):
-    """`function` under `jit`. On CPU LLVM's optimizer took most of the time and gained nothing: the work is in products."""
-    options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
+def _compiled(function, *static: str, optimize: bool = True):
+    """`function` under `jit`. On CPU, LLVM's optimizer takes most of the time and gains little if there is little work."""
+    level = 1 if optimize else 0
+    options = {"xla_backend_optimization_level": level} if jax.default_backend() == "cpu" else None
     return jax.jit(function, static_argnames=static, compiler_options=options)
 
 
@@ -394,7 +429,7 @@ def _global_norms(network, shape):
         like = jax.ShapeDtypeStruct(shape, jnp.float64)
         if operators.is_affine(layer):
             operator = operators.linear_operator(layer)
-            found.append(_compiled(deterministic.global_norm_bound)(operator, jnp.zeros(shape)))
+            found.append(_compiled(deterministic.global_norm_bound, optimize=False)(operator, jnp.zeros(shape)))
             shape = jax.eval_shape(operator.affine, like).shape
         else:
             shape = jax.eval_shape(layer, like).shape

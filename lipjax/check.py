@@ -204,8 +204,8 @@ def _contradictions(layers, images, labels, header, arrays) -> list[str]:
     if header["mode"] not in ("global", "paper", "local"):
         problems.append(f"mode {header['mode']!r} is none of global, paper, local.")
     epsilon, margin, certified = arrays["epsilon"], arrays["margin"], arrays["certified"]
-    if not np.all((epsilon >= 0) & np.isfinite(epsilon)):
-        problems.append("an epsilon is negative, infinite or NaN.")
+    if np.any(wrong := ~((epsilon >= 0) & np.isfinite(epsilon))):
+        problems.append(f"epsilon is negative, infinite or NaN in rows {_rows(wrong)}.")
     if header["epsilon"] is not None and not np.all(epsilon == header["epsilon"]):
         problems.append(f"the header says epsilon {header['epsilon']!r}, the examples say otherwise.")
     if len(labels) == len(arrays["label"]) and np.any(wrong := arrays["label"] != labels):

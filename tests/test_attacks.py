@@ -328,7 +328,7 @@ def test_the_hunt_sees_a_norm_that_is_too_small_and_an_image_that_only_precise_l
     (truth,) = precise.masked_norms(trap.images[0], trap.epsilon)
     assert truth == pytest.approx(2.0, abs=1e-3)  # I + v v^T; the layer's weights are rounded to float32
     for certified, wrong in ((truth, 0), (truth * 0.999, 1), (np.nan, 1)):
-        found = hunt.norms_below_svd(precise, trap.images[:1], trap.epsilon, np.array([[certified]]))
+        found = hunt.norms_below_svd(precise, trap.images[:1], [trap.epsilon], np.array([[certified]]))
         assert found == {"norms": wrong, "norms_compared": 1}
     net, x, labels = linear()
     precise = hunt.PreciseNetwork(net, (SIZE,))

@@ -125,6 +125,28 @@ def test_epsilon_zero_is_confirmed(tmp_path):
     assert report.confirmed and report.certified == COUNT - 2, report
 
 
+def test_radii_are_saved_and_confirmed_each_at_its_own_epsilon(tmp_path):
+    net = nnx.Sequential(nnx.Linear(3, 4, rngs=nnx.Rngs(2)), lipjax.MaxMin(), nnx.Linear(4, 3, rngs=nnx.Rngs(3)))
+    images = np.random.default_rng(0).uniform(0, 1, (6, 3)).astype(np.float32)
+    labels = np.argmax(np.asarray(jax.vmap(net)(images)), axis=-1).astype(np.int32)
+    labels[0] = (labels[0] + 1) % 3
+    radii = lipjax.certified_radius(net, images, labels, tier="deterministic")
+    assert radii.radius[0] == 0 and np.all(radii.radius[1:] > 0)
+    certificate_files.save(tmp_path / "radii.npz", radii, net, images, labels)
+    header, arrays = certificate_files.load(tmp_path / "radii.npz")
+    layers = certificate_files.describe(net)
+
+    def report():
+        header["digest"] = certificate_files.digest(header, arrays)
+        return check.check(layers, images, labels, header, arrays, np.random.default_rng(0))
+
+    assert header["epsilon"] is None and np.array_equal(arrays["epsilon"], radii.radius)
+    assert report().confirmed, report()
+    assert report().certified == 5
+    arrays["epsilon"][1] *= 1.5
+    assert "recorded as certified" in str(report())
+
+
 def test_some_rows_only_are_checked_on_request(file):
     report = file.check(examples=3)
     assert report.confirmed and len(report.checked) == 3 and "3 of 8" in str(report)
@@ -276,6 +298,7 @@ def test_a_header_that_contradicts_itself_is_rejected(file, change, said):
         ("certified", False, "not certified, although"),
         ("margin", np.nan, "certified without"),
         ("margin", -1.0, "certified without"),
+        ("epsilon", np.nan, "negative, infinite or NaN"),
         ("lipschitz", 0.0, "lipschitz"),
         ("label", 1000, "labels differ"),
     ],
@@ -331,7 +354,30 @@ def test_saving_what_is_no_certificate_of_these_images_is_an_error(tmp_path):
         certificate_files.save(path, dataclasses.replace(certificate, tier="estimate"), net, images, labels)
     with pytest.raises(ValueError, match="'author'"):
         certificate_files.save(path, certificate, net, images, labels, data={"author": "x"})
+    with pytest.raises(ValueError, match=r"\(8, 1\).*predictions"):
+        certificate_files.save(path, certificate, net, images, labels[:, None])
+    with pytest.raises(ValueError, match="margin is complex128"):
+        certificate_files.save(
+            path, dataclasses.replace(certificate, margin=certificate.margin * 1j), net, images, labels
+        )
+    with pytest.raises(TypeError, match=r"Sequential, got .*Linear"):
+        certificate_files.save(path, certificate, nnx.Linear(2, 2, rngs=nnx.Rngs(0)), images, labels)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_full_disk_leaves_the_old_file(tmp_path, monkeypatch):
+    net, images, labels, certificate = certified()
+    path = tmp_path / "certificate.npz"
+    certificate_files.save(path, certificate, net, images, labels)
+    before = path.read_bytes()
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        certificate_files.save(path, certificate, net, images, labels)
+    assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["certificate.npz"]
 
 
 def test_files_that_cannot_be_read_are_errors_that_say_why(file, tmp_path):
@@ -353,6 +399,8 @@ def test_files_that_cannot_be_read_are_errors_that_say_why(file, tmp_path):
     refused((tmp_path / "x.npz").read_bytes(), "no header")
     np.save(tmp_path / "x.npy", np.zeros(3))
     refused((tmp_path / "x.npy").read_bytes(), "no npz")
+    np.savez(tmp_path / "x.npz", header=np.array("{"))
+    refused((tmp_path / "x.npz").read_bytes(), "no JSON")
     for change, said in (
         ({"version": 2}, "version 2.*newer lipjax"),
         ({"format": "x"}, "format"),
