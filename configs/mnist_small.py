@@ -22,9 +22,9 @@ def get_config():
     config.model.widths = (8, 16)
     config.model.dense = 64
     config.epsilon.train, config.epsilon.test = 1.7, 1.58
-    config.schedule.epochs, config.schedule.ramp = 5, 3.0
+    config.schedule.epochs, config.schedule.ramp = 4, 2.5
     config.optimizer.learning_rate, config.optimizer.final_learning_rate = 4e-3, 1e-5
-    config.optimizer.decay_start = 3.0
+    config.optimizer.decay_start = 2.5
     config.evaluation.every = 1
     config.evaluation.iterations = 10
     config.checkpoints.every = 1
