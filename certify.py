@@ -3,7 +3,7 @@
     python certify.py --workdir=runs/digits
     python certify.py --workdir=runs/cifar10 --epsilon=0.141 --examples=1000
 
-Prints accuracies (clean, under PGD attack, certified by the bounds global, paper and local side by side) and writes to
+Prints accuracies (clean, under PGD attack, certified by the bounds of --modes side by side) and writes to
 workdir/certification: summary.json, examples.npz and examples.csv (per image), curve.png (certified accuracy against
 epsilon, below the PGD curve), and certificate.npz, which `python -m lipjax.check` derives once more with other code.
 """
@@ -30,6 +30,12 @@ _EPSILON = flags.DEFINE_float(
 _TIER = flags.DEFINE_enum("tier", "probabilistic", lipjax.certificates.TIERS, "Kind of proof.")
 _DELTA = flags.DEFINE_float(
     "failure_probability", 1e-6, "Of all certificates of this run together, in tier probabilistic."
+)
+_MODES = flags.DEFINE_list(
+    "modes",
+    ["global", "paper", "local"],
+    "Bounds to certify with, side by side, some of global, paper, local, linear: each is at least as tight as the one "
+    "before, and the last one also makes the curve and the certificate file.",
 )
 _ARITHMETIC = flags.DEFINE_enum(
     "arithmetic",
@@ -74,6 +80,9 @@ def main(argv):
     lipjax.regions.check_epsilon(epsilon)
     if not 0 < _DELTA.value < 1:
         raise ValueError(f"failure_probability must lie in (0, 1), got {_DELTA.value}.")
+    modes = [mode for mode in lipjax.regions.MODES if mode in _MODES.value]
+    if not modes or len(modes) < len(_MODES.value):
+        raise ValueError(f"modes must be some of {', '.join(lipjax.regions.MODES)}, got {', '.join(_MODES.value)}.")
     test = training.load_data(config).test
     network = training.build_network(config, test.images.shape[1:], test.classes)
     graph, state = nnx.split(network)
@@ -86,7 +95,6 @@ def main(argv):
     say(f"{_WORKDIR.value}: epoch {selected['epoch']}, selected on validation images; {len(labels)} test images")
 
     # ------------------------------------------------------------------ certificates at epsilon, attack
-    modes = lipjax.regions.MODES
     # One statement for the whole run: each call below gets an equal share of the failure probability.
     share = _DELTA.value / (len(modes) + (1 if _CURVE.value else 0))
     arguments = {
@@ -113,7 +121,7 @@ def main(argv):
                 f"certify.py: the {mode} bound certified test images {test.indices[contradicted].tolist()} and the attack "
                 "broke them: do not trust this run, and please report it."
             )
-    local = certificates["local"]
+    tightest = certificates[modes[-1]]
 
     # ------------------------------------------------------------------ radii and curve
     folder = os.path.join(_WORKDIR.value, "certification")
@@ -121,7 +129,7 @@ def main(argv):
     run = {
         "tier": _TIER.value,
         "failure_probability": _DELTA.value if _TIER.value == "probabilistic" else 0.0,
-        "arithmetic": local.arithmetic,
+        "arithmetic": tightest.arithmetic,
         "epsilon": epsilon,
         "data": config.data.name,
         "split": "test",
@@ -132,17 +140,17 @@ def main(argv):
         "training_seed": config.seed,
         "trained_with": f"mode {config.bound.mode}, loss {config.bound.loss}",
         "epoch": selected["epoch"],
-        "precision": local.precision,
+        "precision": tightest.precision,
         "pgd_steps": _STEPS.value,
         "pgd_restarts": _RESTARTS.value,
-        "curve_mode": "local",
+        "curve_mode": modes[-1],
         "versions": {"lipjax": lipjax.__version__, "jax": jax.__version__},
         "command": shlex.join(["python", "certify.py", *sys.argv[1:]]),
     }
     columns = {
         "index": test.indices,
         "label": labels,
-        "predicted": local.predicted,
+        "predicted": tightest.predicted,
         "broken_by_pgd": attack.broken,
         **{f"certified_{mode}": c.certified for mode, c in certificates.items()},
         **{f"margin_{mode}": c.margin for mode, c in certificates.items()},
@@ -154,16 +162,17 @@ def main(argv):
             network,
             images,
             labels,
+            mode=modes[-1],
             seed=draw_seed(_SEED.value, len(modes)),
             max_radius=8 * max(epsilon, 0.01),
             **arguments,
         )
         # Both are certificates of the same statement, so the larger radius holds.
-        radii = np.where(local.certified, np.maximum(found.radius, epsilon), found.radius)
+        radii = np.where(tightest.certified, np.maximum(found.radius, epsilon), found.radius)
         columns["certified_radius"] = radii
         top = max(1.6 * epsilon, float(np.quantile(radii, 0.98)), 1e-3)
-        pgd_curve = {0.0: float(np.mean(local.correct))}
-        standing = local.correct.copy()
+        pgd_curve = {0.0: float(np.mean(tightest.correct))}
+        standing = tightest.correct.copy()
         for point in sorted({*np.linspace(0, top, CURVE_POINTS)[1:].tolist(), epsilon} - {0.0}):
             if point >= epsilon:
                 standing &= ~attack.broken
@@ -180,7 +189,7 @@ def main(argv):
     # ------------------------------------------------------------------ report
     summary = {
         "run": {**run, "seconds": round(time.monotonic() - started, 1)},
-        "clean_accuracy": float(np.mean(local.correct)),
+        "clean_accuracy": float(np.mean(tightest.correct)),
         "pgd_accuracy": float(np.mean(~attack.broken)),
         "modes": {
             mode: {
@@ -195,7 +204,7 @@ def main(argv):
     reporting.write_examples(reporting.Path(folder), run, columns)
     lipjax.certificate_files.save(
         os.path.join(folder, "certificate.npz"),
-        local,
+        tightest,
         network,
         images,
         labels,

@@ -14,7 +14,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-MODES = ("local", "paper", "global")
+MODES = ("linear", "local", "paper", "global")
 
 
 def main() -> None:
@@ -49,7 +49,7 @@ def run(arguments, mode: str, seed: int) -> dict:
         flags = [f"--config={arguments.config}", f"--config.bound.mode={mode}", f"--config.seed={seed}"]
         for command in (
             ["train.py", *flags, f"--workdir={workdir}", *arguments.extra],
-            ["certify.py", f"--workdir={workdir}", "--nocurve"],
+            ["certify.py", f"--workdir={workdir}", "--nocurve", "--modes=global,paper,local,linear"],
         ):
             subprocess.run([sys.executable, *command], check=True, stdout=subprocess.DEVNULL)
     return json.loads(summary.read_text())

@@ -46,10 +46,12 @@ def get_config() -> ml_collections.ConfigDict:
     optimizer.decay_start = 50.0  # epoch; exponential from there on
 
     config.bound = bound = ml_collections.ConfigDict()
-    bound.mode = "local"  # or "paper", "global"
+    bound.mode = "local"  # or "linear", "paper", "global"
     bound.iterations = 2  # warm-started power iterations per step
     bound.loss = "bcp"  # or "gloro"
     bound.sparsity = 0.0  # weight of the sparsity loss
+    bound.stability = 0.0  # weight of the stability loss, made for mode "linear"
+    bound.rivals = 0  # mode "linear": rival classes that get the tighter bound in training; 0: all
 
     config.vectors = vectors = ml_collections.ConfigDict()
     vectors.dtype = "float32"  # of the stored power-iteration vectors; or "bfloat16", "float8_e4m3fn"

@@ -198,7 +198,7 @@ def certify(
         epsilon: l2 radius on the pixels as given, >= 0.
         tier: "probabilistic" or "deterministic".
         failure_probability: delta in (0, 1), of the whole call; of no meaning in tier "deterministic".
-        mode: "global", "paper" or "local", the tightest.
+        mode: "global", "paper", "local" or "linear", each at least as tight as the one before.
         arithmetic: a name in `rounding.ARITHMETICS`: how the network will be executed. None: as this process's device
             executes it (`rounding.arithmetics_of`), e.g. float32 on a CPU, TF32 on a GPU at default precision.
         budget: floating-point operations, per norm and image, that tier "deterministic" may spend on a masked
@@ -377,7 +377,7 @@ def _verdict(network, x, label, epsilon, mode, arithmetics, global_norms, local_
     executed = rounding.forward_error(layers, boxes, arithmetics, global_norms, _view)
     last = max(i for i, layer in enumerate(layers) if operators.is_affine(layer))
     own = outward.slack(_view(layers[last], boxes[last][0]), *boxes[last]).reshape(executed.shape)
-    worst = margins.worst_logits(network, bound, label, outward)
+    worst = margins.worst_logits(network, bound, label, outward, _view)
     # The two sums below round once more each.
     own = own + 8 * rounding.DOUBLE * (jnp.abs(worst) + own + executed)
 

@@ -17,8 +17,9 @@ For a network of your own, of the layers that `lipjax.certificate_files.describe
 **What is shared with the tool**: the file's format and hashes and the plain description of the layers
 (`lipjax.certificate_files`), and, in `load_run` alone, what reads a run's parameters and data. Nothing of its bounds:
 matrices (`lipjax.check_layers`), norms (`check_norms`), masks, margins and the rounding of the executed network
-(`check_walk`) are derived in other words, from METHOD 1 to 4, in float64 with every rounding error turned outwards. Modes
-"global" and "paper" are at least as loose as "local", so one walk in mode "local" confirms the verdicts of all three.
+(`check_walk`, `check_slopes`) are derived in other words, from METHOD 1 to 5, in float64 with every rounding error turned
+outwards. Modes "global" and "paper" are at least as loose as "local", so one walk in mode "local" confirms the verdicts of
+all three, and carries those of mode "linear".
 
 **What a confirmation says.** Each verdict "certified" follows for a second time, from the network and the images of the
 recorded hashes. Norms of matrices with a side of at most `check_norms.SMALL` are proved without chance; larger ones by a
@@ -161,8 +162,9 @@ def check(
     norms = Norms(delta / (len(affine) * (len(chosen) + 1)), rng)
     network = Network(steps, [norms(layer.matrix) for layer in affine], header["arithmetic"])
     margins = np.full(len(chosen), -math.inf)
+    linear = header["mode"] == "linear"
     for i, row in enumerate(chosen):
-        derived = derive(network, images[row], int(labels[row]), float(arrays["epsilon"][row]), norms)
+        derived = derive(network, images[row], int(labels[row]), float(arrays["epsilon"][row]), norms, linear=linear)
         margins[i] = derived.margin
         problems += [
             f"image {arrays['index'][row]} (row {row}): {problem}"
@@ -201,8 +203,8 @@ def _contradictions(layers, images, labels, header, arrays) -> list[str]:
     else:
         if header["statement"] != claimed:
             problems.append(f"the statement does not follow from the header: it should read {claimed!r}.")
-    if header["mode"] not in ("global", "paper", "local"):
-        problems.append(f"mode {header['mode']!r} is none of global, paper, local.")
+    if header["mode"] not in ("global", "paper", "local", "linear"):
+        problems.append(f"mode {header['mode']!r} is none of global, paper, local, linear.")
     epsilon, margin, certified = arrays["epsilon"], arrays["margin"], arrays["certified"]
     if np.any(wrong := ~((epsilon >= 0) & np.isfinite(epsilon))):
         problems.append(f"epsilon is negative, infinite or NaN in rows {_rows(wrong)}.")

@@ -9,6 +9,7 @@ import math
 
 import numpy as np
 
+from lipjax import check_slopes
 from lipjax.check_layers import Activation, Affine
 from lipjax.check_norms import TINY, Norms, U, gamma, up, up_norm
 
@@ -86,34 +87,60 @@ class Known:
         return up(np.maximum(self.upper - self.center, self.center - self.lower))
 
 
-def derive(network: Network, x: np.ndarray, label: int, epsilon: float, norms: Norms) -> Derived:
-    """Bounds the margin of class `label` on the ball ``||x' - x||_2 <= epsilon`` around one example x."""
+@dataclasses.dataclass(frozen=True)
+class Block:
+    """An affine layer with the activation behind it (one of the two may be missing), and what is known around them.
+
+    Attributes:
+        before, middle, after: of the layer's input, of the activation's, of the activation's output.
+        slack: what `transform` says of the layer.
+        moving: bound of ``||z(x') - center||_2`` over the activation's inputs that can move an output.
+    """
+
+    layer: Affine | None
+    activation: Activation | None
+    before: Known
+    middle: Known
+    after: Known
+    slack: np.ndarray
+    moving: float
+
+
+def derive(
+    network: Network, x: np.ndarray, label: int, epsilon: float, norms: Norms, *, linear: bool = False
+) -> Derived:
+    """Bounds the margin of class `label` on the ball ``||x' - x||_2 <= epsilon`` around one example x.
+
+    `linear`: also through the slopes (`check_slopes`); the better of the two.
+    """
     with np.errstate(all="ignore"):  # NaN and infinity are dealt with at the end
-        regions, found = walk(network, x, epsilon, norms)
-        return _margin(network, regions[-1], label, found)
+        regions, found, blocks = walk(network, x, epsilon, norms)
+        return _margin(network, regions[-1], label, found, blocks if linear else None)
 
 
-def walk(network: Network, x: np.ndarray, epsilon: float, norms: Norms) -> tuple[list[Known], np.ndarray]:
+def walk(network: Network, x: np.ndarray, epsilon: float, norms: Norms) -> tuple[list[Known], np.ndarray, list[Block]]:
     """Carries the ball up to the input of the last layer, in mode "local".
 
     Returns:
-        What is known of x' itself and behind each affine layer (and its activation, where it has one); and the bounds of
-        the masked norms, ``(affine layers - 1, 2)``.
+        What is known of x' itself and behind each affine layer (and its activation, where it has one); the bounds of
+        the masked norms, ``(affine layers - 1, 2)``; and the blocks.
     """
     x = x.astype(np.float64).reshape(-1)
     ends = [np.nextafter(x + side * epsilon, side * np.inf) if epsilon > 0 else x for side in (-1, 1)]
     regions = [Known(x, ends[0], ends[1], np.full(x.shape, epsilon > 0), epsilon, np.zeros(x.shape), 0.0)]
     found: list[tuple[float, float]] = []
+    blocks: list[Block] = []
     for layer, activation in _blocks(network.steps[:-1]):
         before = regions[-1]
         if layer is None:  # 1-Lipschitz, also in what is not known of the inputs that do not vary
             assert activation is not None
+            middle, slack = before, np.zeros(0)
             known, rows = activate(activation, before)
             radius = up(before.radius + up_norm(before.offset()[rows & ~before.varies]))
         else:
             whole = network.whole[len(found)]
             known, slack = transform(layer, before, whole[1], network.arithmetic)
-            rows = known.varies
+            middle, rows = known, known.varies
             if activation is not None:
                 known, rows = activate(activation, known)
             if rows.all() and before.varies.all():
@@ -123,24 +150,25 @@ def walk(network: Network, x: np.ndarray, epsilon: float, norms: Norms) -> tuple
                 upper = min(upper, whole[1])
             found.append((lower, upper))
             radius = up(up(upper * before.radius) + up_norm(slack[rows]))
+        moving = radius
         half_diagonal = up_norm(known.offset()[known.varies])
         radius = float(np.minimum(radius, half_diagonal))  # unlike min, this keeps a NaN
         regions.append(dataclasses.replace(known, radius=radius))
-    return regions, np.array(found).reshape(-1, 2)
+        blocks.append(Block(layer, activation, before, middle, regions[-1], slack, moving))
+    return regions, np.array(found).reshape(-1, 2), blocks
 
 
-def _margin(network: Network, known: Known, label: int, found: np.ndarray) -> Derived:
+def _margin(network: Network, known: Known, label: int, found: np.ndarray, blocks: list[Block] | None) -> Derived:
     head = network.steps[-1]
     assert isinstance(head, Affine)  # steps_of sees to it
     logits, slack = transform(head, known, network.whole[-1][1], network.arithmetic)
     rivals = np.flatnonzero(np.arange(len(logits.center)) != label)
     rows, inside = head.matrix.toarray(), known.varies
-    gain = worst_gains(
-        (rows[rivals] - rows[label])[:, inside],
-        (known.lower - known.center)[inside],
-        (known.upper - known.center)[inside],
-        known.radius,
-    )
+    directions = (rows[rivals] - rows[label]) * inside
+    low, high = known.lower - known.center, known.upper - known.center
+    gain = worst_gains(directions[:, inside], low[inside], high[inside], known.radius)
+    if blocks is not None:
+        gain = check_slopes.linear_gains(blocks, directions, gain, worst_gains)
     taken = gain + slack[rivals] + slack[label] + logits.error[rivals] + logits.error[label]
     sizes = np.abs(logits.center[rivals]) + np.abs(logits.center[label]) + taken
     margins = logits.center[label] - logits.center[rivals] - taken - 16 * U * sizes

@@ -89,3 +89,40 @@ def sparsity(network: nnx.Module, bound: Bound) -> jax.Array:
                 raise TypeError("the network begins with an activation: it has no pre-activation box.")
             total += sparsity_of(layer, bound.regions[i - 1].lower, bound.regions[i - 1].upper)
     return total
+
+
+def stability(network: nnx.Module, bound: Bound) -> jax.Array:
+    """The hinge that pushes boxes off the kinks of their activation, whichever way is shorter; a scalar >= 0.
+
+    Mode "linear" pays only for neurons whose box has a kink strictly inside. For each kink c in a box ``[l, u]`` the hinge
+    is ``min(u - c, c - l)``; the kinks of a ReLU are 0 and its threshold, a pair of MaxMin has one in ``a - b`` and those of
+    its thresholds. Mean over the neurons, summed over the activations; of other activations nothing is known: 0.
+
+    Raises:
+        TypeError: a network that begins with an activation.
+    """
+    layers = layers_of(network)
+    total = jnp.zeros((), bound.logits.dtype)
+    for i, layer in enumerate(layers):
+        if activations.is_activation(layer):
+            if i == 0:
+                raise TypeError("the network begins with an activation: it has no pre-activation box.")
+            total += _instability(layer, bound.regions[i - 1].lower, bound.regions[i - 1].upper)
+    return total
+
+
+def _instability(layer, lower, upper):
+    def hinge(low, high, kink):
+        return jnp.mean(jax.nn.relu(jnp.minimum(high - kink, kink - low)))
+
+    if type(layer) in (activations.ReLU, activations.ClippedReLU):
+        total = hinge(lower, upper, 0.0)
+        return total + hinge(lower, upper, layer.threshold[...]) if type(layer) is activations.ClippedReLU else total
+    if type(layer) in (activations.MaxMin, activations.ClippedMaxMin):
+        (lower_a, lower_b), (upper_a, upper_b) = jnp.split(lower, 2, axis=-1), jnp.split(upper, 2, axis=-1)
+        total = hinge(lower_a - upper_b, upper_a - lower_b, 0.0)
+        if type(layer) is activations.ClippedMaxMin:
+            total += hinge(jnp.maximum(lower_a, lower_b), jnp.maximum(upper_a, upper_b), layer.upper[...])
+            total += hinge(jnp.minimum(lower_a, lower_b), jnp.minimum(upper_a, upper_b), layer.lower[...])
+        return total
+    return jnp.zeros((), lower.dtype)

@@ -1,20 +1,32 @@
 """Worst-case logits over the penultimate region: the ball and the box at once."""
 
+import functools
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from lipjax import operators, rounding
+from lipjax import activations, deterministic, operators, rounding, slopes
 from lipjax.operators import safe_norm
 from lipjax.regions import Bound, Region, layers_of
 
 # Each halving of the bracket of log(1/mu) halves its error, and the bound's error is the square of that.
-BISECTION_STEPS = 30
+BISECTION_STEPS = 35
 # The largest ratio between the scaling of d at the optimum and that of the ball alone that the bracket covers.
 WIDEST = 1e12
+# The same for the many small terms of `linear_gains`.
+QUICK = {"steps": 12, "widest": 1e4}
 
 
-def ascent(direction: jax.Array, region: Region, arithmetic: rounding.Rounding = rounding.EXACT) -> jax.Array:
+def ascent(
+    direction: jax.Array,
+    region: Region,
+    arithmetic: rounding.Rounding = rounding.EXACT,
+    *,
+    steps: int = BISECTION_STEPS,
+    widest: float = WIDEST,
+) -> jax.Array:
     """Upper bound of ``max <direction, t>`` over ``||t||_2 <= radius, lower - center <= t <= upper - center``.
 
     By duality every ``mu >= 0`` gives an upper bound ``<d, t> + mu / 2 (radius^2 - ||t||^2)`` at
@@ -28,6 +40,7 @@ def ascent(direction: jax.Array, region: Region, arithmetic: rounding.Rounding =
         region: what is known of the penultimate activation.
         arithmetic: `rounding.OUTWARD` (in float64) makes the computed value an upper bound of the exact one, also where
             each entry of `direction` is itself a rounded difference.
+        steps, widest: of the bisection; of influence on the tightness alone.
 
     Returns:
         A scalar >= 0 up to rounding; NaN if anything is NaN.
@@ -49,7 +62,7 @@ def ascent(direction: jax.Array, region: Region, arithmetic: rounding.Rounding =
 
     # The scale 1/mu lies between that of the ball alone and the one at which every coordinate has met its end.
     start = jnp.log(jnp.maximum(radius, tiny)) - jnp.log(jnp.maximum(unit, tiny))
-    bracket = (start, start + jnp.log(jnp.asarray(WIDEST, d.dtype)))
+    bracket = (start, start + jnp.log(jnp.asarray(widest, d.dtype)))
 
     def halve(_, bracket):
         left, right = bracket
@@ -57,7 +70,7 @@ def ascent(direction: jax.Array, region: Region, arithmetic: rounding.Rounding =
         short = too_short(middle)
         return jnp.where(short, middle, left), jnp.where(short, right, middle)
 
-    left, right = jax.lax.fori_loop(0, BISECTION_STEPS + 5, halve, bracket)
+    left, right = jax.lax.fori_loop(0, steps, halve, bracket)
     scale = jax.lax.stop_gradient(jnp.exp((left + right) / 2))
     t = jnp.clip(d * scale, low, high)
     # Every term of the sums is >= 0, the difference is not: its rounding is bounded by that of the sum of its parts.
@@ -79,7 +92,106 @@ def directions(network: nnx.Module, penultimate: Region, classes: int, label: ja
     return rows - jax.lax.dynamic_index_in_dim(rows, label, axis=0, keepdims=True)
 
 
-def worst_logits(network: nnx.Module, bound: Bound, label, arithmetic: rounding.Rounding = rounding.EXACT) -> jax.Array:
+def linear_gains(
+    network: nnx.Module,
+    bound: Bound,
+    rows: jax.Array,
+    gains: jax.Array,
+    arithmetic: rounding.Rounding = rounding.EXACT,
+    view: Callable = lambda layer, like: operators.linear_operator(layer),
+) -> jax.Array:
+    """Upper bounds of ``max <d, h' - h>`` over the ball, h the penultimate activation, linear where the network is linear.
+
+    With the slopes and errors of `slopes` and ``P_j`` the product of all that is linear behind activation j (of the input,
+    j = 0), the change of ``<d, h>`` is, *for every j*,
+
+        <P_j^T d, D h_j> + sum over activations i > j of <P_i^T d, e_i>,
+
+    so one reverse pass gives every row, without a norm of anything, and the bound is the smallest over j of
+
+        max <P_j^T d, t> over the region of h_j  +  sum_{i > j} max <P_i^T d, e_i> over the ball and box of e_i.
+
+    j = the penultimate activation is mode "local": this is never looser. With j = 0 it tends to the exact norm of the
+    gradient times epsilon as epsilon tends to 0.
+
+    Args:
+        network: the network that `bound` was computed of.
+        bound: what `lipjax.bound` knows of one example, in mode "linear" or "local".
+        rows: ``(n, *penultimate shape)``, the directions d; each entry may be a rounded difference.
+        gains: ``(n,)``, the bounds from the region of the penultimate activation, `ascent`.
+        arithmetic: `rounding.OUTWARD` (in float64) makes the computed values upper bounds of the exact ones. A row that
+            was computed serves as well as the exact one, once what it leaves over is counted.
+        view: layer and example to linear view.
+
+    Returns:
+        ``(n,)``, at most `gains`.
+    """
+    layers, up = layers_of(network), arithmetic.up
+    inputs = (bound.input, *bound.regions)
+    last = max(i for i, layer in enumerate(layers) if operators.is_affine(layer))
+    stages: list[Callable] = []  # row behind the layer -> row in front of it, what that costs
+    k, moving = 0, None
+    for i, layer in enumerate(layers[:last]):
+        before = inputs[i]
+        if type(layer) is operators.Flatten:
+            stages.append(lambda g, shape=before.center.shape: (g.reshape(shape), 0.0))
+        elif activations.is_activation(layer):
+            # The rows that move an output are those whose norm the walk has taken.
+            radius = before.radius if moving is None else jnp.minimum(moving, before.radius)
+            moving = None
+            region = (before.center, before.lower, before.upper)
+            chords = slopes.chords_of(layer, *region, radius, inputs[i + 1], arithmetic)
+            stages.append(functools.partial(_through_activation, chords, before.radius, arithmetic))
+        else:
+            operator = view(layer, before.center)
+            slack = arithmetic.slack(operator, before.lower, before.upper)
+            moving = up(bound.norms[k] * before.radius + arithmetic.norm(slack))
+            stages.append(functools.partial(_through_affine, operator, before, slack, arithmetic))
+            k += 1
+
+    def gain(d, best):
+        g = d
+        spent = arithmetic.left_over(4 * rounding.DOUBLE, d, bound.penultimate.radius)
+        for i in reversed(range(last)):
+            g, cost = stages[i](g)
+            spent = up(spent + cost, 2)
+            if operators.is_affine(layers[i]):
+                best = jnp.minimum(best, up(ascent(g, inputs[i], arithmetic, **QUICK) + spent, 2))
+        return best
+
+    return jax.vmap(gain)(rows, gains)
+
+
+def _through_activation(chords, length, arithmetic, g):
+    """``M^T g`` and what the errors can add: the largest ``<g, e>``."""
+    total = 0.0
+    for chord in reversed(chords):
+        zero = jnp.zeros_like(chord.reach)
+        error = Region(zero, chord.radius, -chord.reach, chord.reach)
+        total = arithmetic.up(total + ascent(chord.along(g), error, arithmetic, **QUICK), 2)
+        total = arithmetic.up(total + arithmetic.left_over(8 * rounding.DOUBLE, g, length), 2)
+        g = chord.transposed(g)
+    return g, total
+
+
+def _through_affine(operator, before, slack, arithmetic, g):
+    """``W^T g`` and what rounding can add."""
+    row = operator.transpose(before.center)(g)
+    if arithmetic is rounding.EXACT:
+        return row, 0.0
+    terms = rounding.transposed_terms_of(operator, before.center)
+    relative = 2 * rounding.gamma(terms + 8) * deterministic.schur_bound(operator, before.center, None, None)
+    cost = arithmetic.up(jnp.sum(jnp.abs(g) * slack), g.size)
+    return row, arithmetic.up(cost + arithmetic.left_over(relative, g, before.radius), 2)
+
+
+def worst_logits(
+    network: nnx.Module,
+    bound: Bound,
+    label,
+    arithmetic: rounding.Rounding = rounding.EXACT,
+    view: Callable = lambda layer, like: operators.linear_operator(layer),
+) -> jax.Array:
     """``logits[j] + max (w_j - w_label)^T (h' - h)`` over the penultimate region of one example; ``(classes,)``.
 
     No x' in the ball has a logit j that exceeds logit `label` by more than entry j minus entry `label` says, if the
@@ -91,6 +203,7 @@ def worst_logits(network: nnx.Module, bound: Bound, label, arithmetic: rounding.
         bound: what `lipjax.bound` returned for one example.
         label: the true class, an integer scalar (may be traced).
         arithmetic: as in `ascent`; the rounding of the clean logits themselves is not in the result.
+        view: layer and example to linear view.
 
     Raises:
         ValueError: for a concrete label outside ``0 .. classes - 1``.
@@ -100,7 +213,16 @@ def worst_logits(network: nnx.Module, bound: Bound, label, arithmetic: rounding.
         raise ValueError(f"label must lie in 0..{classes - 1}, got {label}.")
     rivals = directions(network, bound.penultimate, classes, label)
     gains = jax.vmap(lambda d: ascent(d, bound.penultimate, arithmetic))(rivals)
-    return bound.logits + jnp.where(jnp.arange(classes) == label, 0.0, gains)
+    own = jnp.arange(classes) == label
+    if bound.mode == "linear":
+        if bound.rivals is None or bound.rivals >= classes - 1:
+            gains = linear_gains(network, bound, rivals, gains, arithmetic, view)
+        else:
+            worst = jax.lax.stop_gradient(jnp.where(own, -jnp.inf, bound.logits + gains))
+            _, chosen = jax.lax.top_k(worst, bound.rivals)
+            smaller = linear_gains(network, bound, rivals[chosen], gains[chosen], arithmetic, view)
+            gains = gains.at[chosen].set(smaller)
+    return bound.logits + jnp.where(own, 0.0, gains)
 
 
 def margin(worst: jax.Array, label: jax.Array) -> jax.Array:

@@ -12,7 +12,7 @@ from flax import nnx
 
 from lipjax import activations, operators, rounding, spectral
 
-MODES = ("global", "paper", "local")
+MODES = ("global", "paper", "local", "linear")
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["center", "radius", "lower", "upper"], meta_fields=[])
@@ -39,8 +39,8 @@ class Region:
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["logits", "lipschitz", "norms", "regions", "penultimate", "vectors"],
-    meta_fields=[],
+    data_fields=["logits", "lipschitz", "norms", "input", "regions", "penultimate", "vectors"],
+    meta_fields=["mode", "rivals"],
 )
 @dataclasses.dataclass(frozen=True)
 class Bound:
@@ -51,19 +51,24 @@ class Bound:
         lipschitz: scalar, the product of `norms`: Lipschitz estimate on the ball around x, from the input to the
             penultimate activation.
         norms: one scalar per affine layer but the last.
+        input: the ball around x.
         regions: ``regions[i]`` is what is known after layer i of the network (nested nnx.Sequential spliced in).
         penultimate: what is known of the input of the last affine layer.
         vectors: last vectors of the power iterations, to start the next from. A dict with "local" (per example) in
             modes "paper" and "local", and "global" (shared by all examples) in modes "global" and "paper"; each a
             tuple of arrays of the inputs' shapes, one per affine layer but the last.
+        mode, rivals: as given to `bound`.
     """
 
     logits: jax.Array
     lipschitz: jax.Array
     norms: tuple[jax.Array, ...]
+    input: Region
     regions: tuple[Region, ...]
     penultimate: Region
     vectors: Any
+    mode: str
+    rivals: int | None = None
 
 
 def layers_of(network: nnx.Module) -> tuple:
@@ -150,11 +155,13 @@ def walk(
         global: no masks, radii grow by the norms of the layers (as GloRo and LMT do); boxes are those of the ball.
         paper: boxes grow with the *global* radius (as in BCP); local norms only in the final product.
         local: boxes, masks and norms all from the local radius; no global norm is needed.
+        linear: the walk of "local"; the margins are taken through the slopes (`margins.linear_gains`).
     """
     if mode not in MODES:
         raise ValueError(f"mode must be one of {', '.join(MODES)}, got {mode!r}.")
+    asked, mode = mode, "local" if mode == "linear" else mode
     epsilon = jnp.asarray(epsilon, x.dtype)
-    region = _ball(x, epsilon, arithmetic)
+    region = start = _ball(x, epsilon, arithmetic)
     lipschitz = jnp.ones((), x.dtype)
     global_radius = epsilon  # of the paper's boxes
     last = max(i for i, layer in enumerate(layers) if operators.is_affine(layer))
@@ -221,11 +228,11 @@ def walk(
             f"the logits must have one axis, got shape {region.center.shape}: a lipjax.Flatten is missing."
         )
     kept = {name: tuple(vectors_) for name, vectors_ in vectors.items() if name in VECTORS_OF[mode]}
-    return Bound(region.center, lipschitz, tuple(norms), tuple(regions), penultimate, kept)
+    return Bound(region.center, lipschitz, tuple(norms), start, tuple(regions), penultimate, kept, asked)
 
 
 # Which power iterations a mode runs: per example ("local"), shared by all examples ("global").
-VECTORS_OF = {"global": ("global",), "paper": ("global", "local"), "local": ("local",)}
+VECTORS_OF = {"global": ("global",), "paper": ("global", "local"), "local": ("local",), "linear": ("local",)}
 
 
 def _ball(center, radius, arithmetic):
@@ -320,7 +327,14 @@ def initial_vectors(network: nnx.Module, input_shape: Sequence[int], mode: str =
 
 
 def bound(
-    network: nnx.Module, x: jax.Array, epsilon, *, mode: str = "local", iterations: int = 10, vectors=None
+    network: nnx.Module,
+    x: jax.Array,
+    epsilon,
+    *,
+    mode: str = "local",
+    iterations: int = 10,
+    vectors=None,
+    rivals: int | None = None,
 ) -> Bound:
     """Local Lipschitz bound of one example, **an estimate**: its norms come from power iteration, from below.
 
@@ -334,17 +348,21 @@ def bound(
         x: one example, ``(height, width, channels)`` or what the first layer takes; floats. `vmap` makes the batch.
         epsilon: l2 radius >= 0, in the units of x. At 0 every coordinate is constant and the norms are 0 (mode
             "global" knows no masks and is the same for all epsilon).
-        mode: "global", "paper" or "local", each at most the one before at convergence.
+        mode: "global", "paper", "local" or "linear", each at most the one before at convergence ("linear" in what
+            `margins.worst_logits` makes of it; the bound itself is that of "local").
         iterations: power iterations per norm. 0 is allowed (the norm of the image of the start vector).
         vectors: start vectors, a dict as in `Bound.vectors`; None: fixed random ones. Under `vmap` the "global" ones
             are shared: ``in_axes={"global": None, "local": 0}``.
+        rivals: of influence in mode "linear" alone: how many rival classes, those with the largest worst-case logits in
+            mode "local", get the reverse pass that makes them tighter; None: all. To train at less cost.
 
     Returns:
         A `Bound`.
 
     Raises:
         TypeError: unregistered layer or non-sequential network, by name; x not floating.
-        ValueError: epsilon negative, infinite or NaN; unknown mode; iterations < 0; x of a shape that a layer refuses.
+        ValueError: epsilon negative, infinite or NaN; unknown mode; iterations < 0; rivals < 1; x of a shape that a layer
+            refuses.
     """
     check_epsilon(epsilon)
     if iterations < 0:
@@ -370,4 +388,7 @@ def bound(
 
     if mode not in MODES:
         raise ValueError(f"mode must be one of {', '.join(MODES)}, got {mode!r}.")
-    return walk(layers, x, epsilon, mode, power("local"), power("global"))
+    if rivals is not None and rivals < 1:
+        raise ValueError(f"rivals must be at least 1, or None for all, got {rivals}.")
+    found = walk(layers, x, epsilon, mode, power("local"), power("global"))
+    return dataclasses.replace(found, rivals=rivals)

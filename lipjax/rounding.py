@@ -61,6 +61,12 @@ class Exact:
     def length(self, x: jax.Array) -> jax.Array:
         return operators.safe_norm(x)
 
+    def slope_width(self, width: jax.Array) -> jax.Array:
+        return width
+
+    def left_over(self, relative, g: jax.Array, length) -> jax.Array | float:
+        return 0.0
+
 
 class Outward:
     """Bounds in float64, every rounding error turned to the safe side; see the module's text for the model."""
@@ -99,6 +105,15 @@ class Outward:
         """``||x||_2`` rounded up; 0 only for 0: the squares of entries below 1e-154 underflow, and FLOOR covers them."""
         size = self.up(operators.safe_norm(x), x.size)
         return jnp.where(jnp.any(x != 0), size + FLOOR, size)
+
+    def slope_width(self, width: jax.Array) -> jax.Array:
+        """Half the distance of two slopes in [-1, 1], each computed as a ratio of two rounded differences, rounded up."""
+        return width + 32 * DOUBLE
+
+    def left_over(self, relative, g: jax.Array, length: jax.Array) -> jax.Array:
+        """At least ``|<f, v>|`` for every ``||v|| <= length`` and ``||f|| <= relative ||g||``: for what is left over when a
+        row computed from g, `relative` of it wrong, takes the place of the exact one."""
+        return self.up(relative * self.length(g) * length)
 
 
 EXACT, OUTWARD = Exact(), Outward()

@@ -53,6 +53,7 @@ def check_config(config) -> None:
         **dict.fromkeys(("bound.iterations", "evaluation.iterations"), 1),
         "checkpoints.keep": 2,
         **dict.fromkeys(("seed", "epsilon.train", "epsilon.test", "bound.sparsity"), 0),
+        **dict.fromkeys(("bound.stability", "bound.rivals"), 0),
         **dict.fromkeys(("schedule.warmup", "schedule.ramp", "data.train_examples", "data.test_examples"), 0),
     }
     for name, allowed in choices.items():
@@ -188,10 +189,11 @@ def example_loss(network, x, label, epsilon, kappa, vectors, config):
     """Loss of one example, and what the step reports and keeps.
 
     BCP and sparsity follow METHOD 3: ``kappa CE(clean) + (1 - kappa) (CE(worst) + weight * sparsity)``; the GloRo loss
-    needs no kappa but for its sparsity term.
+    needs no kappa but for its sparsity term. Stability is weighted as sparsity is.
     """
     options = config.bound
-    bound = regions.bound(network, x, epsilon, mode=options.mode, iterations=options.iterations, vectors=vectors)
+    how = {"mode": options.mode, "iterations": options.iterations, "rivals": options.rivals or None}
+    bound = regions.bound(network, x, epsilon, vectors=vectors, **how)
     if options.loss == "bcp":
         loss = losses.bcp(network, bound, label, kappa)
     elif options.loss == "gloro":
@@ -200,6 +202,8 @@ def example_loss(network, x, label, epsilon, kappa, vectors, config):
         raise ValueError(f"bound.loss must be 'bcp' or 'gloro', got {options.loss!r}.")
     if options.sparsity:
         loss += (1 - kappa) * options.sparsity * losses.sparsity(network, bound)
+    if options.stability:
+        loss += (1 - kappa) * options.stability * losses.stability(network, bound)
     correct = jnp.argmax(bound.logits) == label
     return loss, (jax.lax.stop_gradient(bound.vectors), correct, bound.lipschitz)
 

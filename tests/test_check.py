@@ -89,9 +89,10 @@ def file(tmp_path):
 
 
 GLOBAL = {"tier": "deterministic", "mode": "global", "epsilon": 0.02}
+LINEAR = {"tier": "deterministic", "mode": "linear"}
 
 
-@pytest.mark.parametrize("which", [{}, GLOBAL], ids=str)
+@pytest.mark.parametrize("which", [{}, GLOBAL, LINEAR], ids=str)
 def test_certificates_of_the_tool_are_confirmed(tmp_path, which):
     file = File(tmp_path, **which)
     report = file.check()
@@ -100,7 +101,7 @@ def test_certificates_of_the_tool_are_confirmed(tmp_path, which):
     certificate = certified(**which)[-1]
     assert report.certified == certificate.certified.sum() > 0
     assert report.derived >= report.certified and np.all(report.margin >= certificate.margin)
-    if certificate.mode == "local":  # as tight as the tool, but for what the tool's norms are inflated by
+    if certificate.mode != "global":  # as tight as the tool, but for what the tool's norms are inflated by
         assert np.all(report.margin <= certificate.margin + 0.02)
     for fact in (
         certificate.tier,
@@ -110,6 +111,19 @@ def test_certificates_of_the_tool_are_confirmed(tmp_path, which):
         "8 of 8",
     ):
         assert fact in str(report)
+
+
+def test_certificates_of_mode_linear_rest_on_slopes_and_not_on_the_norms_alone(tmp_path):
+    file = File(tmp_path, **LINEAR)
+    assert np.all(file.arrays["margin"] >= certified()[-1].margin - 1e-9)
+    assert np.any(file.arrays["margin"] > certified()[-1].margin + 0.01)
+    file.header["mode"] = "local"
+    file.rehash()
+    assert any("recorded margin" in problem for problem in file.check().problems)
+    file.header["mode"] = "linear"
+    file.arrays["margin"] += 0.02
+    file.rehash()
+    assert any("recorded margin" in problem for problem in file.check().problems)
 
 
 def test_all_kinds_of_rows_are_among_the_confirmed_ones(file):
@@ -692,7 +706,7 @@ def test_every_activation_stays_in_its_region_and_every_margin_above_its_bound(a
     net = pooled_net() if activation == "pooled" else tiny_net(activation, seed=7)
     network, norms = network_of(net, (6, 6, 2))
     x = batch(1)[0].astype(np.float64)
-    regions, _ = check_walk.walk(network, x, epsilon, norms)
+    regions, *_ = check_walk.walk(network, x, epsilon, norms)
     *values, logits = exact_activations(network, inside_ball(x, epsilon))
     assert len(values) == len(regions)
     for region, value in zip(regions, values, strict=True):
@@ -748,7 +762,7 @@ def test_the_allowance_for_rounding_is_that_of_a_naive_recursion(arithmetic):
     net = tiny_net("maxmin", seed=1)
     network, norms = network_of(net, (6, 6, 2), arithmetic)
     x = batch(1)[0]
-    regions, _ = check_walk.walk(network, x, 0.1, norms)
+    regions, *_ = check_walk.walk(network, x, 0.1, norms)
     derived = check_walk.derive(network, x, 0, 0.1, norms)
     u_in, u_acc, u_out = {
         "float64": (0, 2**-53, 2**-53),
@@ -829,7 +843,7 @@ def test_pixels_that_are_no_numbers_certify_nothing():
 
 # ---------------------------------------------------------------------------------------------------- independence
 
-MODULES = ("certificate_files", "check", "check_layers", "check_norms", "check_walk")
+MODULES = ("certificate_files", "check", "check_layers", "check_norms", "check_slopes", "check_walk")
 
 
 def test_nothing_of_the_bounds_is_imported():

@@ -1,4 +1,4 @@
-"""BCP, GloRo and sparsity losses against naive NumPy formulas, and their gradients against finite differences."""
+"""BCP, GloRo, sparsity and stability losses against naive NumPy formulas, and their gradients against finite differences."""
 
 import functools
 
@@ -45,7 +45,12 @@ def image():
 def everything(net, x, epsilon, kappa, label, iterations=30):
     """The three losses as one vector, and what the naive formulas start from."""
     bound = lipjax.bound(net, x, epsilon, mode="local", iterations=iterations)
-    found = [losses.bcp(net, bound, label, kappa), losses.gloro(net, bound, label), losses.sparsity(net, bound)]
+    found = [
+        losses.bcp(net, bound, label, kappa),
+        losses.gloro(net, bound, label),
+        losses.sparsity(net, bound),
+        losses.stability(net, bound),
+    ]
     return jnp.stack(found), bound, lipjax.worst_logits(net, bound, label)
 
 
@@ -78,6 +83,34 @@ def naive_sparsity(net, bound):
     return total
 
 
+def naive_stability(net, bound):
+    """One kink of one neuron at a time: the way out of the box that is shorter."""
+    total = 0.0
+    for i, layer in enumerate(net.layers):
+        if i == 0 or type(layer) is nnx.Linear or isinstance(layer, (nnx.Conv, lipjax.Flatten)):
+            continue
+        low, high = np.asarray(bound.regions[i - 1].lower), np.asarray(bound.regions[i - 1].upper)
+        groups = []
+
+        def add(cases, groups=groups):
+            groups.append([max(min(top - kink, kink - bottom), 0) for bottom, top, kink in cases])
+
+        if type(layer) in (lipjax.ReLU, lipjax.ClippedReLU):
+            add([(b, t, 0.0) for b, t in zip(low.ravel(), high.ravel(), strict=True)])
+        if type(layer) is lipjax.ClippedReLU:
+            add(zip(low.ravel(), high.ravel(), np.asarray(layer.threshold[...]).ravel(), strict=True))
+        if type(layer) in (lipjax.MaxMin, lipjax.ClippedMaxMin):
+            half = low.shape[-1] // 2
+            pairs = [(index, (*index[:-1], index[-1] + half)) for index in np.ndindex(*low.shape[:-1], half)]
+            add([(low[a] - high[b], high[a] - low[b], 0.0) for a, b in pairs])
+        if type(layer) is lipjax.ClippedMaxMin:
+            upper, lower = np.asarray(layer.upper[...]), np.asarray(layer.lower[...])
+            add([(max(low[a], low[b]), max(high[a], high[b]), upper[a]) for a, b in pairs])
+            add([(min(low[a], low[b]), min(high[a], high[b]), lower[a]) for a, b in pairs])
+        total += sum(np.mean(group) for group in groups)
+    return total
+
+
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_losses_are_their_formulas(x64, activation):
     net = small_net(activation, threshold=0.3)
@@ -90,7 +123,8 @@ def test_losses_are_their_formulas(x64, activation):
     sparsity = naive_sparsity(net, bound)
     assert robust > naive_cross_entropy(logits, LABEL) + 0.01  # the bound matters here, else this would show little
     assert (sparsity > 0) == (activation != "maxmin")
-    np.testing.assert_allclose(found, [bcp, gloro, sparsity], rtol=1e-10)
+    assert naive_stability(net, bound) > 0
+    np.testing.assert_allclose(found, [bcp, gloro, sparsity, naive_stability(net, bound)], rtol=1e-10)
 
 
 def test_kappa_goes_from_the_clean_to_the_worst_case_loss(x64):
@@ -174,3 +208,5 @@ def test_a_network_without_a_box_in_front_of_an_activation_is_refused():
     net = nnx.Sequential(lipjax.ReLU(), nnx.Linear(3, 2, rngs=nnx.Rngs(0)))
     with pytest.raises(TypeError, match="begins with an activation"):
         losses.sparsity(net, lipjax.bound(net, jnp.ones(3), 0.1))
+    with pytest.raises(TypeError, match="begins with an activation"):
+        losses.stability(net, lipjax.bound(net, jnp.ones(3), 0.1))

@@ -1,0 +1,150 @@
+"""Activations as a slope plus a bounded error, seen from the center of a box: what is linear stays linear.
+
+Let ``D`` be the change of a quantity from its value at x. For every x' of the ball an activation a does
+
+    D a = M D z + e,    M a known linear map, the error e in a known ball and box,
+
+where M is the middle of the slopes of the chords from the center z to any point of the box in front of a. A neuron whose
+box does not meet a kink has e = 0; one whose box barely crosses it has a small e, as only chords *from the center* count:
+a certificate compares with the prediction at x, not any two points of the ball. `margins.linear_gains` uses it.
+
+Source: METHOD 5; the idea is LipLT's (Fazlyab et al. 2023, arXiv 2310.00116), which takes the slopes globally, in [0, 1].
+"""
+
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+
+from lipjax.activations import ClippedMaxMin, ClippedReLU, MaxMin, ReLU
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["slope", "width", "reach", "radius"], meta_fields=["paired"]
+)
+@dataclasses.dataclass(frozen=True)
+class Chord:
+    """``D a(z) = M D z + e`` on a box, seen from its center.
+
+    Attributes:
+        slope: M, elementwise; with `paired` (MaxMin) that of ``|a - b|``, one per pair of channels ``(a, b)``, and M
+            keeps ``a + b`` and multiplies ``a - b``.
+        width: >= 0, how far the slope of any chord can be from `slope`: ``|e| <= width |D z|``.
+        reach: bound of each coordinate of e. With `paired` e lies along ``(1, -1) / sqrt(2)`` of each pair, and this
+            bounds its length there.
+        radius: scalar, ``||e||_2 <= radius`` over the coordinates that can still move an output.
+    """
+
+    slope: jax.Array
+    width: jax.Array
+    reach: jax.Array
+    radius: jax.Array
+    paired: bool
+
+    def transposed(self, g: jax.Array) -> jax.Array:
+        """``M^T g``; M is symmetric."""
+        if not self.paired:
+            return self.slope * g
+        a, b = jnp.split(g, 2, axis=-1)
+        kept, turned = (a + b) / 2, self.slope * (a - b) / 2
+        return jnp.concatenate([kept + turned, kept - turned], axis=-1)
+
+    def along(self, g: jax.Array) -> jax.Array:
+        """The coordinates of g that e meets: ``<g, e> = <along(g), coordinates of e>``."""
+        if not self.paired:
+            return g
+        a, b = jnp.split(g, 2, axis=-1)
+        return (a - b) / math.sqrt(2)
+
+
+def chords_of(
+    layer, center: jax.Array, lower: jax.Array, upper: jax.Array, radius: jax.Array, after, arithmetic
+) -> tuple[Chord, ...]:
+    """The chords of an activation, in the order of application.
+
+    Args:
+        layer: the activation.
+        center, lower, upper: what is known of its input; the center lies in the box.
+        radius: bound of ``||D z||_2`` over the inputs that can move an output (`activations.live_rows`).
+        after: the region of its output.
+        arithmetic: `rounding.OUTWARD` makes width, reach and radius bounds of the exact ones.
+    """
+    if type(layer) in (ReLU, ClippedReLU):
+        top = layer.threshold[...] if type(layer) is ClippedReLU else jnp.inf
+        return (_clip_chord(center, lower, upper, 0.0, top, radius, arithmetic),)
+    if type(layer) in (MaxMin, ClippedMaxMin):
+        first = _pair_chord(center, lower, upper, radius, arithmetic)
+        if type(layer) is MaxMin:
+            return (first,)
+        between = MaxMin()
+        a, b = jnp.split(jnp.ones_like(center), 2, axis=-1)
+        bottom = jnp.concatenate([-jnp.inf * a, jnp.broadcast_to(layer.lower[...], b.shape)], axis=-1)
+        top = jnp.concatenate([jnp.broadcast_to(layer.upper[...], a.shape), jnp.inf * b], axis=-1)
+        center, lower, upper = between(center), between(lower), between(upper)
+        return (first, _clip_chord(center, lower, upper, bottom, top, radius, arithmetic))
+    # Of any other activation only its region is known: all of it is error.
+    reach = arithmetic.up(jnp.maximum(after.upper - after.center, after.center - after.lower))
+    zero = jnp.zeros_like(after.center)
+    return (Chord(zero, zero + 1, reach, after.radius, paired=False),)
+
+
+def _ratio(above, below):
+    """``above / below``, and 0 where below is 0; its gradient is 0 there."""
+    return jnp.where(below == 0, 0.0, above / jnp.where(below == 0, 1.0, below))
+
+
+def _clip_chord(z, lower, upper, bottom, top, radius, arithmetic) -> Chord:
+    """Of ``clip(z, bottom, top)``: on each side of the center the extreme slopes are at the center, at the end of the box,
+    or at the corner of the clip beyond a flat part."""
+
+    def clip(t):
+        return jnp.minimum(jnp.maximum(t, bottom), top)
+
+    def extremes(end, near, far):
+        """Smallest and largest slope to points between z and `end`; `near` is the corner behind which it is flat on z's
+        own side, `far` the other one."""
+        at_end = _ratio(clip(end) - clip(z), end - z)
+        toward = jnp.sign(end - z)
+        flat = (z - near) * toward < 0  # z lies before the first corner: flat, then steep, then flat
+        beyond = (z - far) * toward >= 0  # z lies behind the last corner: flat for ever
+        corner = jnp.where((end - far) * toward > 0, far, end)
+        steepest = _ratio(clip(corner) - clip(z), corner - z)
+        low = jnp.where(flat | beyond, 0.0, at_end)
+        high = jnp.where(beyond, 0.0, jnp.where(flat, steepest, 1.0))
+        none = end == z
+        return jnp.where(none, jnp.inf, low), jnp.where(none, -jnp.inf, high)
+
+    right, left = extremes(upper, bottom, top), extremes(lower, top, bottom)
+    low, high = jnp.minimum(right[0], left[0]), jnp.maximum(right[1], left[1])
+    constant, linear = clip(lower) == clip(upper), (lower >= bottom) & (upper <= top)
+    low = jnp.where(constant, 0.0, jnp.where(linear, 1.0, low))
+    high = jnp.where(constant, 0.0, jnp.where(linear, 1.0, high))
+    return _chord(low, high, constant | linear, z, lower, upper, 1.0, radius, arithmetic, paired=False)
+
+
+def _pair_chord(z, lower, upper, radius, arithmetic) -> Chord:
+    """Of MaxMin, ``(a, b) -> ((a + b) + |a - b|, (a + b) - |a - b|) / 2``, through the chords of ``|a - b|``."""
+    (a, b), (lower_a, lower_b), (upper_a, upper_b) = (jnp.split(end, 2, axis=-1) for end in (z, lower, upper))
+    t = a - b
+    least, most = arithmetic.widened(lower_a - upper_b, upper_a - lower_b, 0.0)
+    # From t >= 0: slope 1 up to the kink, then falling towards the far end. From t < 0 the mirror image.
+    far = jnp.where(t >= 0, jnp.maximum(-least, 0.0), jnp.maximum(most, 0.0))
+    inner = _ratio(jnp.abs(t) - far, jnp.abs(t) + far)
+    sign = jnp.where(t >= 0, 1.0, -1.0)
+    a_first, b_first = lower_a >= upper_b, lower_b >= upper_a
+    fixed = a_first | b_first
+    one = jnp.where(a_first, 1.0, jnp.where(b_first, -1.0, sign))
+    other = jnp.where(fixed, one, sign * inner)
+    low, high = jnp.minimum(one, other), jnp.maximum(one, other)
+    return _chord(low, high, fixed, t, least, most, 1 / math.sqrt(2), radius, arithmetic, paired=True)
+
+
+def _chord(low, high, exact, z, lower, upper, unit, radius, arithmetic, paired) -> Chord:
+    slope = (low + high) / 2
+    # A ratio of rounded differences errs by a few units; where the slope is the same for all chords nothing is rounded.
+    width = jnp.where(exact, 0.0, arithmetic.slope_width((high - low) / 2))
+    reach = arithmetic.up(unit * width * jnp.maximum(upper - z, z - lower))
+    corner = arithmetic.length(reach)
+    return Chord(slope, width, reach, jnp.minimum(corner, arithmetic.up(jnp.max(width) * radius)), paired)
