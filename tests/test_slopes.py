@@ -119,7 +119,7 @@ def compiled(mode):
     return jax.jit(functools.partial(gains, mode=mode))
 
 
-@pytest.mark.parametrize("kind", ACTIVATIONS)
+@pytest.mark.parametrize("kind", ["clipped_relu", "clipped_maxmin"])
 def test_margins_hold_on_samples_and_are_at_most_those_of_local(x64, kind):
     net, rng = cast64(tiny_net(kind, seed=4)), np.random.default_rng(0)
     smaller = 0

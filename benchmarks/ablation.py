@@ -1,0 +1,120 @@
+"""Trains and certifies a grid of settings: what training with each bound is worth, by each bound.
+
+    python -m benchmarks.ablation --seeds=3
+    python -m benchmarks.ablation --modes=local,linear --activations=relu,clipped_maxmin --stability=0,0.01 \\
+        -- --config.schedule.epochs=60
+
+Runs of one command in --out, one per combination and seed, kept and not repeated; prints and stores a Markdown table
+(table.md) and a picture (table.png): certified accuracy at the configuration's epsilon by each of the bounds, beside clean
+and PGD accuracy, mean (range) over the seeds. Every run certifies at tier probabilistic with delta 1e-6.
+"""
+
+import argparse
+import itertools
+import json
+import os
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+from lipjax import regions
+
+FIELDS = {
+    "modes": "bound.mode",
+    "activations": "model.activation",
+    "losses": "bound.loss",
+    "sparsity": "bound.sparsity",
+    "stability": "bound.stability",
+    "rivals": "bound.rivals",
+}
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", default="configs/digits.py")
+    parser.add_argument("--modes", default="global,paper,local,linear", help="bounds to train with")
+    for name, field in list(FIELDS.items())[1:]:
+        parser.add_argument(f"--{name}", help=f"values of {field}, separated by commas; the configuration's if unset")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--out", type=Path, default=Path("runs/ablation"))
+    parser.add_argument("extra", nargs="*", help="further flags of train.py, after --")
+    options = parser.parse_args(arguments)
+
+    chosen = {name: values.split(",") for name in FIELDS if (values := getattr(options, name)) is not None}
+    head = [*chosen, "clean", "PGD", *(f"certified, {mode}" for mode in regions.MODES)]
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    print("\n".join(lines))
+    rows = []
+    for combination in itertools.product(*chosen.values()):
+        settings = dict(zip(chosen, combination, strict=True))
+        found = [run(options, settings, seed) for seed in range(options.seeds)]
+        columns = {
+            "clean": [s["clean_accuracy"] for s in found],
+            "PGD": [s["pgd_accuracy"] for s in found],
+            **{mode: [s["modes"][mode]["certified_accuracy"] for s in found] for mode in regions.MODES},
+        }
+        rows.append((combination, columns))
+        lines.append("| " + " | ".join([*combination, *map(spread, columns.values())]) + " |")
+        print(lines[-1], flush=True)
+    options.out.mkdir(parents=True, exist_ok=True)
+    (options.out / "table.md").write_text("\n".join(lines) + "\n")
+    picture(options.out / "table.png", rows, found[0]["run"], options.seeds)
+
+
+def run(options, settings: dict[str, str], seed: int) -> dict:
+    """Summary of one run, trained and certified if it is not there yet."""
+    workdir = options.out / "-".join([*settings.values(), str(seed)])
+    summary = workdir / "certification" / "summary.json"
+    if not summary.exists():
+        flags = [f"--config.{FIELDS[name]}={value}" for name, value in settings.items()]
+        # All runs compile the same programs.
+        environment = {"JAX_COMPILATION_CACHE_DIR": str(options.out.absolute() / "compiled"), **os.environ}
+        for command in (
+            ["train.py", f"--config={options.config}", *flags, f"--config.seed={seed}", *options.extra],
+            ["certify.py", "--nocurve", "--modes=" + ",".join(regions.MODES)],
+        ):
+            full = [sys.executable, *command, f"--workdir={workdir}"]
+            subprocess.run(full, check=True, stdout=subprocess.DEVNULL, env=environment)
+    return json.loads(summary.read_text())
+
+
+def spread(values: list[float]) -> str:
+    """Mean and range in percent."""
+    low, high = 100 * min(values), 100 * max(values)
+    return f"{100 * statistics.mean(values):.1f} ({low:.1f}-{high:.1f})"
+
+
+def picture(path: Path, rows: list, facts: dict, seeds: int) -> None:
+    """Bars of certified accuracy by each bound, their range over the seeds, and the PGD accuracy as a line above them."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(2 + 1.6 * len(rows), 4.5), layout="constrained")
+    width = 0.8 / len(regions.MODES)
+    for k, mode in enumerate(regions.MODES):
+        means = [statistics.mean(columns[mode]) for _, columns in rows]
+        below = [mean - min(columns[mode]) for mean, (_, columns) in zip(means, rows, strict=True)]
+        above = [max(columns[mode]) - mean for mean, (_, columns) in zip(means, rows, strict=True)]
+        places = [i + (k - (len(regions.MODES) - 1) / 2) * width for i in range(len(rows))]
+        axes.bar(places, means, width, yerr=(below, above), capsize=2, label=f"certified, {mode}")
+    for i, (_, columns) in enumerate(rows):
+        for name, style in (("PGD", "-"), ("clean", ":")):
+            label = f"{name}{' (upper bound)' if name == 'PGD' else ''}" if i == 0 else None
+            axes.hlines(statistics.mean(columns[name]), i - 0.45, i + 0.45, color="black", linestyle=style, label=label)
+    axes.set_xticks(range(len(rows)), ["\n".join(combination) for combination, _ in rows])
+    axes.set(ylabel="accuracy", ylim=(0, 1.02), xlabel="trained with")
+    axes.set_title(
+        f"{facts['data']}, {facts['split']} split, {facts['examples']} images, ε = {facts['epsilon']:g}, tier "
+        f"{facts['tier']}, δ = {facts['failure_probability']:g}, {seeds} seeds",
+        fontsize=9,
+    )
+    axes.legend(fontsize=8)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    main()
