@@ -81,14 +81,7 @@ def sparsity(network: nnx.Module, bound: Bound) -> jax.Array:
     Raises:
         TypeError: for an activation without a registered `sparsity_of`, or one at the very start of the network.
     """
-    layers = layers_of(network)
-    total = jnp.zeros((), bound.logits.dtype)
-    for i, layer in enumerate(layers):
-        if activations.is_activation(layer):
-            if i == 0:
-                raise TypeError("the network begins with an activation: it has no pre-activation box.")
-            total += sparsity_of(layer, bound.regions[i - 1].lower, bound.regions[i - 1].upper)
-    return total
+    return _over_activations(sparsity_of, network, bound)
 
 
 def stability(network: nnx.Module, bound: Bound) -> jax.Array:
@@ -101,13 +94,17 @@ def stability(network: nnx.Module, bound: Bound) -> jax.Array:
     Raises:
         TypeError: a network that begins with an activation.
     """
-    layers = layers_of(network)
+    return _over_activations(_instability, network, bound)
+
+
+def _over_activations(hinge, network, bound):
+    """The sum of ``hinge(layer, lower, upper)`` over the activations and the boxes in front of them."""
     total = jnp.zeros((), bound.logits.dtype)
-    for i, layer in enumerate(layers):
+    for i, layer in enumerate(layers_of(network)):
         if activations.is_activation(layer):
             if i == 0:
                 raise TypeError("the network begins with an activation: it has no pre-activation box.")
-            total += _instability(layer, bound.regions[i - 1].lower, bound.regions[i - 1].upper)
+            total += hinge(layer, bound.regions[i - 1].lower, bound.regions[i - 1].upper)
     return total
 
 

@@ -50,17 +50,22 @@ def shared():
 ACTIVATIONS = ("relu", "clipped_relu", "maxmin", "clipped_maxmin")
 
 
+def make_activation(kind: str, shape, threshold: float = 0.3) -> nnx.Module:
+    """One of `ACTIVATIONS`, its thresholds (+-, for MaxMin) at `threshold`."""
+    return {
+        "relu": lipjax.ReLU,
+        "maxmin": lipjax.MaxMin,
+        "clipped_relu": lambda: lipjax.ClippedReLU(shape, threshold=threshold),
+        "clipped_maxmin": lambda: lipjax.ClippedMaxMin(shape, upper=threshold, lower=-threshold),
+    }[kind]()
+
+
 def tiny_net(activation: str, seed: int = 0, threshold: float = 0.3, scale: float = 1.0) -> nnx.Sequential:
     """6x6x2 images, two convolutions and two dense layers, random biases, small enough for explicit matrices."""
     rngs = nnx.Rngs(seed)
 
     def act(shape):
-        return {
-            "relu": lipjax.ReLU,
-            "maxmin": lipjax.MaxMin,
-            "clipped_relu": lambda: lipjax.ClippedReLU(shape, threshold=threshold),
-            "clipped_maxmin": lambda: lipjax.ClippedMaxMin(shape, upper=threshold, lower=-threshold),
-        }[activation]()
+        return make_activation(activation, shape, threshold)
 
     bias = jax.nn.initializers.normal(0.3)
     net = nnx.Sequential(

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import ACTIVATIONS, tiny_net
+from conftest import ACTIVATIONS, make_activation, tiny_net
 from flax import nnx
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -68,12 +68,7 @@ def test_certificates_of_random_architectures_hold(seed, kernel, stride, padding
     rngs, x = nnx.Rngs(seed), batch(6, seed, (5, 6, 2))
     first = nnx.Conv(2, channels, (kernel, kernel), strides=stride, padding=padding, rngs=rngs)
     shape = jax.eval_shape(first, x[0]).shape
-    act = {
-        "relu": lipjax.ReLU,
-        "maxmin": lipjax.MaxMin,
-        "clipped_relu": lambda: lipjax.ClippedReLU(shape, threshold=0.3),
-        "clipped_maxmin": lambda: lipjax.ClippedMaxMin(shape, upper=0.2, lower=-0.2),
-    }[activation]()
+    act = make_activation(activation, shape)
     net = nnx.Sequential(first, act, lipjax.Flatten(), nnx.Linear(int(np.prod(shape)), 3, rngs=rngs))
     found = lipjax.certified_radius(net, x, None, tier=tier)
     # A tie (a net that answers 0 everywhere is one) has no radius; all else has.

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import ACTIVATIONS
+from conftest import ACTIVATIONS, make_activation
 from flax import nnx
 
 import lipjax
@@ -20,12 +20,7 @@ def small_net(activation, threshold=0.3):
     rngs, bias = nnx.Rngs(0), jax.nn.initializers.normal(0.3)
 
     def act(shape):
-        return {
-            "relu": lipjax.ReLU,
-            "maxmin": lipjax.MaxMin,
-            "clipped_relu": lambda: lipjax.ClippedReLU(shape, threshold=threshold),
-            "clipped_maxmin": lambda: lipjax.ClippedMaxMin(shape, upper=threshold, lower=-threshold),
-        }[activation]()
+        return make_activation(activation, shape, threshold)
 
     return nnx.Sequential(
         nnx.Conv(1, 4, (3, 3), strides=2, padding=1, rngs=rngs, bias_init=bias),

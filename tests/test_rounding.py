@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import ACTIVATIONS, cast64, dense_matrix
+from conftest import ACTIVATIONS, cast64, dense_matrix, make_activation
 from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -38,14 +38,7 @@ def dense_net(activation, sizes=(6, 8, 8, 3), seed=0, spread=1.0) -> nnx.Sequent
         layer.bias[...] = jnp.asarray(rng.normal(size=m) * 0.1, jnp.float32)
         layers.append(layer)
         if i < len(sizes) - 2:
-            layers.append(
-                {
-                    "relu": lipjax.ReLU,
-                    "maxmin": lipjax.MaxMin,
-                    "clipped_relu": lambda m=m: lipjax.ClippedReLU(m, threshold=0.7),
-                    "clipped_maxmin": lambda m=m: lipjax.ClippedMaxMin(m, upper=0.5, lower=-0.5),
-                }[activation]()
-            )
+            layers.append(make_activation(activation, m, threshold=0.5))
     return nnx.Sequential(*layers)
 
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import ACTIVATIONS, cast64, tiny_net
+from conftest import ACTIVATIONS, cast64, make_activation, tiny_net
 from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -19,13 +19,7 @@ N = 6
 
 
 def activation(kind):
-    act = {
-        "relu": lipjax.ReLU,
-        "maxmin": lipjax.MaxMin,
-        "clipped_relu": lambda: lipjax.ClippedReLU(N, threshold=0.5),
-        "clipped_maxmin": lambda: lipjax.ClippedMaxMin(N, upper=0.5, lower=-0.5),
-    }[kind]()
-    return cast64(act)
+    return cast64(make_activation(kind, N, threshold=0.5))
 
 
 @functools.partial(jax.jit, static_argnames="outward")
