@@ -28,8 +28,8 @@ def ascent(
     By duality every ``mu >= 0`` gives an upper bound ``<d, t> + mu / 2 (radius^2 - ||t||^2)`` at
     ``t = clip(d / mu, lower - center, upper - center)``; bisection on mu makes it tight (METHOD 3). Nothing large is
     subtracted from something large, so it stays right when nearly all of d sits on clipped coordinates. The result is
-    never above the box alone, nor above the ball alone, ``radius * ||d||``. mu is held fixed in the gradient, which is
-    right by the envelope theorem.
+    never above the box alone, nor above the ball alone, ``radius * ||d||``. The mu of the bisection is held fixed in the
+    gradient, which is right by the envelope theorem.
 
     Args:
         direction: of the region's shape.
@@ -74,7 +74,9 @@ def ascent(
         return up(jnp.sum(d * t), d.size) + (room - used + 2 * excess) / (2 * scale)
 
     if quick:
-        scales = jnp.exp(start) * jnp.asarray(FEW_SCALES, d.dtype)
+        # None of these is the best scale, so the envelope theorem does not hold: they are differentiated too.
+        of_ball = jnp.maximum(region.radius, tiny) / jnp.maximum(norm, tiny)
+        scales = of_ball * jnp.asarray(FEW_SCALES, d.dtype)
         return functools.reduce(jnp.minimum, [dual(scale) for scale in scales], jnp.minimum(box, ball))
     left, right = jax.lax.fori_loop(0, BISECTION_STEPS, halve, bracket)
     return jnp.minimum(jnp.minimum(box, ball), dual(jax.lax.stop_gradient(jnp.exp((left + right) / 2))))
