@@ -32,6 +32,11 @@ ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"
 
 
+def pytest_collection_modifyitems(items):
+    """The longest tests first, so that no worker is left with them alone at the end."""
+    items.sort(key=lambda item: item.path.name not in ("test_training.py", "test_devices.py"))
+
+
 @pytest.fixture
 def x64():
     """float64 for one test."""
