@@ -75,7 +75,10 @@ def ascent(
 
     if quick:
         # None of these is the best scale, so the envelope theorem does not hold: they are differentiated too.
-        of_ball = jnp.maximum(region.radius, tiny) / jnp.maximum(norm, tiny)
+        # Where that of the ball is extreme (nothing can move, or d is 0) any does, and 1 has a gradient.
+        least = jnp.finfo(d.dtype).tiny ** 0.25
+        usual = (norm > least) & (region.radius > least * norm)
+        of_ball = jnp.where(usual, region.radius / jnp.where(usual, norm, 1.0), 1.0)
         scales = of_ball * jnp.asarray(FEW_SCALES, d.dtype)
         return functools.reduce(jnp.minimum, [dual(scale) for scale in scales], jnp.minimum(box, ball))
     left, right = jax.lax.fori_loop(0, BISECTION_STEPS, halve, bracket)

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -85,3 +86,21 @@ def test_margin_is_positive_only_for_a_strict_winner():
     assert margin(jnp.array([1.0, 2.0, 0.0]), 1) == 1
     assert margin(jnp.array([2.0, 2.0, 0.0]), 1) == 0
     assert not margin(jnp.array([jnp.nan, 2.0]), 1) > 0
+
+
+@pytest.mark.parametrize("quick", [False, True])
+def test_value_and_gradient_of_the_ascent_are_finite_at_extreme_sizes(quick):
+    """A stable layer's error has radius 0 in front of rows of any length: the first steps of a ramp met it."""
+
+    @jax.jit
+    @jax.value_and_grad
+    def gain(arguments):
+        d, radius, reach = arguments
+        return ascent(d, Region(jnp.zeros(5), radius, -reach, reach), quick=quick)
+
+    for size in (0.0, 1e-20, 1.0, 30.0, 1e6):
+        for radius, reach in ((0.0, 0.0), (0.0, 1.0), (1e-30, 1e-30), (1e-12, 1.0), (1.0, 0.0), (1e6, 1e6)):
+            d, ends = jnp.arange(5.0) * size, jnp.full(5, reach)
+            value, gradient = gain((d, jnp.float32(radius), ends))
+            assert 0 <= value <= radius * np.linalg.norm(d) * (1 + 1e-5), (size, radius, reach)
+            assert all(np.all(np.isfinite(leaf)) for leaf in gradient), (size, radius, reach)

@@ -165,6 +165,8 @@ def test_value_and_gradient_are_finite_in_degenerate_cases(activation, mode):
         ("all masked", masked, 0.2),
         ("zero weights", zero, 0.2),
         ("huge epsilon", plain, 1e4),
+        # Where no box meets a kink: the first steps of a ramp.
+        *(("small epsilon", plain, epsilon) for epsilon in (1e-9, 1e-6, 1e-4, 1e-3)),
     ):
         (value, (bound, worst)), gradient = run(net, epsilon)
         assert np.isfinite(value), case
