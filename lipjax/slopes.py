@@ -62,11 +62,14 @@ class Chord:
 def chords_of(
     layer, center: jax.Array, lower: jax.Array, upper: jax.Array, radius: jax.Array, after, arithmetic
 ) -> tuple[Chord, ...]:
-    """The chords of an activation, in the order of application.
+    """The chords of an activation on a box, in the order of application (two of a ClippedMaxMin, else one).
+
+    **Guarantee**: each is what `Chord` says, for every z of the box with ``||z - center||_2 <= radius`` over the inputs that
+    can move an output. An activation that has no rule here is all error, within its region.
 
     Args:
-        layer: the activation.
-        center, lower, upper: what is known of its input; the center lies in the box.
+        layer: a registered activation.
+        center, lower, upper: what is known of its input, of one example's shape; the center lies in the box.
         radius: bound of ``||D z||_2`` over the inputs that can move an output (`activations.live_rows`).
         after: the region of its output.
         arithmetic: `rounding.OUTWARD` makes width, reach and radius bounds of the exact ones.
