@@ -29,6 +29,8 @@ def get_config() -> ml_collections.ConfigDict:
     config.model = model = ml_collections.ConfigDict()
     model.name = "small_conv"
     model.activation = "clipped_maxmin"
+    model.mean, model.deviation = (), ()  # of the pixels, per channel: a first layer that normalises them
+    model.orthogonal = False  # layers of norm at most 1 by construction
     model.threshold = 1.0  # initial ReLU thresholds, and +- MaxMin thresholds
 
     config.epsilon = epsilon = ml_collections.ConfigDict()  # l2 radii on pixels in [0, 1]
@@ -46,9 +48,9 @@ def get_config() -> ml_collections.ConfigDict:
     optimizer.decay_start = 50.0  # epoch; exponential from there on
 
     config.bound = bound = ml_collections.ConfigDict()
-    bound.mode = "local"  # or "linear", "paper", "global"
+    bound.mode = "local"  # or "rows", "linear", "paper", "bcp", "global"
     bound.iterations = 2  # warm-started power iterations per step
-    bound.loss = "bcp"  # or "gloro"
+    bound.loss = "bcp"  # or "gloro", "lmt", "emma"
     bound.sparsity = 0.0  # weight of the sparsity loss
     bound.stability = 0.0  # weight of the stability loss, made for mode "linear"
     bound.rivals = 0  # mode "linear": rival classes that get the tighter bound in training; 0: all

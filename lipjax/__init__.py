@@ -9,6 +9,7 @@ from lipjax import (
     margins,
     models,
     operators,
+    orthogonal,
     regions,
     rounding,
     spectral,
@@ -16,14 +17,17 @@ from lipjax import (
 from lipjax.activations import ClippedMaxMin, ClippedReLU, MaxMin, ReLU
 from lipjax.certificates import Certificate, CertifiedRadius, Estimate, certified_radius, certify, estimate
 from lipjax.margins import worst_logits
-from lipjax.operators import AveragePool, Flatten, LinearOperator, linear_operator
+from lipjax.operators import AveragePool, Flatten, LinearOperator, Normalize, linear_operator
+from lipjax.orthogonal import AOLConv, CayleyLinear
 from lipjax.regions import Bound, Region, bound, initial_vectors
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "AOLConv",
     "AveragePool",
     "Bound",
+    "CayleyLinear",
     "Certificate",
     "CertifiedRadius",
     "ClippedMaxMin",
@@ -32,6 +36,7 @@ __all__ = [
     "Flatten",
     "LinearOperator",
     "MaxMin",
+    "Normalize",
     "ReLU",
     "Region",
     "activations",
@@ -48,6 +53,7 @@ __all__ = [
     "margins",
     "models",
     "operators",
+    "orthogonal",
     "regions",
     "rounding",
     "spectral",

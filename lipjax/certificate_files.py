@@ -337,7 +337,7 @@ def _feed(sha, name: str, array: np.ndarray) -> None:
 def describe(network) -> list[dict[str, Any]]:
     """A network as plain data: one dict per layer, nested sequences spliced in, parameters as NumPy arrays.
 
-    "kind" is "conv", "linear", "average_pool", "flatten", "relu", "clipped_relu", "maxmin" or "clipped_maxmin", by
+    "kind" is "conv", "linear", "average_pool", "normalize", "flatten", "relu", "clipped_relu", "maxmin" or "clipped_maxmin", by
     the layer's exact type. The other entries are its parameters (kernel, bias, threshold, upper, lower), its settings
     (strides, padding, dilation, groups, window, ndim), the type it computes in ("dtype", None: that of its input and
     parameters), and under "unusual" what is not written down here and may change what it computes. A layer of any other
@@ -389,6 +389,8 @@ def _describe_layer(layer) -> dict[str, Any]:
             return {"kind": "flatten", "ndim": int(layer.ndim)}
         case "lipjax.operators.AveragePool":
             return {"kind": "average_pool", "window": _spread(layer.window, 2), "strides": _spread(layer.strides, 2)}
+        case "lipjax.operators.Normalize":
+            return {"kind": "normalize", "scale": list(layer.scale), "shift": list(layer.shift)}
     return {"kind": name, **_all_parameters(layer)}
 
 

@@ -98,6 +98,12 @@ def steps_of(layers: Sequence[Mapping[str, Any]], shape: tuple[int, ...]) -> lis
             case "average_pool":
                 matrix, shape = _pool(name, layer, shape)
                 steps.append(_affine(matrix, None, shape, more=1))  # the rounding of 1 / (window's size)
+            case "normalize":
+                scale, shift = (np.asarray(layer[name], np.float64) for name in ("scale", "shift"))
+                if scale.ndim != 1 or scale.shape != shift.shape or (shape and len(scale) not in (1, shape[-1])):
+                    raise CannotCheck(f"{name} of {len(scale)} channels cannot take an input of shape {shape}.")
+                entries = np.broadcast_to(scale, shape).reshape(-1)
+                steps.append(_affine(scipy.sparse.diags_array(entries), shift, shape))
             case "flatten":
                 kept = len(shape) - layer["ndim"]
                 if kept < 0:

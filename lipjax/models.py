@@ -15,7 +15,8 @@ import jax
 from flax import nnx
 
 from lipjax.activations import ClippedMaxMin, ClippedReLU, MaxMin, ReLU
-from lipjax.operators import Flatten
+from lipjax.operators import Flatten, Normalize
+from lipjax.orthogonal import AOLConv, CayleyLinear
 
 ACTIVATIONS = ("relu", "clipped_relu", "maxmin", "clipped_maxmin")
 
@@ -32,11 +33,13 @@ def conv4_dense3(
     activation: str = "clipped_relu",
     classes: int = 10,
     input_shape: Sequence[int] = (28, 28, 1),
+    orthogonal: bool = False,
     rngs: nnx.Rngs,
 ) -> nnx.Sequential:
     """4C3F, published for MNIST with ReLU thresholds 1.0. MaxMin thresholds +-1.0 are ours."""
     convs = [_Conv(32, 3, 1), _Conv(32, 4, 2), _Conv(64, 3, 1), _Conv(64, 4, 2)]
-    return _build(convs, [512, 512], activation, [1.0] * 6, [(1.0, -1.0)] * 6, classes, input_shape, rngs)
+    pairs = [(1.0, -1.0)] * 6
+    return _build(convs, [512, 512], activation, [1.0] * 6, pairs, classes, input_shape, orthogonal, rngs)
 
 
 def conv6_dense2(
@@ -44,12 +47,13 @@ def conv6_dense2(
     activation: str = "clipped_maxmin",
     classes: int = 10,
     input_shape: Sequence[int] = (32, 32, 3),
+    orthogonal: bool = False,
     rngs: nnx.Rngs,
 ) -> nnx.Sequential:
     """6C2F, published for CIFAR-10: ReLU thresholds 2.0, MaxMin thresholds per layer."""
     convs = [_Conv(32, 3, 1), _Conv(32, 3, 1), _Conv(32, 4, 2), _Conv(64, 3, 1), _Conv(64, 3, 1), _Conv(64, 4, 2)]
     pairs = [(0.1, -0.1), (0.1, -0.15), (0.15, -0.15), (0.15, -0.15), (0.2, -0.2), (0.3, -0.3), (1.2, -1.2)]
-    return _build(convs, [512], activation, [2.0] * 7, pairs, classes, input_shape, rngs)
+    return _build(convs, [512], activation, [2.0] * 7, pairs, classes, input_shape, orthogonal, rngs)
 
 
 def conv8_dense2(
@@ -57,13 +61,14 @@ def conv8_dense2(
     activation: str = "clipped_maxmin",
     classes: int = 200,
     input_shape: Sequence[int] = (64, 64, 3),
+    orthogonal: bool = False,
     rngs: nnx.Rngs,
 ) -> nnx.Sequential:
     """8C2F, published for TinyImageNet: ReLU thresholds 1.0, MaxMin thresholds per layer."""
     convs = [_Conv(64, 3, 1), _Conv(64, 3, 1), _Conv(64, 4, 2, 0), _Conv(128, 3, 1), _Conv(128, 3, 1)]
     convs += [_Conv(128, 4, 2, 0), _Conv(256, 3, 1), _Conv(256, 4, 2, 0)]
     pairs = [(t, -t) for t in (0.8, 1.0, 1.4, 1.4, 1.4, 1.6, 2.0, 3.0, 1.6)]
-    return _build(convs, [256], activation, [1.0] * 9, pairs, classes, input_shape, rngs)
+    return _build(convs, [256], activation, [1.0] * 9, pairs, classes, input_shape, orthogonal, rngs)
 
 
 def small_conv(
@@ -74,6 +79,7 @@ def small_conv(
     widths: Sequence[int] = (16, 32),
     dense: int = 64,
     threshold: float = 1.0,
+    orthogonal: bool = False,
     rngs: nnx.Rngs,
 ) -> nnx.Sequential:
     """A small net of our own: per width one 3x3 convolution and one 4x4 of stride 2, then one hidden dense layer.
@@ -82,11 +88,28 @@ def small_conv(
         widths: channels of each pair of convolutions; each pair halves the image.
         dense: width of the hidden dense layer.
         threshold: ReLU thresholds, and +- MaxMin thresholds, of every layer.
+        orthogonal: as `build` says.
     """
     convs = [conv for width in widths for conv in (_Conv(width, 3, 1), _Conv(width, 4, 2))]
     count = len(convs) + 1
     pairs = [(threshold, -threshold)] * count
-    return _build(convs, [dense], activation, [threshold] * count, pairs, classes, input_shape, rngs)
+    return _build(convs, [dense], activation, [threshold] * count, pairs, classes, input_shape, orthogonal, rngs)
+
+
+def small_dense(
+    *,
+    activation: str = "clipped_relu",
+    classes: int = 10,
+    input_shape: Sequence[int] = (8, 8, 1),
+    widths: Sequence[int] = (64, 64),
+    threshold: float = 1.0,
+    orthogonal: bool = False,
+    rngs: nnx.Rngs,
+) -> nnx.Sequential:
+    """Hidden dense layers only; arguments as those of `small_conv`."""
+    pairs = [(threshold, -threshold)] * len(widths)
+    thresholds = [threshold] * len(widths)
+    return _build([], widths, activation, thresholds, pairs, classes, input_shape, orthogonal, rngs)
 
 
 NETWORKS = {
@@ -94,11 +117,19 @@ NETWORKS = {
     "conv6_dense2": conv6_dense2,
     "conv8_dense2": conv8_dense2,
     "small_conv": small_conv,
+    "small_dense": small_dense,
 }
 
 
-def build(name: str, **arguments) -> nnx.Sequential:
-    """The network of that name, as configurations name it; see the functions above for the arguments.
+def build(name: str, *, mean: Sequence[float] = (), deviation: Sequence[float] = (), **arguments) -> nnx.Sequential:
+    """The network of that name, as configurations name it; see the functions above for the other arguments.
+
+    Args:
+        name: a key of `NETWORKS`.
+        mean, deviation: of the pixels, per channel or one number for all; if given, the network begins with
+            `lipjax.Normalize`.
+        orthogonal: all layers but the last have norm at most 1 by construction (`lipjax.orthogonal`): train this one,
+            certify its `lipjax.orthogonal.plain`.
 
     Raises:
         ValueError: unknown name, with the nearest known ones; what the network's own function refuses.
@@ -107,10 +138,11 @@ def build(name: str, **arguments) -> nnx.Sequential:
         near = difflib.get_close_matches(name, NETWORKS, n=1)
         hint = f" Did you mean {near[0]!r}?" if near else ""
         raise ValueError(f"no network is called {name!r}; there are {', '.join(NETWORKS)}.{hint}")
-    return NETWORKS[name](**arguments)
+    network = NETWORKS[name](**arguments)
+    return nnx.Sequential(Normalize(mean, deviation), *network.layers) if mean or deviation else network
 
 
-def _build(convs, dense, activation, thresholds, pairs, classes, input_shape, rngs) -> nnx.Sequential:
+def _build(convs, dense, activation, thresholds, pairs, classes, input_shape, orthogonal, rngs) -> nnx.Sequential:
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}.")
     if classes < 2:
@@ -131,14 +163,14 @@ def _build(convs, dense, activation, thresholds, pairs, classes, input_shape, rn
     layers: list = []
     height, width, channels = input_shape
     for i, conv in enumerate(convs):
-        layers.append(_convolution(conv, channels, rngs))
+        layers.append(_convolution(conv, channels, orthogonal, rngs))
         height, width = (_size(n, conv, i, input_shape) for n in (height, width))
         channels = conv.channels
         layers.append(activate((height, width, channels), i))
     layers.append(Flatten())
     size = height * width * channels
     for i, features in enumerate(dense):
-        layers.append(_dense(size, features, rngs))
+        layers.append(CayleyLinear(size, features, rngs=rngs) if orthogonal else _dense(size, features, rngs))
         layers.append(activate((features,), len(convs) + i))
         size = features
     layers.append(_dense(size, classes, rngs))
@@ -152,7 +184,10 @@ def _size(size, conv, i, input_shape):
     return out
 
 
-def _convolution(conv: _Conv, channels: int, rngs: nnx.Rngs) -> nnx.Conv:
+def _convolution(conv: _Conv, channels: int, orthogonal: bool, rngs: nnx.Rngs) -> nnx.Conv | AOLConv:
+    if orthogonal:
+        window = (conv.kernel, conv.kernel)
+        return AOLConv(channels, conv.channels, window, strides=conv.stride, padding=conv.padding, rngs=rngs)
     deviation = math.sqrt(2 / (conv.kernel**2 * conv.channels))
     return nnx.Conv(
         channels,

@@ -155,6 +155,39 @@ def _window_sum(window, strides, scale, x):
     return scale.astype(x.dtype) * total
 
 
+class Normalize(nnx.Module):
+    """``(x - mean) / deviation`` per channel, inside the network: epsilon stays a radius on pixels in [0, 1].
+
+    Computed as ``x * scale + shift`` with float32 constants, so that what is certified is what is executed. No parameters:
+    nothing here is trained.
+
+    Args:
+        mean, deviation: one number per channel, or one for all of them.
+
+    Raises:
+        ValueError: numbers that are not finite, deviations that are not positive, lengths that differ.
+    """
+
+    def __init__(self, mean: Sequence[float], deviation: Sequence[float]):
+        mean, deviation = tuple(mean), tuple(deviation)
+        if len(mean) != len(deviation) or not mean:
+            raise ValueError(f"mean and deviation need one number per channel each, got {mean} and {deviation}.")
+        if not (np.all(np.isfinite(mean)) and np.all(np.isfinite(deviation)) and min(deviation) > 0):
+            raise ValueError(f"expected finite means and deviations > 0, got {mean} and {deviation}.")
+        self.scale = tuple(float(np.float32(1 / d)) for d in deviation)
+        self.shift = tuple(float(np.float32(-m / d)) for m, d in zip(mean, deviation, strict=True))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        scale, shift = (jnp.asarray(constants, x.dtype) for constants in (self.scale, self.shift))
+        return _scaled(scale, x) + shift
+
+
+def _scaled(scale, x):
+    if x.shape[-1] != scale.shape[0] and scale.shape[0] != 1:
+        raise ValueError(f"{scale.shape[0]} channels are normalised, got an input of shape {x.shape}.")
+    return x * jax.lax.broadcast_in_dim(scale, x.shape, (x.ndim - 1,))
+
+
 @functools.singledispatch
 def linear_operator(layer) -> LinearOperator:
     """The linear view of an affine layer, for one example. Register your own types (see the module's text).
@@ -344,6 +377,11 @@ def _convolve_by_products(strides, padding, input_dilation, dilation, groups, ke
             product = jax.lax.dot_general(part, each, (((rank + 1,), (0,)), ((rank,), (1,))))
             total += jnp.moveaxis(product, 0, rank).reshape(total.shape)
     return total
+
+
+@linear_operator.register(Normalize)
+def _(layer: Normalize) -> LinearOperator:
+    return LinearOperator(_scaled, jnp.asarray(layer.scale), jnp.asarray(layer.shift))
 
 
 @linear_operator.register(AveragePool)

@@ -75,6 +75,29 @@ def test_dense_and_pooling_views_equal_their_explicit_matrices(x64):
     check(lipjax.AveragePool(2), (4, 6, 3))
     check(lipjax.AveragePool((3, 2), strides=1), (4, 4, 2))
     check(nnx.Conv(2, 3, (3,), padding="CAUSAL", rngs=nnx.Rngs(0)), (7, 2))
+    check(lipjax.Normalize((0.1, 0.2, 0.7), (0.5, 0.25, 0.3)), (4, 6, 3))
+    check(lipjax.Normalize((0.1,), (0.3,)), (5,))
+
+
+def test_epsilon_is_a_radius_on_the_pixels_and_not_on_what_a_first_layer_makes_of_them():
+    rngs, deviation = nnx.Rngs(0), np.array([0.5, 0.125])
+    layer = nnx.Linear(2, 3, rngs=rngs)
+    inside = nnx.Sequential(lipjax.Normalize((0.25, 0.5), deviation), layer)
+    folded = nnx.Linear(2, 3, rngs=rngs)
+    folded.kernel[...] = layer.kernel[...] / deviation[:, None]
+    folded.bias[...] = layer.bias[...] - (jnp.asarray([0.25, 0.5]) / deviation) @ layer.kernel[...]
+    x = np.random.default_rng(0).uniform(0, 1, (5, 2)).astype(np.float32)
+    np.testing.assert_allclose(jax.vmap(inside)(x), jax.vmap(nnx.Sequential(folded))(x), atol=1e-5)
+    for mode in ("linear", "local"):
+        apart, together = (
+            lipjax.certified_radius(nnx.Sequential(*net), x, None, mode=mode) for net in ([inside], [folded])
+        )
+        if mode == "linear":  # its rows go through both layers at once
+            np.testing.assert_allclose(apart.radius, together.radius, rtol=0.03)
+        assert np.all(apart.radius <= together.radius * 1.03) and np.all(apart.radius > 0)
+    for mean, deviation in (((0.0,), (0.0,)), ((0.0, 1.0), (1.0,)), ((np.nan,), (1.0,)), ((), ())):
+        with pytest.raises(ValueError, match="mean"):
+            lipjax.Normalize(mean, deviation)
 
 
 def test_a_network_with_pooling_is_bounded_and_certified_under_jit():
