@@ -16,7 +16,6 @@ import time
 import jax
 import numpy as np
 from absl import app, flags, logging
-from flax import nnx
 from ml_collections import ConfigDict
 
 import lipjax
@@ -34,8 +33,8 @@ _DELTA = flags.DEFINE_float(
 _MODES = flags.DEFINE_list(
     "modes",
     ["global", "paper", "local"],
-    "Bounds to certify with, side by side, some of global, paper, local, linear: each is at least as tight as the one "
-    "before, and the last one also makes the curve and the certificate file.",
+    "Bounds to certify with, side by side, some of global, bcp, paper, local, linear, rows: each is at least as tight as "
+    "the one before, and the last one also makes the curve and the certificate file.",
 )
 _ARITHMETIC = flags.DEFINE_enum(
     "arithmetic",
@@ -84,13 +83,8 @@ def main(argv):
     if not modes or len(modes) < len(_MODES.value):
         raise ValueError(f"modes must be some of {', '.join(lipjax.regions.MODES)}, got {', '.join(_MODES.value)}.")
     test = training.load_data(config).test
-    network = training.build_network(config, test.images.shape[1:], test.classes)
-    graph, state = nnx.split(network)
-    abstract = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), nnx.to_pure_dict(state))
     with Checkpoints(_WORKDIR.value) as checkpoints:
-        params, selected = checkpoints.restore_best(abstract)
-    nnx.replace_by_pure_dict(state, params)
-    network = nnx.merge(graph, state)
+        network, selected = training.selected_network(checkpoints, config, test.images.shape[1:], test.classes)
     images, labels = test.unit_images(slice(None)), test.labels
     say(f"{_WORKDIR.value}: epoch {selected['epoch']}, selected on validation images; {len(labels)} test images")
 

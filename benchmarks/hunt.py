@@ -1,7 +1,7 @@
 """Attacks certificates, just inside what they certify, and reports whether anything broke. Nothing may.
 
     python -m benchmarks.hunt [--nets=random_relu,digits_maxmin,...] [--workdirs=runs/a,runs/b] [--examples=32]
-                              [--tiers=probabilistic,deterministic] [--seed=0] [--json] [--quick]
+                              [--tiers=probabilistic,deterministic] [--mode=local] [--seed=0] [--json] [--quick]
 
 Random networks, networks trained on scikit-learn's digits here and now, and runs of train.py. Radii are certified at each
 tier, and the certified images attacked on the whole ball (pixels may leave [0, 1]), at `SHARE` of each radius:
@@ -119,6 +119,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--data_dir", help="where TFDS keeps its sets, if not where training found them")
     parser.add_argument("--examples", type=int, help="images per network; default 32")
     parser.add_argument("--tiers", default=",".join(lipjax.certificates.TIERS))
+    parser.add_argument("--mode", default="local", choices=lipjax.regions.MODES, help="bound of the certificates")
     parser.add_argument("--failure_probability", type=float, default=1e-6, help="of each row of a probabilistic tier")
     parser.add_argument("--batch_size", type=int, default=16, help="of certification; no influence on the result")
     parser.add_argument("--seed", type=int, default=0, help="of networks, images, draws and attacks")
@@ -157,6 +158,7 @@ SOUND_FIELDS = {
     "net": "net",
     "activation": "activation",
     "split": "split",
+    "bound": "mode",
     "tier": "tier",
     "delta": "failure_probability",
     "seed": "seed",
@@ -181,13 +183,14 @@ def sound_rows(options: argparse.Namespace) -> Iterator[dict]:
         # What is nearest does not depend on any certificate.
         nearest = distances(*target, effort, key)
         for tier in options.tiers:
-            certify = {"tier": tier, "seed": options.seed, "batch_size": options.batch_size}
+            certify = {"tier": tier, "mode": options.mode, "seed": options.seed, "batch_size": options.batch_size}
             found = lipjax.certified_radius(*target, failure_probability=options.failure_probability, **certify)
             rows = np.flatnonzero(found.radius > 0)
             row = {
                 "net": subject.name,
                 "activation": subject.activation,
                 "split": subject.split,
+                "mode": options.mode,
                 "tier": tier,
                 "failure_probability": found.failure_probability,
                 "seed": options.seed,
@@ -476,14 +479,10 @@ def from_workdir(workdir: str, options) -> Subject:
     if options.data_dir is not None:
         config.data.data_dir = options.data_dir
     test = training.load_data(config).test
-    network = training.build_network(config, test.images.shape[1:], test.classes)
-    graph, state = nnx.split(network)
-    abstract = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), nnx.to_pure_dict(state))
     with Checkpoints(workdir) as checkpoints:
-        parameters, _ = checkpoints.restore_best(abstract)
-    nnx.replace_by_pure_dict(state, parameters)
+        network, _ = training.selected_network(checkpoints, config, test.images.shape[1:], test.classes)
     name = f"{config.model.name} on {config.data.name}"
-    return _on_test_images(name, config.model.activation, nnx.merge(graph, state), test, options)
+    return _on_test_images(name, config.model.activation, network, test, options)
 
 
 def _on_test_images(name, activation, network, test, options) -> Subject:

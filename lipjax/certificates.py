@@ -18,7 +18,17 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from lipjax import activations, certificate_files, deterministic, margins, operators, regions, rounding, spectral
+from lipjax import (
+    activations,
+    certificate_files,
+    deterministic,
+    margins,
+    operators,
+    orthogonal,
+    regions,
+    rounding,
+    spectral,
+)
 
 TIERS = ("probabilistic", "deterministic")
 # Inflation of each norm that the probabilistic bound aims at, and the part of it by which the scale is raised.
@@ -189,7 +199,7 @@ def certify(
     | epsilon = 0 | certified iff the prediction is right and no rival is within rounding of it |
     | a NaN, an infinity or a number above 1e100 anywhere in the walk | not certified |
     | NaN or infinite weights or pixels, negative ReLU threshold, pixels outside [0, 1], unknown layer | error |
-    | a dtype that the error model does not know | error |
+    | a dtype that the error model does not know; a layer of `lipjax.orthogonal` (certify its `plain`) | error |
 
     Args:
         network: an nnx.Sequential of registered layers.
@@ -198,7 +208,8 @@ def certify(
         epsilon: l2 radius on the pixels as given, >= 0.
         tier: "probabilistic" or "deterministic".
         failure_probability: delta in (0, 1), of the whole call; of no meaning in tier "deterministic".
-        mode: "global", "paper", "local" or "linear", each at least as tight as the one before.
+        mode: "global", "bcp", "paper", "local", "linear" or "rows", each at least as tight as the one before; what they
+            cost says `bound`.
         arithmetic: a name in `rounding.ARITHMETICS`: how the network will be executed. None: as this process's device
             executes it (`rounding.arithmetics_of`), e.g. float32 on a CPU, TF32 on a GPU at default precision.
         budget: floating-point operations, per norm and image, that tier "deterministic" may spend on a masked
@@ -524,6 +535,11 @@ def _check_certifiable(network, tier, failure_probability):
         raise ValueError(f"failure_probability must lie in (0, 1), got {failure_probability}.")
     layers = regions.layers_of(network)
     for i, layer in enumerate(layers):
+        if type(layer) in orthogonal.KINDS:
+            raise TypeError(
+                f"layer {i}, {type(layer).__name__}, computes its kernel anew at each call, which may round otherwise than "
+                "what is certified: certify, save and execute lipjax.orthogonal.plain(network)."
+            )
         if type(layer) is activations.ClippedReLU and np.any(np.asarray(layer.threshold[...]) < 0):
             raise ValueError(
                 f"layer {i}, ClippedReLU, has a threshold below 0 ({np.min(np.asarray(layer.threshold[...])):g}): it must be "

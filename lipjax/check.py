@@ -18,8 +18,8 @@ For a network of your own, of the layers that `lipjax.certificate_files.describe
 (`lipjax.certificate_files`), and, in `load_run` alone, what reads a run's parameters and data. Nothing of its bounds:
 matrices (`lipjax.check_layers`), norms (`check_norms`), masks, margins and the rounding of the executed network
 (`check_walk`, `check_slopes`) are derived in other words, from METHOD 1 to 5, in float64 with every rounding error turned
-outwards. Modes "global" and "paper" are at least as loose as "local", so one walk in mode "local" confirms the verdicts of
-all three, and carries those of mode "linear".
+outwards. Modes "global", "bcp" and "paper" are at least as loose as "local", so one walk in mode "local" confirms the verdicts
+of all four, and carries those of modes "linear" and "rows".
 
 **What a confirmation says.** Each verdict "certified" follows for a second time, from the network and the images of the
 recorded hashes. Norms of matrices with a side of at most `check_norms.SMALL` are proved without chance; larger ones by a
@@ -162,9 +162,9 @@ def check(
     norms = Norms(delta / (len(affine) * (len(chosen) + 1)), rng)
     network = Network(steps, [norms(layer.matrix) for layer in affine], header["arithmetic"])
     margins = np.full(len(chosen), -math.inf)
-    linear = header["mode"] == "linear"
+    slopes = {"linear": header["mode"] in ("linear", "rows"), "rows": header["mode"] == "rows"}
     for i, row in enumerate(chosen):
-        derived = derive(network, images[row], int(labels[row]), float(arrays["epsilon"][row]), norms, linear=linear)
+        derived = derive(network, images[row], int(labels[row]), float(arrays["epsilon"][row]), norms, **slopes)
         margins[i] = derived.margin
         problems += [
             f"image {arrays['index'][row]} (row {row}): {problem}"
@@ -203,8 +203,8 @@ def _contradictions(layers, images, labels, header, arrays) -> list[str]:
     else:
         if header["statement"] != claimed:
             problems.append(f"the statement does not follow from the header: it should read {claimed!r}.")
-    if header["mode"] not in ("global", "paper", "local", "linear"):
-        problems.append(f"mode {header['mode']!r} is none of global, paper, local, linear.")
+    if header["mode"] not in ("global", "bcp", "paper", "local", "linear", "rows"):
+        problems.append(f"mode {header['mode']!r} is none of global, bcp, paper, local, linear, rows.")
     epsilon, margin, certified = arrays["epsilon"], arrays["margin"], arrays["certified"]
     if np.any(wrong := ~((epsilon >= 0) & np.isfinite(epsilon))):
         problems.append(f"epsilon is negative, infinite or NaN in rows {_rows(wrong)}.")
@@ -283,7 +283,7 @@ def _differences(derived: Derived, network: Network, header, row) -> list[str]:
     lower, upper = derived.norms[:, 0], derived.norms[:, 1]
     width = float(np.sum(upper[lower > 0] / lower[lower > 0] - 1))
     least = lower * (1 - TOLERANCE - 4 * width)
-    if header["mode"] == "global":  # the file's norms are those without masks
+    if header["mode"] in ("global", "bcp"):  # the file's norms are those without masks
         least = np.array([bounds[0] for bounds in network.whole[:-1]]) * (1 - TOLERANCE)
     for k in np.flatnonzero(row["norms"] < least):
         problems.append(f"recorded norm {k} is {row['norms'][k]:.9g}, the true one is at least {least[k]:.9g}.")
@@ -307,8 +307,6 @@ def load_run(workdir: str, header, arrays, images_file: str | None, data_dir: st
 
     The only part that uses the library, to read parameters and data.
     """
-    import jax
-    from flax import nnx
     from ml_collections import ConfigDict
 
     from lipjax import training
@@ -331,13 +329,9 @@ def load_run(workdir: str, header, arrays, images_file: str | None, data_dir: st
     else:
         images, labels = _from_npz(images_file, arrays["index"])
         classes = header["classes"]  # only to build the network; its hash is compared
-    network = training.build_network(config, images.shape[1:], classes)
-    graph, state = nnx.split(network)
-    abstract = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), nnx.to_pure_dict(state))
     with Checkpoints(workdir) as checkpoints:
-        parameters, _ = checkpoints.restore_best(abstract)
-    nnx.replace_by_pure_dict(state, parameters)
-    return describe(nnx.merge(graph, state)), images, labels
+        network, _ = training.selected_network(checkpoints, config, images.shape[1:], classes)
+    return describe(network), images, labels
 
 
 def _from_npz(path: str, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

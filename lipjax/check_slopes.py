@@ -1,4 +1,4 @@
-"""The checker's margins in mode "linear": rows carried back through slopes, and what the slopes' errors can add.
+"""The checker's margins in modes "linear" and "rows": rows carried back through slopes, and what the slopes' errors can add.
 
 Part of `lipjax.check`; shares nothing with the bounds that it checks. The claim (METHOD 5): with D the change of a quantity
 from its center, an activation is ``D a = M D z + e``, M elementwise (or on pairs) and ``|e| <= width |D z|``; then for every

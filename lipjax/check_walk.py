@@ -107,19 +107,28 @@ class Block:
 
 
 def derive(
-    network: Network, x: np.ndarray, label: int, epsilon: float, norms: Norms, *, linear: bool = False
+    network: Network,
+    x: np.ndarray,
+    label: int,
+    epsilon: float,
+    norms: Norms,
+    *,
+    linear: bool = False,
+    rows: bool = False,
 ) -> Derived:
     """Bounds the margin of class `label` on the ball ``||x' - x||_2 <= epsilon`` around one example x.
 
-    `linear`: also through the slopes (`check_slopes`); the better of the two.
+    `linear`: also through the slopes (`check_slopes`); the better of the two. `rows`: so each neuron's box, too.
     """
     with np.errstate(all="ignore"):  # NaN and infinity are dealt with at the end
-        regions, found, blocks = walk(network, x, epsilon, norms)
+        regions, found, blocks = walk(network, x, epsilon, norms, rows)
         return _margin(network, regions[-1], label, found, blocks if linear else None)
 
 
-def walk(network: Network, x: np.ndarray, epsilon: float, norms: Norms) -> tuple[list[Known], np.ndarray, list[Block]]:
-    """Carries the ball up to the input of the last layer, in mode "local".
+def walk(
+    network: Network, x: np.ndarray, epsilon: float, norms: Norms, by_rows: bool = False
+) -> tuple[list[Known], np.ndarray, list[Block]]:
+    """Carries the ball up to the input of the last layer, in mode "local"; `by_rows`: in mode "rows".
 
     Returns:
         What is known of x' itself and behind each affine layer (and its activation, where it has one); the bounds of
@@ -140,6 +149,8 @@ def walk(network: Network, x: np.ndarray, epsilon: float, norms: Norms) -> tuple
         else:
             whole = network.whole[len(found)]
             known, slack = transform(layer, before, whole[1], network.arithmetic)
+            if by_rows and blocks:
+                known = _cut(known, layer, before, blocks, slack)
             middle, rows = known, known.varies
             if activation is not None:
                 known, rows = activate(activation, known)
@@ -156,6 +167,16 @@ def walk(network: Network, x: np.ndarray, epsilon: float, norms: Norms) -> tuple
         regions.append(dataclasses.replace(known, radius=radius))
         blocks.append(Block(layer, activation, before, middle, regions[-1], slack, moving))
     return regions, np.array(found).reshape(-1, 2), blocks
+
+
+def _cut(known: Known, layer: Affine, before: Known, blocks: list[Block], slack: np.ndarray) -> Known:
+    """The box of an affine layer's outputs, cut with what the row of each says, upwards and downwards."""
+    directions = layer.matrix.toarray() * before.varies
+    ends = []
+    for sign, reach in ((-1, known.center - known.lower), (1, known.upper - known.center)):
+        by_row = check_slopes.linear_gains(blocks, sign * directions, np.full(len(slack), np.inf), worst_gains)
+        ends.append(known.center + sign * np.minimum(reach, up(by_row + slack) + 4 * U * np.abs(known.center)))
+    return dataclasses.replace(known, lower=ends[0], upper=ends[1])
 
 
 def _margin(network: Network, known: Known, label: int, found: np.ndarray, blocks: list[Block] | None) -> Derived:

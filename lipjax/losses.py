@@ -1,12 +1,13 @@
 """Losses of certified training, of one example each, written on bounds. `vmap` makes the batch, the mean is yours."""
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from lipjax import activations
+from lipjax import activations, operators
 from lipjax.margins import worst_logits
 from lipjax.regions import Bound, layers_of
 
@@ -35,6 +36,32 @@ def gloro_logits(network: nnx.Module, bound: Bound, label: jax.Array) -> jax.Arr
 def gloro(network: nnx.Module, bound: Bound, label: jax.Array) -> jax.Array:
     """Cross-entropy over the logits and the "not robust" class of GloRo (Leino et al. 2021)."""
     return cross_entropy(gloro_logits(network, bound, label), label)
+
+
+def lmt(network: nnx.Module, bound: Bound, label: jax.Array) -> jax.Array:
+    """Cross-entropy with ``sqrt(2) ||W|| r`` added to every rival's logit (Lipschitz-margin training, Tsuzuku et al. 2018).
+
+    W is the last layer, r the penultimate radius; with mode "global" that is LMT, which knows the Lipschitz constant of the
+    whole network and nothing of the pairs of classes.
+    """
+    *_, last = (layer for layer in layers_of(network) if operators.is_affine(layer))
+    operator = operators.linear_operator(last)
+    matrix = operator.materialized(bound.penultimate.center).kernel
+    gain = math.sqrt(2) * jnp.linalg.norm(matrix, 2) * bound.penultimate.radius
+    rivals = jnp.arange(bound.logits.shape[0]) != label
+    return cross_entropy(bound.logits + jnp.where(rivals, gain, 0.0), label)
+
+
+def emma(network: nnx.Module, bound: Bound, label: jax.Array) -> jax.Array:
+    """Cross-entropy on rivals raised only as far as to the label's logit (EMMA: Hu et al., NeurIPS 2023).
+
+    Each rival's gain is multiplied by the share of the ball at which it would draw level with the label, in [0, 1] and
+    held fixed: the loss works at the boundary of what is robust already, not beyond it.
+    """
+    gain = worst_logits(network, bound, label) - bound.logits
+    ahead = bound.logits[label] - bound.logits
+    share = jnp.where(gain > ahead, jnp.maximum(ahead, 0.0) / jnp.where(gain > 0, gain, 1.0), 1.0)
+    return cross_entropy(bound.logits + jax.lax.stop_gradient(share) * gain, label)
 
 
 @functools.singledispatch

@@ -1,13 +1,12 @@
 """Worst-case logits over the penultimate region: the ball and the box at once."""
 
-import functools
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from lipjax import activations, deterministic, operators, rounding, slopes
+from lipjax import operators, rounding, slopes
 from lipjax.operators import safe_norm
 from lipjax.regions import Bound, Region, layers_of
 
@@ -15,14 +14,9 @@ from lipjax.regions import Bound, Region, layers_of
 BISECTION_STEPS = 35
 # The largest ratio between the scaling of d at the optimum and that of the ball alone that the bracket covers.
 WIDEST = 1e12
-# For the many small terms of `linear_gains`: scalings that are tried, as multiples of that of the ball alone. Each gives an
-# upper bound, and there is no loop.
-FEW_SCALES = (1.0, 1.5, 2.5, 5.0, 15.0)
 
 
-def ascent(
-    direction: jax.Array, region: Region, arithmetic: rounding.Rounding = rounding.EXACT, *, quick: bool = False
-) -> jax.Array:
+def ascent(direction: jax.Array, region: Region, arithmetic: rounding.Rounding = rounding.EXACT) -> jax.Array:
     """Upper bound of ``max <direction, t>`` over ``||t||_2 <= radius, lower - center <= t <= upper - center``.
 
     By duality every ``mu >= 0`` gives an upper bound ``<d, t> + mu / 2 (radius^2 - ||t||^2)`` at
@@ -36,7 +30,6 @@ def ascent(
         region: what is known of the penultimate activation.
         arithmetic: `rounding.OUTWARD` (in float64) makes the computed value an upper bound of the exact one, also where
             each entry of `direction` is itself a rounded difference.
-        quick: try `FEW_SCALES` only, in place of the bisection: looser, never wrong.
 
     Returns:
         A scalar >= 0 up to rounding; NaN if anything is NaN.
@@ -66,23 +59,9 @@ def ascent(
         short = too_short(middle)
         return jnp.where(short, middle, left), jnp.where(short, right, middle)
 
-    def dual(scale):
-        t = jnp.clip(d * scale, low, high)
-        # Every term of the sums is >= 0, the difference is not: its rounding is bounded by that of the sum of its parts.
-        room, used = jnp.square(region.radius), jnp.sum(jnp.square(t))
-        excess = up(room + used, d.size) - (room + used)
-        return up(jnp.sum(d * t), d.size) + (room - used + 2 * excess) / (2 * scale)
-
-    if quick:
-        # None of these is the best scale, so the envelope theorem does not hold: they are differentiated too.
-        # Where that of the ball is extreme (nothing can move, or d is 0) any does, and 1 has a gradient.
-        least = jnp.finfo(d.dtype).tiny ** 0.25
-        usual = (norm > least) & (region.radius > least * norm)
-        of_ball = jnp.where(usual, region.radius / jnp.where(usual, norm, 1.0), 1.0)
-        scales = of_ball * jnp.asarray(FEW_SCALES, d.dtype)
-        return functools.reduce(jnp.minimum, [dual(scale) for scale in scales], jnp.minimum(box, ball))
     left, right = jax.lax.fori_loop(0, BISECTION_STEPS, halve, bracket)
-    return jnp.minimum(jnp.minimum(box, ball), dual(jax.lax.stop_gradient(jnp.exp((left + right) / 2))))
+    scale = jax.lax.stop_gradient(jnp.exp((left + right) / 2))
+    return jnp.minimum(jnp.minimum(box, ball), slopes.dual(d, low, high, region.radius, scale, arithmetic))
 
 
 def directions(network: nnx.Module, penultimate: Region, classes: int, label: jax.Array) -> jax.Array:
@@ -107,87 +86,26 @@ def linear_gains(
 ) -> jax.Array:
     """Upper bounds of ``max <d, h' - h>`` over the ball, h the penultimate activation, linear where the network is linear.
 
-    With the slopes and errors of `slopes` and ``P_j`` the product of all that is linear behind activation j (of the input,
-    j = 0), the change of ``<d, h>`` is, *for every j*,
-
-        <P_j^T d, D h_j> + sum over activations i > j of <P_i^T d, e_i>,
-
-    so one reverse pass gives every row, without a norm of anything, and the bound is the smallest over j of
-
-        max <P_j^T d, t> over the region of h_j  +  sum_{i > j} max <P_i^T d, e_i> over the ball and box of e_i.
-
-    j = the penultimate activation is mode "local": this is never looser. With j = 0 it tends to the exact norm of the
-    gradient times epsilon as epsilon tends to 0.
+    The smaller of `gains` and `slopes.gain`: never looser than mode "local", and as epsilon tends to 0 the exact norm of the
+    gradient times epsilon.
 
     Args:
         network: the network that `bound` was computed of.
-        bound: what `lipjax.bound` knows of one example, in mode "linear" or "local".
+        bound: what `lipjax.bound` knows of one example, in mode "rows", "linear" or "local".
         rows: ``(n, *penultimate shape)``, the directions d; each entry may be a rounded difference.
         gains: ``(n,)``, the bounds from the region of the penultimate activation, `ascent`.
-        arithmetic: `rounding.OUTWARD` (in float64) makes the computed values upper bounds of the exact ones. A row that
-            was computed serves as well as the exact one, once what it leaves over is counted.
+        arithmetic: `rounding.OUTWARD` (in float64) makes the computed values upper bounds of the exact ones.
         view: layer and example to linear view.
 
     Returns:
         ``(n,)``, at most `gains`.
     """
-    layers, up = layers_of(network), arithmetic.up
-    inputs = (bound.input, *bound.regions)
+    layers = layers_of(network)
     last = max(i for i, layer in enumerate(layers) if operators.is_affine(layer))
-    stages: list[Callable] = []  # row behind the layer -> row in front of it, what that costs
-    k, moving = 0, None
-    for i, layer in enumerate(layers[:last]):
-        before = inputs[i]
-        if type(layer) is operators.Flatten:
-            stages.append(lambda g, shape=before.center.shape: (g.reshape(shape), 0.0))
-        elif activations.is_activation(layer):
-            # The rows that move an output are those whose norm the walk has taken.
-            radius = before.radius if moving is None else jnp.minimum(moving, before.radius)
-            moving = None
-            region = (before.center, before.lower, before.upper)
-            chords = slopes.chords_of(layer, *region, radius, inputs[i + 1], arithmetic)
-            stages.append(functools.partial(_through_activation, chords, before.radius, arithmetic))
-        else:
-            operator = view(layer, before.center)
-            slack = arithmetic.slack(operator, before.lower, before.upper)
-            moving = up(bound.norms[k] * before.radius + arithmetic.norm(slack))
-            stages.append(functools.partial(_through_affine, operator, before, slack, arithmetic))
-            k += 1
-
-    def gain(d, best):
-        g = d
-        spent = arithmetic.left_over(4 * rounding.DOUBLE, d, bound.penultimate.radius)
-        for i in reversed(range(last)):
-            g, cost = stages[i](g)
-            spent = up(spent + cost, 2)
-            if operators.is_affine(layers[i]):
-                best = jnp.minimum(best, up(ascent(g, inputs[i], arithmetic, quick=True) + spent, 2))
-        return best
-
-    return jax.vmap(gain)(rows, gains)
-
-
-def _through_activation(chords, length, arithmetic, g):
-    """``M^T g`` and what the errors can add: the largest ``<g, e>``."""
-    total = 0.0
-    for chord in reversed(chords):
-        zero = jnp.zeros_like(chord.reach)
-        error = Region(zero, chord.radius, -chord.reach, chord.reach)
-        total = arithmetic.up(total + ascent(chord.along(g), error, arithmetic, quick=True), 2)
-        total = arithmetic.up(total + arithmetic.left_over(8 * rounding.DOUBLE, g, length), 2)
-        g = chord.transposed(g)
-    return g, total
-
-
-def _through_affine(operator, before, slack, arithmetic, g):
-    """``W^T g`` and what rounding can add."""
-    row = operator.transpose(before.center)(g)
-    if arithmetic is rounding.EXACT:
-        return row, 0.0
-    terms = rounding.transposed_terms_of(operator, before.center)
-    relative = 2 * rounding.gamma(terms + 8) * deterministic.schur_bound(operator, before.center, None, None)
-    cost = arithmetic.up(jnp.sum(jnp.abs(g) * slack), g.size)
-    return row, arithmetic.up(cost + arithmetic.left_over(relative, g, before.radius), 2)
+    inputs = (bound.input, *bound.regions[:last])
+    stages = slopes.stages_of(layers[:last], inputs, bound.norms, arithmetic, view)
+    ends = (bound.input, bound.penultimate, arithmetic)
+    return jnp.minimum(gains, jax.vmap(lambda d: slopes.gain(stages, d, *ends))(rows))
 
 
 def worst_logits(
@@ -219,7 +137,7 @@ def worst_logits(
     rivals = directions(network, bound.penultimate, classes, label)
     gains = jax.vmap(lambda d: ascent(d, bound.penultimate, arithmetic))(rivals)
     own = jnp.arange(classes) == label
-    if bound.mode == "linear":
+    if bound.mode in ("linear", "rows"):
         if bound.rivals is None or bound.rivals >= classes - 1:
             gains = linear_gains(network, bound, rivals, gains, arithmetic, view)
         else:

@@ -10,9 +10,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from lipjax import activations, operators, rounding, spectral
+from lipjax import activations, operators, rounding, slopes, spectral
 
-MODES = ("global", "paper", "local", "linear")
+MODES = ("global", "bcp", "paper", "local", "linear", "rows")
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["center", "radius", "lower", "upper"], meta_fields=[])
@@ -55,8 +55,8 @@ class Bound:
         regions: ``regions[i]`` is what is known after layer i of the network (nested nnx.Sequential spliced in).
         penultimate: what is known of the input of the last affine layer.
         vectors: last vectors of the power iterations, to start the next from. A dict with "local" (per example) in
-            modes "paper" and "local", and "global" (shared by all examples) in modes "global" and "paper"; each a
-            tuple of arrays of the inputs' shapes, one per affine layer but the last.
+            modes from "paper" on, and "global" (shared by all examples) in modes "global", "bcp" and
+            "paper"; each a tuple of arrays of the inputs' shapes, one per affine layer but the last.
         mode, rivals: as given to `bound`.
     """
 
@@ -153,17 +153,19 @@ def walk(
 
     Modes, each at most the one before:
         global: no masks, radii grow by the norms of the layers (as GloRo and LMT do); boxes are those of the ball.
-        paper: boxes grow with the *global* radius (as in BCP); local norms only in the final product.
+        bcp: the same radii, and boxes by interval arithmetic cut with them (Lee et al. 2020).
+        paper: the boxes of "bcp"; local norms in the final product (Huang et al. 2021).
         local: boxes, masks and norms all from the local radius; no global norm is needed.
         linear: the walk of "local"; the margins are taken through the slopes (`margins.linear_gains`).
+        rows: the same, and every box is cut with what each neuron's own row says (`slopes.reaches`).
     """
     if mode not in MODES:
         raise ValueError(f"mode must be one of {', '.join(MODES)}, got {mode!r}.")
-    asked, mode = mode, "local" if mode == "linear" else mode
+    asked, mode = mode, "local" if mode in ("linear", "rows") else mode
     epsilon = jnp.asarray(epsilon, x.dtype)
     region = start = _ball(x, epsilon, arithmetic)
     lipschitz = jnp.ones((), x.dtype)
-    global_radius = epsilon  # of the paper's boxes
+    global_radius = epsilon  # of the boxes in modes "bcp" and "paper"
     last = max(i for i, layer in enumerate(layers) if operators.is_affine(layer))
     regions: list[Region] = []
     norms: list[jax.Array] = []
@@ -202,13 +204,20 @@ def walk(
                 region = _ball(center, arithmetic.up(sigma * before.radius + moved), arithmetic)
                 regions.append(region)
                 continue
-            ball = global_radius if mode == "paper" else before.radius
-            region = _affine_box(operator, before, center, ball, mode, slack, arithmetic)
+            ball = before.radius if mode == "local" else global_radius
+            own = None
+            if asked == "rows" and norms and i < last:
+                own = slopes.reaches(layers[:i], (start, *regions), norms, operator, arithmetic, view)
+            region = _affine_box(operator, before, center, ball, mode, slack, arithmetic, own)
             if i < last:
-                mask_in = before.varies
                 mask_out, behind_activation = _live_rows(layers, i, region, mode)
-                sigma, vector = local_norm(k, operator, before.center, mask_in, mask_out)
-                vectors["local"].append(vector)
+                if mode != "local":
+                    sigma, vector = global_norm(k, operator, before.center, None, None)
+                    vectors["global"].append(vector)
+                    global_radius = arithmetic.up(sigma * global_radius + moved)
+                if mode != "bcp":
+                    sigma, vector = local_norm(k, operator, before.center, before.varies, mask_out)
+                    vectors["local"].append(vector)
                 norms.append(sigma)
                 radius = arithmetic.up(sigma * before.radius + moved)
                 if behind_activation:
@@ -216,10 +225,6 @@ def walk(
                 else:
                     smaller = jnp.minimum(radius, region.radius) if mode == "local" else radius
                     region = dataclasses.replace(region, radius=smaller)
-                if mode == "paper":
-                    sigma, vector = global_norm(k, operator, before.center, None, None)
-                    vectors["global"].append(vector)
-                    global_radius = arithmetic.up(sigma * global_radius + moved)
         regions.append(region)
     for sigma in norms:
         lipschitz = arithmetic.up(lipschitz * sigma)
@@ -232,7 +237,10 @@ def walk(
 
 
 # Which power iterations a mode runs: per example ("local"), shared by all examples ("global").
-VECTORS_OF = {"global": ("global",), "paper": ("global", "local"), "local": ("local",), "linear": ("local",)}
+VECTORS_OF = {
+    **{"global": ("global",), "bcp": ("global",), "paper": ("global", "local")},
+    **{"local": ("local",), "linear": ("local",), "rows": ("local",)},
+}
 
 
 def _ball(center, radius, arithmetic):
@@ -256,17 +264,20 @@ def _checked(function, i, layer, x):
         ) from error
 
 
-def _affine_box(operator, before: Region, center, ball_radius, mode, slack, arithmetic) -> Region:
-    """Interval arithmetic, cut with the ball of the inputs that vary; always contains the center itself."""
+def _affine_box(operator, before: Region, center, ball_radius, mode, slack, arithmetic, own=None) -> Region:
+    """Interval arithmetic, cut with the ball of the inputs that vary, and with `own`, how far each output can move, if given;
+    always contains the center itself."""
     middle_in, half_width_in = arithmetic.around(before.lower, before.upper)
     middle, half_width = operator.affine(middle_in), operator.absolute(half_width_in)
-    if mode == "paper" and operator.kernel_row_norms is not None:
+    if mode in ("bcp", "paper") and operator.kernel_row_norms is not None:
         row_norms = operator.kernel_row_norms
     else:
-        mask = jnp.ones(before.center.shape, bool) if mode == "paper" else before.varies
+        mask = before.varies if mode == "local" else jnp.ones(before.center.shape, bool)
         row_norms = operator.row_norms(mask)
     terms = before.center.size + operator.kernel.size
     reach = arithmetic.up(ball_radius * jnp.broadcast_to(row_norms, center.shape), terms)
+    if own is not None:
+        reach = jnp.minimum(reach, own)
     lower = jnp.maximum(middle - half_width, center - reach)
     upper = jnp.minimum(middle + half_width, center + reach)
     lower, upper = arithmetic.widened(lower, upper, slack)
@@ -348,12 +359,13 @@ def bound(
         x: one example, ``(height, width, channels)`` or what the first layer takes; floats. `vmap` makes the batch.
         epsilon: l2 radius >= 0, in the units of x. At 0 every coordinate is constant and the norms are 0 (mode
             "global" knows no masks and is the same for all epsilon).
-        mode: "global", "paper", "local" or "linear", each at most the one before at convergence ("linear" in what
-            `margins.worst_logits` makes of it; the bound itself is that of "local").
+        mode: "global", "bcp", "paper", "local", "linear" or "rows", each at most the one before at convergence ("bcp" and
+            "linear" in what `margins.worst_logits` makes of it; `lipschitz` is that of "global", of "local"). "linear" costs
+            a reverse pass for each rival class, "rows" one for each neuron.
         iterations: power iterations per norm. 0 is allowed (the norm of the image of the start vector).
         vectors: start vectors, a dict as in `Bound.vectors`; None: fixed random ones. Under `vmap` the "global" ones
             are shared: ``in_axes={"global": None, "local": 0}``.
-        rivals: of influence in mode "linear" alone: how many rival classes, those with the largest worst-case logits in
+        rivals: of influence in modes "linear" and "rows": how many rival classes, those with the largest worst-case logits in
             mode "local", get the reverse pass that makes them tighter; None: all. To train at less cost.
 
     Returns:

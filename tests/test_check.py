@@ -90,9 +90,10 @@ def file(tmp_path):
 
 GLOBAL = {"tier": "deterministic", "mode": "global", "epsilon": 0.02}
 LINEAR = {"tier": "deterministic", "mode": "linear"}
+ROWS = {"tier": "deterministic", "mode": "rows"}
 
 
-@pytest.mark.parametrize("which", [{}, GLOBAL, LINEAR], ids=str)
+@pytest.mark.parametrize("which", [{}, GLOBAL, LINEAR, ROWS], ids=str)
 def test_certificates_of_the_tool_are_confirmed(tmp_path, which):
     file = File(tmp_path, **which)
     report = file.check()
@@ -113,14 +114,15 @@ def test_certificates_of_the_tool_are_confirmed(tmp_path, which):
         assert fact in str(report)
 
 
-def test_certificates_of_mode_linear_rest_on_slopes_and_not_on_the_norms_alone(tmp_path):
-    file = File(tmp_path, **LINEAR)
-    assert np.all(file.arrays["margin"] >= certified()[-1].margin - 1e-9)
-    assert np.any(file.arrays["margin"] > certified()[-1].margin + 0.01)
-    file.header["mode"] = "local"
+@pytest.mark.parametrize("which, looser", [(LINEAR, {}), (ROWS, LINEAR)], ids=["linear", "rows"])
+def test_certificates_of_modes_linear_and_rows_rest_on_more_than_those_before(tmp_path, which, looser):
+    file, before = File(tmp_path, **which), certified(**looser)[-1]
+    assert np.all(file.arrays["margin"] >= before.margin - 1e-9)
+    assert np.any(file.arrays["margin"] > before.margin + 0.01)
+    file.header["mode"] = before.mode
     file.rehash()
     assert any("recorded margin" in problem for problem in file.check().problems)
-    file.header["mode"] = "linear"
+    file.header["mode"] = which["mode"]
     file.arrays["margin"] += 0.02
     file.rehash()
     assert any("recorded margin" in problem for problem in file.check().problems)
@@ -508,6 +510,8 @@ def test_dense_pooling_and_other_ranks_have_the_matrix_of_the_layer(x64):
     equals(nnx.Linear(5, 3, param_dtype=jnp.float64, use_bias=False, rngs=nnx.Rngs(0)), (2, 4, 5))
     equals(lipjax.AveragePool(2), (4, 6, 3))
     equals(lipjax.AveragePool((3, 2), strides=(1, 2)), (5, 5, 2))
+    equals(lipjax.Normalize((0.1, 0.7), (0.5, 0.3)), (3, 4, 2))
+    equals(lipjax.Normalize((0.1,), (0.3,)), (3, 4, 2))
     equals(nnx.Conv(2, 3, (3,), padding="SAME", strides=2, param_dtype=jnp.float64, rngs=nnx.Rngs(0)), (7, 2))
     equals(nnx.Conv(1, 2, (2, 2, 2), padding=1, param_dtype=jnp.float64, rngs=nnx.Rngs(0)), (2, 3, 2, 1))
 
@@ -549,6 +553,7 @@ class OwnLinear(nnx.Linear):
         (lambda r: [nnx.Conv(3, 3, (3, 3), rngs=r)], "cannot take"),
         (lambda r: [nnx.Conv(2, 3, (9, 9), padding=0, rngs=r)], "does not fit"),
         (lambda r: [lipjax.AveragePool(7)], "cannot take"),
+        (lambda r: [lipjax.Normalize((0.0,) * 3, (1.0,) * 3)], "cannot take"),
         (lambda r: [nnx.Linear(3, 3, rngs=r)], "cannot take"),
         (lambda r: [lipjax.Flatten(4)], "flattens 4"),
         (lambda r: [lipjax.ClippedReLU((3, 3))], "thresholds"),

@@ -1,4 +1,4 @@
-"""BCP, GloRo, sparsity and stability losses against naive NumPy formulas, and their gradients against finite differences."""
+"""The losses against naive NumPy formulas, and their gradients against finite differences."""
 
 import functools
 
@@ -38,13 +38,14 @@ def image():
 
 @functools.partial(jax.jit, static_argnames="iterations")
 def everything(net, x, epsilon, kappa, label, iterations=30):
-    """The three losses as one vector, and what the naive formulas start from."""
+    """The losses as one vector, and what the naive formulas start from."""
     bound = lipjax.bound(net, x, epsilon, mode="local", iterations=iterations)
     found = [
         losses.bcp(net, bound, label, kappa),
         losses.gloro(net, bound, label),
         losses.sparsity(net, bound),
         losses.stability(net, bound),
+        losses.lmt(net, bound, label),
     ]
     return jnp.stack(found), bound, lipjax.worst_logits(net, bound, label)
 
@@ -119,7 +120,10 @@ def test_losses_are_their_formulas(x64, activation):
     assert robust > naive_cross_entropy(logits, LABEL) + 0.01  # the bound matters here, else this would show little
     assert (sparsity > 0) == (activation != "maxmin")
     assert naive_stability(net, bound) > 0
-    np.testing.assert_allclose(found, [bcp, gloro, sparsity, naive_stability(net, bound)], rtol=1e-10)
+    last = np.linalg.svd(np.asarray(net.layers[-1].kernel[...], np.float64), compute_uv=False)[0]
+    raised = logits + np.sqrt(2) * last * float(bound.penultimate.radius) * (np.arange(4) != LABEL)
+    lmt = naive_cross_entropy(raised, LABEL)
+    np.testing.assert_allclose(found, [bcp, gloro, sparsity, naive_stability(net, bound), lmt], rtol=1e-10)
 
 
 def test_kappa_goes_from_the_clean_to_the_worst_case_loss(x64):
@@ -187,6 +191,35 @@ def test_values_and_gradients_are_finite_where_nothing_varies(activation):
         assert np.isfinite(value) and np.all(np.isfinite(found)) and np.all(np.isfinite(norms))
         assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(gradient))
     assert float(norms[-1]) == 0 or activation != "clipped_relu"  # the case is what it claims to be
+
+
+@pytest.mark.parametrize("label", range(4))
+def test_emma_raises_each_rival_to_the_label_and_no_further_with_the_share_held_fixed(x64, label):
+    net, x = small_net("clipped_relu"), image().astype(jnp.float64)
+
+    def of(loss):
+        @jax.jit
+        def value_and_slopes(net):
+            bound = lipjax.bound(net, x, EPSILON, iterations=30)
+            return loss(net, bound), (bound.logits, lipjax.worst_logits(net, bound, label))
+
+        return jax.value_and_grad(value_and_slopes, has_aux=True)(net)
+
+    (value, (logits, worst)), slopes = of(lambda net, bound: losses.emma(net, bound, label))
+    logits, gain = np.asarray(logits), np.asarray(worst - logits)
+    raised = [
+        z if j == label or z > logits[label] else min(z + g, logits[label])
+        for j, (z, g) in enumerate(zip(logits, gain, strict=True))
+    ]
+    np.testing.assert_allclose(value, naive_cross_entropy(np.array(raised), label), rtol=1e-10)
+    share = (np.array(raised) - logits) / np.where(gain > 0, gain, 1)
+
+    def fixed(net, bound):
+        worst = lipjax.worst_logits(net, bound, label)
+        return losses.cross_entropy(bound.logits + share * (worst - bound.logits), label)
+
+    for found, wanted in zip(jax.tree.leaves(slopes), jax.tree.leaves(of(fixed)[1]), strict=True):
+        np.testing.assert_allclose(found, wanted, rtol=1e-9, atol=1e-12)
 
 
 def test_cross_entropy_does_not_overflow():

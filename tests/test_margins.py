@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lipjax import rounding, slopes
 from lipjax.margins import ascent, margin
 from lipjax.regions import Region
 
@@ -88,15 +89,35 @@ def test_margin_is_positive_only_for_a_strict_winner():
     assert not margin(jnp.array([jnp.nan, 2.0]), 1) > 0
 
 
-@pytest.mark.parametrize("quick", [False, True])
-def test_value_and_gradient_of_the_ascent_are_finite_at_extreme_sizes(quick):
+@settings(max_examples=60)
+@given(seed=st.integers(0, 10**6), radius=st.floats(1e-3, 10))
+def test_the_quick_largest_product_is_never_below_the_maximum_nor_above_ball_and_box(seed, radius):
+    rng = np.random.default_rng(seed)
+    d, reach = rng.normal(size=12), rng.uniform(0, 1, 12) * (rng.uniform(size=12) < 0.7)
+    with jax.enable_x64(True):
+        found = float(slopes.largest_product(jnp.asarray(d), jnp.asarray(reach), radius, rounding.EXACT))
+    least = exact(d, radius, -reach, reach)
+    most = min(radius * np.linalg.norm(d), np.abs(d) @ reach)
+    assert least * (1 - 1e-9) <= found <= most * (1 + 1e-9)
+
+
+def of_ascent(d, reach, radius):
+    return ascent(d, Region(jnp.zeros(5), radius, -reach, reach))
+
+
+def of_largest_product(d, reach, radius):
+    return slopes.largest_product(d, reach, radius, rounding.EXACT)
+
+
+@pytest.mark.parametrize("function", [of_ascent, of_largest_product])
+def test_value_and_gradient_of_the_largest_product_are_finite_at_extreme_sizes(function):
     """A stable layer's error has radius 0 in front of rows of any length: the first steps of a ramp met it."""
 
     @jax.jit
     @jax.value_and_grad
     def gain(arguments):
         d, radius, reach = arguments
-        return ascent(d, Region(jnp.zeros(5), radius, -reach, reach), quick=quick)
+        return function(d, reach, radius)
 
     for size in (0.0, 1e-20, 1.0, 30.0, 1e6):
         for radius, reach in ((0.0, 0.0), (0.0, 1.0), (1e-30, 1e-30), (1e-12, 1.0), (1.0, 0.0), (1e6, 1e6)):

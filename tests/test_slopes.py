@@ -116,12 +116,15 @@ def compiled(mode):
 @pytest.mark.parametrize("kind", ["clipped_relu", "clipped_maxmin"])
 def test_margins_hold_on_samples_and_are_at_most_those_of_local(x64, kind):
     net, rng = cast64(tiny_net(kind, seed=4)), np.random.default_rng(0)
-    smaller = 0
+    smaller, smallest = 0, 0
     for x in jnp.asarray(rng.uniform(0, 1, (3, 6, 6, 2))):
         for epsilon in (0.01, 0.1, 0.4):
-            linear, local = (np.asarray(compiled(mode)(net, x, epsilon, 2)) for mode in ("linear", "local"))
-            assert np.all(linear <= local + 1e-12) and linear[2] == 0
+            rows, linear, local = (
+                np.asarray(compiled(mode)(net, x, epsilon, 2)) for mode in ("rows", "linear", "local")
+            )
+            assert np.all(linear <= local + 1e-12) and np.all(rows <= local + 1e-12) and rows[2] == linear[2] == 0
             smaller += np.sum(linear < 0.9 * local)
+            smallest += np.sum(rows < 0.97 * linear)
             steps = rng.normal(size=(400, 6, 6, 2))
             # The worst direction to first order, and random ones.
             gradient = jax.jacobian(lambda x: net(x) - net(x)[2])(x)
@@ -129,8 +132,8 @@ def test_margins_hold_on_samples_and_are_at_most_those_of_local(x64, kind):
             steps *= epsilon / np.linalg.norm(steps.reshape(400, -1), axis=1)[:, None, None, None]
             logits = jax.vmap(net)(x + jnp.asarray(steps))
             moved = (logits - logits[:, 2:3]) - (net(x) - net(x)[2])
-            assert np.all(np.max(np.asarray(moved), axis=0) <= linear + 1e-9)
-    assert smaller >= 6  # of 27: it is not only never worse
+            assert np.all(np.max(np.asarray(moved), axis=0) <= np.minimum(rows, linear) + 1e-9)
+    assert smaller >= 6 and smallest >= 6  # of 27: they are not only never worse
 
 
 def test_with_few_rivals_the_strongest_are_tightened_and_the_others_left(x64):
@@ -156,7 +159,8 @@ def test_on_a_small_ball_the_margin_is_the_exact_norm_of_the_gradient(x64, kind)
     epsilon = 1e-5
     gradient = jax.jacobian(lambda x: net(x) - net(x)[1])(x)
     wanted = np.linalg.norm(np.asarray(gradient).reshape(4, -1), axis=1)
-    np.testing.assert_allclose(compiled("linear")(net, x, epsilon, 1) / epsilon, wanted, rtol=1e-3)
+    for mode in ("linear", "rows"):
+        np.testing.assert_allclose(compiled(mode)(net, x, epsilon, 1) / epsilon, wanted, rtol=1e-3)
     local = compiled("local")(net, x, epsilon, 1) / epsilon
     assert np.max(local / np.maximum(wanted, 1e-9) * (wanted > 0)) > 1.5  # which the product of norms is not
 
@@ -175,6 +179,31 @@ def test_on_a_ball_as_large_as_everything_the_margin_is_finite_and_at_most_that_
     assert np.all(linear <= local) and np.all(np.isfinite(linear))
 
 
+@pytest.mark.parametrize("kind", ["clipped_relu", "clipped_maxmin"])
+def test_no_neuron_leaves_the_box_that_its_own_row_has_cut(x64, kind):
+    net, rng = cast64(tiny_net(kind, seed=4)), np.random.default_rng(1)
+    bound = jax.jit(lambda mode, x, epsilon: lipjax.bound(net, x, epsilon, mode=mode, iterations=400), static_argnums=0)
+    narrower = []
+    for epsilon in (0.05, 0.4):
+        x = jnp.asarray(rng.uniform(0, 1, (6, 6, 2)))
+        local, rows = bound("local", x, epsilon), bound("rows", x, epsilon)
+        h = [x + jnp.asarray(epsilon * step / np.linalg.norm(step)) for step in rng.normal(size=(300, 6, 6, 2))]
+        # For each neuron of the second convolution and for the hidden layer, the ways that change it most to first order.
+        for depth in (3, 6):
+            first = nnx.Sequential(*net.layers[:depth])
+            slopes_ = jax.jacobian(lambda x, first=first: first(x))(x)
+            for slope in np.asarray(slopes_).reshape(-1, 6, 6, 2):
+                h += [x + side * epsilon * slope / max(np.linalg.norm(slope), 1e-9) for side in (-1, 1)]
+        h = jnp.stack(h)
+        for layer, wide, cut in zip(net.layers[:-1], local.regions, rows.regions, strict=False):
+            h = jax.vmap(layer)(h)
+            assert np.all(cut.lower - 1e-9 <= h) and np.all(h <= cut.upper + 1e-9)
+            assert np.all(cut.upper - cut.lower <= wide.upper - wide.lower + 1e-12)
+            assert cut.radius <= wide.radius * (1 + 1e-9)
+        narrower.append(jnp.mean(cut.upper - cut.lower) / jnp.mean(wide.upper - wide.lower))
+    assert min(narrower) < 0.9
+
+
 def test_more_is_certified_of_a_net_that_was_not_trained_for_masks():
     rngs = nnx.Rngs(3)
     sizes = (12, 24, 24, 4)
@@ -183,11 +212,13 @@ def test_more_is_certified_of_a_net_that_was_not_trained_for_masks():
     ]
     net = nnx.Sequential(layers[0], lipjax.ReLU(), layers[1], lipjax.ReLU(), layers[2])
     x = np.random.default_rng(3).uniform(0, 1, (24, 12)).astype(np.float32)
-    local, linear = (
-        lipjax.certified_radius(net, x, None, tier="deterministic", mode=mode) for mode in ("local", "linear")
+    local, linear, rows = (
+        lipjax.certified_radius(net, x, None, tier="deterministic", mode=mode) for mode in ("local", "linear", "rows")
     )
     ratio = linear.radius / local.radius
     assert np.all(ratio > 0.99) and np.median(ratio) > 1.2, ratio
+    assert np.all(rows.radius > 0.99 * local.radius) and np.median(rows.radius / linear.radius) > 1.02
+    linear = max((linear, rows), key=lambda found: np.mean(found.radius))
     attack = lipjax.attacks.pgd(net, x, linear.predicted, 0.9999 * linear.radius, restarts=10, clip=None)
     assert not attack.broken.any()
     near = lipjax.attacks.smallest(net, x, linear.predicted, clip=None)
