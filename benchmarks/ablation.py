@@ -1,8 +1,9 @@
 """Trains and certifies a grid of settings: what training with each bound is worth, by each bound.
 
-    python -m benchmarks.ablation --seeds=3
+    python -m benchmarks.ablation --modes=global,paper,local,linear --seeds=3
     python -m benchmarks.ablation --modes=local,linear --activations=relu,clipped_maxmin --stability=0,0.01 \\
         -- --config.schedule.epochs=60
+    python -m benchmarks.ablation --configs=configs/baselines.py:gloro,configs/baselines.py:bcp --seeds=3
 
 Runs of one command in --out, one per combination and seed, kept and not repeated; prints and stores a Markdown table
 (table.md) and a picture (table.png): certified accuracy at the configuration's epsilon by each of the bounds, beside clean
@@ -33,16 +34,16 @@ FIELDS = {
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", default="configs/digits.py")
-    parser.add_argument("--modes", default="global,paper,local,linear", help="bounds to train with")
-    for name, field in list(FIELDS.items())[1:]:
+    parser.add_argument("--configs", default="configs/digits.py", help="configurations, separated by commas")
+    for name, field in FIELDS.items():
         parser.add_argument(f"--{name}", help=f"values of {field}, separated by commas; the configuration's if unset")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--out", type=Path, default=Path("runs/ablation"))
     parser.add_argument("extra", nargs="*", help="further flags of train.py, after --")
     options = parser.parse_args(arguments)
 
-    chosen = {name: values.split(",") for name in FIELDS if (values := getattr(options, name)) is not None}
+    names = ["configs", *FIELDS]
+    chosen = {name: values.split(",") for name in names if (values := getattr(options, name)) is not None}
     head = [*chosen, "clean", "PGD", *(f"certified, {mode}" for mode in regions.MODES), "median Lipschitz"]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     print("\n".join(lines))
@@ -57,7 +58,9 @@ def main(arguments: list[str] | None = None) -> None:
         }
         rows.append((combination, columns))
         lipschitz = statistics.mean(s["modes"]["local"]["median_lipschitz"] for s in found)
-        lines.append("| " + " | ".join([*combination, *map(spread, columns.values()), f"{lipschitz:.2f}"]) + " |")
+        lines.append(
+            "| " + " | ".join([*map(short, combination), *map(spread, columns.values()), f"{lipschitz:.2f}"]) + " |"
+        )
         print(lines[-1], flush=True)
     facts = statement(found[0]["run"], options.seeds)
     print(facts)
@@ -67,19 +70,24 @@ def main(arguments: list[str] | None = None) -> None:
 
 def run(options, settings: dict[str, str], seed: int) -> dict:
     """Summary of one run, trained and certified if it is not there yet."""
-    workdir = options.out / "-".join([*settings.values(), str(seed)])
+    workdir = options.out / "-".join([*map(short, settings.values()), str(seed)])
     summary = workdir / "certification" / "summary.json"
     if not summary.exists():
-        flags = [f"--config.{FIELDS[name]}={value}" for name, value in settings.items()]
+        flags = [f"--config.{FIELDS[name]}={value}" for name, value in settings.items() if name in FIELDS]
         # All runs compile the same programs.
         environment = {"JAX_COMPILATION_CACHE_DIR": str(options.out.absolute() / "compiled"), **os.environ}
         for command in (
-            ["train.py", f"--config={options.config}", *flags, f"--config.seed={seed}", *options.extra],
+            ["train.py", f"--config={settings['configs']}", *flags, f"--config.seed={seed}", *options.extra],
             ["certify.py", "--nocurve", "--modes=" + ",".join(regions.MODES)],
         ):
             full = [sys.executable, *command, f"--workdir={workdir}"]
             subprocess.run(full, check=True, stdout=subprocess.DEVNULL, env=environment)
     return json.loads(summary.read_text())
+
+
+def short(value: str) -> str:
+    """A setting's value as tables and folders carry it: a configuration by its name."""
+    return value.removeprefix("configs/").replace(".py", "").replace("baselines:", "").replace("/", "-")
 
 
 def spread(values: list[float]) -> str:
@@ -115,7 +123,7 @@ def picture(path: Path, rows: list, facts: str) -> None:
         for name, style in (("PGD", "-"), ("clean", ":")):
             label = f"{name}{' (upper bound)' if name == 'PGD' else ''}" if i == 0 else None
             axes.hlines(statistics.mean(columns[name]), i - 0.45, i + 0.45, color="black", linestyle=style, label=label)
-    axes.set_xticks(range(len(rows)), ["\n".join(combination) for combination, _ in rows])
+    axes.set_xticks(range(len(rows)), ["\n".join(map(short, combination)) for combination, _ in rows])
     axes.set(ylabel="accuracy", ylim=(0, 1.02), xlabel="trained with")
     axes.set_title(facts, fontsize=7, wrap=True)
     figure.legend(loc="outside lower center", ncols=3, fontsize=8)

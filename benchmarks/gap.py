@@ -122,9 +122,7 @@ def _lower_bounds(network, images, epsilon, keys):
     last = max(i for i, layer in enumerate(layers) if operators.is_affine(layer))
 
     def features(z):
-        for layer in layers[:last]:
-            z = layer(z)
-        return z
+        return regions.through(layers[:last], z)
 
     def one(arguments):
         x, key = arguments

@@ -17,7 +17,7 @@ from lipjax import (
 from lipjax.activations import ClippedMaxMin, ClippedReLU, MaxMin, ReLU
 from lipjax.certificates import Certificate, CertifiedRadius, Estimate, certified_radius, certify, estimate
 from lipjax.margins import worst_logits
-from lipjax.operators import AveragePool, Flatten, LinearOperator, Normalize, linear_operator
+from lipjax.operators import AveragePool, Flatten, LinearOperator, Normalize, Residual, linear_operator
 from lipjax.orthogonal import AOLConv, CayleyLinear
 from lipjax.regions import Bound, Region, bound, initial_vectors
 
@@ -39,6 +39,7 @@ __all__ = [
     "Normalize",
     "ReLU",
     "Region",
+    "Residual",
     "activations",
     "attacks",
     "bound",

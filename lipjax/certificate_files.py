@@ -337,11 +337,12 @@ def _feed(sha, name: str, array: np.ndarray) -> None:
 def describe(network) -> list[dict[str, Any]]:
     """A network as plain data: one dict per layer, nested sequences spliced in, parameters as NumPy arrays.
 
-    "kind" is "conv", "linear", "average_pool", "normalize", "flatten", "relu", "clipped_relu", "maxmin" or "clipped_maxmin", by
-    the layer's exact type. The other entries are its parameters (kernel, bias, threshold, upper, lower), its settings
-    (strides, padding, dilation, groups, window, ndim), the type it computes in ("dtype", None: that of its input and
-    parameters), and under "unusual" what is not written down here and may change what it computes. A layer of any other
-    type gets its full type name as kind and all parameters it has: enough for a hash, not for the checker.
+    "kind" is "conv", "linear", "average_pool", "normalize", "flatten", "relu", "clipped_relu", "maxmin" or "clipped_maxmin",
+    by the layer's exact type; "fork" and "join" stand around the layers of a Residual. The other entries are a layer's
+    parameters (kernel, bias, threshold, upper, lower), its settings (strides, padding, dilation, groups, window, ndim), the
+    type it computes in ("dtype", None: that of its input and parameters), and under "unusual" what is not written down here
+    and may change what it computes. A layer of any other type gets its full type name as kind and all parameters it has:
+    enough for a hash, not for the checker.
 
     Raises:
         TypeError: the network is no nnx.Sequential.
@@ -352,7 +353,12 @@ def describe(network) -> list[dict[str, Any]]:
         raise TypeError(f"expected a flax.nnx.Sequential, got {type(network).__module__}.{type(network).__qualname__}.")
     layers: list[dict[str, Any]] = []
     for layer in network.layers:
-        layers += describe(layer) if type(layer) is nnx.Sequential else [_describe_layer(layer)]
+        if type(layer) is nnx.Sequential:
+            layers += describe(layer)
+        elif _name(layer) == "lipjax.operators.Residual":
+            layers += [{"kind": "fork"}, *describe(layer.branch), {"kind": "join"}]  # type: ignore[attr-defined]
+        else:
+            layers.append(_describe_layer(layer))
     return layers
 
 
@@ -375,7 +381,7 @@ def _describe_layer(layer) -> dict[str, Any]:
     # By name, so that nothing of the bounds is imported here.
     if hasattr(layer, "__qualname__"):
         return {"kind": f"function {layer.__module__}.{layer.__qualname__}"}
-    match name := f"{type(layer).__module__}.{type(layer).__qualname__}":
+    match name := _name(layer):
         case "lipjax.activations.ReLU":
             return {"kind": "relu"}
         case "lipjax.activations.ClippedReLU":
@@ -392,6 +398,10 @@ def _describe_layer(layer) -> dict[str, Any]:
         case "lipjax.operators.Normalize":
             return {"kind": "normalize", "scale": list(layer.scale), "shift": list(layer.shift)}
     return {"kind": name, **_all_parameters(layer)}
+
+
+def _name(layer) -> str:
+    return f"{type(layer).__module__}.{type(layer).__qualname__}"
 
 
 def _affine_parameters(layer) -> dict[str, Any]:

@@ -442,7 +442,7 @@ def _global_norms(network, shape):
             operator = operators.linear_operator(layer)
             found.append(_compiled(deterministic.global_norm_bound, optimize=False)(operator, jnp.zeros(shape)))
             shape = jax.eval_shape(operator.affine, like).shape
-        else:
+        elif layer is not operators.FORK and layer is not operators.JOIN:
             shape = jax.eval_shape(layer, like).shape
     return tuple(found)
 

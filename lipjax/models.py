@@ -15,7 +15,7 @@ import jax
 from flax import nnx
 
 from lipjax.activations import ClippedMaxMin, ClippedReLU, MaxMin, ReLU
-from lipjax.operators import Flatten, Normalize
+from lipjax.operators import Flatten, Normalize, Residual
 from lipjax.orthogonal import AOLConv, CayleyLinear
 
 ACTIVATIONS = ("relu", "clipped_relu", "maxmin", "clipped_maxmin")
@@ -112,12 +112,47 @@ def small_dense(
     return _build([], widths, activation, thresholds, pairs, classes, input_shape, orthogonal, rngs)
 
 
+def small_residual(
+    *,
+    activation: str = "clipped_maxmin",
+    classes: int = 10,
+    input_shape: Sequence[int] = (8, 8, 1),
+    width: int = 16,
+    blocks: int = 2,
+    dense: int = 64,
+    threshold: float = 1.0,
+    orthogonal: bool = False,
+    rngs: nnx.Rngs,
+) -> nnx.Sequential:
+    """A 4x4 convolution of stride 2, residual blocks of two 3x3 convolutions, one hidden dense layer.
+
+    Args:
+        width: channels of all convolutions.
+        blocks: how many blocks; each is followed by an activation and has one inside.
+        dense, threshold, orthogonal: as those of `small_conv`.
+    """
+    stem, inside = _Conv(width, 4, 2), _Conv(width, 3, 1)
+    height, side, channels = input_shape
+    shape = (_size(height, stem, 0, input_shape), _size(side, stem, 0, input_shape), width)
+    pair = (threshold, -threshold)
+    layers: list = [_convolution(stem, channels, orthogonal, rngs), _activation(activation, shape, threshold, pair)]
+    for _ in range(blocks):
+        first, second = (_convolution(inside, width, orthogonal, rngs) for _ in range(2))
+        layers.append(Residual(first, _activation(activation, shape, threshold, pair), second))
+        layers.append(_activation(activation, shape, threshold, pair))
+    flat = math.prod(shape)
+    hidden = CayleyLinear(flat, dense, rngs=rngs) if orthogonal else _dense(flat, dense, rngs)
+    layers += [Flatten(), hidden, _activation(activation, (dense,), threshold, pair), _dense(dense, classes, rngs)]
+    return nnx.Sequential(*layers)
+
+
 NETWORKS = {
     "conv4_dense3": conv4_dense3,
     "conv6_dense2": conv6_dense2,
     "conv8_dense2": conv8_dense2,
     "small_conv": small_conv,
     "small_dense": small_dense,
+    "small_residual": small_residual,
 }
 
 
@@ -143,8 +178,6 @@ def build(name: str, *, mean: Sequence[float] = (), deviation: Sequence[float] =
 
 
 def _build(convs, dense, activation, thresholds, pairs, classes, input_shape, orthogonal, rngs) -> nnx.Sequential:
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}.")
     if classes < 2:
         raise ValueError(f"a classifier needs at least 2 classes, got {classes}.")
     input_shape = tuple(input_shape)
@@ -152,13 +185,7 @@ def _build(convs, dense, activation, thresholds, pairs, classes, input_shape, or
         raise ValueError(f"input_shape must be (height, width, channels), got {input_shape}.")
 
     def activate(shape, i):
-        if activation == "relu":
-            return ReLU()
-        if activation == "clipped_relu":
-            return ClippedReLU(shape, threshold=thresholds[i])
-        if activation == "maxmin":
-            return MaxMin()
-        return ClippedMaxMin(shape, upper=pairs[i][0], lower=pairs[i][1])
+        return _activation(activation, shape, thresholds[i], pairs[i])
 
     layers: list = []
     height, width, channels = input_shape
@@ -175,6 +202,16 @@ def _build(convs, dense, activation, thresholds, pairs, classes, input_shape, or
         size = features
     layers.append(_dense(size, classes, rngs))
     return nnx.Sequential(*layers)
+
+
+def _activation(name, shape, threshold, pair) -> nnx.Module:
+    if name not in ACTIVATIONS:
+        raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {name!r}.")
+    if name == "relu":
+        return ReLU()
+    if name == "clipped_relu":
+        return ClippedReLU(shape, threshold=threshold)
+    return MaxMin() if name == "maxmin" else ClippedMaxMin(shape, upper=pair[0], lower=pair[1])
 
 
 def _size(size, conv, i, input_shape):

@@ -129,6 +129,45 @@ class Flatten(nnx.Module):
         return x.reshape(*x.shape[: x.ndim - self.ndim], math.prod(x.shape[x.ndim - self.ndim :]))
 
 
+class Residual(nnx.Module):
+    """``x + f(x)``, f the given layers in order, which keep the shape. Bounds go through f and through the sum.
+
+    The ball grows by ``1 + `` (what f makes of it), a box is the sum of the boxes, and in modes "linear" and "rows" a row
+    goes back through both ways at once. `regions.layers_of` writes it as `FORK`, the layers, `JOIN`.
+    """
+
+    def __init__(self, *layers):
+        self.branch = nnx.Sequential(*layers)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return joined(x, self.branch(x))
+
+
+def joined(x: jax.Array, y: jax.Array) -> jax.Array:
+    """Their sum.
+
+    Raises:
+        ValueError: if they differ in shape.
+    """
+    if x.shape != y.shape:
+        raise ValueError(f"the layers of a Residual must keep the shape: {x.shape} became {y.shape}.")
+    return x + y
+
+
+class _Mark:
+    """A place in a list of layers."""
+
+    def __init__(self, name: str):
+        self.name = name
+
+    def __repr__(self) -> str:
+        return self.name
+
+
+# Where the two ways through a Residual part, and where they are added.
+FORK, JOIN = _Mark("FORK"), _Mark("JOIN")
+
+
 class AveragePool(nnx.Module):
     """Mean over windows of the two axes before the channels; a linear layer of known matrix. No padding.
 

@@ -139,4 +139,6 @@ def plain(network: Any) -> Any:
     """
     if type(network) is nnx.Sequential:
         return nnx.Sequential(*(plain(layer) for layer in network.layers))
+    if type(network) is operators.Residual:
+        return operators.Residual(*(plain(layer) for layer in network.branch.layers))
     return network.plain() if isinstance(network, CayleyLinear | AOLConv) else network

@@ -12,6 +12,7 @@ from flax import nnx
 
 from lipjax import activations, operators, rounding, slopes, spectral
 
+FORK, JOIN = operators.FORK, operators.JOIN
 MODES = ("global", "bcp", "paper", "local", "linear", "rows")
 
 
@@ -48,8 +49,8 @@ class Bound:
 
     Attributes:
         logits: ``(classes,)``, the network's output at x.
-        lipschitz: scalar, the product of `norms`: Lipschitz estimate on the ball around x, from the input to the
-            penultimate activation.
+        lipschitz: scalar, the product of `norms` (for a Residual 1 + that of its layers): Lipschitz estimate on the ball
+            around x, from the input to the penultimate activation.
         norms: one scalar per affine layer but the last.
         input: the ball around x.
         regions: ``regions[i]`` is what is known after layer i of the network (nested nnx.Sequential spliced in).
@@ -72,7 +73,7 @@ class Bound:
 
 
 def layers_of(network: nnx.Module) -> tuple:
-    """The layers of a sequential network in order, nested sequences spliced in.
+    """The layers of a sequential network in order, nested sequences spliced in, those of a Residual between FORK and JOIN.
 
     Raises:
         TypeError: if the network is not an nnx.Sequential, has a layer of a type that nobody registered, or does not
@@ -80,18 +81,20 @@ def layers_of(network: nnx.Module) -> tuple:
     """
     layers = tuple(_spliced(network))
     for i, layer in enumerate(layers):
+        if layer is FORK or layer is JOIN:
+            continue
         if not (type(layer) is operators.Flatten or activations.is_activation(layer) or operators.is_affine(layer)):
             name = getattr(layer, "__qualname__", None) if callable(layer) else None
             name = name or f"{type(layer).__module__}.{type(layer).__qualname__}"
             raise TypeError(
                 f"layer {i}, {name}, is not known to lipjax, so nothing can be said of its Lipschitz constant. Known "
-                "are nnx.Conv, nnx.Linear, lipjax.AveragePool, lipjax.Flatten, lipjax.ReLU, ClippedReLU, MaxMin and "
-                "ClippedMaxMin (modules, not functions such as nnx.relu). Register your own exact type with "
-                "lipjax.linear_operator.register or lipjax.activations.box_image.register; dropout, BatchNorm and "
-                "residual blocks are not sequential affine layers."
+                "are nnx.Conv, nnx.Linear, lipjax.AveragePool, Normalize, CayleyLinear, AOLConv, Flatten, Residual, ReLU, "
+                "ClippedReLU, MaxMin and ClippedMaxMin (modules, not functions such as nnx.relu). Register your own exact type "
+                "with lipjax.linear_operator.register or lipjax.activations.box_image.register; dropout and BatchNorm are "
+                "no affine layers."
             )
     affine = [i for i, layer in enumerate(layers) if operators.is_affine(layer)]
-    if not affine or any(activations.is_activation(layer) for layer in layers[affine[-1] :]):
+    if not affine or any(activations.is_activation(layer) or layer is JOIN for layer in layers[affine[-1] :]):
         raise TypeError("the network must end in an affine layer, whose outputs are the logits.")
     return layers
 
@@ -105,6 +108,10 @@ def _spliced(network):
     for layer in network.layers:
         if isinstance(layer, nnx.Sequential):
             yield from _spliced(layer)
+        elif type(layer) is operators.Residual:
+            yield FORK
+            yield from _spliced(layer.branch)
+            yield JOIN
         else:
             yield layer
 
@@ -115,9 +122,20 @@ def apply(network: nnx.Module, x: jax.Array) -> jax.Array:
     Raises:
         ValueError: x of a shape that a layer refuses, naming the layer.
     """
-    for i, layer in enumerate(layers_of(network)):
-        function = operators.linear_operator(layer).affine if operators.is_affine(layer) else layer
-        x = _checked(function, i, layer, x)
+    return through(layers_of(network), x)
+
+
+def through(layers: Sequence, x: jax.Array) -> jax.Array:
+    """What these layers, as `layers_of` returns them, make of one example."""
+    forks = []
+    for i, layer in enumerate(layers):
+        if layer is FORK:
+            forks.append(x)
+        elif layer is JOIN:
+            x = operators.joined(forks.pop(), x)
+        else:
+            function = operators.linear_operator(layer).affine if operators.is_affine(layer) else layer
+            x = _checked(function, i, layer, x)
     return x
 
 
@@ -169,11 +187,29 @@ def walk(
     last = max(i for i, layer in enumerate(layers) if operators.is_affine(layer))
     regions: list[Region] = []
     norms: list[jax.Array] = []
+    forks: list[tuple] = []  # what is known in front of the Residuals that the walk is in
     vectors: dict[str, list] = {"global": [], "local": []}
     penultimate = region
     pending = None  # radius that becomes true once the next activation is passed
     for i, layer in enumerate(layers):
-        if type(layer) is operators.Flatten:
+        if layer is FORK:
+            forks.append((region, lipschitz, global_radius))
+            lipschitz = jnp.ones((), x.dtype)
+        elif layer is JOIN:
+            before, outside, outside_radius = forks.pop()
+            center = operators.joined(before.center, region.center)
+            moved = arithmetic.norm(4 * rounding.DOUBLE * jnp.abs(center))
+            radius = arithmetic.up(before.radius + region.radius + moved, 2)
+            global_radius = arithmetic.up(outside_radius + global_radius + moved, 2)
+            lipschitz = arithmetic.up(outside * arithmetic.up(1 + lipschitz))
+            if mode == "global":
+                region = _ball(center, radius, arithmetic)
+            else:
+                ends = arithmetic.widened(before.lower + region.lower, before.upper + region.upper, 0.0)
+                region = Region(center, radius, *ends)
+                if mode == "local":
+                    region = dataclasses.replace(region, radius=jnp.minimum(radius, _half_diagonal(region, arithmetic)))
+        elif type(layer) is operators.Flatten:
             region = Region(layer(region.center), region.radius, layer(region.lower), layer(region.upper))
         elif activations.is_activation(layer):
             center = layer(region.center)
@@ -201,6 +237,7 @@ def walk(
                     sigma, vector = global_norm(k, operator, before.center, None, None)
                     vectors["global"].append(vector)
                     norms.append(sigma)
+                    lipschitz = arithmetic.up(lipschitz * sigma)
                 region = _ball(center, arithmetic.up(sigma * before.radius + moved), arithmetic)
                 regions.append(region)
                 continue
@@ -219,6 +256,7 @@ def walk(
                     sigma, vector = local_norm(k, operator, before.center, before.varies, mask_out)
                     vectors["local"].append(vector)
                 norms.append(sigma)
+                lipschitz = arithmetic.up(lipschitz * sigma)
                 radius = arithmetic.up(sigma * before.radius + moved)
                 if behind_activation:
                     pending = radius
@@ -226,8 +264,6 @@ def walk(
                     smaller = jnp.minimum(radius, region.radius) if mode == "local" else radius
                     region = dataclasses.replace(region, radius=smaller)
         regions.append(region)
-    for sigma in norms:
-        lipschitz = arithmetic.up(lipschitz * sigma)
     if center.ndim != 1 and region.center.ndim != 1:
         raise ValueError(
             f"the logits must have one axis, got shape {region.center.shape}: a lipjax.Flatten is missing."
@@ -317,7 +353,7 @@ def vector_shapes(network: nnx.Module, input_shape: Sequence[int]) -> tuple[tupl
         if operators.is_affine(layer):
             shapes.append(x.shape)
             x = jax.eval_shape(operators.linear_operator(layer).affine, x)
-        else:
+        elif layer is not FORK and layer is not JOIN:
             x = jax.eval_shape(layer, x)
     return tuple(shapes[:-1])
 

@@ -278,8 +278,9 @@ def forward_error(
         local = relative(n) (|W| (m + e) + |b|) + underflow,    e' = min(|W| e, ||row_i(W)|| rho) + local,
         rho' = min(||W|| rho + ||local||, ||e'||).
 
-    All coordinates count, also those that are constant in exact arithmetic: rounding may move them. An activation never
-    makes the error larger (`activations.error_image`). Computed in float64, rounded up.
+    At the sum of a Residual both errors add up, with the rounding of the sum in the layers' coarsest format. All coordinates
+    count, also those that are constant in exact arithmetic: rounding may move them. An activation never makes the error
+    larger (`activations.error_image`). Computed in float64, rounded up.
 
     Args:
         layers: as `regions.layers_of` returns them.
@@ -294,9 +295,21 @@ def forward_error(
     error = jnp.zeros(boxes[0][0].shape)
     total = jnp.zeros(())
     k = 0
+    forks = []
+    unit = max(arithmetic.output for arithmetic in arithmetics)
     for i, layer in enumerate(layers):
         lower, upper = boxes[i]
-        if type(layer) is operators.Flatten:
+        if layer is operators.FORK:
+            forks.append((error, total))
+        elif layer is operators.JOIN:
+            past, past_total = forks.pop()
+            size = jnp.maximum(*map(jnp.abs, boxes[i + 1])) + past + error
+            local = unit * size + max(arithmetic.smallest for arithmetic in arithmetics)
+            grown = OUTWARD.up(past + error + local, 2)
+            total = jnp.minimum(OUTWARD.up(past_total + total + OUTWARD.norm(local), 2), OUTWARD.norm(grown))
+            largest = min(arithmetic.largest for arithmetic in arithmetics)
+            error = jnp.where(OUTWARD.up(size + grown, 2) < largest, grown, jnp.inf)
+        elif type(layer) is operators.Flatten:
             error = layer(error)
         elif activations.is_activation(layer):
             error = activations.error_image(layer, error)

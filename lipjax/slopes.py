@@ -23,6 +23,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -201,10 +202,9 @@ def largest_product(d: jax.Array, reach: jax.Array, radius: jax.Array, arithmeti
     return jnp.minimum(jnp.minimum(box, ball), dual(d, -reach, reach, radius, scale, arithmetic))
 
 
-def stages_of(
-    layers: Sequence, inputs: Sequence, norms: Sequence[jax.Array], arithmetic, view: Callable
-) -> list[Callable]:
-    """How a row goes back through each layer: ``g -> (M^T g, what that costs)``, in the order of the layers.
+def stages_of(layers: Sequence, inputs: Sequence, norms: Sequence[jax.Array], arithmetic, view: Callable) -> list[Any]:
+    """How a row goes back through each layer: ``g -> (M^T g, what that costs)``, in the order of the layers; at the two ends
+    of a Residual the mark itself, and what the sum costs.
 
     Args:
         layers: the first layers of a network, as `regions.layers_of` returns them.
@@ -212,11 +212,15 @@ def stages_of(
         norms: of their affine layers, as the walk has taken them.
         arithmetic, view: of the walk.
     """
-    stages: list[Callable] = []
+    stages: list[Any] = []
     k, moving = 0, None
     for i, layer in enumerate(layers):
         before = inputs[i]
-        if type(layer) is operators.Flatten:
+        if layer is operators.FORK or layer is operators.JOIN:
+            # Rows are added up at the fork, activations at the join, and each sum is rounded.
+            moving = None
+            stages.append((layer, functools.partial(_through_sum, layer, before, inputs[i + 1], arithmetic)))
+        elif type(layer) is operators.Flatten:
             stages.append(lambda g, shape=before.center.shape: (g.reshape(shape), 0.0))
         elif activations.is_activation(layer):
             # The rows that move an output are those whose norm the walk has taken.
@@ -234,7 +238,7 @@ def stages_of(
     return stages
 
 
-def gain(stages: Sequence[Callable], d: jax.Array, first, last, arithmetic) -> jax.Array:
+def gain(stages: Sequence[Any], d: jax.Array, first, last, arithmetic) -> jax.Array:
     """Upper bound of ``<d, D h>``, h the output of the layers that `stages_of` was given.
 
     Args:
@@ -245,7 +249,13 @@ def gain(stages: Sequence[Callable], d: jax.Array, first, last, arithmetic) -> j
     """
     up, g = arithmetic.up, d
     spent = arithmetic.left_over(4 * rounding.DOUBLE, d, last.radius)
+    ways: list[jax.Array] = []  # rows that go past the layers of a Residual
     for stage in reversed(stages):
+        mark, stage = stage if isinstance(stage, tuple) else (None, stage)
+        if mark is operators.JOIN:
+            ways.append(g)
+        elif mark is operators.FORK and ways:  # none where the pass began between the two
+            g = g + ways.pop()
         g, cost = stage(g)
         spent = up(spent + cost, 2)
     return up(up(first.radius * arithmetic.length(g)) + spent, 2)
@@ -271,6 +281,15 @@ def reaches(
         return gain(stages, row, inputs[0], inputs[-1], arithmetic)
 
     return jax.lax.map(one, jnp.arange(count), batch_size=ROWS).reshape(shape)
+
+
+def _through_sum(mark, before, after, arithmetic, g):
+    """g itself, and what the rounding of the sum at this end of a Residual can add."""
+    if arithmetic is rounding.EXACT:
+        return g, 0.0
+    if mark is operators.FORK:
+        return g, arithmetic.left_over(4 * rounding.DOUBLE, g, before.radius)
+    return g, arithmetic.up(4 * rounding.DOUBLE * jnp.sum(jnp.abs(g) * jnp.abs(after.center)), g.size)
 
 
 def _through_activation(chords, length, arithmetic, g):

@@ -130,6 +130,22 @@ def test_published_networks_start_with_the_published_variance_and_thresholds(nam
             np.testing.assert_array_equal(layer.lower[...], np.float32(lower))
 
 
+@pytest.mark.parametrize("name", ["small_dense", "small_residual"])
+@pytest.mark.parametrize("orthogonal", [False, True])
+def test_the_other_small_networks_have_their_layers_behind_a_normalisation(name, orthogonal):
+    settings = {"mean": (0.2, 0.4), "deviation": (0.5,) * 2, "orthogonal": orthogonal, "activation": "maxmin"}
+    network = models.build(name, classes=3, input_shape=(6, 4, 2), rngs=nnx.Rngs(0), **settings)
+    first, *layers = lipjax.regions.layers_of(network)
+    assert type(first) is lipjax.Normalize
+    dense, conv = (lipjax.CayleyLinear, lipjax.AOLConv) if orthogonal else (nnx.Linear, nnx.Conv)
+    kinds = [lipjax.Flatten, *[dense, lipjax.MaxMin] * 2, nnx.Linear]
+    if name == "small_residual":
+        marks = [type(lipjax.operators.FORK), conv, lipjax.MaxMin, conv, type(lipjax.operators.JOIN), lipjax.MaxMin]
+        kinds = [conv, lipjax.MaxMin, *marks * 2, lipjax.Flatten, dense, lipjax.MaxMin, nnx.Linear]
+    assert [type(layer) for layer in layers] == kinds
+    assert jax.eval_shape(call, network, jax.ShapeDtypeStruct((5, 6, 4, 2), jnp.float32)).shape == (5, 3)
+
+
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_a_small_network_is_a_function_of_its_seed_and_takes_its_widths(activation):
     def make(seed):

@@ -1,0 +1,175 @@
+"""Residual blocks through every bound: against sampling, the gradient, exact arithmetic, and as the network is executed."""
+
+import functools
+import operator
+from fractions import Fraction
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import cast64, dense_matrix, make_activation
+from flax import nnx
+
+import lipjax
+from lipjax import regions, rounding
+
+EPSILON = 0.2
+
+
+def residual_net(kind="clipped_relu", seed=0):
+    """6 inputs, a block behind an activation and one inside the other, 3 classes."""
+    rngs, bias = nnx.Rngs(seed), jax.nn.initializers.normal(0.3)
+
+    def dense(n, m):
+        return nnx.Linear(n, m, rngs=rngs, bias_init=bias)
+
+    return nnx.Sequential(
+        dense(6, 8),
+        make_activation(kind, 8, 0.8),
+        lipjax.Residual(
+            dense(8, 8),
+            make_activation(kind, 8, 0.8),
+            lipjax.Residual(make_activation(kind, 8, 0.8), dense(8, 8)),
+        ),
+        make_activation(kind, 8, 0.8),
+        dense(8, 3),
+    )
+
+
+def image(seed=0):
+    return np.random.default_rng(seed).uniform(0, 1, 6)
+
+
+@functools.partial(jax.jit, static_argnames="mode")
+def found(net, x, epsilon, mode):
+    bound = lipjax.bound(net, x, epsilon, mode=mode, iterations=300)
+    return bound, lipjax.worst_logits(net, bound, 1)
+
+
+def test_the_bounds_walk_the_same_function_that_the_network_computes():
+    net, x = residual_net(), jnp.asarray(image(), jnp.float32)
+    np.testing.assert_allclose(regions.apply(net, x), net(x), rtol=1e-6)
+    assert [repr(layer) for layer in regions.layers_of(net) if layer in (regions.FORK, regions.JOIN)] == (
+        ["FORK", "FORK", "JOIN", "JOIN"]
+    )
+
+
+@pytest.mark.parametrize(
+    "kind, mode", [("clipped_relu", mode) for mode in regions.MODES] + [("clipped_maxmin", "rows")]
+)
+def test_regions_margins_and_lipschitz_constants_hold_on_samples(x64, kind, mode):
+    net, rng = cast64(residual_net(kind)), np.random.default_rng(1)
+    x = jnp.asarray(image())
+    bound, worst = found(net, x, EPSILON, mode)
+    steps = rng.normal(size=(600, 6))
+    steps[:3] = np.asarray(jax.jacobian(net)(x))
+    h = x + jnp.asarray(EPSILON * steps / np.linalg.norm(steps, axis=1, keepdims=True))
+    layers = regions.layers_of(net)
+    for k, region in enumerate(bound.regions, 1):
+        points = jax.vmap(functools.partial(regions.through, layers[:k]))(h) if balanced(layers[:k]) else None
+        if points is not None:
+            assert np.all(points >= region.lower - 1e-12) and np.all(points <= region.upper + 1e-12)
+            assert np.all(np.linalg.norm(points - region.center, axis=1) <= region.radius * (1 + 1e-9))
+    moved = np.linalg.norm(
+        jax.vmap(functools.partial(regions.through, layers[:-1]))(h) - bound.penultimate.center, axis=1
+    )
+    assert np.max(moved) <= bound.lipschitz * EPSILON * (1 + 1e-9)
+    logits = jax.vmap(net)(h)
+    lead = np.asarray(logits - logits[:, 1:2])
+    assert np.all(np.max(lead, axis=0) <= worst - worst[1] + 1e-9)
+
+
+def balanced(layers):
+    return layers.count(regions.FORK) == layers.count(regions.JOIN)
+
+
+def test_the_constant_of_a_block_is_one_plus_that_of_its_layers(x64):
+    rngs = nnx.Rngs(0)
+    inner, outer, last = (nnx.Linear(4, n, rngs=rngs) for n in (4, 4, 2))
+    net = cast64(nnx.Sequential(outer, lipjax.Residual(inner), last))
+    bound, _ = found(net, jnp.full(4, 0.5), 0.1, "global")
+    norms = [np.linalg.norm(np.asarray(layer.kernel[...], np.float64), 2) for layer in (outer, inner)]
+    np.testing.assert_allclose(bound.norms, norms, rtol=1e-6)
+    np.testing.assert_allclose(bound.lipschitz, norms[0] * (1 + norms[1]), rtol=1e-6)
+    np.testing.assert_allclose(bound.penultimate.radius, 0.1 * norms[0] * (1 + norms[1]), rtol=1e-6)
+
+
+@pytest.mark.parametrize("mode", ["linear", "rows"])
+def test_on_a_small_ball_rows_go_through_both_ways_at_once(x64, mode):
+    net, x = cast64(residual_net(seed=3)), jnp.asarray(image(3))
+    bound, worst = found(net, x, 1e-6, mode)
+    gradient = jax.jacobian(lambda x: net(x) - net(x)[1])(x)
+    np.testing.assert_allclose((worst - bound.logits) / 1e-6, np.linalg.norm(gradient, axis=1), rtol=1e-3, atol=1e-6)
+
+
+def exact_outputs(net, x):
+    """The network in rational arithmetic."""
+
+    def rational(array):
+        return np.vectorize(lambda v: Fraction(float(v)), otypes=[object])(np.asarray(array, np.float64))
+
+    def run(layers, h):
+        for layer in layers:
+            if type(layer) is lipjax.Residual:
+                h = h + run(layer.branch.layers, h)
+            elif type(layer) is nnx.Linear:
+                h = rational(layer.kernel[...]).T @ h + rational(layer.bias[...])
+            else:
+                h = np.minimum(np.maximum(h, Fraction(0)), rational(layer.threshold[...]))
+        return h
+
+    return run(net.layers, rational(x))
+
+
+def test_exact_and_executed_logits_lie_within_what_rounding_is_said_to_do(x64):
+    net = residual_net(seed=5)
+
+    def norm(k, view, like, mask_in, mask_out):
+        return jnp.asarray(np.linalg.norm(dense_matrix(view, like.shape), 2) * (1 + 1e-12)), None
+
+    dense = [layer for layer in regions.layers_of(cast64(net)) if type(layer) is nnx.Linear]
+    views = [(lipjax.linear_operator(layer), jnp.zeros(layer.in_features)) for layer in dense]
+    norms = [norm(k, *view, None, None)[0] for k, view in enumerate(views)]
+    for name, cast in (("float32", jnp.float32), ("bfloat16", jnp.bfloat16)):
+        executed = jax.tree.map(lambda leaf, cast=cast: jnp.asarray(leaf, cast), net)
+        held = cast64(executed)
+        for seed in range(4):
+            x = image(seed).astype(cast)
+            bound = regions.walk(
+                regions.layers_of(held),
+                jnp.asarray(x, jnp.float64),
+                0.0,
+                "local",
+                norm,
+                norm,
+                arithmetic=rounding.OUTWARD,
+            )
+            boxes = [(bound.input.lower, bound.input.upper), *((r.lower, r.upper) for r in bound.regions)]
+            arithmetics = (rounding.ARITHMETICS[name],) * len(norms)
+            error = rounding.forward_error(regions.layers_of(held), boxes, arithmetics, norms)
+            truth = exact_outputs(held, x)
+            last = bound.regions[-1]
+            assert all(map(operator.le, map(float, last.lower), truth))
+            assert all(map(operator.le, truth, map(float, last.upper)))
+            away = np.abs(np.asarray(executed(jnp.asarray(x)), np.float64) - truth.astype(np.float64))
+            assert np.all(away <= np.asarray(error)) and np.any(away > 1e-4 * np.asarray(error))
+
+
+def test_a_network_of_blocks_is_certified_and_not_broken():
+    net = residual_net("maxmin", seed=2)
+    x = np.random.default_rng(2).uniform(0, 1, (12, 6)).astype(np.float32)
+    found = lipjax.certified_radius(net, x, None, mode="linear")
+    assert np.all(found.radius > 0)
+    attack = lipjax.attacks.pgd(net, x, found.predicted, 0.9999 * found.radius, restarts=10, clip=None)
+    assert not attack.broken.any()
+
+
+def test_blocks_that_change_the_shape_or_end_the_network_are_refused():
+    rngs = nnx.Rngs(0)
+    wrong = nnx.Sequential(lipjax.Residual(nnx.Linear(3, 2, rngs=rngs)), nnx.Linear(2, 2, rngs=rngs))
+    for call in (lambda: wrong(jnp.ones(3)), lambda: lipjax.bound(wrong, jnp.ones(3), 0.1)):
+        with pytest.raises(ValueError, match=r"keep the shape: \(3,\) became \(2,\)"):
+            call()
+    with pytest.raises(TypeError, match="must end in an affine layer"):
+        lipjax.bound(nnx.Sequential(lipjax.Residual(nnx.Linear(3, 3, rngs=rngs))), jnp.ones(3), 0.1)
