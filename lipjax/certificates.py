@@ -208,8 +208,8 @@ def certify(
         epsilon: l2 radius on the pixels as given, >= 0.
         tier: "probabilistic" or "deterministic".
         failure_probability: delta in (0, 1), of the whole call; of no meaning in tier "deterministic".
-        mode: "global", "bcp", "paper", "local", "linear" or "rows", each at least as tight as the one before; what they
-            cost says `bound`.
+        mode: "global", "bcp", "paper", "local", "linear" or "rows", each at least as tight as the one before
+            ("rows": as "local"); what they cost says `bound`.
         arithmetic: a name in `rounding.ARITHMETICS`: how the network will be executed. None: as this process's device
             executes it (`rounding.arithmetics_of`), e.g. float32 on a CPU, TF32 on a GPU at default precision.
         budget: floating-point operations, per norm and image, that tier "deterministic" may spend on a masked

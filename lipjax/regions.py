@@ -169,7 +169,7 @@ def walk(
     A region's radius after an affine layer is that of its box: the norm with rows removed holds only behind the
     activation that makes those rows harmless, and there the region's radius uses it.
 
-    Modes, each at most the one before:
+    Modes, each at most the one before ("rows": at most "local"):
         global: no masks, radii grow by the norms of the layers (as GloRo and LMT do); boxes are those of the ball.
         bcp: the same radii, and boxes by interval arithmetic cut with them (Lee et al. 2020).
         paper: the boxes of "bcp"; local norms in the final product (Huang et al. 2021).
@@ -396,8 +396,9 @@ def bound(
         epsilon: l2 radius >= 0, in the units of x. At 0 every coordinate is constant and the norms are 0 (mode
             "global" knows no masks and is the same for all epsilon).
         mode: "global", "bcp", "paper", "local", "linear" or "rows", each at most the one before at convergence ("bcp" and
-            "linear" in what `margins.worst_logits` makes of it; `lipschitz` is that of "global", of "local"). "linear" costs
-            a reverse pass for each rival class, "rows" one for each neuron.
+            "linear" in what `margins.worst_logits` makes of it; their `lipschitz` is that of "global", of "local"). "rows" is
+            at most "local", and below "linear" wherever measured, but its slopes are others. "linear" costs a reverse pass
+            for each rival class, "rows" one more for each neuron.
         iterations: power iterations per norm. 0 is allowed (the norm of the image of the start vector).
         vectors: start vectors, a dict as in `Bound.vectors`; None: fixed random ones. Under `vmap` the "global" ones
             are shared: ``in_axes={"global": None, "local": 0}``.

@@ -1,5 +1,6 @@
 """What the tests share: real data beside the checkout, small nets, a dense oracle."""
 
+import gc
 import os
 from pathlib import Path
 
@@ -35,6 +36,17 @@ SHARED = ROOT.parent / "shared"
 def pytest_collection_modifyitems(items):
     """The longest tests first, so that no worker is left with them alone at the end."""
     items.sort(key=lambda item: item.path.name not in ("test_training.py", "test_devices.py"))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def few_programs():
+    """Forgets compiled programs when there are many: each takes several of the 65,530 memory maps that Linux allows a process
+    by default, and without a free one the compiler crashes."""
+    yield
+    maps = Path("/proc/self/maps")
+    if maps.exists() and len(maps.read_text().splitlines()) > 15_000:
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture

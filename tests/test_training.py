@@ -193,8 +193,8 @@ def test_a_start_that_fails_says_why_and_does_not_claim_the_workdir(tmp_path, fl
 @pytest.mark.parametrize(
     "field, value, message",
     [
-        ("bound.mode", "lokal", "bound.mode must be one of global, paper, local, linear, got 'lokal'"),
-        ("bound.loss", "trades", "bound.loss must be one of bcp, gloro, got 'trades'"),
+        ("bound.mode", "lokal", "bound.mode must be one of global, bcp, paper, local, linear, rows, got 'lokal'"),
+        ("bound.loss", "trades", "bound.loss must be one of bcp, gloro, lmt, emma, got 'trades'"),
         ("vectors.dtype", "float16", "vectors.dtype must be one of float32, bfloat16, float8_e4m3fn, got 'float16'"),
         ("batch_size", 0, "batch_size must be finite and at least 1, got 0"),
         ("schedule.epochs", -1, "schedule.epochs must be finite and at least 1, got -1"),
