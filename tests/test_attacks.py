@@ -347,6 +347,8 @@ def test_the_hunts_masks_are_those_of_the_bounds():
     np.testing.assert_allclose(norms, estimate.norms[0], rtol=2e-3)
     whole = [np.linalg.norm(matrix.toarray(), 2) for matrix in _matrices(net, x.shape[1:])]
     assert np.prod(norms) < 0.9 * np.prod(whole)  # something is masked
+    seen = hunt.PreciseNetwork(net, x.shape[1:]).masked_norms(x[0], 0.2, sampled=True)
+    assert np.all(np.array(seen) <= np.array(norms) * (1 + 1e-9)) and np.prod(seen) > 0.5 * np.prod(norms)
 
 
 def _matrices(net, shape):

@@ -20,7 +20,7 @@ from conftest import ROOT
 from flax import nnx
 
 import lipjax
-from configs import digits
+from configs import baselines, digits
 from lipjax import training
 from lipjax.regions import vector_shapes
 from lipjax.reporting import read_metrics
@@ -188,6 +188,22 @@ def test_a_start_that_fails_says_why_and_does_not_claim_the_workdir(tmp_path, fl
     done = run("train.py", *SMALL, flag, f"--workdir={tmp_path}/run", check=False)
     assert message in refused(done)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("method", baselines.METHODS)
+def test_every_baseline_is_a_configuration_whose_loss_can_be_taken(method):
+    config = baselines.get_config(method)
+    config.model.widths, config.model.dense = (4,), 8
+    training.check_config(config)
+    network = training.build_network(config, (8, 8, 1), 10)
+    vectors = lipjax.initial_vectors(network, (8, 8, 1), config.bound.mode)
+    loss, _ = jax.eval_shape(
+        lambda net, x: training.example_loss(net, x, 3, 0.1, 0.5, vectors, config), network, jnp.zeros((8, 8, 1))
+    )
+    assert loss.shape == ()
+    assert baselines.get_config(f"{method}/cifar10_maxmin").model.name == "conv6_dense2"
+    with pytest.raises(ValueError, match=r"glora.*gloro"):
+        baselines.get_config("glora")
 
 
 @pytest.mark.parametrize(
