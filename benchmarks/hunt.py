@@ -219,6 +219,8 @@ def sound_rows(options: argparse.Namespace) -> Iterator[dict]:
             row["alarm"] = any(row[name] > 0 for name in (*OPPONENTS, "precise", "norms"))
             yield row
             started = time.monotonic()
+        # Each compiled program takes some of the memory maps that Linux allows a process: a hunt of all nets ran out of them.
+        jax.clear_caches()
 
 
 def distances(network, images, labels, effort: Effort, key) -> dict[str, attacks.Nearest]:
