@@ -42,10 +42,12 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/ablation"))
     parser.add_argument("extra", nargs="*", help="further flags of train.py, after --")
     options = parser.parse_args(arguments)
-    options.bounds = options.bounds.split(",")
+    options.bounds, options.config = options.bounds.split(","), None
 
     names = ["configs", *FIELDS]
     chosen = {name: values.split(",") for name in names if (values := getattr(options, name)) is not None}
+    if len(chosen["configs"]) == 1 < len(chosen):
+        (options.config,) = chosen.pop("configs")
     head = [*chosen, "clean", "PGD", *(f"certified, {mode}" for mode in options.bounds), "median Lipschitz"]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     print("\n".join(lines))
@@ -79,7 +81,13 @@ def run(options, settings: dict[str, str], seed: int) -> dict:
         # All runs compile the same programs.
         environment = {"JAX_COMPILATION_CACHE_DIR": str(options.out.absolute() / "compiled"), **os.environ}
         for command in (
-            ["train.py", f"--config={settings['configs']}", *flags, f"--config.seed={seed}", *options.extra],
+            [
+                "train.py",
+                f"--config={settings.get('configs', options.config)}",
+                *flags,
+                f"--config.seed={seed}",
+                *options.extra,
+            ],
             ["certify.py", "--nocurve", "--modes=" + ",".join(options.bounds)],
         ):
             full = [sys.executable, *command, f"--workdir={workdir}"]
