@@ -1,7 +1,8 @@
-"""What the tests share: real data beside the checkout, small nets, a dense oracle."""
+"""What the tests share: real data beside the checkout, small nets, dense and exact oracles."""
 
 import gc
 import os
+from fractions import Fraction
 from pathlib import Path
 
 # Before JAX starts: eight CPU devices would slow every test down, so the sharding tests ask for them in a process of
@@ -111,3 +112,54 @@ def dense_matrix(function, shape) -> np.ndarray:
     size = int(np.prod(shape))
     rows = jax.jit(jax.vmap(function))(jax.numpy.asarray(np.eye(size).reshape(size, *shape)))
     return np.asarray(rows).reshape(size, -1).T
+
+
+def rational(array) -> np.ndarray:
+    """The same numbers, exactly."""
+    return np.vectorize(lambda v: Fraction(float(v)), otypes=[object])(np.asarray(array, np.float64))
+
+
+def exact_layers(net, x) -> list[np.ndarray]:
+    """The activations behind each layer at x (an object array of Fractions), in exact arithmetic."""
+    found = []
+    for layer in net.layers:
+        if type(layer) is nnx.Linear:
+            x = rational(layer.kernel[...]).T @ x + rational(layer.bias[...])
+        elif type(layer) is lipjax.Residual:
+            x = x + exact_layers(layer.branch, x)[-1]
+        elif type(layer) is lipjax.ReLU:
+            x = np.maximum(x, 0)
+        elif type(layer) is lipjax.ClippedReLU:
+            x = np.minimum(np.maximum(x, 0), rational(layer.threshold[...]))
+        else:
+            a, b = np.split(x, 2)
+            top, bottom = np.maximum(a, b), np.minimum(a, b)
+            if type(layer) is lipjax.ClippedMaxMin:
+                top = np.minimum(top, rational(layer.upper[...]))
+                bottom = np.maximum(bottom, rational(layer.lower[...]))
+            x = np.concatenate([top, bottom])
+        found.append(x)
+    return found
+
+
+def proven_norm(k, operator, like, mask_in, mask_out):
+    """A norm function of a walk: SVD of the explicit masked matrix, plus far more than its rounding."""
+    matrix = dense_matrix(operator, like.shape)
+    if mask_in is not None:
+        matrix = matrix * np.asarray(mask_in).reshape(-1)
+    if mask_out is not None:
+        matrix = matrix * np.asarray(mask_out).reshape(-1, 1)
+    return jax.numpy.asarray(np.linalg.norm(matrix, 2) * (1 + 1e-12)), None
+
+
+def largest_by_bisection(d, radius, low, high):
+    """max <d, t> over ball and box by bisection on the multiplier in NumPy, with the box's corner where that fits."""
+    corner = np.where(d > 0, high, np.where(d < 0, low, 0))
+    if np.linalg.norm(corner) <= radius:
+        return float(d @ corner)
+    left, right = -60.0, 60.0
+    for _ in range(200):
+        middle = (left + right) / 2
+        t = np.clip(d * np.exp(middle), low, high)
+        left, right = (middle, right) if np.linalg.norm(t) <= radius else (left, middle)
+    return float(d @ np.clip(d * np.exp(left), low, high))

@@ -52,8 +52,7 @@ def test_certified_examples_are_never_broken_by_attack_or_sampling(activation, t
     assert lipjax.attacks.pgd(net, x[rows], radius.predicted[rows], 8 * inside, clip=None, restarts=2).broken.any()
 
 
-@settings(max_examples=1)
-@given(
+ARCHITECTURES = dict(
     seed=st.integers(0, 10**6),
     kernel=st.integers(1, 4),
     stride=st.integers(1, 2),
@@ -61,16 +60,47 @@ def test_certified_examples_are_never_broken_by_attack_or_sampling(activation, t
     channels=st.sampled_from([2, 4]),
     activation=st.sampled_from(ACTIVATIONS),
     tier=st.sampled_from(TIERS),
+    mode=st.sampled_from(lipjax.regions.MODES),
+    hidden=st.booleans(),
 )
 # A net whose neurons are all off for most images: ties.
-@example(seed=1023, kernel=1, stride=2, padding="VALID", channels=2, activation="clipped_relu", tier="deterministic")
-def test_certificates_of_random_architectures_hold(seed, kernel, stride, padding, channels, activation, tier):
+DEAD = dict(
+    seed=1023,
+    kernel=1,
+    stride=2,
+    padding="VALID",
+    channels=2,
+    activation="clipped_relu",
+    tier="deterministic",
+    mode="local",
+    hidden=False,
+)
+
+
+@settings(max_examples=2)
+@given(**ARCHITECTURES)
+@example(**DEAD)
+def test_certificates_of_random_architectures_hold(**architecture):
+    certificates_hold(**architecture)
+
+
+@pytest.mark.slow
+@settings(max_examples=30)
+@given(**ARCHITECTURES)
+def test_certificates_of_many_random_architectures_hold(**architecture):
+    certificates_hold(**architecture)
+
+
+def certificates_hold(seed, kernel, stride, padding, channels, activation, tier, mode, hidden):
     rngs, x = nnx.Rngs(seed), batch(6, seed, (5, 6, 2))
     first = nnx.Conv(2, channels, (kernel, kernel), strides=stride, padding=padding, rngs=rngs)
     shape = jax.eval_shape(first, x[0]).shape
-    act = make_activation(activation, shape)
-    net = nnx.Sequential(first, act, lipjax.Flatten(), nnx.Linear(int(np.prod(shape)), 3, rngs=rngs))
-    found = lipjax.certified_radius(net, x, None, tier=tier)
+    layers, size = [first, make_activation(activation, shape), lipjax.Flatten()], int(np.prod(shape))
+    if hidden:
+        layers += [nnx.Linear(size, 6, rngs=rngs), make_activation(activation, 6)]
+        size = 6
+    net = nnx.Sequential(*layers, nnx.Linear(size, 3, rngs=rngs))
+    found = lipjax.certified_radius(net, x, None, tier=tier, mode=mode)
     # A tie (a net that answers 0 everywhere is one) has no radius; all else has.
     logits = np.sort(np.asarray(jax.vmap(net)(x), np.float64), axis=1)
     gaps = logits[:, -1] - logits[:, -2]

@@ -4,25 +4,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import largest_by_bisection
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lipjax import rounding, slopes
 from lipjax.margins import ascent, margin
 from lipjax.regions import Region
-
-
-def exact(d, radius, low, high):
-    """max <d, t> over ball and box by bisection on the multiplier in NumPy, with the box's corner where that fits."""
-    corner = np.where(d > 0, high, np.where(d < 0, low, 0))
-    if np.linalg.norm(corner) <= radius:
-        return float(d @ corner)
-    left, right = -60.0, 60.0
-    for _ in range(200):
-        middle = (left + right) / 2
-        t = np.clip(d * np.exp(middle), low, high)
-        left, right = (middle, right) if np.linalg.norm(t) <= radius else (left, middle)
-    return float(d @ np.clip(d * np.exp(left), low, high))
 
 
 @settings(max_examples=60, deadline=None)
@@ -37,7 +25,7 @@ def test_ascent_is_the_maximum_and_never_below_a_sample(seed, radius, constant):
     with jax.enable_x64(True):
         region = Region(jnp.zeros(n), jnp.asarray(radius), jnp.asarray(low), jnp.asarray(high))
         found = float(ascent(jnp.asarray(d), region))
-    truth = exact(d, radius, low, high)
+    truth = largest_by_bisection(d, radius, low, high)
     np.testing.assert_allclose(found, truth, rtol=1e-6, atol=1e-12)
     t = rng.normal(size=(200, n))
     t *= radius / np.linalg.norm(t, axis=1, keepdims=True)
@@ -52,7 +40,7 @@ def test_no_cancellation_where_nearly_all_weight_is_clipped():
     high = np.full(n, 1e-6, np.float32)
     high[0] = 10.0
     region = Region(jnp.zeros(n), jnp.float32(1.0), jnp.asarray(-high), jnp.asarray(high))
-    truth = exact(d.astype(np.float64), 1.0, -high.astype(np.float64), high.astype(np.float64))
+    truth = largest_by_bisection(d.astype(np.float64), 1.0, -high.astype(np.float64), high.astype(np.float64))
     found = float(ascent(jnp.asarray(d), region))
     assert truth * (1 - 1e-5) <= found <= truth * 1.001
 
@@ -87,18 +75,6 @@ def test_margin_is_positive_only_for_a_strict_winner():
     assert margin(jnp.array([1.0, 2.0, 0.0]), 1) == 1
     assert margin(jnp.array([2.0, 2.0, 0.0]), 1) == 0
     assert not margin(jnp.array([jnp.nan, 2.0]), 1) > 0
-
-
-@settings(max_examples=60)
-@given(seed=st.integers(0, 10**6), radius=st.floats(1e-3, 10))
-def test_the_quick_largest_product_is_never_below_the_maximum_nor_above_ball_and_box(seed, radius):
-    rng = np.random.default_rng(seed)
-    d, reach = rng.normal(size=12), rng.uniform(0, 1, 12) * (rng.uniform(size=12) < 0.7)
-    with jax.enable_x64(True):
-        found = float(slopes.largest_product(jnp.asarray(d), jnp.asarray(reach), radius, rounding.EXACT))
-    least = exact(d, radius, -reach, reach)
-    most = min(radius * np.linalg.norm(d), np.abs(d) @ reach)
-    assert least * (1 - 1e-9) <= found <= most * (1 + 1e-9)
 
 
 def of_ascent(d, reach, radius):

@@ -2,13 +2,12 @@
 
 import functools
 import operator
-from fractions import Fraction
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import cast64, dense_matrix, make_activation
+from conftest import cast64, exact_layers, make_activation, proven_norm, rational
 from flax import nnx
 
 import lipjax
@@ -67,10 +66,9 @@ def test_regions_margins_and_lipschitz_constants_hold_on_samples(x64, kind, mode
     h = x + jnp.asarray(EPSILON * steps / np.linalg.norm(steps, axis=1, keepdims=True))
     layers = regions.layers_of(net)
     for k, region in enumerate(bound.regions, 1):
-        points = jax.vmap(functools.partial(regions.through, layers[:k]))(h) if balanced(layers[:k]) else None
-        if points is not None:
-            assert np.all(points >= region.lower - 1e-12) and np.all(points <= region.upper + 1e-12)
-            assert np.all(np.linalg.norm(points - region.center, axis=1) <= region.radius * (1 + 1e-9))
+        points = jax.vmap(functools.partial(regions.through, layers[:k]))(h)
+        assert np.all(points >= region.lower - 1e-12) and np.all(points <= region.upper + 1e-12)
+        assert np.all(np.linalg.norm(points - region.center, axis=1) <= region.radius * (1 + 1e-9))
     moved = np.linalg.norm(
         jax.vmap(functools.partial(regions.through, layers[:-1]))(h) - bound.penultimate.center, axis=1
     )
@@ -78,10 +76,6 @@ def test_regions_margins_and_lipschitz_constants_hold_on_samples(x64, kind, mode
     logits = jax.vmap(net)(h)
     lead = np.asarray(logits - logits[:, 1:2])
     assert np.all(np.max(lead, axis=0) <= worst - worst[1] + 1e-9)
-
-
-def balanced(layers):
-    return layers.count(regions.FORK) == layers.count(regions.JOIN)
 
 
 def test_the_constant_of_a_block_is_one_plus_that_of_its_layers(x64):
@@ -103,34 +97,12 @@ def test_on_a_small_ball_rows_go_through_both_ways_at_once(x64, mode):
     np.testing.assert_allclose((worst - bound.logits) / 1e-6, np.linalg.norm(gradient, axis=1), rtol=1e-3, atol=1e-6)
 
 
-def exact_outputs(net, x):
-    """The network in rational arithmetic."""
-
-    def rational(array):
-        return np.vectorize(lambda v: Fraction(float(v)), otypes=[object])(np.asarray(array, np.float64))
-
-    def run(layers, h):
-        for layer in layers:
-            if type(layer) is lipjax.Residual:
-                h = h + run(layer.branch.layers, h)
-            elif type(layer) is nnx.Linear:
-                h = rational(layer.kernel[...]).T @ h + rational(layer.bias[...])
-            else:
-                h = np.minimum(np.maximum(h, Fraction(0)), rational(layer.threshold[...]))
-        return h
-
-    return run(net.layers, rational(x))
-
-
 def test_exact_and_executed_logits_lie_within_what_rounding_is_said_to_do(x64):
     net = residual_net(seed=5)
 
-    def norm(k, view, like, mask_in, mask_out):
-        return jnp.asarray(np.linalg.norm(dense_matrix(view, like.shape), 2) * (1 + 1e-12)), None
-
     dense = [layer for layer in regions.layers_of(cast64(net)) if type(layer) is nnx.Linear]
     views = [(lipjax.linear_operator(layer), jnp.zeros(layer.in_features)) for layer in dense]
-    norms = [norm(k, *view, None, None)[0] for k, view in enumerate(views)]
+    norms = [proven_norm(k, *view, None, None)[0] for k, view in enumerate(views)]
     for name, cast in (("float32", jnp.float32), ("bfloat16", jnp.bfloat16)):
         executed = jax.tree.map(lambda leaf, cast=cast: jnp.asarray(leaf, cast), net)
         held = cast64(executed)
@@ -141,14 +113,14 @@ def test_exact_and_executed_logits_lie_within_what_rounding_is_said_to_do(x64):
                 jnp.asarray(x, jnp.float64),
                 0.0,
                 "local",
-                norm,
-                norm,
+                proven_norm,
+                proven_norm,
                 arithmetic=rounding.OUTWARD,
             )
             boxes = [(bound.input.lower, bound.input.upper), *((r.lower, r.upper) for r in bound.regions)]
             arithmetics = (rounding.ARITHMETICS[name],) * len(norms)
             error = rounding.forward_error(regions.layers_of(held), boxes, arithmetics, norms)
-            truth = exact_outputs(held, x)
+            truth = exact_layers(held, rational(x))[-1]
             last = bound.regions[-1]
             assert all(map(operator.le, map(float, last.lower), truth))
             assert all(map(operator.le, truth, map(float, last.upper)))

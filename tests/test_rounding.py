@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import ACTIVATIONS, cast64, dense_matrix, make_activation
+from conftest import ACTIVATIONS, cast64, exact_layers, make_activation, proven_norm, rational
 from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -18,11 +18,6 @@ import lipjax
 from lipjax import operators, regions, rounding
 from lipjax.margins import ascent
 from lipjax.regions import Region
-
-
-def rational(array) -> np.ndarray:
-    """The same numbers, exactly."""
-    return np.vectorize(lambda v: Fraction(float(v)), otypes=[object])(np.asarray(array, np.float64))
 
 
 def dense_net(activation, sizes=(6, 8, 8, 3), seed=0, spread=1.0) -> nnx.Sequential:
@@ -42,37 +37,6 @@ def dense_net(activation, sizes=(6, 8, 8, 3), seed=0, spread=1.0) -> nnx.Sequent
     return nnx.Sequential(*layers)
 
 
-def exact_layers(net, x) -> list[np.ndarray]:
-    """The activations behind each layer at x (an object array of Fractions), in exact arithmetic."""
-    found = []
-    for layer in net.layers:
-        if type(layer) is nnx.Linear:
-            x = rational(layer.kernel[...]).T @ x + rational(layer.bias[...])
-        elif type(layer) is lipjax.ReLU:
-            x = np.maximum(x, 0)
-        elif type(layer) is lipjax.ClippedReLU:
-            x = np.minimum(np.maximum(x, 0), rational(layer.threshold[...]))
-        else:
-            a, b = np.split(x, 2)
-            top, bottom = np.maximum(a, b), np.minimum(a, b)
-            if type(layer) is lipjax.ClippedMaxMin:
-                top = np.minimum(top, rational(layer.upper[...]))
-                bottom = np.maximum(bottom, rational(layer.lower[...]))
-            x = np.concatenate([top, bottom])
-        found.append(x)
-    return found
-
-
-def proven_norm(k, operator, like, mask_in, mask_out):
-    """A norm function of a walk: SVD of the explicit masked matrix, plus far more than its rounding."""
-    matrix = dense_matrix(operator, like.shape)
-    if mask_in is not None:
-        matrix = matrix * np.asarray(mask_in).reshape(-1)
-    if mask_out is not None:
-        matrix = matrix * np.asarray(mask_out).reshape(-1, 1)
-    return jnp.asarray(np.linalg.norm(matrix, 2) * (1 + 1e-12)), None
-
-
 def points(x, epsilon, count, seed):
     """float32 points of the ball, near its surface, checked exactly."""
     rng, found = np.random.default_rng(seed), []
@@ -84,8 +48,7 @@ def points(x, epsilon, count, seed):
     return found
 
 
-# "linear" walks as "local" does, "bcp" takes the boxes of "paper" and the norms of "global".
-@pytest.mark.parametrize("mode", ["global", "paper", "local", "rows"])
+@pytest.mark.parametrize("mode", [mode for mode in regions.MODES if mode != "linear"])  # which walks as "local" does
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("spread", [1.0, 1e4])
 def test_exact_activations_lie_in_boxes_and_balls_rounded_outwards(x64, activation, mode, spread):
