@@ -9,6 +9,7 @@ Measured on digits: benchmarks/README.md.
 """
 
 import importlib
+from pathlib import Path
 
 # Tsuzuku et al. 2018; Leino et al. 2021; Lee et al. 2020; Trockman and Kolter 2021 (dense layers; convolutions by Prach and
 # Lampert 2022); Huang et al. 2021.
@@ -27,7 +28,13 @@ def get_config(method: str = "gloro"):
     method, _, experiment = method.partition("/")
     if method not in METHODS:
         raise ValueError(f"no method is called {method!r}; there are {', '.join(METHODS)}.")
-    config = importlib.import_module(f"configs.{experiment or 'digits'}").get_config()
+    experiment = experiment or "digits"
+    there = sorted(
+        path.stem for path in Path(__file__).parent.glob("*.py") if path.stem not in ("__init__", "baselines")
+    )
+    if experiment not in there:
+        raise ValueError(f"no experiment is called {experiment!r}; there are {', '.join(there)}.")
+    config = importlib.import_module(f"configs.{experiment}").get_config()
     settings = METHODS[method]
     config.bound.mode, config.bound.loss = settings["mode"], settings["loss"]
     config.model.activation = settings["activation"]

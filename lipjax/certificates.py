@@ -58,7 +58,8 @@ class Certificate:
         certified: the verdict.
         margin: label's logit minus the largest worst-case rival, all rounding taken off; certified needs it > 0.
         allowance: what the rounding of the network as executed has taken off the margin.
-        lipschitz: product of the norm bounds, from the input to the penultimate activation.
+        lipschitz: product of the norm bounds (of a Residual, 1 + that of its layers), from the input to the penultimate
+            activation.
         norms: ``(N, affine layers - 1)``, the norm bounds.
         constant: ``(N, activations)``, share of neurons that are constant on the ball; zeros in mode "global".
         epsilon, mode, tier, failure_probability, seed: what the verdicts are for and rest on. In tier "deterministic"

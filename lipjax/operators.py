@@ -132,8 +132,14 @@ class Flatten(nnx.Module):
 class Residual(nnx.Module):
     """``x + f(x)``, f the given layers in order, which keep the shape. Bounds go through f and through the sum.
 
-    The ball grows by ``1 + `` (what f makes of it), a box is the sum of the boxes, and in modes "linear" and "rows" a row
-    goes back through both ways at once. `regions.layers_of` writes it as `FORK`, the layers, `JOIN`.
+    A ball of radius r becomes one of r plus what f makes of it, a box the sum of the boxes, and in modes "linear" and "rows" a
+    row goes back through both ways at once. `regions.layers_of` writes it as `FORK`, the layers, `JOIN`.
+
+    Args:
+        layers: registered layers, activations or other Residuals; not the last affine layer of a network.
+
+    Raises:
+        ValueError: when called, if they change the shape.
     """
 
     def __init__(self, *layers):

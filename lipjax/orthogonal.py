@@ -134,11 +134,13 @@ def _(layer) -> operators.LinearOperator:
 def plain(network: Any) -> Any:
     """The network with every layer of this module written down as an ordinary one: certify, save and execute that one.
 
+    The kernels are computed by this machine; another one may round them otherwise, so keep the result, not the recipe.
+
     Args:
-        network: an nnx.Sequential, perhaps with others inside; it is not changed.
+        network: an nnx.Sequential, perhaps with others and Residuals inside; it is not changed.
     """
     if type(network) is nnx.Sequential:
         return nnx.Sequential(*(plain(layer) for layer in network.layers))
     if type(network) is operators.Residual:
         return operators.Residual(*(plain(layer) for layer in network.branch.layers))
-    return network.plain() if isinstance(network, CayleyLinear | AOLConv) else network
+    return network.plain() if type(network) in KINDS else network

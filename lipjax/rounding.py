@@ -304,7 +304,7 @@ def forward_error(
         elif layer is operators.JOIN:
             past, past_total = forks.pop()
             size = jnp.maximum(*map(jnp.abs, boxes[i + 1])) + past + error
-            local = unit * size + max(arithmetic.smallest for arithmetic in arithmetics)
+            local = unit * size + 4 * max(arithmetic.smallest for arithmetic in arithmetics)
             grown = OUTWARD.up(past + error + local, 2)
             total = jnp.minimum(OUTWARD.up(past_total + total + OUTWARD.norm(local), 2), OUTWARD.norm(grown))
             largest = min(arithmetic.largest for arithmetic in arithmetics)

@@ -32,8 +32,8 @@ from lipjax import activations, deterministic, operators, rounding
 from lipjax.activations import ClippedMaxMin, ClippedReLU, MaxMin, ReLU
 from lipjax.operators import safe_norm
 
-# The scaling that `largest_product` tries beside ball and box, as a multiple of that of the ball alone. Measured: five
-# scales gave bounds 1 % smaller than this one, in twice the time.
+# The scaling that `largest_product` tries beside ball and box, as a multiple of that of the ball alone. Measured on an
+# ordinarily trained net: five scales give margins 1 % smaller than this one, none 16 % larger.
 SCALE = 2.5
 # Rows that `reaches` carries back at once.
 ROWS = 64
@@ -239,7 +239,7 @@ def stages_of(layers: Sequence, inputs: Sequence, norms: Sequence[jax.Array], ar
 
 
 def gain(stages: Sequence[Any], d: jax.Array, first, last, arithmetic) -> jax.Array:
-    """Upper bound of ``<d, D h>``, h the output of the layers that `stages_of` was given.
+    """Upper bound of ``<d, D h>``, h the output of the layers that `stages_of` was given; a scalar, NaN if anything is.
 
     Args:
         d: of h's shape; each entry may be a rounded difference.
@@ -247,8 +247,15 @@ def gain(stages: Sequence[Any], d: jax.Array, first, last, arithmetic) -> jax.Ar
         arithmetic: `rounding.OUTWARD` (in float64) makes the computed value an upper bound of the exact one. A row that
             was computed serves as well as the exact one, once what it leaves over is counted.
     """
-    up, g = arithmetic.up, d
-    spent = arithmetic.left_over(4 * rounding.DOUBLE, d, last.radius)
+    up = arithmetic.up
+    row, spent = carried_back(stages, d, arithmetic)
+    spent = up(spent + arithmetic.left_over(4 * rounding.DOUBLE, d, last.radius), 2)
+    return up(up(first.radius * arithmetic.length(row)) + spent, 2)
+
+
+def carried_back(stages: Sequence[Any], d: jax.Array, arithmetic) -> tuple[jax.Array, jax.Array]:
+    """``P_0^T d``, of the input's shape, and an upper bound of what the errors on the way can add to ``<d, D h>``."""
+    up, g, spent = arithmetic.up, d, jnp.zeros((), d.dtype)
     ways: list[jax.Array] = []  # rows that go past the layers of a Residual
     for stage in reversed(stages):
         mark, stage = stage if isinstance(stage, tuple) else (None, stage)
@@ -258,7 +265,7 @@ def gain(stages: Sequence[Any], d: jax.Array, first, last, arithmetic) -> jax.Ar
             g = g + ways.pop()
         g, cost = stage(g)
         spent = up(spent + cost, 2)
-    return up(up(first.radius * arithmetic.length(g)) + spent, 2)
+    return g, spent
 
 
 def reaches(

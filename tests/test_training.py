@@ -204,6 +204,8 @@ def test_every_baseline_is_a_configuration_whose_loss_can_be_taken(method):
     assert baselines.get_config(f"{method}/cifar10_maxmin").model.name == "conv6_dense2"
     with pytest.raises(ValueError, match=r"glora.*gloro"):
         baselines.get_config("glora")
+    with pytest.raises(ValueError, match=r"cifar_maxmin.*cifar10_maxmin"):
+        baselines.get_config(f"{method}/cifar_maxmin")
 
 
 @pytest.mark.parametrize(
