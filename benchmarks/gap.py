@@ -8,6 +8,8 @@ Medians over the images:
 
 - *Lipschitz, global / local*: bound from the input to the penultimate activation, over the largest norm of its Jacobian
   found in the ball by gradient ascent (`lower bound`). ("bcp" has the constant of "global", "linear" that of "local".)
+- *linear part*: norm of P_0 (`lipjax.slopes`, mode "local"), the network with every activation replaced by its mean slope,
+  over the product of the layers' norms: no norm of products of layers, plus what the activations' errors add, is smaller.
 - *margin, by bound*: how far the bound lets a rival gain on the label, over the largest gain found by projected gradient
   ascent from the center and random starts; mean over the rivals. 1 would be a bound that nothing can improve.
 """
@@ -21,7 +23,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 import lipjax
-from lipjax import operators, regions, training
+from lipjax import operators, regions, rounding, slopes, spectral, training
 from lipjax.checkpoints import Checkpoints, load_config
 
 STEPS, STARTS, ITERATIONS = 40, 4, 60
@@ -35,7 +37,11 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the attack's starts")
     options = parser.parse_args(arguments)
     head = ["run", "trained with", "ε", "lower bound"]
-    head += [f"Lipschitz, {mode}" for mode in ("global", "local")] + [f"margin, {mode}" for mode in regions.MODES]
+    head += (
+        [f"Lipschitz, {mode}" for mode in ("global", "local")]
+        + ["linear part"]
+        + [f"margin, {mode}" for mode in regions.MODES]
+    )
     print(f"{options.examples} test images, estimates, seed {options.seed}\n")
     print("| " + " | ".join(head) + " |\n|" + "---|" * len(head))
     for workdir in options.workdirs.split(","):
@@ -58,20 +64,32 @@ def gaps(network, images, labels, epsilon: float, key) -> dict[str, float]:
     found = _found_gains(network, images, labels, epsilon, keys)
     margins = {}
     for mode in regions.MODES:
-        lipschitz, gains = _bounds(network, images, labels, epsilon, mode=mode)
+        lipschitz, gains, linear_part = _bounds(network, images, labels, epsilon, mode=mode)
+        if mode == "local":
+            product = {"linear part": linear_part / lipschitz}
         if mode in ("global", "local"):
             columns[f"Lipschitz, {mode}"] = lipschitz / columns["lower bound"]
         margins[f"margin, {mode}"] = np.sum(gains, axis=1) / np.sum(found, axis=1)
-    return {name: float(np.median(values)) for name, values in (columns | margins).items()}
+    return {name: float(np.median(values)) for name, values in (columns | product | margins).items()}
 
 
 @functools.partial(jax.jit, static_argnames="mode")
 def _bounds(network, images, labels, epsilon, *, mode):
-    """Lipschitz bounds ``(N,)`` and what each rival can gain on the label, ``(N, classes)``."""
+    """Lipschitz bounds ``(N,)``, what each rival can gain on the label, ``(N, classes)``, and the norms of P_0, ``(N,)``."""
+    layers = regions.layers_of(network)
+    last = max(i for i, layer in enumerate(layers) if operators.is_affine(layer))
 
     def one(x, label):
         bound = lipjax.bound(network, x, epsilon, mode=mode, iterations=ITERATIONS)
-        return bound.lipschitz, lipjax.worst_logits(network, bound, label) - bound.logits
+        inputs, like = (bound.input, *bound.regions[:last]), bound.penultimate.center
+        stages = slopes.stages_of(
+            layers[:last], inputs, bound.norms, rounding.EXACT, lambda layer, _: operators.linear_operator(layer)
+        )
+        # The map whose matrix is P_0^T; its norm is that of P_0.
+        back = operators.LinearOperator(lambda _, d: slopes.carried_back(stages, d, rounding.EXACT)[0], jnp.ones(()))
+        start = jax.random.normal(jax.random.key(0), like.shape)
+        linear_part, _ = spectral.power_iteration(back, start, ITERATIONS)
+        return bound.lipschitz, lipjax.worst_logits(network, bound, label) - bound.logits, linear_part
 
     return jax.vmap(one)(images, labels)
 

@@ -7,12 +7,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import ACTIVATIONS, cast64, make_activation, tiny_net
+from conftest import ACTIVATIONS, cast64, largest_by_bisection, make_activation, tiny_net
 from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import lipjax
+from benchmarks import gap
 from lipjax import margins, regions, rounding, slopes
 
 N = 6
@@ -74,6 +75,18 @@ def test_no_chord_of_the_box_is_further_from_the_slope_than_the_width_and_one_is
             np.testing.assert_allclose(
                 np.max(slope, axis=0), np.where(np.max(np.abs(change), axis=0) > 0, first.width, 0), atol=0.03
             )
+
+
+@settings(max_examples=60)
+@given(seed=st.integers(0, 10**6), radius=st.floats(1e-3, 10))
+def test_the_quick_largest_product_is_never_below_the_maximum_nor_above_ball_and_box(seed, radius):
+    rng = np.random.default_rng(seed)
+    d, reach = rng.normal(size=12), rng.uniform(0, 1, 12) * (rng.uniform(size=12) < 0.7)
+    with jax.enable_x64(True):
+        found = float(slopes.largest_product(jnp.asarray(d), jnp.asarray(reach), radius, rounding.EXACT))
+    least = largest_by_bisection(d, radius, -reach, reach)
+    most = min(radius * np.linalg.norm(d), np.abs(d) @ reach)
+    assert least * (1 - 1e-9) <= found <= most * (1 + 1e-9)
 
 
 def test_a_chord_from_the_flat_part_is_steepest_at_the_far_corner(x64):
@@ -222,6 +235,23 @@ def test_more_is_certified_of_a_net_that_was_not_trained_for_masks():
     attack = lipjax.attacks.pgd(net, x[certified], rows.predicted[certified], epsilon, restarts=10, clip=None)
     assert not attack.broken.any()
     assert np.all(lipjax.attacks.smallest(net, x, rows.predicted, clip=None).distance[certified] > epsilon)
+
+
+def test_no_bound_is_below_what_an_attack_finds_and_the_linear_part_is_at_most_the_product():
+    rngs, bias = nnx.Rngs(5), jax.nn.initializers.normal(0.2)
+    net = nnx.Sequential(
+        nnx.Linear(5, 8, rngs=rngs, bias_init=bias),
+        lipjax.MaxMin(),
+        nnx.Linear(8, 8, rngs=rngs, bias_init=bias),
+        lipjax.ReLU(),
+        nnx.Linear(8, 3, rngs=rngs),
+    )
+    x = np.random.default_rng(5).uniform(0, 1, (6, 5)).astype(np.float32)
+    found = gap.gaps(net, x, np.zeros(6, np.int32), 0.1, jax.random.key(0))
+    bounds = [value for name, value in found.items() if name.startswith(("Lipschitz", "margin"))]
+    assert len(bounds) == 2 + len(regions.MODES) and min(bounds) >= 1 - 1e-3 and found["lower bound"] > 0
+    assert found["linear part"] <= 1 + 1e-3
+    assert found["margin, global"] > found["margin, local"] > found["margin, rows"]
 
 
 def test_a_nan_spreads_to_the_margin_and_epsilon_zero_is_exact(x64):
