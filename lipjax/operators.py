@@ -160,8 +160,9 @@ def joined(x: jax.Array, y: jax.Array) -> jax.Array:
     return x + y
 
 
+@jax.tree_util.register_static
 class _Mark:
-    """A place in a list of layers."""
+    """A place in a list of layers; a pytree without leaves, as a layer without parameters is."""
 
     def __init__(self, name: str):
         self.name = name

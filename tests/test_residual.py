@@ -131,7 +131,8 @@ def test_exact_and_executed_logits_lie_within_what_rounding_is_said_to_do(x64):
 def test_a_network_of_blocks_is_certified_and_not_broken():
     net = residual_net("maxmin", seed=2)
     x = np.random.default_rng(2).uniform(0, 1, (12, 6)).astype(np.float32)
-    found = lipjax.certify(net, x, None, EPSILON / 4, mode="linear")
+    found = lipjax.certify(net, x, None, EPSILON / 4, mode="linear", arithmetic="tf32")
+    assert found.arithmetic == "tf32" and np.all(found.allowance > 1e-4)
     assert np.sum(found.certified) >= 4
     rows = found.certified
     attack = lipjax.attacks.pgd(net, x[rows], found.predicted[rows], EPSILON / 4, restarts=10, clip=None)
