@@ -67,6 +67,7 @@ CURVE_POINTS = 6
 def main(argv):
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments {argv[1:]}")
+    lipjax.lowering.keep_compiled()
     logging.set_verbosity(logging.WARNING)
     started = time.monotonic()
 

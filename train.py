@@ -17,10 +17,9 @@ import jax
 import optax
 from absl import app, flags, logging
 from flax import nnx
-from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import config_flags
 
-from lipjax import data, training
+from lipjax import data, lowering, training
 from lipjax.checkpoints import CheckpointError, Checkpoints, open_workdir
 from lipjax.reporting import Metrics, Progress
 
@@ -30,6 +29,9 @@ _EPOCHS = flags.DEFINE_integer(
     "stop_after", None, "Stop after this epoch, to go on later; no influence on the result.", lower_bound=1
 )
 
+# At most so many steps in one call of the device, and no more than take about so long.
+STEPS_PER_CALL, SECONDS_PER_CALL = 32, 5.0
+
 # Fields that say where things are and not what is computed: they may differ when a run is continued.
 VOLATILE = ("data.data_dir", "data.manual_dir")
 
@@ -37,6 +39,7 @@ VOLATILE = ("data.data_dir", "data.manual_dir")
 def main(argv):
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments {argv[1:]}; flags look like --config.seed=1")
+    lowering.keep_compiled()
     logging.set_verbosity(logging.FATAL)  # Orbax reports every step of every save; its errors are reported below
     config = _CONFIG.value
     training.check_config(config)
@@ -73,7 +76,7 @@ def main(argv):
     )
     abstract = jax.eval_shape(create, network)
     shardings = training.state_shardings(abstract, mesh)
-    step = training.make_step(config, transform, steps_per_epoch, train.levels, mesh, abstract)
+    steps = training.make_steps(config, transform, steps_per_epoch, train.levels, mesh, abstract, STEPS_PER_CALL)
 
     # ------------------------------------------------------------------ workdir
     # Not earlier: a start that fails for its data or its settings must not claim the folder.
@@ -94,23 +97,24 @@ def main(argv):
         metrics = Metrics(workdir / "metrics.jsonl", after_step=int(state.step))
 
         # -------------------------------------------------------------- loop
-        batch = NamedSharding(mesh, PartitionSpec("data"))
+        feed = training.feeder(train, mesh, STEPS_PER_CALL)
         last_epoch = min(config.schedule.epochs, _EPOCHS.value or config.schedule.epochs)
+        count = 1
         with Progress(config.schedule.epochs * steps_per_epoch, "training", start=int(state.step)) as progress:
             while epoch < last_epoch:
-                first_step, started, pending = epoch * steps_per_epoch, time.monotonic(), []
+                first_step, started, done = epoch * steps_per_epoch, time.monotonic(), []
                 order = training.epoch_order(config.seed, epoch, len(train.labels), config.batch_size)
-                for i, rows in enumerate(order):
-                    arrays = jax.device_put((train.images[rows], train.labels[rows], rows), batch)
-                    state, values = step(state, *arrays)
-                    pending.append(values)
-                    if len(pending) % 20 == 0 or i + 1 == len(order):
-                        # Waiting here now and then keeps the queue short and shows true progress.
-                        pending[-20:] = jax.device_get(pending[-20:])
-                        training.check_finite(pending[-20:], first_step + max(0, len(pending) - 20))
-                        progress.update(first_step + len(pending), loss=f"{pending[-1]['loss']:.3f}", epoch=epoch + 1)
-                pending = jax.device_get(pending)
-                training.check_finite(pending, first_step)
+                while len(done) < len(order):
+                    rows, began = order[len(done) : len(done) + count], time.monotonic()
+                    state, values = steps(state, *feed(rows), len(rows))
+                    values = jax.device_get(values)
+                    new = [{name: column[i] for name, column in values.items()} for i in range(len(rows))]
+                    training.check_finite(new, first_step + len(done))
+                    done += new
+                    progress.update(first_step + len(done), loss=f"{done[-1]['loss']:.3f}", epoch=epoch + 1)
+                    # As many steps a call as take a few seconds: fewer waits, and still a sign of life.
+                    count = round(len(rows) * SECONDS_PER_CALL / max(time.monotonic() - began, 1e-3))
+                    count = min(max(count, 1), STEPS_PER_CALL)
                 epoch += 1
                 seconds = time.monotonic() - started
 
@@ -130,7 +134,7 @@ def main(argv):
                         )
                 else:
                     found = {}
-                mean = {key: sum(float(p[key]) for p in pending) / len(pending) for key in pending[0]}
+                mean = {key: sum(float(p[key]) for p in done) / len(done) for key in done[0]}
                 metrics.write(
                     step=first_step + len(order),
                     epoch=epoch,

@@ -495,10 +495,11 @@ def trained_on_digits(activation: str) -> Callable[..., Subject]:
         state = training.initial_state(network, transform, config, len(train.labels), shape)
         # One device: the networks are small, and the hunt itself runs on one.
         mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:1])
-        step = training.make_step(config, transform, steps, train.levels, mesh, state)
+        run = training.make_steps(config, transform, steps, train.levels, mesh, state, steps)
+        feed = training.feeder(train, mesh, steps)
         for epoch in range(config.schedule.epochs):
-            for rows in training.epoch_order(config.seed, epoch, len(train.labels), config.batch_size):
-                state, _ = step(state, train.images[rows], train.labels[rows], rows)
+            rows = training.epoch_order(config.seed, epoch, len(train.labels), config.batch_size)
+            state, _ = run(state, *feed(rows), len(rows))
         return _on_test_images(name, activation, state.network, splits.test, options)
 
     return make

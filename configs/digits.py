@@ -16,6 +16,7 @@ def get_config() -> ml_collections.ConfigDict:
     config = ml_collections.ConfigDict()
     config.seed = 0
     config.batch_size = 64
+    config.examples_at_once = 0  # of a batch, to save memory; 0: by the devices
 
     config.data = data = ml_collections.ConfigDict()
     data.name = "digits"  # or npz:<train>,<test>, folder:<path>, or a TFDS name

@@ -6,6 +6,7 @@ from lipjax import (
     certificate_files,
     deterministic,
     losses,
+    lowering,
     margins,
     models,
     operators,
@@ -16,6 +17,7 @@ from lipjax import (
 )
 from lipjax.activations import ClippedMaxMin, ClippedReLU, MaxMin, ReLU
 from lipjax.certificates import Certificate, CertifiedRadius, Estimate, certified_radius, certify, estimate
+from lipjax.lowering import for_cpu
 from lipjax.margins import worst_logits
 from lipjax.operators import AveragePool, Flatten, LinearOperator, Normalize, Residual, linear_operator
 from lipjax.orthogonal import AOLConv, CayleyLinear
@@ -48,9 +50,11 @@ __all__ = [
     "certify",
     "deterministic",
     "estimate",
+    "for_cpu",
     "initial_vectors",
     "linear_operator",
     "losses",
+    "lowering",
     "margins",
     "models",
     "operators",

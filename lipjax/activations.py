@@ -28,6 +28,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from lipjax.operators import larger, smaller
+
 
 class ReLU(nnx.Module):
     """``max(z, 0)``. Constant on the box iff ``upper <= 0``."""
@@ -61,7 +63,7 @@ class MaxMin(nnx.Module):
 
     def __call__(self, z: jax.Array) -> jax.Array:
         a, b = _halves(z)
-        return jnp.concatenate([jnp.maximum(a, b), jnp.minimum(a, b)], axis=-1)
+        return jnp.concatenate([larger(a, b), smaller(a, b)], axis=-1)
 
 
 class ClippedMaxMin(nnx.Module):
@@ -85,8 +87,8 @@ class ClippedMaxMin(nnx.Module):
 
     def __call__(self, z: jax.Array) -> jax.Array:
         a, b = _halves(z)
-        first = _clip_above(jnp.maximum(a, b), self.upper[...])
-        second = -_clip_above(-jnp.minimum(a, b), -self.lower[...])
+        first = _clip_above(larger(a, b), self.upper[...])
+        second = -_clip_above(-smaller(a, b), -self.lower[...])
         return jnp.concatenate([first, second], axis=-1)
 
 
@@ -101,7 +103,7 @@ def _clip_above(z: jax.Array, threshold: jax.Array) -> jax.Array:
     """``min(z, threshold)``, the threshold broadcast over leading (batch) axes."""
     if z.shape[z.ndim - threshold.ndim :] != threshold.shape:
         raise ValueError(f"thresholds of shape {threshold.shape} do not fit an activation of shape {z.shape}.")
-    return jnp.minimum(z, jax.lax.broadcast(threshold, z.shape[: z.ndim - threshold.ndim]))
+    return smaller(z, jax.lax.broadcast(threshold, z.shape[: z.ndim - threshold.ndim]))
 
 
 def varies(lower: jax.Array, upper: jax.Array) -> jax.Array:

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from lipjax import lowering
 from lipjax.regions import check_epsilon
 
 # How the length of a step falls, as a function of the share of the steps that is done.
@@ -583,7 +584,7 @@ def _gradient(network, x, y, rival, loss, key):
         value = jnp.stack([entropy, -margin, goal - own])[loss].astype(x.dtype)
         return jnp.sum(value), (value, margin)
 
-    gradient, (value, margin) = jax.grad(objective, has_aux=True)(x)
+    gradient, (value, margin) = lowering.for_cpu(jax.grad(objective, has_aux=True))(x)
     # Scaled first: the squares of a tiny or huge gradient under- or overflow, and would hide the way.
     largest = jnp.max(jnp.abs(gradient), axis=tuple(range(1, x.ndim)), keepdims=True)
     usable = (largest > 0) & jnp.isfinite(largest)  # False also for NaN

@@ -22,6 +22,7 @@ from lipjax import (
     activations,
     certificate_files,
     deterministic,
+    lowering,
     margins,
     operators,
     orthogonal,
@@ -426,6 +427,7 @@ def _compiled(function, *static: str, optimize: bool = True):
     return jax.jit(function, static_argnames=static, compiler_options=options)
 
 
+@lowering.for_cpu
 def _estimate_batch(network, images, labels, epsilon, *, mode, iterations):
     def one(x, label):
         bound = regions.bound(network, x, epsilon, mode=mode, iterations=iterations)

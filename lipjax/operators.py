@@ -117,6 +117,19 @@ def safe_norm(x: jax.Array) -> jax.Array:
     return safe_sqrt(jnp.sum(jnp.square(x)))
 
 
+def smaller(a: jax.Array, b: jax.Array) -> jax.Array:
+    """``min(a, b)``, NaN where either is NaN. At a tie the gradient is that of `a`.
+
+    To differentiate `jnp.minimum` two numbers an entry are kept, for this one bit: a third of a training step's memory.
+    """
+    return jnp.where((b < a) | jnp.isnan(b), b, a)
+
+
+def larger(a: jax.Array, b: jax.Array) -> jax.Array:
+    """``max(a, b)``, as `smaller`."""
+    return jnp.where((b > a) | jnp.isnan(b), b, a)
+
+
 class Flatten(nnx.Module):
     """Flattens the last `ndim` axes: one example ``(H, W, C) -> (H*W*C,)`` or a batch of them, row-major."""
 

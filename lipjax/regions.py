@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from lipjax import activations, operators, rounding, slopes, spectral
+from lipjax.operators import larger, smaller
 
 FORK, JOIN = operators.FORK, operators.JOIN
 MODES = ("global", "bcp", "paper", "local", "linear", "rows")
@@ -245,7 +246,7 @@ def walk(
             own = None
             if asked == "rows" and norms and i < last:
                 own = slopes.reaches(layers[:i], (start, *regions), norms, operator, arithmetic, view)
-            region = _affine_box(operator, before, center, ball, mode, slack, arithmetic, own)
+            region = _affine_box(operator, before, center, ball, mode, slack, arithmetic, before is start, own)
             if i < last:
                 mask_out, behind_activation = _live_rows(layers, i, region, mode)
                 if mode != "local":
@@ -261,8 +262,8 @@ def walk(
                 if behind_activation:
                     pending = radius
                 else:
-                    smaller = jnp.minimum(radius, region.radius) if mode == "local" else radius
-                    region = dataclasses.replace(region, radius=smaller)
+                    least = jnp.minimum(radius, region.radius) if mode == "local" else radius
+                    region = dataclasses.replace(region, radius=least)
         regions.append(region)
     if center.ndim != 1 and region.center.ndim != 1:
         raise ValueError(
@@ -300,32 +301,39 @@ def _checked(function, i, layer, x):
         ) from error
 
 
-def _affine_box(operator, before: Region, center, ball_radius, mode, slack, arithmetic, own=None) -> Region:
+def _affine_box(operator, before: Region, center, ball_radius, mode, slack, arithmetic, first, own=None) -> Region:
     """Interval arithmetic, cut with the ball of the inputs that vary, and with `own`, how far each output can move, if given;
-    always contains the center itself."""
-    middle_in, half_width_in = arithmetic.around(before.lower, before.upper)
-    middle, half_width = operator.affine(middle_in), operator.absolute(half_width_in)
+    always contains the center itself. `first`: in front is the ball of the inputs, the same around every center."""
+    if first:
+        half_width_in, varies = (
+            jnp.full(before.center.shape, before.radius),
+            jnp.full(before.center.shape, before.radius > 0),
+        )
+        middle, half_width = center, operator.absolute(half_width_in)
+    else:
+        middle_in, half_width_in = arithmetic.around(before.lower, before.upper)
+        middle, half_width, varies = operator.affine(middle_in), operator.absolute(half_width_in), before.varies
     if mode in ("bcp", "paper") and operator.kernel_row_norms is not None:
         row_norms = operator.kernel_row_norms
     else:
-        mask = before.varies if mode == "local" else jnp.ones(before.center.shape, bool)
+        mask = varies if mode == "local" else jnp.ones(before.center.shape, bool)
         row_norms = operator.row_norms(mask)
     terms = before.center.size + operator.kernel.size
     reach = arithmetic.up(ball_radius * jnp.broadcast_to(row_norms, center.shape), terms)
     if own is not None:
         reach = jnp.minimum(reach, own)
-    lower = jnp.maximum(middle - half_width, center - reach)
-    upper = jnp.minimum(middle + half_width, center + reach)
+    lower = larger(middle - half_width, center - reach)
+    upper = smaller(middle + half_width, center + reach)
     lower, upper = arithmetic.widened(lower, upper, slack)
     # Without the outer minimum and maximum, rounding could leave the two intervals without a common point.
-    lower, upper = jnp.minimum(lower, center), jnp.maximum(upper, center)
+    lower, upper = smaller(lower, center), larger(upper, center)
     region = Region(center, ball_radius, lower, upper)
     return dataclasses.replace(region, radius=_half_diagonal(region, arithmetic))
 
 
 def _half_diagonal(region: Region, arithmetic) -> jax.Array:
     """The distance from the center to the farthest corner of the box."""
-    reach = jnp.maximum(region.upper - region.center, region.center - region.lower)
+    reach = larger(region.upper - region.center, region.center - region.lower)
     return arithmetic.length(reach)
 
 

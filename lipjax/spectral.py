@@ -58,8 +58,8 @@ def power_iteration(
 
     **An estimate, never a certificate**: it is at most the norm, whatever the start, and may be far below it.
 
-    Nothing is differentiated through the iteration. With the unit vectors u, v held fixed, ``sigma = <v, W u>`` has the
-    gradient ``v u^T``, which is that of the norm at convergence.
+    Nothing is differentiated through the iteration. With the unit vectors u, v held fixed, ``sigma = <u, W^T v>`` has the
+    gradient ``v u^T``, which is that of the norm at convergence. For n iterations W is applied n times and W^T n times.
 
     Args:
         operator: the map W.
@@ -75,18 +75,22 @@ def power_iteration(
     forward, backward = masked(frozen, start, mask_in, mask_out)
 
     def step(_, u):
-        return normalize(backward(normalize(forward(u))))
+        return normalize(backward(forward(u)))
 
     u = normalize(_keep(mask_in, jax.lax.stop_gradient(start)))
-    if iterations <= 5:  # unrolled: XLA's CPU backend runs convolutions inside a while loop slowly
-        for i in range(iterations):
+    if iterations == 0:
+        image = _keep(mask_out, operator(u))
+        return jnp.sum(normalize(jax.lax.stop_gradient(image)) * image), u
+    if iterations <= 5:  # unrolled: one call less deep, and XLA may fuse across them
+        for i in range(iterations - 1):
             u = step(i, u)
     else:
-        u = jax.lax.fori_loop(0, iterations, step, u)
-    u = jax.lax.stop_gradient(u)
-    image = _keep(mask_out, operator(u))
-    v = normalize(jax.lax.stop_gradient(image))
-    return jnp.sum(v * image), u
+        u = jax.lax.fori_loop(0, iterations - 1, step, u)
+    # The last half of the last product is the estimate: <u, W^T v> is <v, W u>, and no further product is needed.
+    v = normalize(forward(u))
+    image = _keep(mask_in, operator.transpose(start)(jax.lax.stop_gradient(v)))
+    u = normalize(jax.lax.stop_gradient(image))
+    return jnp.sum(u * image), u
 
 
 def refresh(vector: jax.Array, key: jax.Array) -> jax.Array:

@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -11,13 +13,22 @@ import optax
 from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from lipjax import activations, data, losses, margins, models, orthogonal, regions, spectral
+from lipjax import activations, data, losses, lowering, margins, models, orthogonal, regions, spectral
 
 # Types of the stored singular vectors, and the integers that hold their bits: XLA's CPU backend updates rows of integer
 # arrays in place, but widens a whole array of narrow floats to do so (measured: 0.2 s a step instead of 0.5 ms for 1/3
 # of mnist_small's vectors).
 VECTOR_TYPES = {"float32": None, "bfloat16": jnp.uint16, "float8_e4m3fn": jnp.uint8}
 
+# Figures of each step.
+METRICS = ("loss", "accuracy", "lipschitz_estimate", "gradient_norm", "epsilon", "kappa")
+
+# On CPU: bytes of the largest activation of the examples that go through the network at once, and the least number of
+# these; smaller parts cost more in calls than they gain.
+CPU_CACHE, LEAST_AT_ONCE = 2**22, 16
+
+# Training sets up to this size are kept on the devices.
+RESIDENT_BYTES = 2**31
 
 # Names of losses in `lipjax.losses`.
 LOSSES = ("bcp", "gloro", "lmt", "emma")
@@ -56,7 +67,7 @@ def check_config(config) -> None:
         **dict.fromkeys(("batch_size", "schedule.epochs", "evaluation.every", "checkpoints.every"), 1),
         **dict.fromkeys(("bound.iterations", "evaluation.iterations"), 1),
         "checkpoints.keep": 2,
-        **dict.fromkeys(("seed", "epsilon.train", "epsilon.test", "bound.sparsity"), 0),
+        **dict.fromkeys(("seed", "examples_at_once", "epsilon.train", "epsilon.test", "bound.sparsity"), 0),
         **dict.fromkeys(("bound.stability", "bound.rivals"), 0),
         **dict.fromkeys(("schedule.warmup", "schedule.ramp", "data.train_examples", "data.test_examples"), 0),
     }
@@ -226,76 +237,177 @@ def example_loss(network, x, label, epsilon, kappa, vectors, config):
     return loss, (jax.lax.stop_gradient(bound.vectors), correct, bound.lipschitz)
 
 
-def make_step(config, transform: optax.GradientTransformation, steps_per_epoch: int, levels: float, mesh: Mesh, state):
-    """The jitted training step ``(state, images, labels, indices) -> (state, metrics)``; the state is donated.
+def make_steps(
+    config,
+    transform: optax.GradientTransformation,
+    steps_per_epoch: int,
+    levels: float,
+    mesh: Mesh,
+    state,
+    most: int,
+    loss: Callable = example_loss,
+):
+    """The jitted ``(state, images, labels, rows, indices, count) -> (state, metrics)``: `count` training steps in one call.
 
-    Args of the step: `images` ``(batch, H, W, C)`` as stored, `labels` ``(batch,)``, `indices` ``(batch,)`` positions in
-    the training set. All randomness comes from ``fold_in(seed, step)``: a restart continues exactly.
+    The state is donated. All randomness comes from ``fold_in(seed, step)``: a restart continues exactly, and how steps are
+    spread over calls has no influence on the result.
+
+    Args:
+        most: the largest count. The program is compiled once for all counts.
+        loss: of one example; arguments and results as those of `example_loss`.
+
+    Args of the function: `images` ``(N, H, W, C)`` as stored and `labels` ``(N,)``, on the devices; `rows` ``(most, batch)``,
+    positions in `images` of each step's batch; `indices` of the same shape, their positions in the training set; `count`.
+    Metrics are arrays ``(most,)``; what is behind the first `count` is not used.
     """
     root = jax.random.key(config.seed)
     pack = functools.partial(pack_vector, dtype=config.vectors.dtype)
     unpack = functools.partial(unpack_vector, dtype=config.vectors.dtype)
     shardings = state_shardings(state, mesh)
-    batch = NamedSharding(mesh, PartitionSpec("data"))
+    batches = NamedSharding(mesh, PartitionSpec(None, "data"))
     everywhere = NamedSharding(mesh, PartitionSpec())
+    size = config.batch_size
+    parts = size // examples_at_once(config, mesh, state)
+
+    def part_of_step(network, epsilon, kappa, starts, key, carried, columns):
+        """Adds one part of a batch: gradient, sums of the metrics, and the vectors after it."""
+        vectors, gradient, sums = carried
+        images, labels, indices = columns
+        starts = dict(starts)
+        if "local" in vectors:
+            # One fresh direction for all examples: it has to be new in each step, not in each example.
+            starts["local"] = tuple(
+                jax.vmap(spectral.refresh, in_axes=(0, None))(unpack(stored[indices]), jax.random.fold_in(key, n))
+                for n, stored in enumerate(vectors["local"])
+            )
+        axes = {name: 0 if name == "local" else None for name in starts}
+
+        def loss_of(network):
+            one = functools.partial(loss, network, config=config)
+            losses_, (found, correct, lipschitz) = jax.vmap(
+                one, in_axes=(0, 0, None, None, axes), out_axes=(0, (axes, 0, 0))
+            )(images, labels, epsilon, kappa, starts)
+            mean = jnp.sum(losses_) / size
+            return mean, (found, jnp.stack([mean, jnp.sum(correct) / size, jnp.sum(lipschitz) / size]))
+
+        (_, (found, more)), change = jax.value_and_grad(loss_of, has_aux=True)(network)
+        kept = {}
+        if "local" in found:
+            kept["local"] = tuple(
+                stored.at[indices].set(jax.vmap(pack)(vector))
+                for stored, vector in zip(vectors["local"], found["local"], strict=True)
+            )
+        if "global" in found:
+            kept["global"] = tuple(map(pack, found["global"]))
+        return kept, jax.tree.map(jnp.add, gradient, change), sums + more
 
     def step(state: State, images, labels, indices):
-        key = jax.random.fold_in(root, state.step)
-        augment_key, fresh_key = jax.random.split(key)
+        augment_key, fresh_key = jax.random.split(jax.random.fold_in(root, state.step))
         progress = ramp(state.step, steps_per_epoch, config.schedule.warmup, config.schedule.ramp)
         epsilon, kappa = progress * config.epsilon.train, 1 - progress
         images = images.astype(jnp.float32) / levels
         if config.data.augment:
             images = data.random_crop_and_flip(images, augment_key)
-
-        starts = {}
-        if "local" in state.vectors:
-            keys = jax.vmap(lambda i: jax.random.fold_in(fresh_key, i))(indices)
-            starts["local"] = tuple(
-                jax.vmap(spectral.refresh)(
-                    unpack(stored[indices]), jax.vmap(lambda k, n=n: jax.random.fold_in(k, n))(keys)
-                )
-                for n, stored in enumerate(state.vectors["local"])
+        local_key, global_key = jax.random.split(fresh_key)
+        # All parts begin with the same vectors of what the examples share.
+        starts = {
+            name: tuple(spectral.refresh(unpack(v), jax.random.fold_in(global_key, n)) for n, v in enumerate(stored))
+            for name, stored in state.vectors.items()
+            if name == "global"
+        }
+        one_part = functools.partial(part_of_step, state.network, epsilon, kappa, starts, local_key)
+        carried = (state.vectors, jax.tree.map(jnp.zeros_like, state.network), jnp.zeros(3))
+        if parts == 1:
+            carried = one_part(carried, (images, labels, indices))
+        else:
+            # Strided, so that every device has its share of each part.
+            columns = jax.tree.map(
+                lambda a: jnp.swapaxes(a.reshape(size // parts, parts, *a.shape[1:]), 0, 1), (images, labels, indices)
             )
-        if "global" in state.vectors:
-            starts["global"] = tuple(
-                spectral.refresh(unpack(stored), jax.random.fold_in(fresh_key, 2**31 - 1 - n))
-                for n, stored in enumerate(state.vectors["global"])
-            )
-        axes = {name: 0 if name == "local" else None for name in starts}
-
-        def loss_of(network):
-            one = functools.partial(example_loss, network, config=config)
-            loss, (vectors, correct, lipschitz) = jax.vmap(
-                one, in_axes=(0, 0, None, None, axes), out_axes=(0, (axes, 0, 0))
-            )(images, labels, epsilon, kappa, starts)
-            return jnp.mean(loss), (vectors, jnp.mean(correct), jnp.mean(lipschitz))
-
-        (loss, (vectors, accuracy, lipschitz)), gradient = jax.value_and_grad(loss_of, has_aux=True)(state.network)
+            carried, _ = jax.lax.scan(lambda carried, columns: (one_part(carried, columns), None), carried, columns)
+        vectors, gradient, (mean, accuracy, lipschitz) = carried
         updates, optimizer = transform.update(gradient, state.optimizer, state.network)
         network = activations.project(optax.apply_updates(state.network, updates))
-
-        kept = {}
-        if "local" in vectors:
-            kept["local"] = tuple(
-                stored.at[indices].set(jax.vmap(pack)(vector))
-                for stored, vector in zip(state.vectors["local"], vectors["local"], strict=True)
-            )
-        if "global" in vectors:
-            kept["global"] = tuple(map(pack, vectors["global"]))
         metrics = {
-            "loss": loss,
+            "loss": mean,
             "accuracy": accuracy,
             "lipschitz_estimate": lipschitz,
             "gradient_norm": optax.tree.norm(gradient),
             "epsilon": epsilon,
             "kappa": kappa,
         }
-        return State(state.step + 1, network, optimizer, kept, state.best), metrics
+        return State(state.step + 1, network, optimizer, vectors, state.best), metrics
+
+    def steps(state: State, images, labels, rows, indices, count):
+        if rows.shape != (most, size) or indices.shape != (most, size):
+            raise ValueError(
+                f"expected rows and indices of shape {(most, size)}, got {rows.shape} and {indices.shape}."
+            )
+
+        def one(i, carried):
+            state, metrics = carried
+            state, values = step(state, images[rows[i]], labels[rows[i]], indices[i])
+            return state, {name: metrics[name].at[i].set(value) for name, value in values.items()}
+
+        return jax.lax.fori_loop(0, count, one, (state, {name: jnp.zeros(most) for name in METRICS}))
 
     return jax.jit(
-        step, donate_argnums=0, in_shardings=(shardings, batch, batch, batch), out_shardings=(shardings, everywhere)
+        lowering.for_cpu(steps),
+        donate_argnums=0,
+        in_shardings=(shardings, everywhere, everywhere, batches, batches, everywhere),
+        out_shardings=(shardings, everywhere),
     )
+
+
+def examples_at_once(config, mesh: Mesh, state: State) -> int:
+    """How many examples of a batch go through the network at once: `config.examples_at_once`, or by the devices if that is 0.
+
+    Gradients are summed over the parts of a batch, so this is of influence on memory and speed, and on the result by rounding
+    only. On CPU it is so many that the largest activation stays in the cache, elsewhere the whole batch.
+
+    Raises:
+        ValueError: a number that does not divide the batch, or over the devices.
+    """
+    size, asked = config.batch_size, config.examples_at_once
+    if asked:
+        if size % asked or asked % mesh.size:
+            raise ValueError(
+                f"examples_at_once must divide batch_size ({size}) and be a multiple of the devices ({mesh.size}), got "
+                f"{asked}."
+            )
+        return asked
+    if jax.default_backend() != "cpu":
+        return size
+    shapes = [v.shape[1:] if name == "local" else v.shape for name, all_ in state.vectors.items() for v in all_]
+    fitting = CPU_CACHE // (4 * max(map(math.prod, shapes), default=1))
+    allowed = [n for n in range(mesh.size, size + 1, mesh.size) if size % n == 0]
+    return max((n for n in allowed if n <= max(fitting, LEAST_AT_ONCE)), default=allowed[0])
+
+
+def feeder(train: data.Dataset, mesh: Mesh, most: int) -> Callable[[np.ndarray], tuple]:
+    """``rows -> (images, labels, rows, indices)``, the arguments of the function of `make_steps` for up to `most` steps.
+
+    A training set of up to `RESIDENT_BYTES` lies on the devices and only positions travel; of a larger one each call takes
+    the images that it needs.
+    """
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    batches = NamedSharding(mesh, PartitionSpec(None, "data"))
+    resident = train.images.nbytes <= RESIDENT_BYTES
+    if resident:
+        images, labels = jax.device_put((train.images, train.labels), everywhere)
+
+    def arguments(rows: np.ndarray):
+        padded = np.concatenate([rows, np.broadcast_to(rows[:1], (most - len(rows), rows.shape[1]))])
+        if resident:
+            return images, labels, *jax.device_put((padded, padded), batches)
+        flat = padded.reshape(-1)
+        own = np.arange(flat.size, dtype=np.int32).reshape(padded.shape)
+        return (
+            *jax.device_put((train.images[flat], train.labels[flat]), everywhere),
+            *jax.device_put((own, padded), batches),
+        )
+
+    return arguments
 
 
 def epoch_order(seed: int, epoch: int, examples: int, batch_size: int) -> np.ndarray:
@@ -325,6 +437,7 @@ def check_finite(metrics: list[dict], first_step: int) -> None:
 
 
 @functools.partial(jax.jit, static_argnames=("mode", "iterations"))
+@lowering.for_cpu
 def _evaluate_batch(network, images, labels, weights, epsilon, *, mode, iterations):
     def one(x, label):
         bound = regions.bound(network, x, epsilon, mode=mode, iterations=iterations)

@@ -216,3 +216,14 @@ def test_activations_refuse_what_does_not_fit_and_unknown_types_have_no_rules():
     ):
         with pytest.raises(TypeError, match=r"for object: .*register"):
             rule(object(), *arguments)
+
+
+def test_smaller_and_larger_keep_a_nan_and_have_the_gradient_of_the_one_that_is_taken():
+    nan = jnp.nan
+    a, b = jnp.asarray([1.0, 2.0, nan, 1.0, 3.0]), jnp.asarray([2.0, 1.0, 1.0, nan, 3.0])
+    np.testing.assert_array_equal(operators.smaller(a, b), jnp.minimum(a, b))
+    np.testing.assert_array_equal(operators.larger(a, b), jnp.maximum(a, b))
+    to_a, to_b = jax.grad(lambda a, b: jnp.sum(operators.smaller(a, b)), argnums=(0, 1))(a[::2], b[::2])
+    assert to_a.tolist() == [1, 1, 1] and to_b.tolist() == [0, 0, 0]
+    to_a, to_b = jax.grad(lambda a, b: jnp.sum(operators.larger(a, b)), argnums=(0, 1))(a[:2], b[:2])
+    assert to_a.tolist() == [0, 1] and to_b.tolist() == [1, 0]

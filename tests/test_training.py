@@ -293,6 +293,9 @@ def test_stored_vectors_keep_their_direction_and_zero_and_are_always_finite(dtyp
     assert back[7] < 0 and np.all(np.isfinite(back)) and np.count_nonzero(back) == 1
 
 
+MOST = 20  # steps of the trainer's longest call
+
+
 def small_net(threshold):
     """4x4x1 images, one convolution, one hidden dense layer, clipped ReLU, random biases; four classes."""
     rngs, bias = nnx.Rngs(0), jax.nn.initializers.normal(0.3)
@@ -313,7 +316,7 @@ def trainer():
     Learning rate 0: nothing changes but the vectors.
     """
     config = digits.get_config()
-    config.epsilon.train, config.schedule.ramp = 0.3, 0.0
+    config.batch_size, config.epsilon.train, config.schedule.ramp = 8, 0.3, 0.0
     images = jax.random.uniform(jax.random.key(0), (8, 4, 4, 1))
     labels, rows = jnp.arange(8) % 4, jnp.arange(8)
     transform = optax.sgd(0.0)
@@ -322,12 +325,12 @@ def trainer():
         state = training.initial_state(network, transform, config, 8, (4, 4, 1))
         return dataclasses.replace(state, step=jnp.asarray(1, jnp.int32))  # epsilon is 0 in the very first step
 
-    step = training.make_step(config, transform, 1, 1.0, training.device_mesh(), start(small_net(0.5)))
+    run = training.make_steps(config, transform, 1, 1.0, training.device_mesh(), start(small_net(0.5)), MOST)
+    rows = jnp.broadcast_to(rows, (MOST, 8))
 
     def steps(state, count):
-        for _ in range(count):
-            state, metrics = step(state, images, labels, rows)
-        return state, {name: float(value) for name, value in metrics.items()}
+        state, metrics = run(state, images, labels, rows, rows, count)
+        return state, {name: float(values[count - 1]) for name, values in metrics.items()}
 
     return images, start, steps
 
@@ -371,3 +374,72 @@ def test_the_stored_vectors_belong_to_their_examples(trainer):
     wrong = np.asarray(lipschitz(state.network, images, 0, turned))
     # Without an iteration the norm is that of the image of the vector itself: an example's own fits it best.
     assert np.all(right > wrong)
+
+
+# ---------------------------------------------------------------------------------------------------- steps and calls
+
+
+def steps_on_digits(calls, **fields):
+    """State and metrics after the calls, each of so many steps, of a small net on 24 digits."""
+    config = digits.get_config()
+    config.batch_size, config.model.widths, config.model.dense, config.schedule.ramp = 12, (4,), 8, 1.0
+    config.data.augment = True
+    config.update_from_flattened_dict(fields)
+    train = training.load_data(config).train.take(np.arange(24))
+    mesh, transform = training.device_mesh(), optax.sgd(0.05, momentum=0.9)
+    network = training.build_network(config, (8, 8, 1), 10)
+    state = training.initial_state(network, transform, config, 24, (8, 8, 1))
+    steps = training.make_steps(config, transform, 2, train.levels, mesh, state, 3)
+    feed, order = training.feeder(train, mesh, 3), []
+    for epoch in range(3):
+        order += list(training.epoch_order(0, epoch, 24, 12))
+    metrics, first = [], 0
+    for count in calls:
+        state, values = steps(state, *feed(np.stack(order[first : first + count])), count)
+        metrics += [{name: float(column[i]) for name, column in values.items()} for i in range(count)]
+        first += count
+    return state, metrics
+
+
+def test_how_steps_are_spread_over_calls_changes_no_bit(monkeypatch):
+    state, metrics = steps_on_digits([3, 3])
+    for calls in ([1] * 6, [2, 3, 1]):
+        other, others = steps_on_digits(calls)
+        assert others == metrics
+        for a, b in zip(jax.tree.leaves(state), jax.tree.leaves(other), strict=True):
+            assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
+    monkeypatch.setattr(training, "RESIDENT_BYTES", 0)  # each call brings its images
+    other, others = steps_on_digits([2, 3, 1])
+    assert others == metrics and metrics[-1]["epsilon"] > 0
+    for a, b in zip(jax.tree.leaves(state), jax.tree.leaves(other), strict=True):
+        assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
+
+
+@pytest.mark.parametrize("mode", ["local", "paper"])
+def test_a_batch_in_parts_is_the_same_up_to_rounding(mode):
+    whole, metrics = steps_on_digits([3], **{"bound.mode": mode, "examples_at_once": 12})
+    parts, others = steps_on_digits([3], **{"bound.mode": mode, "examples_at_once": 4})
+    for one, other in zip(metrics, others, strict=True):
+        assert other == pytest.approx(one, rel=1e-4)
+    for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(parts), strict=True):
+        np.testing.assert_allclose(b, a, atol=2e-3 * max(np.max(np.abs(a)), 1e-3))
+
+
+def test_parts_that_do_not_divide_the_batch_are_an_error_that_says_so():
+    with pytest.raises(ValueError, match=r"examples_at_once must divide batch_size \(12\).*got 5"):
+        steps_on_digits([1], examples_at_once=5)
+
+
+def test_on_cpu_so_many_examples_go_at_once_as_stay_in_the_cache():
+    config = digits.get_config()
+    mesh = training.device_mesh()
+
+    def chosen(largest, size):
+        config.batch_size = size
+        vectors = {"local": (jnp.zeros((1, *largest)), jnp.zeros((1, 8)))}
+        return training.examples_at_once(config, mesh, dataclasses.replace(empty, vectors=vectors))
+
+    empty = training.State(0, None, None, {}, 0)
+    assert chosen((32, 32, 32), 256) == 32 and chosen((8, 8, 16), 64) == 64
+    assert chosen((64, 64, 64), 256) == 16  # no fewer
+    assert chosen((64, 64, 64), 7) == 7 and chosen((64, 64, 64), 26) == 13
