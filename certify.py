@@ -57,6 +57,11 @@ _BATCH = flags.DEFINE_integer("batch_size", 64, "Images at once; no influence on
 _STEPS = flags.DEFINE_integer("pgd_steps", 100, "Steps of each attack, each of epsilon / 4.")
 _RESTARTS = flags.DEFINE_integer("pgd_restarts", 5, "Random starts of each attack at epsilon.")
 _CURVE = flags.DEFINE_bool("curve", True, "Certified radii and the curve; without it only the verdicts at epsilon.")
+_EARLY = flags.DEFINE_bool(
+    "early",
+    False,
+    "Bound only what is predicted right and stands the attack: the same verdicts in less time, no figures of the others.",
+)
 _DATA_DIR = flags.DEFINE_string("data_dir", None, "Where TFDS keeps its sets, if not where training found them.")
 
 # The curve's PGD points are for orientation: one restart, where at epsilon itself there are more.
@@ -100,16 +105,17 @@ def main(argv):
         "budget": _BUDGET.value,
         "batch_size": _BATCH.value,
     }
-    certificates = {}
-    for i, mode in enumerate(modes):
-        say(f"certifying, {mode} bound ...")
-        # Independent draws for each call, as the union bound over them needs fresh ones.
-        certificates[mode] = lipjax.certify(
-            network, images, labels, epsilon, mode=mode, seed=draw_seed(_SEED.value, i), **arguments
-        )
     say(f"attacking, PGD with {_STEPS.value} steps and {_RESTARTS.value} restarts ...")
     key = jax.random.key(_SEED.value)
     attack = lipjax.attacks.pgd(network, images, labels, epsilon, steps=_STEPS.value, restarts=_RESTARTS.value, key=key)
+    examine = ~attack.broken if _EARLY.value else np.ones(len(labels), bool)
+    certificates = {}
+    for i, mode in enumerate(modes):
+        say(f"certifying {np.sum(examine)} images, {mode} bound ...")
+        # Independent draws for each call, as the union bound over them needs fresh ones.
+        certificates[mode] = lipjax.certify(
+            network, images, labels, epsilon, mode=mode, seed=draw_seed(_SEED.value, i), examine=examine, **arguments
+        )
     for mode, certificate in certificates.items():
         contradicted = np.flatnonzero(certificate.certified & attack.broken)
         if len(contradicted):
@@ -130,6 +136,7 @@ def main(argv):
         "data": config.data.name,
         "split": "test",
         "examples": len(labels),
+        "examined": int(np.sum(examine)),
         "data_fingerprint": data.fingerprint(test),
         "note": test.note,
         "seed": _SEED.value,
@@ -183,6 +190,7 @@ def main(argv):
         reporting.plot_curve(reporting.Path(folder) / "curve.png", run, radii, pgd_curve, points)
 
     # ------------------------------------------------------------------ report
+    shown = examine if np.any(examine) else ~examine
     summary = {
         "run": {**run, "seconds": round(time.monotonic() - started, 1)},
         "clean_accuracy": float(np.mean(tightest.correct)),
@@ -190,8 +198,8 @@ def main(argv):
         "modes": {
             mode: {
                 "certified_accuracy": float(np.mean(c.certified)),
-                "median_lipschitz": float(np.median(c.lipschitz)),
-                "constant_share": np.mean(c.constant, axis=0).tolist(),
+                "median_lipschitz": float(np.median(c.lipschitz[shown])),
+                "constant_share": np.mean(c.constant[shown], axis=0).tolist(),
             }
             for mode, c in certificates.items()
         },

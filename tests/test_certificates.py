@@ -223,6 +223,28 @@ def test_a_certificate_does_not_depend_on_batch_mates():
     assert np.array_equal(whole.certified, parts.certified)
 
 
+def test_what_is_not_examined_claims_nothing_and_the_rest_is_the_same():
+    net, x = tiny_net("clipped_relu", seed=7, scale=0.8), batch(8)
+    labels = np.asarray(lipjax.certify(net, x, None, 0.01).predicted)
+    labels[0] = (labels[0] + 1) % 3
+    whole = lipjax.certify(net, x, labels, 0.02)
+    examine = np.array([True, True, False, True, False, True, True, False])
+    part = lipjax.certify(net, x, labels, 0.02, examine=examine)
+    assert whole.certified.sum() > 3 and part.certified[examine].sum() > 1 and not part.certified[0]
+    for name in ("predicted", "correct", "certified", "margin", "allowance", "lipschitz", "norms", "constant"):
+        np.testing.assert_array_equal(getattr(part, name)[examine], getattr(whole, name)[examine])
+    np.testing.assert_array_equal(part.predicted, whole.predicted)
+    np.testing.assert_array_equal(part.correct, whole.correct)
+    left = ~examine
+    assert not part.certified[left].any() and np.all(part.margin[left] == -np.inf)
+    assert np.all(np.isposinf(part.norms[left])) and np.all(np.isposinf(part.lipschitz[left]))
+    assert part.failure_probability == whole.failure_probability
+    none = lipjax.certify(net, x, labels, 0.02, examine=np.zeros(8, bool))
+    assert not none.certified.any() and np.all(none.predicted == whole.predicted)
+    with pytest.raises(ValueError, match=r"examine must be 8 booleans, got int64 of shape \(8,\)"):
+        lipjax.certify(net, x, labels, 0.02, examine=np.arange(8))
+
+
 def test_overflow_and_nan_inside_the_walk_are_not_certified():
     net = linear_net(scale=1e38)
     net.layers[0].kernel[...] = 1e38 * jnp.eye(2)
