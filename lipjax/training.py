@@ -20,6 +20,10 @@ from lipjax import activations, data, losses, lowering, margins, models, orthogo
 # of mnist_small's vectors).
 VECTOR_TYPES = {"float32": None, "bfloat16": jnp.uint16, "float8_e4m3fn": jnp.uint8}
 
+# Where the vectors of the local power iterations are kept between steps: one for each example, one for each layer that all
+# examples share, or nowhere, to begin anew at random.
+STORES = ("example", "layer", "none")
+
 # Figures of each step.
 METRICS = ("loss", "accuracy", "lipschitz_estimate", "gradient_norm", "epsilon", "kappa")
 
@@ -62,6 +66,7 @@ def check_config(config) -> None:
         "bound.mode": regions.MODES,
         "bound.loss": LOSSES,
         "vectors.dtype": tuple(VECTOR_TYPES),
+        "vectors.store": STORES,
     }
     at_least = {
         **dict.fromkeys(("batch_size", "schedule.epochs", "evaluation.every", "checkpoints.every"), 1),
@@ -155,8 +160,8 @@ class State:
         step: scalar int32, steps done.
         network: the nnx.Sequential (a pytree).
         optimizer: the optax state.
-        vectors: power-iteration vectors, a dict: "local" a tuple of ``(examples, *shape)`` arrays, row i of training
-            example i, as `pack_vector` stores it; "global" a tuple of ``shape``.
+        vectors: power-iteration vectors as `pack_vector` stores them, a dict: "local" a tuple of ``(examples, *shape)``
+            arrays, row i of training example i, or "layer" a tuple of ``shape`` in its place (`STORES`); "global" one too.
         best: scalar, the best validation score so far.
     """
 
@@ -175,7 +180,8 @@ def initial_state(network: nnx.Module, transform: optax.GradientTransformation, 
     # Zeros: the fresh component of the first warm start makes them a cold start, for each example once.
     vectors: dict[str, tuple[jax.Array, ...]] = {}
     shapes = regions.vector_shapes(network, input_shape)
-    for name in regions.VECTORS_OF[config.bound.mode]:
+    kept = {"global": "global", "local": {"example": "local", "layer": "layer", "none": None}[config.vectors.store]}
+    for name in filter(None, (kept[name] for name in regions.VECTORS_OF[config.bound.mode])):
         rows = (examples,) if name == "local" else ()
         vectors[name] = tuple(jnp.zeros((*rows, *shape), dtype) for shape in shapes)
     return State(
@@ -280,24 +286,29 @@ def make_steps(
                 jax.vmap(spectral.refresh, in_axes=(0, None))(unpack(stored[indices]), jax.random.fold_in(key, n))
                 for n, stored in enumerate(vectors["local"])
             )
-        axes = {name: 0 if name == "local" else None for name in starts}
+        axes = {name: 0 if name in vectors and name == "local" else None for name in starts}
+        after = {name: 0 if name == "local" else None for name in starts}
 
         def loss_of(network):
             one = functools.partial(loss, network, config=config)
             losses_, (found, correct, lipschitz) = jax.vmap(
-                one, in_axes=(0, 0, None, None, axes), out_axes=(0, (axes, 0, 0))
+                one, in_axes=(0, 0, None, None, axes), out_axes=(0, (after, 0, 0))
             )(images, labels, epsilon, kappa, starts)
             mean = jnp.sum(losses_) / size
             return mean, (found, jnp.stack([mean, jnp.sum(correct) / size, jnp.sum(lipschitz) / size]))
 
         (_, (found, more)), change = jax.value_and_grad(loss_of, has_aux=True)(network)
         kept = {}
-        if "local" in found:
+        if "layer" in vectors:  # those of the last part of the batch
+            kept["layer"] = tuple(
+                pack(_common_direction(each, start)) for each, start in zip(found["local"], starts["local"], strict=True)
+            )
+        if "local" in vectors:
             kept["local"] = tuple(
                 stored.at[indices].set(jax.vmap(pack)(vector))
                 for stored, vector in zip(vectors["local"], found["local"], strict=True)
             )
-        if "global" in found:
+        if "global" in vectors:
             kept["global"] = tuple(map(pack, found["global"]))
         return kept, jax.tree.map(jnp.add, gradient, change), sums + more
 
@@ -311,10 +322,18 @@ def make_steps(
         local_key, global_key = jax.random.split(fresh_key)
         # All parts begin with the same vectors of what the examples share.
         starts = {
-            name: tuple(spectral.refresh(unpack(v), jax.random.fold_in(global_key, n)) for n, v in enumerate(stored))
+            {"layer": "local"}.get(name, name): tuple(
+                spectral.refresh(unpack(v), jax.random.fold_in(jax.random.fold_in(global_key, n), name == "layer"))
+                for n, v in enumerate(stored)
+            )
             for name, stored in state.vectors.items()
-            if name == "global"
+            if name != "local"
         }
+        if config.vectors.store == "none" and "local" in regions.VECTORS_OF[config.bound.mode]:
+            shapes = regions.vector_shapes(state.network, images.shape[1:])
+            starts["local"] = tuple(
+                jax.random.normal(jax.random.fold_in(local_key, n), shape) for n, shape in enumerate(shapes)
+            )
         one_part = functools.partial(part_of_step, state.network, epsilon, kappa, starts, local_key)
         carried = (state.vectors, jax.tree.map(jnp.zeros_like, state.network), jnp.zeros(3))
         if parts == 1:
@@ -359,6 +378,13 @@ def make_steps(
     )
 
 
+def _common_direction(vectors: jax.Array, start: jax.Array) -> jax.Array:
+    """The unit vector along the sum of unit vectors ``(examples, *shape)``, each turned to the side of `start`."""
+    axes = tuple(range(1, vectors.ndim))
+    sides = jnp.where(jnp.sum(vectors * start, axis=axes, keepdims=True) < 0, -1.0, 1.0)
+    return spectral.normalize(jnp.sum(sides * vectors, axis=0))
+
+
 def examples_at_once(config, mesh: Mesh, state: State) -> int:
     """How many examples of a batch go through the network at once: `config.examples_at_once`, or by the devices if that is 0.
 
@@ -379,7 +405,7 @@ def examples_at_once(config, mesh: Mesh, state: State) -> int:
     if jax.default_backend() != "cpu":
         return size
     shapes = [v.shape[1:] if name == "local" else v.shape for name, all_ in state.vectors.items() for v in all_]
-    fitting = CPU_CACHE // (4 * max(map(math.prod, shapes), default=1))
+    fitting = CPU_CACHE // (4 * max(map(math.prod, shapes), default=CPU_CACHE // 128))
     allowed = [n for n in range(mesh.size, size + 1, mesh.size) if size % n == 0]
     return max((n for n in allowed if n <= max(fitting, LEAST_AT_ONCE)), default=allowed[0])
 

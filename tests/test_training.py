@@ -213,6 +213,7 @@ def test_every_baseline_is_a_configuration_whose_loss_can_be_taken(method):
     [
         ("bound.mode", "lokal", "bound.mode must be one of global, bcp, paper, local, linear, rows, got 'lokal'"),
         ("bound.loss", "trades", "bound.loss must be one of bcp, gloro, lmt, emma, got 'trades'"),
+        ("vectors.store", "host", "vectors.store must be one of example, layer, none, got 'host'"),
         ("vectors.dtype", "float16", "vectors.dtype must be one of float32, bfloat16, float8_e4m3fn, got 'float16'"),
         ("batch_size", 0, "batch_size must be finite and at least 1, got 0"),
         ("schedule.epochs", -1, "schedule.epochs must be finite and at least 1, got -1"),
@@ -311,12 +312,17 @@ def small_net(threshold):
 
 @pytest.fixture(scope="module")
 def trainer():
+    return make_trainer()
+
+
+def make_trainer(**fields):
     """Eight random images, ``start(network)``, a state, and ``steps(state, n)``: n steps at full epsilon, last metrics.
 
     Learning rate 0: nothing changes but the vectors.
     """
     config = digits.get_config()
     config.batch_size, config.epsilon.train, config.schedule.ramp = 8, 0.3, 0.0
+    config.update_from_flattened_dict(fields)
     images = jax.random.uniform(jax.random.key(0), (8, 4, 4, 1))
     labels, rows = jnp.arange(8) % 4, jnp.arange(8)
     transform = optax.sgd(0.0)
@@ -364,6 +370,21 @@ def test_estimates_recover_when_what_was_all_masked_opens_again(trainer):
     assert metrics["lipschitz_estimate"] == pytest.approx(converged.mean(), rel=0.02)
     each = np.asarray(lipschitz(state.network, images, 0, state.vectors))
     assert np.all(each > 0.9 * converged) and np.all(each < 1.001 * converged)
+
+
+@pytest.mark.parametrize("store, iterations", [("example", 1), ("layer", 2), ("none", 6)])
+def test_estimates_come_close_to_the_norms_wherever_their_vectors_are_kept(store, iterations):
+    images, start, steps = make_trainer(**{"vectors.store": store, "bound.iterations": iterations})
+    network = small_net(0.5)
+    starts = tuple(jax.random.normal(jax.random.key(1), (8, *s)) for s in vector_shapes(network, (4, 4, 1)))
+    converged = np.asarray(lipschitz(network, images, 300, {"local": starts})).mean()
+    state, metrics = steps(start(network), MOST)
+    assert 0.9 * converged < metrics["lipschitz_estimate"] < 1.001 * converged
+    assert {name: len(v[0].shape) for name, v in state.vectors.items()} == {
+        "example": {"local": 4},
+        "layer": {"layer": 3},
+        "none": {},
+    }[store]
 
 
 def test_the_stored_vectors_belong_to_their_examples(trainer):
