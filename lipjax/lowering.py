@@ -1,17 +1,19 @@
-"""Convolutions as XLA's CPU backend is quick at them. Elsewhere, and in float64, nothing is changed.
+"""Convolutions and sums as XLA's CPU backend is quick at them. Elsewhere, and in float64, nothing is changed.
 
 That backend has a quick convolution of float32 images that lie with their channels last. What differentiation makes of
 it is slow there: kernel gradients, which come as a convolution over the examples, are transposed first and leave the quick
 path altogether within a loop; transposed strided convolutions multiply with the zeros between the pixels. `for_cpu`
 rewrites both in a function that was already differentiated and batched: the first as matrix products, the second as an
-ordinary convolution to more channels, which are then laid side by side. The same sums in another order: results differ
-by rounding only.
+ordinary convolution to more channels, which are then laid side by side. Sums over the examples, and numbers of an example
+that are used for every pixel, are slow as well (see below). The same sums in another order: results differ by rounding only.
 """
 
 import functools
 import itertools
 import math
 import os
+import platform
+import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -51,12 +53,20 @@ def keep_compiled() -> None:
     In ``~/.cache/lipjax``, or where the environment's JAX_COMPILATION_CACHE_DIR says; JAX_ENABLE_COMPILATION_CACHE=false
     turns it off. Where it cannot be written, JAX warns and goes on.
     """
-    if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
-        jax.config.update("jax_compilation_cache_dir", str(Path.home() / ".cache" / "lipjax"))
+    if os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+        return
+    # One folder for each kind of processor: homes are shared, and a program may use instructions that another lacks.
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        features = next(line for line in lines if line.startswith(("flags", "Features")))
+    except (OSError, StopIteration):
+        features = platform.processor()
+    folder = f"{platform.machine()}-{zlib.crc32(features.encode()):08x}"
+    jax.config.update("jax_compilation_cache_dir", str(Path.home() / ".cache" / "lipjax" / folder))
 
 
 def _evaluate(jaxpr: Jaxpr, consts: Sequence, *arguments) -> list:
-    """The results of `jaxpr`, its slow convolutions by other means."""
+    """The results of `jaxpr`, what is slow in it by other means."""
     values = dict(zip(jaxpr.constvars, consts, strict=True)) | dict(zip(jaxpr.invars, arguments, strict=True))
     for equation in jaxpr.eqns:
         inputs = [v.val if isinstance(v, Literal) else values[v] for v in equation.invars]
@@ -67,7 +77,7 @@ def _evaluate(jaxpr: Jaxpr, consts: Sequence, *arguments) -> list:
             results = _bind(equation, [_settled(inputs[0]), *inputs[1:]], parameters)
         elif name == "reduce_sum" and _over_examples(equation.invars[0].aval, **parameters):
             results = [_sum_over_examples(*inputs)]
-        elif not _has_convolutions(equation):
+        elif not _has_work(equation):
             results = _bind(equation, inputs, parameters)
         elif name in ("jit", "pjit", "closed_call", "custom_jvp_call", "custom_vjp_call"):
             inner = parameters["jaxpr"] if "jaxpr" in parameters else parameters["call_jaxpr"]
@@ -96,14 +106,12 @@ def _rewritten(value):
     found = jax.make_jaxpr(functools.partial(_evaluate, inner, consts))(*(v.aval for v in inner.invars))
     if isinstance(value, ClosedJaxpr):
         return found
-    if found.consts:
-        raise NotImplementedError("a rewritten jaxpr needs constants where none can be given.")
-    return found.jaxpr
+    return value if found.consts else found.jaxpr  # where constants have no place, it stays as it was
 
 
-def _has_convolutions(equation) -> bool:
+def _has_work(equation) -> bool:
     return any(
-        inner.primitive.name in ("conv_general_dilated", "reduce_sum", "broadcast_in_dim") or _has_convolutions(inner)
+        inner.primitive.name in ("conv_general_dilated", "reduce_sum", "broadcast_in_dim") or _has_work(inner)
         for jaxpr in _jaxprs_in(tuple(equation.params.values()))
         for inner in jaxpr.eqns
     )

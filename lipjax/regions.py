@@ -307,7 +307,7 @@ def _affine_box(operator, before: Region, center, ball_radius, mode, slack, arit
     if first:
         half_width_in, varies = (
             jnp.full(before.center.shape, before.radius),
-            jnp.full(before.center.shape, before.radius > 0),
+            jnp.full(before.center.shape, ~(before.radius == 0)),
         )
         middle, half_width = center, operator.absolute(half_width_in)
     else:

@@ -301,7 +301,8 @@ def make_steps(
         kept = {}
         if "layer" in vectors:  # those of the last part of the batch
             kept["layer"] = tuple(
-                pack(_common_direction(each, start)) for each, start in zip(found["local"], starts["local"], strict=True)
+                pack(_common_direction(each, start))
+                for each, start in zip(found["local"], starts["local"], strict=True)
             )
         if "local" in vectors:
             kept["local"] = tuple(
