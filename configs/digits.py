@@ -57,7 +57,7 @@ def get_config() -> ml_collections.ConfigDict:
     bound.rivals = 0  # mode "linear": rival classes that get the tighter bound in training; 0: all
 
     config.vectors = vectors = ml_collections.ConfigDict()
-    vectors.store = "example"  # one per training example; or "layer" (shared), "none" (with more bound.iterations)
+    vectors.store = "example"  # one per training example; "layer" (shared) and "none" save memory and cost accuracy
     vectors.dtype = "float32"  # of the stored power-iteration vectors; or "bfloat16", "float8_e4m3fn"
 
     config.evaluation = evaluation = ml_collections.ConfigDict()
