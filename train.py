@@ -14,6 +14,7 @@ import os
 import time
 
 import jax
+import numpy as np
 import optax
 from absl import app, flags, logging
 from flax import nnx
@@ -99,6 +100,10 @@ def main(argv):
         # -------------------------------------------------------------- loop
         feed = training.feeder(train, mesh, STEPS_PER_CALL)
         last_epoch = min(config.schedule.epochs, _EPOCHS.value or config.schedule.epochs)
+        # Compiled before the clock of the progress starts, or the time left would be far off for a while.
+        began = time.monotonic()
+        steps = steps.lower(state, *feed(np.zeros((1, config.batch_size), np.int32)), np.int32(1)).compile()
+        print(f"compiled in {time.monotonic() - began:.0f} s", flush=True)
         count = 1
         with Progress(config.schedule.epochs * steps_per_epoch, "training", start=int(state.step)) as progress:
             while epoch < last_epoch:
@@ -106,7 +111,7 @@ def main(argv):
                 order = training.epoch_order(config.seed, epoch, len(train.labels), config.batch_size)
                 while len(done) < len(order):
                     rows, began = order[len(done) : len(done) + count], time.monotonic()
-                    state, values = steps(state, *feed(rows), len(rows))
+                    state, values = steps(state, *feed(rows), np.int32(len(rows)))
                     values = jax.device_get(values)
                     new = [{name: column[i] for name, column in values.items()} for i in range(len(rows))]
                     training.check_finite(new, first_step + len(done))

@@ -4,9 +4,9 @@
     python -m benchmarks.certify --workdir=runs/cifar10 --examples=128 --json
 
 Without --workdir: fresh weights, random images, their predictions as labels. One JSON line (or plain text): seconds an
-image of each tier and of `lipjax.estimate` with 20 and with 2000 iterations (as the published evaluation runs; of that
-one batch only), each the median of --rounds rounds in turn, compilation apart; the smallest and largest ratio of certified
-to estimated Lipschitz constants (2000 iterations); certified shares; peak memory.
+image of each tier and of `lipjax.estimate` with 20 and with 2000 iterations (as many as the published evaluation has), each
+the median of --rounds rounds in turn, compilation apart; the smallest and largest ratio of each one's Lipschitz constants to
+those of the estimate with most iterations; certified shares; peak memory.
 """
 
 import argparse

@@ -53,6 +53,8 @@ class Certificate:
     l2 distance `epsilon` of image i has that same prediction: by the real-number function of the network, and by the
     network as executed in `arithmetic`. All statements of one certificate hold together (`statement`).
 
+    Of images that were not examined (`certify`) nothing is claimed: margin is -inf, and allowance, lipschitz and norms are inf.
+
     Attributes:
         predicted: class of the largest logit, computed in float64.
         correct: ``predicted == label``.

@@ -110,6 +110,7 @@ def _rewritten(value):
 
 
 def _has_work(equation) -> bool:
+    """Is there anything in the bodies of this loop, branch or call that may be rewritten?"""
     return any(
         inner.primitive.name in ("conv_general_dilated", "reduce_sum", "broadcast_in_dim") or _has_work(inner)
         for jaxpr in _jaxprs_in(tuple(equation.params.values()))

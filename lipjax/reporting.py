@@ -153,6 +153,11 @@ def print_table(summary: dict, stream=None) -> None:
         f"PGD: {run['pgd_steps']} steps, {run['pgd_restarts']} restarts, an upper bound.",
         soft_wrap=True,
     )
+    if run.get("examined", run["examples"]) < run["examples"]:
+        console.print(
+            f"Lipschitz constants and constant neurons are of the {run['examined']} images that were examined; the others are "
+            "misclassified or broken by PGD, and not certified."
+        )
     if run["note"]:
         console.print(f"note: {run['note']}")
 

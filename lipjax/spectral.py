@@ -75,7 +75,7 @@ def power_iteration(
     forward, backward = masked(frozen, start, mask_in, mask_out)
 
     def step(_, u):
-        return normalize(backward(forward(u)))
+        return normalize(backward(normalize(forward(u))))  # twice: the square of a small norm would underflow
 
     u = normalize(_keep(mask_in, jax.lax.stop_gradient(start)))
     if iterations == 0:

@@ -262,6 +262,9 @@ def make_steps(
         most: the largest count. The program is compiled once for all counts.
         loss: of one example; arguments and results as those of `example_loss`.
 
+    Raises:
+        ValueError: as `examples_at_once`; when called, for rows or indices of another shape.
+
     Args of the function: `images` ``(N, H, W, C)`` as stored and `labels` ``(N,)``, on the devices; `rows` ``(most, batch)``,
     positions in `images` of each step's batch; `indices` of the same shape, their positions in the training set; `count`.
     Metrics are arrays ``(most,)``; what is behind the first `count` is not used.
@@ -291,10 +294,10 @@ def make_steps(
 
         def loss_of(network):
             one = functools.partial(loss, network, config=config)
-            losses_, (found, correct, lipschitz) = jax.vmap(
+            each, (found, correct, lipschitz) = jax.vmap(
                 one, in_axes=(0, 0, None, None, axes), out_axes=(0, (after, 0, 0))
             )(images, labels, epsilon, kappa, starts)
-            mean = jnp.sum(losses_) / size
+            mean = jnp.sum(each) / size
             return mean, (found, jnp.stack([mean, jnp.sum(correct) / size, jnp.sum(lipschitz) / size]))
 
         (_, (found, more)), change = jax.value_and_grad(loss_of, has_aux=True)(network)
@@ -414,8 +417,9 @@ def examples_at_once(config, mesh: Mesh, state: State) -> int:
 def feeder(train: data.Dataset, mesh: Mesh, most: int) -> Callable[[np.ndarray], tuple]:
     """``rows -> (images, labels, rows, indices)``, the arguments of the function of `make_steps` for up to `most` steps.
 
-    A training set of up to `RESIDENT_BYTES` lies on the devices and only positions travel; of a larger one each call takes
-    the images that it needs.
+    Its argument is ``(steps, batch)``, positions in `train` of the next steps' batches, at most `most` steps. A training
+    set of up to `RESIDENT_BYTES` lies on the devices and only positions travel; of a larger one each call takes the images
+    that it needs.
     """
     everywhere = NamedSharding(mesh, PartitionSpec())
     batches = NamedSharding(mesh, PartitionSpec(None, "data"))

@@ -30,7 +30,7 @@ DEVICES, BATCH, STEPS = 8, 16, 4
 
 def experiment(mode):
     config = digits.get_config()
-    config.batch_size = BATCH
+    config.batch_size, config.examples_at_once = BATCH, DEVICES  # in two parts, each over all devices
     config.model.widths, config.model.dense = (4,), 8
     config.schedule.ramp = 1.0  # of two steps: epsilon is there before the end
     config.bound.mode, config.bound.iterations = mode, 1

@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given
+from flax import nnx
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 import lipjax
@@ -53,9 +54,7 @@ geometries = st.tuples(
 @given(geometries)
 def test_gradients_of_any_convolution_and_of_its_transpose_stay_what_they_are(geometry):
     height, channels, kernel, strides, pad, spread, apart = geometry
-    size = min((height - 1) * apart + 1, height * apart + 1) + sum(pad)
-    if max((k - 1) * spread + 1 for k in kernel) > size:
-        return
+    assume(max((k - 1) * spread + 1 for k in kernel) <= (height - 1) * apart + 1 + sum(pad))
     x = images(0, 2, height, height + 1, channels)
     w = images(1, *kernel, channels, 4)
 
@@ -144,13 +143,12 @@ def test_a_nan_is_not_lost_on_the_way():
 @pytest.mark.parametrize("mode", ["local", "linear"])
 @pytest.mark.parametrize("activation", ["clipped_relu", "clipped_maxmin"])
 def test_a_bound_and_its_gradient_are_the_same(mode, activation):
-    rngs = lipjax.models.nnx.Rngs(0)
-    network = lipjax.models.small_conv(activation=activation, widths=(8,), dense=8, threshold=0.3, rngs=rngs)
+    network = lipjax.models.small_conv(activation=activation, widths=(8,), dense=8, threshold=0.3, rngs=nnx.Rngs(0))
     x = jnp.abs(images(0, 4, 8, 8, 1))
 
     def loss(network, x):
         def one(x):
-            bound = lipjax.bound(network, x, 0.2, mode=mode, iterations=8)
+            bound = lipjax.bound(network, x, 0.2, mode=mode, iterations=40)
             return jnp.sum(lipjax.worst_logits(network, bound, 1)) + bound.lipschitz
 
         return jnp.mean(jax.vmap(one)(x))

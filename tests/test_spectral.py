@@ -184,3 +184,12 @@ def test_more_certainty_and_less_inflation_take_more_steps_and_bad_wishes_are_er
     assert spectral.chebyshev_steps(1000, 1e-6, 0.001) > spectral.chebyshev_steps(1000, 1e-6, 0.01)
     with pytest.raises(ValueError, match="inflation"):
         spectral.chebyshev_steps(1000, 1e-6, 0.0)
+
+
+def test_the_estimate_of_a_tiny_norm_is_not_lost_to_underflow():
+    matrix = jnp.asarray(np.random.default_rng(0).normal(size=(6, 8)), jnp.float32)
+    estimates = []
+    for scale in (1.0, 1e-15):
+        operator = lipjax.LinearOperator.from_matrix(scale * matrix, (8,), (6,))
+        estimates.append(float(spectral.power_iteration(operator, jnp.ones(8, jnp.float32), 50)[0]) / scale)
+    assert estimates[1] == pytest.approx(estimates[0], rel=1e-4) and estimates[0] > 1
