@@ -19,13 +19,16 @@ def get_config() -> ml_collections.ConfigDict:
     config.examples_at_once = 0  # of a batch, to save memory; 0: by the devices
 
     config.data = data = ml_collections.ConfigDict()
-    data.name = "digits"  # or npz:<train>,<test>, folder:<path>, or a TFDS name
+    data.name = "digits"  # or npz:<train>,<test>, folder:<path>, records:<path>, or a TFDS name
     data.data_dir = ""  # where TFDS keeps prepared sets; "" is its default
     data.manual_dir = ""  # a folder that already holds a TFDS set's original archives
     data.validation_fraction = 0.1  # of the training set, to select the best checkpoint
     data.train_examples = 0  # 0: all
     data.test_examples = 0
-    data.augment = False  # random crops (padding 4) and flips
+    data.image_size = 0  # resize and crop encoded images to this size; 0: as stored
+    data.augment = False  # random crops (padding 4) and flips; with an image_size random resized crops and flips
+    data.workers = 0  # processes that decode sets which stay on disk; 0: a thread of this one
+    data.read_ahead = 2  # batches decoded before they are needed
 
     config.model = model = ml_collections.ConfigDict()
     model.name = "small_conv"

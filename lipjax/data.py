@@ -1,7 +1,9 @@
-"""Image-classification data sets in memory: bundled digits, TFDS sets by name, npz files, image folders.
+"""Image-classification data sets: bundled digits, TFDS sets by name, npz files, image folders, records on disk.
 
-Images stay as they are stored (uint8 where they are) and become floats in [0, 1] only batch by batch. The test set is
-never touched by anything that selects: a validation split is held out of the training set.
+Images stay as they are stored (uint8 where they are) and become floats in [0, 1] only batch by batch. Sets that fit are
+kept in memory; large ones, and those with images of several sizes, stay encoded on disk and are decoded when they are
+indexed (`lipjax.records`). The test set is never touched by anything that selects: a validation split is held out of the
+training set.
 
 TFDS's stock builders need TensorFlow to download and prepare a set, and nothing else here does. So preparing runs in a
 child process, once per set, and TensorFlow enters neither training nor the accelerator's memory:
@@ -18,12 +20,25 @@ import sys
 import zipfile
 import zlib
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+if TYPE_CHECKING:  # lipjax.records builds on this module
+    from lipjax import records
+
 DIGITS_TEST = 360  # of scikit-learn's 1797 digits
+
+# TFDS sets of up to this many decoded bytes, both splits together, are kept in memory.
+IN_MEMORY_BYTES = 2**31
+
+# Share of the images that becomes the test split of a TFDS set that has none.
+HELD_OUT = 0.2
+
+# Other names of TFDS sets.
+ALIASES = {"svhn": "svhn_cropped", "fashion-mnist": "fashion_mnist", "imagenet": "imagenet2012"}
 
 
 class DataError(ValueError):
@@ -32,12 +47,13 @@ class DataError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class Dataset:
-    """One split in memory.
+    """One split.
 
     Attributes:
         name: as given to `load`.
         split: "train", "validation" or "test".
-        images: ``(N, H, W, C)`` as stored, uint8 or float32.
+        images: ``(N, H, W, C)`` as stored, uint8 or float32: an array, or a `records.Images`, which decodes what it is
+            indexed with.
         labels: ``(N,)`` int32.
         levels: the stored value that means 1.0: 255 for uint8, 16 for digits, 1 for floats.
         classes: number of classes.
@@ -47,7 +63,7 @@ class Dataset:
 
     name: str
     split: str
-    images: np.ndarray
+    images: "np.ndarray | records.Images"
     labels: np.ndarray
     levels: float
     classes: int
@@ -59,11 +75,11 @@ class Dataset:
         return self.images[rows].astype(np.float32) / np.float32(self.levels)
 
     def take(self, rows: np.ndarray, split: str | None = None) -> "Dataset":
-        """The examples at `rows`, in that order."""
+        """The examples at `rows`, in that order; nothing is decoded."""
         return dataclasses.replace(
             self,
             split=split or self.split,
-            images=self.images[rows],
+            images=self.images[rows] if isinstance(self.images, np.ndarray) else self.images.subset(rows),
             labels=self.labels[rows],
             indices=self.indices[rows],
         )
@@ -87,35 +103,47 @@ def load(
     validation_seed: int = 0,
     train_examples: int | None = None,
     test_examples: int | None = None,
+    image_size: int | None = None,
 ) -> Splits:
     """Loads a data set by name; everything is a function of the arguments.
 
     Args:
         name: "digits" (comes with scikit-learn, no download), "npz:<train>,<test>" or "npz:<one file>",
-            "folder:<path>" in TinyImageNet's layout, or the name of a TFDS image-classification set such as "mnist".
+            "folder:<path>" in TinyImageNet's layout, "records:<path>" as ``python -m lipjax.records`` writes it, or the
+            name of a TFDS image-classification set such as "mnist", "svhn" or "imagenet2012".
         data_dir: where TFDS keeps prepared sets; its own default (~/tensorflow_datasets) if None.
         manual_dir: a folder that already holds the original archives of a TFDS set: nothing is downloaded then.
         validation_fraction: share of the training set that is held out to select checkpoints; in (0, 1).
         validation_seed: which examples; one value for all runs that are compared.
         train_examples, test_examples: take only so many, the first of a fixed shuffle; None for all.
+        image_size: every image is resized so that its shorter side is image_size * 256 / 224 (rounded), and its central
+            square of image_size is taken; None for images as they are stored. Only for sets of encoded images: records,
+            folders and TFDS. Records and TFDS sets are then decoded when they are indexed, whatever their size.
 
     Raises:
         DataError: missing or damaged data, with what to install or download and where to put it; more examples asked
-            for than there are; a fraction outside (0, 1).
+            for than there are; a fraction outside (0, 1); images of several sizes without an image_size.
     """
     if not 0 < validation_fraction < 1:
         raise DataError(
             f"validation_fraction must lie in (0, 1), got {validation_fraction}: a checkpoint is selected on held-out "
             "training images, never on the test set."
         )
+    if image_size is not None and (image_size < 1 or name == "digits" or name.startswith("npz:")):
+        raise DataError(
+            f"image_size must be at least 1, and is for sets of encoded images (records:, folder:, TFDS); got {image_size} "
+            f"for {name}. Leave it out (data.image_size=0) to take images as they are stored."
+        )
     if name == "digits":
         train, test = _digits()
     elif name.startswith("npz:"):
         train, test = _npz(name)
     elif name.startswith("folder:"):
-        train, test = _folder(name)
+        train, test = _folder(name, image_size)
+    elif name.startswith("records:"):
+        train, test = _records(name, image_size)
     else:
-        train, test = _tfds(name, data_dir, manual_dir)
+        train, test = _tfds(name, data_dir, manual_dir, image_size)
     order = np.random.default_rng(validation_seed).permutation(len(train.labels))
     held_out = max(1, round(len(order) * validation_fraction))
     if held_out >= len(order):
@@ -137,9 +165,14 @@ def _at_most(wanted, there, name, what):
 
 
 def fingerprint(dataset: Dataset) -> str:
-    """The first 16 hex digits of the SHA-256 of images and labels: which data a figure is about."""
+    """The first 16 hex digits of the SHA-256 of images and labels: which data a figure is about.
+
+    Of images on disk nothing is decoded: the hashes of what is stored, the choice and the size stand for them. So one set
+    has one fingerprint in memory and another on disk.
+    """
     digest = hashlib.sha256()
-    for array in (dataset.images, dataset.labels):
+    images = dataset.images if isinstance(dataset.images, np.ndarray) else dataset.images.identity()
+    for array in (images, dataset.labels):
         digest.update(f"{array.shape}{array.dtype}".encode())
         digest.update(np.ascontiguousarray(array).tobytes())
     return digest.hexdigest()[:16]
@@ -265,8 +298,15 @@ def _npz(name):
     return _pair(name, _dataset(name, "train", *parts[0]), test)
 
 
-def _folder(name):
-    root = Path(name.removeprefix("folder:")).expanduser()
+def folder_files(root: Path) -> tuple[list[str], dict[str, list[tuple[Path, int]]]]:
+    """What a folder in TinyImageNet's layout holds: names of the classes, and ``(path, label)`` of each image.
+
+    The images are those of "train" and "test" (the official validation images), in the order of `load`.
+
+    Raises:
+        DataError: another layout, an unknown class, a split without images.
+    """
+    root = root.expanduser()
     if not (root / "train").is_dir() or not (root / "val" / "val_annotations.txt").is_file():
         raise DataError(
             f"{root.absolute()} has not TinyImageNet's layout (train/<class>/images/*, val/images/*, "
@@ -274,14 +314,13 @@ def _folder(name):
             f"unpack it and give the folder as folder:<path>."
         )
     listed = root / "wnids.txt"
-    names = (
+    names = sorted(
         listed.read_text().split() if listed.is_file() else [p.name for p in (root / "train").iterdir() if p.is_dir()]
     )
-    number = {wnid: i for i, wnid in enumerate(sorted(names))}
-    train_files = [
-        (path, number[wnid]) for wnid in sorted(number) for path in sorted((root / "train" / wnid).rglob("*.JPEG"))
-    ]
-    test_files = []
+    number = {wnid: i for i, wnid in enumerate(names)}
+    files: dict[str, list[tuple[Path, int]]] = {"train": [], "test": []}
+    for wnid in names:
+        files["train"] += [(path, number[wnid]) for path in sorted((root / "train" / wnid).rglob("*.JPEG"))]
     for number_of_line, line in enumerate((root / "val" / "val_annotations.txt").read_text().splitlines(), 1):
         if "\t" not in line:
             raise DataError(
@@ -292,68 +331,125 @@ def _folder(name):
         if wnid not in number:
             raise DataError(f"{root}: val_annotations.txt names the class {wnid}, which wnids.txt does not.")
         if path.is_file():  # a subset of the images keeps the full list
-            test_files.append((path, number[wnid]))
-    parts = []
-    for split, files in (("train", train_files), ("test", test_files)):
-        if not files:
+            files["test"].append((path, number[wnid]))
+    for split, found in files.items():
+        if not found:
             where = "train/<class>/images/*.JPEG" if split == "train" else "val/images/, named in val_annotations.txt"
             raise DataError(f"{root}: no {split} images found ({where}).")
-        images = [_decode(path) for path, _ in files]
-        for (path, _), image in zip(files, images, strict=True):
-            if image.shape != images[0].shape:
+    return names, files
+
+
+def _folder(name, image_size):
+    from lipjax import records
+
+    classes, files = folder_files(Path(name.removeprefix("folder:")))
+    parts = []
+    for split, found in files.items():
+        images = []
+        for path, _ in found:
+            try:
+                images.append(records.pixels(records.decode(path.read_bytes()), image_size))
+            except (OSError, records.Undecodable) as error:
+                raise DataError(f"{path} is damaged: {error}. Replace or remove it.") from error
+            if images[-1].shape != images[0].shape:
                 raise DataError(
-                    f"{path} is {image.shape}, {files[0][0]} is {images[0].shape}: resize them to one size."
+                    f"{path} is {images[-1].shape}, {found[0][0]} is {images[0].shape}: resize them to one size, or give "
+                    "an image_size (--config.data.image_size=64)."
                 )
-        labels = np.array([label for _, label in files])
-        parts.append(_dataset(name, split, np.stack(images), labels, classes=len(number)))
+        parts.append(_dataset(name, split, np.stack(images), [label for _, label in found], classes=len(classes)))
     return _pair(name, *parts)
 
 
-def _decode(path: Path) -> np.ndarray:
-    from PIL import Image, UnidentifiedImageError
+def _records(name, image_size):
+    from lipjax import records
 
-    try:
-        with Image.open(path) as image:
-            return np.asarray(image.convert("RGB"))
-    except (OSError, UnidentifiedImageError, SyntaxError) as error:
-        raise DataError(f"{path} is damaged: {error}. Replace or remove it.") from error
+    stored = records.open_folder(Path(name.removeprefix("records:")), image_size)
+    parts = [_on_disk(name, split, *stored.splits[split], classes=stored.classes) for split in ("train", "test")]
+    return _pair(name, *parts)
 
 
-def _tfds(name, data_dir, manual_dir):
+def _on_disk(name, split, images, labels, classes, note="") -> Dataset:
+    if not (labels.min() >= 0 and labels.max() < classes):
+        raise DataError(f"{name}, {split}: labels from {labels.min()} to {labels.max()} do not fit {classes} classes.")
+    return Dataset(name, split, images, labels.astype(np.int32), 255.0, classes, np.arange(len(labels)), note)
+
+
+def _tfds(name, data_dir, manual_dir, image_size):
+    builder = tfds_builder(name, data_dir, manual_dir)
+    features, splits = builder.info.features, builder.info.splits
+    if "image" not in features or "label" not in features:
+        raise DataError(f"TFDS's {name} is not image classification: it has {', '.join(features)}.")
+    if "train" not in splits:
+        raise DataError(f"TFDS's {name} has no train split: {', '.join(splits)}.")
+    parts = {"train": "train"}
+    for split in ("validation", "test"):
+        # ImageNet's test labels are withheld: TFDS has -1 in their place.
+        if split in splits and builder.as_data_source(split=split)[0]["label"] >= 0:
+            parts["test"] = split
+    examples = sum(splits[split].num_examples for split in parts.values())
+    shape = features["image"].shape
+    if None not in shape and examples * np.prod(shape) <= IN_MEMORY_BYTES and image_size is None:
+        found = [_in_memory(name, builder, *part) for part in parts.items()]
+    else:
+        found = [_from_tfds(name, builder, *part, image_size) for part in parts.items()]
+        small = sum(part.images.nbytes for part in found) <= IN_MEMORY_BYTES
+        if small and image_size is None:
+            found = [dataclasses.replace(part, images=part.images[:]) for part in found]
+    if len(found) == 1:
+        found = _hold_out(found[0])
+    return _pair(name, *found)
+
+
+def _hold_out(whole: Dataset) -> tuple[Dataset, Dataset]:
+    """A fixed test split, for ever, whatever the seeds of a run: figures of different runs are about the same images."""
+    order = np.random.default_rng(0).permutation(len(whole.labels))
+    held_out = max(1, round(len(order) * HELD_OUT))
+    note = f"the set has only a train split: its test images here are {held_out} of its {len(order)} images, a fixed choice"
+    whole = dataclasses.replace(whole, note=note)
+    return whole.take(np.sort(order[held_out:]), "train"), whole.take(np.sort(order[:held_out]), "test")
+
+
+def _in_memory(name, builder, split, source_split) -> Dataset:
+    source = builder.as_data_source(split=source_split)
+    examples = [source[i] for i in range(len(source))]
+    images = np.stack([example["image"] for example in examples])
+    labels = np.array([int(example["label"]) for example in examples])
+    return _dataset(name, split, images, labels, classes=builder.info.features["label"].num_classes)
+
+
+def _from_tfds(name, builder, split, source_split, image_size) -> Dataset:
+    from lipjax import records
+
+    images, labels = records.open_tfds(builder, source_split, image_size)
+    return _on_disk(name, split, images, labels, builder.info.features["label"].num_classes)
+
+
+def tfds_builder(name: str, data_dir: str | None, manual_dir: str | None):
+    """The TFDS builder of a set, after it was prepared (in a child process) if it was not yet.
+
+    Raises:
+        DataError: TFDS is not installed, does not know the name, or cannot prepare the set.
+    """
     try:
         import tensorflow_datasets as tfds
     except ImportError as error:
         raise DataError(
             f"{name!r} is looked up in TFDS, which is not installed: pip install -r requirements.txt."
         ) from error
+    name = ALIASES.get(name, name)
     try:
         builder = tfds.builder(name, data_dir=data_dir, file_format="array_record", try_gcs=False)
     except tfds.core.registered.DatasetNotFoundError as error:
-        near = difflib.get_close_matches(name, ["digits", *tfds.list_builders(with_community_datasets=False)], n=1)
+        known = ["digits", *ALIASES, *tfds.list_builders(with_community_datasets=False)]
+        near = difflib.get_close_matches(name, known, n=1)
         hint = f" Did you mean {near[0]!r}?" if near else ""
         raise DataError(
-            f"there is no data set called {name!r} (digits, npz:, folder: or a TFDS name).{hint}"
+            f"there is no data set called {name!r} (digits, npz:, folder:, records: or a TFDS name).{hint}"
         ) from error
     if not builder.is_prepared():
         _prepare_in_child(name, data_dir, manual_dir)
         builder = tfds.builder(name, data_dir=data_dir, file_format="array_record", try_gcs=False)
-    features = builder.info.features
-    if "image" not in features or "label" not in features:
-        raise DataError(f"TFDS's {name} is not image classification: it has {', '.join(features)}.")
-    parts = []
-    for split in ("train", "test"):
-        source_split = split if split in builder.info.splits else "validation"
-        if source_split not in builder.info.splits:
-            raise DataError(f"TFDS's {name} has no test or validation split: {', '.join(builder.info.splits)}.")
-        source = builder.as_data_source(split=source_split)
-        examples = [source[i] for i in range(len(source))]
-        shapes = {example["image"].shape for example in examples}
-        if len(shapes) > 1:
-            raise DataError(f"TFDS's {name} has images of several sizes, e.g. {sorted(shapes)[:3]}: resize them first.")
-        images = np.stack([example["image"] for example in examples])
-        labels = np.array([int(example["label"]) for example in examples])
-        parts.append(_dataset(name, split, images, labels, classes=features["label"].num_classes))
-    return _pair(name, *parts)
+    return builder
 
 
 def _prepare_in_child(name, data_dir, manual_dir):
@@ -383,7 +479,7 @@ def _prepare(name: str, data_dir: str | None, manual_dir: str | None) -> None:
     """Downloads (or takes from `manual_dir`) and prepares a TFDS set as array_record. Imports TensorFlow."""
     import tensorflow_datasets as tfds
 
-    builder = tfds.builder(name, data_dir=data_dir, file_format="array_record", try_gcs=False)
+    builder = tfds.builder(ALIASES.get(name, name), data_dir=data_dir, file_format="array_record", try_gcs=False)
     config = tfds.download.DownloadConfig(
         manual_dir=str(Path(manual_dir).expanduser().absolute()) if manual_dir else None, try_download_gcs=False
     )

@@ -54,6 +54,7 @@ def load_data(config) -> data.Splits:
         validation_fraction=config.data.validation_fraction,
         train_examples=config.data.train_examples or None,
         test_examples=config.data.test_examples or None,
+        image_size=config.data.get("image_size") or None,  # runs of before it was there have none
     )
 
 
@@ -75,6 +76,7 @@ def check_config(config) -> None:
         **dict.fromkeys(("seed", "examples_at_once", "epsilon.train", "epsilon.test", "bound.sparsity"), 0),
         **dict.fromkeys(("bound.stability", "bound.rivals"), 0),
         **dict.fromkeys(("schedule.warmup", "schedule.ramp", "data.train_examples", "data.test_examples"), 0),
+        **dict.fromkeys(("data.image_size", "data.workers", "data.read_ahead"), 0),
     }
     for name, allowed in choices.items():
         if (value := _field(config, name)) not in allowed:
