@@ -1,10 +1,13 @@
 """Data sets: TFDS's own MNIST offline, CIFAR-10 from npz, image folders, splits, augmentation, and what is refused."""
 
 import gzip
+import importlib.util
 import io
+import pickle
 import struct
 import subprocess
 import sys
+import tarfile
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lipjax import data
+from lipjax import data, records
 from lipjax.data import DataError
 
 
@@ -305,27 +308,33 @@ def test_tfds_prepares_its_own_mnist_offline_from_the_original_archives(shared, 
     assert data.fingerprint(again.train) == data.fingerprint(splits.train)
 
 
-def prepare_own_set(name, folder, sizes=((4, 5),), splits=("train", "test"), label="label"):
-    """A TFDS set of our own, six grey images a split, image i of value 40 i and class i % 3; without TensorFlow."""
+def prepare_own_set(name, folder, sizes=((4, 5),), splits=("train", "test"), label="label", channels=1, count=6):
+    """A TFDS set of our own, `count` images a split, image i of value 40 i and class i % 3; without TensorFlow.
+
+    The split "withheld" is called "test" and has the label -1, as ImageNet's has.
+    """
     tfds = pytest.importorskip("tensorflow_datasets")
 
     def info(self):
-        features = {"image": tfds.features.Image(shape=(None, None, 1)), label: tfds.features.ClassLabel(num_classes=3)}
+        image = tfds.features.Image(shape=(None, None, channels))
+        features = {"image": image, label: tfds.features.ClassLabel(num_classes=3)}
         return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
 
-    def examples(self):
-        for i in range(6):
+    def examples(self, withheld):
+        for i in range(count):
             png = io.BytesIO()
-            Image.new("L", sizes[i % len(sizes)], 40 * i).save(png, format="PNG")
+            Image.new("L" if channels == 1 else "RGB", sizes[i % len(sizes)], (40 * i,) * channels).save(png, "PNG")
             png.seek(0)
-            yield i, {"image": png, label: i % 3}
+            yield i, {"image": png, label: -1 if withheld else i % 3}
 
     members = dict(
         VERSION=tfds.core.Version("1.0.0"),
         __module__=__name__,
         _info=info,
         _generate_examples=examples,
-        _split_generators=lambda self, _: {split: self._generate_examples() for split in splits},
+        _split_generators=lambda self, _: {
+            split.replace("withheld", "test"): self._generate_examples(split == "withheld") for split in splits
+        },
     )
     kind = type(name, (tfds.core.GeneratorBasedBuilder,), members)  # TFDS registers the class under its name
     kind(data_dir=str(folder), file_format="array_record").download_and_prepare()
@@ -336,21 +345,188 @@ def test_a_prepared_tfds_set_is_loaded_by_name_without_tensorflow(tmp_path):
     splits = data.load("lipjax_grey", data_dir=str(tmp_path))
     assert [len(part.labels) for part in (splits.train, splits.validation, splits.test)] == [5, 1, 6]
     for part in (splits.train, splits.validation, splits.test):  # without a test split, TFDS's validation split is it
-        assert part.images.shape[1:] == (5, 4, 1) and part.classes == 3
+        assert part.images.shape[1:] == (5, 4, 1) and part.classes == 3 and isinstance(part.images, np.ndarray)
         np.testing.assert_array_equal(part.labels, part.images[:, 0, 0, 0] // 40 % 3)
     assert "tensorflow" not in sys.modules
 
 
-def test_a_tfds_set_that_is_not_image_classification_of_one_size_is_refused(tmp_path):
-    prepare_own_set("LipjaxOneSplit", tmp_path, splits=("train",))
-    with pytest.raises(DataError, match="lipjax_one_split has no test or validation split: train"):
-        data.load("lipjax_one_split", data_dir=str(tmp_path))
-    prepare_own_set("LipjaxSizes", tmp_path, sizes=((4, 5), (5, 5)))
-    with pytest.raises(DataError, match=r"lipjax_sizes has images of several sizes, e\.g\. .*\(5, 4, 1\)"):
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_large_tfds_set_stays_on_disk_with_the_same_images_and_is_read_through_once(tmp_path, monkeypatch, channels):
+    name = f"LipjaxLarge{channels}"
+    prepare_own_set(name, tmp_path, channels=channels)
+    name = f"lipjax_large{channels}"
+    small = data.load(name, data_dir=str(tmp_path))
+    monkeypatch.setattr(data, "IN_MEMORY_BYTES", 12 * 20 * channels - 1)
+
+    def refuse(*_):
+        raise AssertionError("read a second time")
+
+    monkeypatch.setattr(records.Source, "read", refuse)
+    large = data.load(name, data_dir=str(tmp_path))
+    fingerprints = {data.fingerprint(part) for part in (large.train, large.validation, large.test)}
+    assert len(fingerprints) == 3
+    monkeypatch.undo()
+    for split in ("train", "validation", "test"):
+        found, expected = getattr(large, split), getattr(small, split)
+        assert isinstance(found.images, records.Images) and isinstance(expected.images, np.ndarray)
+        assert found.images.nbytes == expected.images.nbytes and found.levels == expected.levels == 255
+        for images in (found.images, pickle.loads(pickle.dumps(found.images))):
+            np.testing.assert_array_equal(images[:], expected.images)
+        np.testing.assert_array_equal(found.labels, expected.labels)
+        np.testing.assert_array_equal(found.indices, expected.indices)
+    # What was kept belongs to files of one size: others are read through anew.
+    (kept,) = tmp_path.rglob("lipjax-train.npz")
+    for content in (b"", kept.with_name("lipjax-test.npz").read_bytes()):
+        kept.write_bytes(content)
+        again = data.load(name, data_dir=str(tmp_path), image_size=5)
+        np.testing.assert_array_equal(again.train.labels, small.train.labels)
+    assert "tensorflow" not in sys.modules
+
+
+def test_tfds_images_of_several_sizes_are_brought_to_one(tmp_path):
+    prepare_own_set("LipjaxSizes", tmp_path, sizes=((4, 5), (15, 9)))
+    with pytest.raises(
+        DataError, match=r"lipjax_sizes/1\.0\.0 has images of several sizes: give the size .*image_size="
+    ):
         data.load("lipjax_sizes", data_dir=str(tmp_path))
+    splits = data.load("lipjax_sizes", data_dir=str(tmp_path), image_size=7)
+    assert splits.test.images.shape == (6, 7, 7, 1)
+    np.testing.assert_array_equal(np.unique(splits.test.images[:], axis=0)[:, 3, 3, 0], np.arange(6) * 40)
+
+
+def test_a_damaged_tfds_record_is_an_error_that_names_it(tmp_path):
+    prepare_own_set("LipjaxDamaged", tmp_path)
+    splits = data.load("lipjax_damaged", data_dir=str(tmp_path), image_size=4)
+    (file,) = tmp_path.rglob("*-test.array_record*")
+    raw = file.read_bytes()
+    record = splits.test.images.source.reader[2]
+    at = raw.index(record[:40])
+    file.write_bytes(raw[:at] + bytes(8) + raw[at + 8 :])
+    again = data.load("lipjax_damaged", data_dir=str(tmp_path), image_size=4).test.images
+    errors = {}
+    for i in range(6):
+        try:
+            np.testing.assert_array_equal(again[i], splits.test.images[i])
+        except DataError as error:
+            errors[i] = str(error)
+    # Of the small records the first 40 bytes may be the same: one of them is damaged, and it is named.
+    ((number, said),) = errors.items()
+    assert said.startswith(f"{file}, record {number}, is missing or damaged: ")
+    assert said.endswith(f"Remove {file.parent} to have TFDS prepare the set again.")
+    for bad in (b"", record[:30] + b"\xff" * 5 + record[35:]):
+        with pytest.raises(ValueError, match=r"Error parsing|holds no image"):
+            splits.test.images.source.parse(bad, 0)
+
+
+def test_of_a_set_with_one_split_a_fixed_fifth_is_the_test_split_and_that_is_said(tmp_path):
+    prepare_own_set("LipjaxOneSplit", tmp_path, splits=("train",), count=20)
+    splits, other = (data.load("lipjax_one_split", data_dir=str(tmp_path), validation_seed=n) for n in (0, 1))
+    assert [len(part.labels) for part in (splits.train, splits.validation, splits.test)] == [14, 2, 4]
+    rows = np.concatenate([part.indices for part in (splits.train, splits.validation, splits.test)])
+    np.testing.assert_array_equal(np.sort(rows), np.arange(20))  # no image is in two of them
+    np.testing.assert_array_equal(splits.test.indices, other.test.indices)
+    assert not np.array_equal(splits.validation.indices, other.validation.indices)
+    assert (
+        splits.test.note == splits.train.note and "only a train split: its test images here are 4 of" in other.test.note
+    )
+    lazy = data.load("lipjax_one_split", data_dir=str(tmp_path), image_size=4).test
+    np.testing.assert_array_equal(lazy.labels, splits.test.labels)
+
+
+def test_a_test_split_without_labels_is_not_the_test_split(tmp_path):
+    prepare_own_set("LipjaxWithheld", tmp_path, splits=("train", "validation", "withheld"))
+    splits = data.load("lipjax_withheld", data_dir=str(tmp_path))
+    assert splits.test.labels.tolist() == (splits.test.images[:, 0, 0, 0] // 40 % 3).tolist()
+
+
+def test_a_tfds_set_that_is_not_image_classification_is_refused(tmp_path):
+    prepare_own_set("LipjaxOddSplit", tmp_path, splits=("odd",))
+    with pytest.raises(DataError, match="lipjax_odd_split has no train split: odd"):
+        data.load("lipjax_odd_split", data_dir=str(tmp_path))
     prepare_own_set("LipjaxNames", tmp_path, label="species")
     with pytest.raises(DataError, match="lipjax_names is not image classification: it has image, species"):
         data.load("lipjax_names", data_dir=str(tmp_path))
+
+
+def test_well_known_sets_have_the_names_that_one_tries(tmp_path, monkeypatch):
+    pytest.importorskip("tensorflow_datasets")
+    asked = []
+
+    def child(command, **_):
+        asked.append(command[3])
+        return subprocess.CompletedProcess(command, 1, "", "not here\n")
+
+    monkeypatch.setattr(data.subprocess, "run", child)
+    own = {"svhn": "svhn_cropped", "fashion-mnist": "fashion_mnist", "imagenet": "imagenet2012"}
+    names = [
+        "mnist",
+        "fashion_mnist",
+        "fashion-mnist",
+        "cifar10",
+        "cifar100",
+        "svhn",
+        "eurosat",
+        "imagenet",
+        "imagenet2012",
+    ]
+    for name in names:
+        with pytest.raises(DataError, match="could not prepare"):
+            data.load(name, data_dir=str(tmp_path), image_size=8)
+    assert asked == [own.get(name, name) for name in names]
+
+
+def test_imagenet_is_prepared_offline_from_its_archives(tmp_path, capfd, monkeypatch):
+    """TFDS's own builder, in a child with TensorFlow, on archives with the official names and layout.
+
+    Faked: they hold three classes of two images and three validation images in place of 1,281,167 and 50,000. The builder
+    has the lists of 1000 classes and 50,000 validation labels with it and asks for neither checksums nor all images; it
+    gives the validation images its labels in the order of their names.
+    """
+    pytest.importorskip("tensorflow_datasets")
+    if importlib.util.find_spec("tensorflow") is None:
+        pytest.skip("TensorFlow is not installed")
+    for variable in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"):
+        monkeypatch.setenv(variable, "http://127.0.0.1:9")  # nothing is downloaded
+    manual = tmp_path / "archives"
+    manual.mkdir()
+
+    def tar(files):
+        raw = io.BytesIO()
+        with tarfile.open(fileobj=raw, mode="w") as archive:
+            for name, content in files.items():
+                member = tarfile.TarInfo(name)
+                member.size = len(content)
+                archive.addfile(member, io.BytesIO(content))
+        return raw.getvalue()
+
+    def jpeg(value, width, height, mode="RGB"):
+        raw = io.BytesIO()
+        Image.new("RGB", (width, height), (value, 100, 50)).convert(mode).save(raw, "JPEG", quality=95)
+        return raw.getvalue()
+
+    classes = {"n01440764": 0, "n01443537": 1, "n15075141": 999}
+    images = {
+        wnid: {f"{wnid}_{i}.JPEG": jpeg(200 * i, 60 + 10 * number, 50 + 20 * i, ("RGB", "L")[i]) for i in range(2)}
+        for number, wnid in enumerate(classes)
+    }
+    (manual / "ILSVRC2012_img_train.tar").write_bytes(
+        tar({f"{wnid}.tar": tar(found) for wnid, found in images.items()})
+    )
+    validation = {f"ILSVRC2012_val_0000000{i}.JPEG": jpeg(80 * i, 70, 50 + i) for i in (1, 2, 3)}
+    (manual / "ILSVRC2012_img_val.tar").write_bytes(tar(validation))
+
+    where = {"data_dir": str(tmp_path / "prepared"), "manual_dir": str(manual)}
+    with pytest.raises(DataError, match=r"imagenet2012/5\.1\.0 has images of several sizes"):
+        data.load("imagenet2012", **where)
+    assert "preparing imagenet2012" in capfd.readouterr().err and "tensorflow" not in sys.modules
+    splits = data.load("imagenet2012", image_size=32, **where)
+    assert splits.train.classes == 1000 and splits.train.images.shape == (5, 32, 32, 3)
+    assert sorted([*splits.train.labels, *splits.validation.labels]) == [0, 0, 1, 1, 999, 999]
+    source = splits.test.images.source
+    kept = {source.read(i) for i in range(3)}  # TFDS shuffles
+    # The first three of the official list of validation labels: n01751748, n09193705, n02105855.
+    assert kept == set(zip(validation.values(), (65, 970, 230), strict=True))
+    assert {tuple(image[16, 16] // 20) for image in splits.test.images[:]} == {(4, 5, 2), (8, 5, 2), (12, 5, 2)}
 
 
 def test_an_unknown_name_is_an_error_with_the_nearest_known_one():
