@@ -375,6 +375,8 @@ def _on_disk(name, split, images, labels, classes, note="") -> Dataset:
 
 
 def _tfds(name, data_dir, manual_dir, image_size):
+    from lipjax import records
+
     builder = tfds_builder(name, data_dir, manual_dir)
     features, splits = builder.info.features, builder.info.splits
     if "image" not in features or "label" not in features:
@@ -384,7 +386,7 @@ def _tfds(name, data_dir, manual_dir, image_size):
     parts = {"train": "train"}
     for split in ("validation", "test"):
         # ImageNet's test labels are withheld: TFDS has -1 in their place.
-        if split in splits and builder.as_data_source(split=split)[0]["label"] >= 0:
+        if split in splits and records.tfds_source(builder, split).read(0)[1] >= 0:
             parts["test"] = split
     examples = sum(splits[split].num_examples for split in parts.values())
     shape = features["image"].shape
@@ -410,11 +412,18 @@ def _hold_out(whole: Dataset) -> tuple[Dataset, Dataset]:
 
 
 def _in_memory(name, builder, split, source_split) -> Dataset:
+    from lipjax import records
+
     source = builder.as_data_source(split=source_split)
-    examples = [source[i] for i in range(len(source))]
-    images = np.stack([example["image"] for example in examples])
-    labels = np.array([int(example["label"]) for example in examples])
-    return _dataset(name, split, images, labels, classes=builder.info.features["label"].num_classes)
+    images, labels = [], np.empty(len(source), np.int64)
+    for i in range(len(source)):
+        try:
+            example = source[i]
+        except (RuntimeError, ValueError, OSError) as error:
+            raise records.tfds_source(builder, source_split).damaged(i, error) from error
+        images.append(example["image"])
+        labels[i] = example["label"]
+    return _dataset(name, split, np.stack(images), labels, classes=builder.info.features["label"].num_classes)
 
 
 def _from_tfds(name, builder, split, source_split, image_size) -> Dataset:

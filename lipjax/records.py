@@ -404,6 +404,17 @@ class ParseExample:
         return example["image"], int(example["label"])
 
 
+def tfds_source(builder, split: str) -> Source:
+    """The records of a split of a prepared TFDS set that has "image" and "label"; without a digest."""
+    import tensorflow_datasets as tfds
+
+    features = {name: builder.info.features[name] for name in ("image", "label")}
+    instructions = builder.info.splits[split].file_instructions
+    shards = tuple((os.fspath(part.filename), part.skip, part.take) for part in instructions)
+    remedy = f"Remove {builder.data_path} to have TFDS prepare the set again."
+    return Source(shards, ParseExample(tfds.features.FeaturesDict(features)), "", remedy)
+
+
 def open_tfds(builder, split: str, image_size: int | None = None) -> tuple[Images, np.ndarray]:
     """Images, on disk, and labels ``(N,)`` of a split of a prepared TFDS set.
 
@@ -414,18 +425,14 @@ def open_tfds(builder, split: str, image_size: int | None = None) -> tuple[Image
     """
     import tensorflow_datasets as tfds
 
-    features, name = builder.info.features, builder.info.full_name
-    image = features["image"]
+    image, name = builder.info.features["image"], builder.info.full_name
     if not isinstance(image, tfds.features.Image) or image.np_dtype != np.uint8 or image.shape[-1] not in MODES:
         raise DataError(
             f"TFDS's {name} cannot be read from disk: expected 8-bit images of 1, 3 or 4 channels, got {image}."
         )
-    parse = ParseExample(tfds.features.FeaturesDict({"image": image, "label": features["label"]}))
-    instructions = builder.info.splits[split].file_instructions
-    shards = tuple((os.fspath(part.filename), part.skip, part.take) for part in instructions)
-    remedy = f"Remove {builder.data_path} to have TFDS prepare the set again."
-    labels, sizes, digest = _index(Source(shards, parse, "", remedy), name, split, Path(builder.data_path))
-    source = Source(shards, parse, digest, remedy)
+    source = tfds_source(builder, split)
+    labels, sizes, digest = _index(source, name, split, Path(builder.data_path))
+    source = dataclasses.replace(source, digest=digest)
     size = tuple(map(int, sizes[0])) if np.all(sizes == sizes[0]) else (None, None)
     return _images(f"TFDS's {name}", source, (*size, image.shape[-1]), image_size), labels
 
