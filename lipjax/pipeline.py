@@ -101,6 +101,9 @@ class Batches(Iterator[tuple[np.ndarray, np.ndarray]]):
         return len(self._steps)
 
     def __next__(self) -> tuple[np.ndarray, np.ndarray]:
+        if self._next == len(self):
+            self.close()
+            raise StopIteration
         try:
             images = next(self._iterator).view(np.ndarray)
         except RuntimeError as error:
@@ -111,7 +114,7 @@ class Batches(Iterator[tuple[np.ndarray, np.ndarray]]):
                 f"a worker of the input pipeline died: {error} If memory ran out, give fewer --config.data.workers or a "
                 "smaller --config.data.read_ahead."
             ) from error
-        except BaseException:  # StopIteration too
+        except BaseException:
             self.close()
             raise
         labels = self._labels[np.asarray(self._steps.rows[self._next])]

@@ -198,12 +198,6 @@ def test_images_of_several_sizes_need_an_image_size(tmp_path):
 # ---------------------------------------------------------------------------------------------------- damage
 
 
-def damaged(path, needle, change):
-    raw = path.read_bytes()
-    at = raw.index(needle)
-    path.write_bytes(change(raw, at))
-
-
 CHANGES = {
     "a bit": lambda raw, at: raw[:at] + bytes([raw[at] ^ 1]) + raw[at + 1 :],
     "zeros": lambda raw, at: raw[:at] + bytes(200) + raw[at + 200 :],
@@ -218,7 +212,8 @@ def test_a_damaged_record_is_an_error_that_names_file_record_and_remedy_and_the_
     encoded, _ = images.source.read(position)
     (path,) = [path for path in stored.glob("train-*") if encoded in path.read_bytes()]
     inside = [i for i in range(len(images)) if images.source.read(i)[0] in path.read_bytes()]
-    damaged(path, encoded[30:80], CHANGES[change])
+    raw = path.read_bytes()
+    path.write_bytes(CHANGES[change](raw, raw.index(encoded) + 30))
     again, _ = records.open_folder(stored).splits["train"]  # the file's size is right
     with pytest.raises(
         DataError, match=rf"{path}, record {inside.index(position)}, is missing or damaged: .*convert again"
