@@ -5,13 +5,16 @@ position in the data is the step's number, and neither a restart nor the number 
 """
 
 import dataclasses
+import gc
 import math
 import multiprocessing
 import multiprocessing.connection
 import os
 import signal
 import threading
+import weakref
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -88,7 +91,9 @@ class Batches(Iterator[tuple[np.ndarray, np.ndarray]]):
             ahead = max(1, math.ceil(read_ahead / workers))
             options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=ahead)
             dataset = dataset.mp_prefetch(options, worker_init_fn=_start_worker)
-        self._iterator = iter(dataset)
+        self._iterator: Any = iter(dataset)
+        # Also for one that nobody closed, or that is left when the program ends.
+        self._end = weakref.finalize(self, self._iterator.close)
         # Its state names all workers, so that the next line starts, and `close` ends, each of them.
         self._iterator.get_state()
         self._iterator.start_prefetch()
@@ -104,6 +109,8 @@ class Batches(Iterator[tuple[np.ndarray, np.ndarray]]):
         if self._next == len(self):
             self.close()
             raise StopIteration
+        if self._iterator is None:
+            raise ValueError("the batches were closed: make new ones, from the step on that is needed.")
         try:
             images = next(self._iterator).view(np.ndarray)
         except RuntimeError as error:
@@ -111,7 +118,7 @@ class Batches(Iterator[tuple[np.ndarray, np.ndarray]]):
             if "Worker process" not in str(error):
                 raise
             raise DataError(
-                f"a worker of the input pipeline died: {error} If memory ran out, give fewer --config.data.workers or a "
+                f"a worker of the input pipeline died: {error} If memory ran out, or shared memory (/dev/shm), give fewer --config.data.workers or a "
                 "smaller --config.data.read_ahead."
             ) from error
         except BaseException:
@@ -123,7 +130,10 @@ class Batches(Iterator[tuple[np.ndarray, np.ndarray]]):
 
     def close(self) -> None:
         """Ends the workers and forgets what was read ahead; may be called again."""
-        self._iterator.close()
+        if self._iterator is not None:
+            self._end()
+            self._iterator = None
+            gc.collect()  # Grain's iterators, which refer to each other, hold on to the shared memory of a batch
 
     def __enter__(self) -> "Batches":
         return self
