@@ -38,7 +38,7 @@ def main(arguments: list[str] | None = None) -> None:
         folder = options.records or synthetic(Path(temporary))
         plain, resized = (data.load(f"records:{folder}", image_size=size).train for size in (None, options.image_size))
         found = measure(plain, resized, options)
-    shape, encoded = plain.images.shape, sum(os.path.getsize(path) for path, *_ in plain.images.source.shards)
+        shape, encoded = plain.images.shape, sum(os.path.getsize(path) for path, *_ in plain.images.source.shards)
     report = {
         "images": "synthetic" if options.records is None else options.records.name,
         "shape": shape[1:],

@@ -118,8 +118,8 @@ class Batches(Iterator[tuple[np.ndarray, np.ndarray]]):
             if "Worker process" not in str(error):
                 raise
             raise DataError(
-                f"a worker of the input pipeline died: {error} If memory ran out, or shared memory (/dev/shm), give fewer --config.data.workers or a "
-                "smaller --config.data.read_ahead."
+                f"a worker of the input pipeline died: {error} If memory ran out, or shared memory (/dev/shm), give fewer "
+                "--config.data.workers or a smaller --config.data.read_ahead."
             ) from error
         except BaseException:
             self.close()
