@@ -67,10 +67,11 @@ def measure(plain, resized, options):
             plain.images[batch]
         own["decoded"].append(some.size / (time.perf_counter() - began))
         how = {"seed": 0, "first_step": 0}
-        began = time.perf_counter()
-        for _ in pipeline.batches(resized, some, augment=True, read_ahead=0, **how):
-            pass
-        own["augmented"].append(some.size / (time.perf_counter() - began))
+        with pipeline.batches(resized, some, augment=True, read_ahead=0, **how) as batches:
+            began = time.perf_counter()
+            for _ in some:
+                next(batches)
+            own["augmented"].append(some.size / (time.perf_counter() - began))
         for workers in map(int, options.workers.split(",")):
             for what, dataset in (("decoded", plain), ("augmented", resized)):
                 key = f"{what}, {workers} workers"

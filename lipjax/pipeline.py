@@ -91,12 +91,13 @@ class Batches(Iterator[tuple[np.ndarray, np.ndarray]]):
             ahead = max(1, math.ceil(read_ahead / workers))
             options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=ahead)
             dataset = dataset.mp_prefetch(options, worker_init_fn=_start_worker)
-        self._iterator: Any = iter(dataset)
-        # Also for one that nobody closed, or that is left when the program ends.
-        self._end = weakref.finalize(self, self._iterator.close)
+        iterator = iter(dataset)
+        self._open: list[Any] = [iterator]  # empty when closed
+        # Also of one that nobody closed, and at the end of the program.
+        self._end = weakref.finalize(self, _close, self._open)
         # Its state names all workers, so that the next line starts, and `close` ends, each of them.
-        self._iterator.get_state()
-        self._iterator.start_prefetch()
+        iterator.get_state()
+        iterator.start_prefetch()
 
     def __iter__(self) -> "Batches":
         return self
@@ -109,13 +110,13 @@ class Batches(Iterator[tuple[np.ndarray, np.ndarray]]):
         if self._next == len(self):
             self.close()
             raise StopIteration
-        if self._iterator is None:
+        if not self._open:
             raise ValueError("the batches were closed: make new ones, from the step on that is needed.")
         try:
-            images = next(self._iterator).view(np.ndarray)
+            images = next(self._open[0]).view(np.ndarray)
         except RuntimeError as error:
             self.close()
-            if "Worker process" not in str(error):
+            if "exit code" not in str(error):  # Grain's word for it
                 raise
             raise DataError(
                 f"a worker of the input pipeline died: {error} If memory ran out, or shared memory (/dev/shm), give fewer "
@@ -130,16 +131,20 @@ class Batches(Iterator[tuple[np.ndarray, np.ndarray]]):
 
     def close(self) -> None:
         """Ends the workers and forgets what was read ahead; may be called again."""
-        if self._iterator is not None:
-            self._end()
-            self._iterator = None
-            gc.collect()  # Grain's iterators, which refer to each other, hold on to the shared memory of a batch
+        self._end()
 
     def __enter__(self) -> "Batches":
         return self
 
     def __exit__(self, *_) -> None:
         self.close()
+
+
+def _close(iterators):
+    """Closes them and lets them go: they refer to each other, and hold on to the shared memory of a batch."""
+    while iterators:
+        iterators.pop().close()
+    gc.collect()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -58,15 +58,6 @@ def workers_of_this_process(count):
     return children
 
 
-def nothing_left():
-    """No worker and no shared memory of this process; both go in the background."""
-    for _ in range(100):
-        if not multiprocessing.active_children() and not list(Path("/dev/shm").glob("psm_*")):
-            return True
-        time.sleep(0.05)
-    return not multiprocessing.active_children()  # shared memory may be that of others on this machine
-
-
 # ---------------------------------------------------------------------------------------------------- the same batches
 
 
@@ -80,12 +71,12 @@ def test_batches_are_the_images_at_their_rows_in_order(train):
 
 
 def test_neither_workers_nor_where_one_starts_change_a_batch(train):
-    """With augmentation: the rest from any step on, with no, one and two workers, and however far they read ahead."""
+    """With augmentation: the rest from any step on, with and without workers, and however far they read ahead."""
     expected = collect(train, augment=True)
-    for workers, read_ahead, start in ((0, 0, 0), (0, 3, 4), (0, 1, 7), (1, 5, 3), (2, 0, 2)):
+    for workers, read_ahead, start in ((0, 0, 0), (0, 3, 4), (0, 1, 7), (2, 3, 2)):
         options = {"workers": workers, "read_ahead": read_ahead, "augment": True, "first_step": 100 + start}
         same(collect(train, ROWS[start:], **options), expected[start:])
-    assert nothing_left()
+    assert not multiprocessing.active_children()
 
 
 def test_rows_may_be_a_sequence_that_makes_them_when_they_are_asked_for(train):
@@ -263,10 +254,10 @@ def test_workers_start_no_accelerator_and_one_that_dies_is_an_error(train, monke
     ):
         for _ in range(2):
             next(iterator)
-    assert nothing_left()
+    assert not multiprocessing.active_children()
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [0, 1])
 def test_a_damaged_record_reaches_the_caller_with_its_file_after_the_batches_before_it(tmp_path, workers):
     records.convert(write_folder(tmp_path / "tiny"), tmp_path / "records")
     dataset = data.load(f"records:{tmp_path}/records", image_size=8).train
@@ -283,40 +274,53 @@ def test_a_damaged_record_reaches_the_caller_with_its_file_after_the_batches_bef
     number = int(dataset.images.rows[4])
     with pytest.raises(DataError, match=rf"{file}, record {number}, is missing or damaged: .*convert again"):
         next(iterator)
-    assert nothing_left()
+    assert not multiprocessing.active_children()
 
 
-def test_nothing_is_left_of_an_iterator_that_is_closed_early(train):
-    for taken in (0, 3):
-        iterator = pipeline.batches(train, ROWS, seed=0, first_step=0, workers=2)
-        workers_of_this_process(2)
-        images = [next(iterator)[0] for _ in range(taken)]
-        kept = [array.copy() for array in images]
+def test_no_worker_is_left_of_an_iterator_that_is_closed_early(train):
+    iterator = pipeline.batches(train, ROWS, seed=0, first_step=0, workers=2)
+    workers_of_this_process(2)
+    images, _ = next(iterator)
+    copy = images.copy()
+    for _ in range(2):
         iterator.close()
-        iterator.close()
-        assert not multiprocessing.active_children()
-        for array, copy in zip(images, kept, strict=True):  # what was handed out stays
-            np.testing.assert_array_equal(array, copy)
-        images = array = None
-        assert nothing_left()
-        with pytest.raises(ValueError, match="closed"):
-            next(iterator)
+    assert not multiprocessing.active_children()
+    np.testing.assert_array_equal(images, copy)  # what was handed out stays
+    with pytest.raises(ValueError, match="the batches were closed"):
+        next(iterator)
+
+
+PROGRAM = """
+import multiprocessing, sys, time
+import numpy as np
+from lipjax import data, pipeline
+
+if __name__ == "__main__":
+    train = data.load(sys.argv[1], image_size=12).train
+    rows = np.zeros((1000, 4), int)
+    iterator = pipeline.batches(train, rows, seed=0, first_step=0, workers=2)
+    next(iterator), next(iterator)
+    print(*[child.pid for child in multiprocessing.active_children()], flush=True)
+    time.sleep(float(sys.argv[2]))
+"""
+
+
+def test_a_program_that_ends_in_the_middle_leaves_nothing_and_says_nothing(name):
+    """No shared memory either: Python's resource tracker would warn of it."""
+    command = [sys.executable, "-c", PROGRAM, name, "0"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0 and done.stderr == ""
+    pids = [int(pid) for pid in done.stdout.split()]
+    assert len(pids) == 2 and not any(running(pid) for pid in pids)
 
 
 def test_workers_end_with_a_parent_that_is_killed(name):
-    program = (
-        "import multiprocessing, sys, time\n"
-        "import numpy as np\n"
-        "from lipjax import data, pipeline\n"
-        "train = data.load(sys.argv[1], image_size=12).train\n"
-        "rows = np.zeros((1000, 4), int)\n"
-        "iterator = pipeline.batches(train, rows, seed=0, first_step=0, workers=2)\n"
-        "next(iterator), next(iterator)\n"
-        "print(*[child.pid for child in multiprocessing.active_children()], flush=True)\n"
-        "time.sleep(60)\n"
-    )
     parent = subprocess.Popen(
-        [sys.executable, "-c", program, name], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        [sys.executable, "-c", PROGRAM, name, "60"],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
     )
     try:
         pids = [int(pid) for pid in parent.stdout.readline().split()]
