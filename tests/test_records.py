@@ -140,6 +140,10 @@ def test_the_fingerprint_changes_with_pixels_choice_order_labels_and_size_and_de
     labels = whole.labels.copy()
     labels[3] = 1 - labels[3]
     different = [whole, whole.take(rows[::-1]), whole.take(rows[:5]), data.dataclasses.replace(whole, labels=labels)]
+    first, second = np.flatnonzero(whole.labels == 0)[:2]
+    exchanged = rows.copy()
+    exchanged[[first, second]] = second, first  # the labels stay
+    different += [whole.take(exchanged)]
     different += [data.load(f"records:{stored}", image_size=size).train for size in (8, 9)]
     path = next((folder / "train" / "n01" / "images").iterdir())
     with Image.open(path) as image:
@@ -174,6 +178,7 @@ def test_resizing_keeps_the_aspect_and_the_centre(size):
         line = out[..., channel].mean(axis=axis) / 255 * side - side / 2
         # One pixel of rounding of the crop's place and of the longer side, and the borders, where the filter is cut off.
         np.testing.assert_allclose(line[2:-2], expected[2:-2], atol=min(size) / 16 * 1.1)
+        np.testing.assert_allclose(np.diff(line[2:-2]).mean(), min(size) / 16, rtol=0.07)
     np.testing.assert_array_equal(records.pixels(image), np.asarray(image))
 
 
