@@ -308,7 +308,9 @@ def test_tfds_prepares_its_own_mnist_offline_from_the_original_archives(shared, 
     assert data.fingerprint(again.train) == data.fingerprint(splits.train)
 
 
-def prepare_own_set(name, folder, sizes=((4, 5),), splits=("train", "test"), label="label", channels=1, count=6):
+def prepare_own_set(
+    name, folder, sizes=((4, 5),), splits=("train", "test"), label="label", channels=1, count=6, shape=(None, None)
+):
     """A TFDS set of our own, `count` images a split, image i of value 40 i and class i % 3; without TensorFlow.
 
     The split "withheld" is called "test" and has the label -1, as ImageNet's has.
@@ -316,7 +318,7 @@ def prepare_own_set(name, folder, sizes=((4, 5),), splits=("train", "test"), lab
     tfds = pytest.importorskip("tensorflow_datasets")
 
     def info(self):
-        image = tfds.features.Image(shape=(None, None, channels))
+        image = tfds.features.Image(shape=(*shape, channels))
         features = {"image": image, label: tfds.features.ClassLabel(num_classes=3)}
         return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
 
@@ -340,9 +342,13 @@ def prepare_own_set(name, folder, sizes=((4, 5),), splits=("train", "test"), lab
     kind(data_dir=str(folder), file_format="array_record").download_and_prepare()
 
 
-def test_a_prepared_tfds_set_is_loaded_by_name_without_tensorflow(tmp_path):
-    prepare_own_set("LipjaxGrey", tmp_path, splits=("train", "validation"))
-    splits = data.load("lipjax_grey", data_dir=str(tmp_path))
+@pytest.mark.parametrize("shape", [(5, 4), (None, None)])
+def test_a_prepared_tfds_set_is_loaded_by_name_without_tensorflow(tmp_path, shape):
+    """Whether it says its images' size or not."""
+    name = "LipjaxGrey" if shape[0] else "LipjaxGrey2"
+    prepare_own_set(name, tmp_path, splits=("train", "validation"), shape=shape)
+    splits = data.load("lipjax_grey" if shape[0] else "lipjax_grey2", data_dir=str(tmp_path))
+    assert bool(list(tmp_path.rglob("lipjax-*.npz"))) == (shape == (None, None))  # else nothing had to be looked for
     assert [len(part.labels) for part in (splits.train, splits.validation, splits.test)] == [5, 1, 6]
     for part in (splits.train, splits.validation, splits.test):  # without a test split, TFDS's validation split is it
         assert part.images.shape[1:] == (5, 4, 1) and part.classes == 3 and isinstance(part.images, np.ndarray)
@@ -398,7 +404,7 @@ def test_tfds_images_of_several_sizes_are_brought_to_one(tmp_path):
 
 
 def test_a_damaged_tfds_record_is_an_error_that_names_it(tmp_path):
-    prepare_own_set("LipjaxDamaged", tmp_path)
+    prepare_own_set("LipjaxDamaged", tmp_path, shape=(5, 4))
     name, where = "lipjax_damaged", {"data_dir": str(tmp_path), "image_size": 4}
     images = data.load(name, **where).test.images
     (file,) = tmp_path.rglob("*-test.array_record*")
@@ -410,6 +416,8 @@ def test_a_damaged_tfds_record_is_an_error_that_names_it(tmp_path):
         said = rf"{file}, record {number}, is missing or damaged: .*Remove {file.parent} to have TFDS prepare the set again"
         with pytest.raises(DataError, match=said):
             data.load(name, **where).test.images[:]
+        with pytest.raises(DataError, match=said):
+            data.load(name, data_dir=str(tmp_path))
         with pytest.raises(DataError, match=said):
             pickle.loads(pickle.dumps(images))[:]
     for bad in (b"", stored[2][:-1]):
