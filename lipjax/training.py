@@ -105,9 +105,13 @@ def selected_network(checkpoints, config, input_shape, classes) -> tuple[nnx.Seq
         config: the run's.
     """
     graph, state = nnx.split(build_network(config, input_shape, classes))
-    abstract = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), nnx.to_pure_dict(state))
+    # Restored by all processes onto all devices, whatever they were saved from; each process goes on with its own copy.
+    everywhere = NamedSharding(device_mesh(), PartitionSpec())
+    abstract = jax.tree.map(
+        lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=everywhere), nnx.to_pure_dict(state)
+    )
     parameters, selected = checkpoints.restore_best(abstract)
-    nnx.replace_by_pure_dict(state, parameters)
+    nnx.replace_by_pure_dict(state, jax.tree.map(lambda a: jnp.asarray(np.asarray(a)), parameters))
     return orthogonal.plain(nnx.merge(graph, state)), selected
 
 
