@@ -188,6 +188,9 @@ class Checkpoints:
             if step in manager.all_steps():
                 # A run that was killed after this save and before the next state comes by here again with equal content.
                 return
+            if jax.process_count() > 1:
+                # Orbax numbers the meetings of the processes: two saves at once would meet in another order in each.
+                (self._last if manager is self._best else self._best).wait_until_finished()
             named = _named(tree)
             record = {**meta, "leaves": _kinds(named), "checksums": _checksums(named, meta)}
             manager.save(

@@ -3,11 +3,19 @@
 One process a machine (or TPU host), each with its own devices. All of them run the same program on the same global arrays
 and must therefore decide alike: what depends on a clock or a signal goes through `most` first. Process 0 alone writes logs
 and results; every process writes its shards of a checkpoint.
+
+    python -m lipjax.hosts 2 train.py --config=configs/digits.py
+
+starts so many processes on this machine, one job: to try things, or one for each of its devices. What it does not start
+itself (SLURM, Cloud TPU, a machine at a time) takes the flag --hosts or the environment's LIPJAX_HOSTS.
 """
 
 import os
 import signal
+import socket
+import subprocess
 import sys
+import time
 from typing import Any
 
 import jax
@@ -17,6 +25,8 @@ from jax.experimental import multihost_utils
 EXAMPLE = "--hosts=auto, or --hosts=<host:port of process 0>,<number of processes>,<this process, from 0>"
 # How long the others wait for a process that is silent before they give up.
 SILENCE_SECONDS = 30
+# How long a local job's other processes may go on when one has failed; they should end by themselves before.
+GRACE_SECONDS = 60
 
 
 def join(hosts: str) -> None:
@@ -109,3 +119,46 @@ class Preemption:
     def _notice(self, *_):
         self.noticed = True
         signal.signal(signal.SIGTERM, self._before)
+
+
+def launch(count: int, command: list[str]) -> int:
+    """Runs a Python script as `count` local processes of one job; returns the first exit status that is not 0, or 0.
+
+    SIGTERM and Ctrl-C go to all of them. When one fails, the others are ended.
+    """
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        address = f"localhost:{probe.getsockname()[1]}"
+    processes = [
+        subprocess.Popen([sys.executable, *command], env={**os.environ, "LIPJAX_HOSTS": f"{address},{count},{number}"})
+        for number in range(count)
+    ]
+
+    def pass_on(number, _):
+        for process in processes:
+            process.send_signal(number)
+
+    before = {number: signal.signal(number, pass_on) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        failed, deadline = 0, float("inf")
+        while any(process.poll() is None for process in processes):
+            time.sleep(0.1)
+            statuses = [process.returncode for process in processes if process.returncode]
+            if statuses and not failed:
+                failed, deadline = statuses[0], time.monotonic() + GRACE_SECONDS
+            if time.monotonic() > deadline:
+                for process in processes:
+                    process.kill()
+        return failed or next((process.returncode for process in processes if process.returncode), 0)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        for process in processes:
+            process.kill()
+
+
+if __name__ == "__main__":
+    if len(sys.argv) < 3 or not sys.argv[1].isdecimal() or sys.argv[1] == "0":
+        raise SystemExit("usage: python -m lipjax.hosts <number of processes> <script> [its flags]")
+    status = launch(int(sys.argv[1]), sys.argv[2:])
+    raise SystemExit(status if status >= 0 else 128 - status)  # ended by a signal: as shells count

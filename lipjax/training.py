@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
+from jax.flatten_util import ravel_pytree
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from lipjax import activations, data, losses, lowering, margins, models, orthogonal, regions, spectral
@@ -289,7 +290,13 @@ def make_steps(
     own = size // mesh.size  # places of a batch on one device
 
     def total(tree):
-        return jax.lax.psum(tree, "data")
+        """The sum over all devices."""
+        if mesh.size == 1:
+            return tree
+        # As one vector: XLA's CPU backend, with several devices in each of several processes, may begin several sums in
+        # different orders, and then waits for ever.
+        flat, unravel = ravel_pytree(tree)
+        return unravel(jax.lax.psum(flat, "data"))
 
     def part_of_step(network, epsilon, kappa, starts, key, carried, columns):
         """Adds one part of a batch: gradient, sums of the metrics, and the vectors after it."""
@@ -316,10 +323,8 @@ def make_steps(
         (_, (found, more)), change = jax.value_and_grad(loss_of, has_aux=True)(network)
         kept = {}
         if "layer" in vectors:  # those of the last part of the batch
-            kept["layer"] = tuple(
-                pack(spectral.normalize(total(_common_direction(each, start))))
-                for each, start in zip(found["local"], starts["local"], strict=True)
-            )
+            directions = tuple(map(_common_direction, found["local"], starts["local"]))
+            kept["layer"] = tuple(pack(spectral.normalize(direction)) for direction in total(directions))
         if "local" in vectors:
             kept["local"] = tuple(
                 stored.at[rows].set(jax.vmap(pack)(vector))
