@@ -8,6 +8,7 @@ workdir/certification: summary.json, examples.npz and examples.csv (per image), 
 epsilon, below the PGD curve), and certificate.npz, which `python -m lipjax.check` derives once more with other code.
 """
 
+import dataclasses
 import os
 import shlex
 import sys
@@ -19,7 +20,7 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict
 
 import lipjax
-from lipjax import data, reporting, training
+from lipjax import data, hosts, reporting, training
 from lipjax.checkpoints import CheckpointError, Checkpoints, load_config
 
 _WORKDIR = flags.DEFINE_string("workdir", "runs/digits", "Folder of a run of train.py.")
@@ -60,7 +61,11 @@ _CURVE = flags.DEFINE_bool("curve", True, "Certified radii and the curve; withou
 _EARLY = flags.DEFINE_bool(
     "early",
     False,
-    "Bound only what is predicted right and stands the attack: the same verdicts in less time, no figures of the others.",
+    "Attack first; each bound of --modes decides only what is predicted right, stands the attack and was not certified by the "
+    "bound before it (global is nearly free). Less time, no figures of the others.",
+)
+_HOSTS = flags.DEFINE_string(
+    "hosts", os.environ.get("LIPJAX_HOSTS", ""), f"For several processes as one: {hosts.EXAMPLE}; or LIPJAX_HOSTS."
 )
 _DATA_DIR = flags.DEFINE_string("data_dir", None, "Where TFDS keeps its sets, if not where training found them.")
 
@@ -72,6 +77,7 @@ CURVE_POINTS = 6
 def main(argv):
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments {argv[1:]}")
+    hosts.join(_HOSTS.value)
     lipjax.lowering.keep_compiled()
     logging.set_verbosity(logging.WARNING)
     started = time.monotonic()
@@ -105,19 +111,33 @@ def main(argv):
         "budget": _BUDGET.value,
         "batch_size": _BATCH.value,
     }
+    # Each process takes its share of the images, one after the other in turn.
+    mine = np.arange(len(labels)) % jax.process_count() == jax.process_index()
     say(f"attacking, PGD with {_STEPS.value} steps and {_RESTARTS.value} restarts ...")
-    key = jax.random.key(_SEED.value)
-    attack = lipjax.attacks.pgd(network, images, labels, epsilon, steps=_STEPS.value, restarts=_RESTARTS.value, key=key)
-    examine = ~attack.broken if _EARLY.value else np.ones(len(labels), bool)
-    certificates = {}
+    key = jax.random.fold_in(jax.random.key(_SEED.value), jax.process_index())
+    broken = attacked(network, images, labels, epsilon, mine, restarts=_RESTARTS.value, key=key)
+    left = ~broken if _EARLY.value else np.ones(len(labels), bool)
+    certificates, certified, examined = {}, {}, {}
     for i, mode in enumerate(modes):
-        say(f"certifying {np.sum(examine)} images, {mode} bound ...")
+        say(f"certifying {np.sum(left)} images, {mode} bound ...")
         # Independent draws for each call, as the union bound over them needs fresh ones.
-        certificates[mode] = lipjax.certify(
-            network, images, labels, epsilon, mode=mode, seed=draw_seed(_SEED.value, i), examine=examine, **arguments
+        certificate = lipjax.certify(
+            network,
+            images,
+            labels,
+            epsilon,
+            mode=mode,
+            seed=draw_seed(_SEED.value, i),
+            examine=left & mine,
+            **arguments,
         )
+        certificates[mode], examined[mode] = together(certificate), left
+        certified[mode] = certificates[mode].certified
+        if _EARLY.value:
+            certified[mode] = certified[mode] | (certified[modes[i - 1]] if i else False)
+            left = left & ~certified[mode]
     for mode, certificate in certificates.items():
-        contradicted = np.flatnonzero(certificate.certified & attack.broken)
+        contradicted = np.flatnonzero(certificate.certified & broken)
         if len(contradicted):
             raise SystemExit(
                 f"certify.py: the {mode} bound certified test images {test.indices[contradicted].tolist()} and the attack "
@@ -126,8 +146,6 @@ def main(argv):
     tightest = certificates[modes[-1]]
 
     # ------------------------------------------------------------------ radii and curve
-    folder = os.path.join(_WORKDIR.value, "certification")
-    os.makedirs(folder, exist_ok=True)
     run = {
         "tier": _TIER.value,
         "failure_probability": _DELTA.value if _TIER.value == "probabilistic" else 0.0,
@@ -136,7 +154,7 @@ def main(argv):
         "data": config.data.name,
         "split": "test",
         "examples": len(labels),
-        "examined": int(np.sum(examine)),
+        "early": _EARLY.value,
         "data_fingerprint": data.fingerprint(test),
         "note": test.note,
         "seed": _SEED.value,
@@ -154,8 +172,8 @@ def main(argv):
         "index": test.indices,
         "label": labels,
         "predicted": tightest.predicted,
-        "broken_by_pgd": attack.broken,
-        **{f"certified_{mode}": c.certified for mode, c in certificates.items()},
+        "broken_by_pgd": broken,
+        **{f"certified_{mode}": verdicts for mode, verdicts in certified.items()},
         **{f"margin_{mode}": c.margin for mode, c in certificates.items()},
         **{f"lipschitz_{mode}": c.lipschitz for mode, c in certificates.items()},
     }
@@ -168,57 +186,67 @@ def main(argv):
             mode=modes[-1],
             seed=draw_seed(_SEED.value, len(modes)),
             max_radius=8 * max(epsilon, 0.01),
+            examine=mine,
             **arguments,
         )
-        # Both are certificates of the same statement, so the larger radius holds.
-        radii = np.where(tightest.certified, np.maximum(found.radius, epsilon), found.radius)
+        radii = together(found).radius
+        # All are certificates of the same statement, so the largest radius holds.
+        radii = np.where(certified[modes[-1]], np.maximum(radii, epsilon), radii)
         columns["certified_radius"] = radii
         top = max(1.6 * epsilon, float(np.quantile(radii, 0.98)), 1e-3)
         pgd_curve = {0.0: float(np.mean(tightest.correct))}
         standing = tightest.correct.copy()
         for point in sorted({*np.linspace(0, top, CURVE_POINTS)[1:].tolist(), epsilon} - {0.0}):
             if point >= epsilon:
-                standing &= ~attack.broken
-            rows = np.flatnonzero(standing)  # what broke within a smaller radius is broken
-            if point != epsilon and len(rows):
-                weak = lipjax.attacks.pgd(
-                    network, images[rows], labels[rows], point, steps=_STEPS.value, restarts=CURVE_RESTARTS, key=key
-                )
-                standing[rows[weak.broken]] = False
+                standing &= ~broken
+            if point != epsilon:  # what broke within a smaller radius is broken
+                more = attacked(network, images, labels, point, standing & mine, restarts=CURVE_RESTARTS, key=key)
+                standing &= ~more
             pgd_curve[point] = float(np.mean(standing))
-        points = {mode: float(np.mean(c.certified)) for mode, c in certificates.items()}
-        reporting.plot_curve(reporting.Path(folder) / "curve.png", run, radii, pgd_curve, points)
+        points = {mode: float(np.mean(verdicts)) for mode, verdicts in certified.items()}
 
     # ------------------------------------------------------------------ report
-    shown = examine if np.any(examine) else ~examine
+    if not hosts.is_writer():
+        return
+    folder = os.path.join(_WORKDIR.value, "certification")
+    os.makedirs(folder, exist_ok=True)
+    if _CURVE.value:
+        reporting.plot_curve(reporting.Path(folder) / "curve.png", run, radii, pgd_curve, points)
+    shown = {mode: rows if np.any(rows) else ~rows for mode, rows in examined.items()}
     summary = {
         "run": {**run, "seconds": round(time.monotonic() - started, 1)},
         "clean_accuracy": float(np.mean(tightest.correct)),
-        "pgd_accuracy": float(np.mean(~attack.broken)),
+        "pgd_accuracy": float(np.mean(~broken)),
         "modes": {
             mode: {
-                "certified_accuracy": float(np.mean(c.certified)),
-                "median_lipschitz": float(np.median(c.lipschitz[shown])),
-                "constant_share": np.mean(c.constant[shown], axis=0).tolist(),
+                "certified_accuracy": float(np.mean(certified[mode])),
+                "examined": int(np.sum(examined[mode])),
+                "median_lipschitz": float(np.median(c.lipschitz[shown[mode]])),
+                "constant_share": np.mean(c.constant[shown[mode]], axis=0).tolist(),
             }
             for mode, c in certificates.items()
         },
     }
     reporting.write_summary(reporting.Path(folder) / "summary.json", summary)
     reporting.write_examples(reporting.Path(folder), run, columns)
-    lipjax.certificate_files.save(
-        os.path.join(folder, "certificate.npz"),
-        tightest,
-        network,
-        images,
-        labels,
-        indices=test.indices,
-        data={"name": config.data.name, "split": "test"},
-        command=run["command"],
-    )
+    # Early, the verdicts are those of all bounds together, each in a file of its own.
+    files = {modes[-1]: "certificate.npz"}
+    if _EARLY.value:
+        files = {mode: f"certificate_{mode}.npz" for mode in modes[:-1]} | files
+    for mode, name in files.items():
+        lipjax.certificate_files.save(
+            os.path.join(folder, name),
+            certificates[mode],
+            network,
+            images,
+            labels,
+            indices=test.indices,
+            data={"name": config.data.name, "split": "test"},
+            command=run["command"],
+        )
     reporting.print_table(summary)
     written = [
-        "certificate.npz",
+        *files.values(),
         "summary.json",
         "examples.csv",
         "examples.npz",
@@ -227,13 +255,35 @@ def main(argv):
     print("written: " + ", ".join(os.path.join(folder, name) for name in written))
 
 
+def attacked(network, images, labels, epsilon, rows, *, restarts, key) -> np.ndarray:
+    """Which of all images PGD breaks; each process attacks its `rows`, boolean, and learns of the others."""
+    broken = np.zeros(len(labels), bool)
+    if np.any(rows):
+        attack = lipjax.attacks.pgd(
+            network, images[rows], labels[rows], epsilon, steps=_STEPS.value, restarts=restarts, key=key
+        )
+        broken[rows] = attack.broken
+    return np.any(hosts.gather(broken), axis=0)
+
+
+def together(found):
+    """Certificates, each image's from the process that examined it."""
+    if jax.process_count() == 1:
+        return found
+    owner = np.arange(len(found.predicted)) % jax.process_count()
+    arrays = {name: value for name, value in vars(found).items() if isinstance(value, np.ndarray)}
+    gathered = {name: hosts.gather(value)[owner, np.arange(len(owner))] for name, value in arrays.items()}
+    return dataclasses.replace(found, **gathered)
+
+
 def draw_seed(seed: int, call: int) -> int:
     """A seed of its own for each of this run's calls."""
     return int(np.random.SeedSequence([seed, call]).generate_state(1)[0])
 
 
 def say(message: str) -> None:
-    print(message, file=sys.stderr, flush=True)
+    if hosts.is_writer():
+        print(message, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":
@@ -241,4 +291,4 @@ if __name__ == "__main__":
         app.run(main)
     except (data.DataError, CheckpointError, ValueError, TypeError) as error:
         # These say what is wrong and what to do; a traceback would only hide it.
-        raise SystemExit(f"certify.py: {error}") from None
+        hosts.give_up(f"certify.py: {error}")

@@ -6,6 +6,7 @@ and rounding is part of it twice over (`lipjax.rounding`): the bounds are comput
 what the network's own arithmetic can do to its logits anywhere in the ball is taken off the margin.
 """
 
+import concurrent.futures
 import contextlib
 import dataclasses
 import functools
@@ -157,14 +158,10 @@ def estimate(
     """
     images, labels = _check(network, images, labels)
     regions.check_epsilon(epsilon)
-    compiled = _compiled(_estimate_batch, "mode", "iterations", optimize=images.size > FEW_PIXELS)
-    run = functools.partial(compiled, mode=mode, iterations=iterations)
-    out = _batched(
-        lambda x, y: run(network, x, y, jnp.float32(epsilon)),
-        min(batch_size, len(images)),
-        images.astype(np.float32),
-        labels,
-    )
+    options = {"mode": mode, "iterations": iterations}
+    compiled = _compiled(_estimate_batch, *options, optimize=images.size > FEW_PIXELS)
+    run = functools.partial(compiled, (network, jnp.float32(epsilon)), **options)
+    out = _batched(run, min(batch_size, len(images)), images.astype(np.float32), labels)
     ok = out.pop("ok")
     del out["allowance"]
     return Estimate(likely_robust=ok, epsilon=float(epsilon), mode=mode, **out)
@@ -231,10 +228,7 @@ def certify(
     """
     regions.check_epsilon(epsilon)
     images, labels = _check(network, images, labels)
-    examine = np.ones(len(images), bool) if examine is None else np.asarray(examine)
-    if examine.shape != (len(images),) or examine.dtype != bool:
-        raise ValueError(f"examine must be {len(images)} booleans, got {examine.dtype} of shape {examine.shape}.")
-    rows = np.flatnonzero(examine)
+    rows = _examined(examine, len(images))
     with _Prover(network, images, tier, failure_probability, mode, arithmetic, budget, seed, batch_size) as prover:
         if len(rows) == len(images):
             out = prover.verdicts(images, labels, np.full(len(images), float(epsilon)))
@@ -260,6 +254,7 @@ def certified_radius(
     seed: int = 0,
     max_radius: float = 4.0,
     batch_size: int = 64,
+    examine: np.ndarray | None = None,
 ) -> CertifiedRadius:
     """A certified radius per image: bisection on estimates finds a candidate, a certificate at the tier decides.
 
@@ -268,17 +263,21 @@ def certified_radius(
 
     Args:
         max_radius: no radius above it is looked for.
+        examine: as in `certify`; the radius of the others is 0.
     """
     if not (max_radius > 0 and math.isfinite(max_radius)):
         raise ValueError(f"max_radius must be positive and finite, got {max_radius}.")
     images, labels = _check(network, images, labels)
+    examined = _examined(examine, len(images))
     attempts = len(RADIUS_SHARES)
     with _Prover(
         network, images, tier, failure_probability, mode, arithmetic, budget, seed, batch_size, attempts
     ) as prover:
-        out = prover.candidates(images, labels, max_radius)
-        candidate = np.where(out["correct"], out["radius"], 0)
         count = len(images)
+        out, candidate = prover.nothing(images, labels), np.zeros(count)
+        if len(examined):
+            found = prover.candidates(images[examined], labels[examined], max_radius)
+            candidate[examined] = np.where(found["correct"], found["radius"], 0)
         nothing = np.full(count, np.inf)
         facts: dict[str, Any] = {
             "radius": np.zeros(count),
@@ -350,22 +349,16 @@ class _Prover:
         """`_verdict` of each image at its own radius; `indices` are the images' positions in the whole call."""
         indices = np.arange(len(images)) if indices is None else indices
         key = self._key if attempt is None else jax.random.fold_in(self._key, attempt)
-        run = functools.partial(_compiled(_certify_batch, *self._options, optimize=self._optimize), **self._options)
-        return _batched(
-            lambda x, y, r, i: run(self.network, self._global, x, y, r, key, i),
-            self._size,
-            images.astype(np.float64),
-            labels,
-            radii,
-            indices,
-        )
+        compiled = _compiled(_certify_batch, *self._options, optimize=self._optimize)
+        run = functools.partial(compiled, (self.network, self._global, key), **self._options)
+        return _batched(run, self._size, images.astype(np.float64), labels, radii, indices)
 
     def nothing(self, images, labels) -> dict[str, np.ndarray]:
         """What is reported of images that are not examined: predictions, and no claim."""
         count = len(images)
-        predicted = _batched(lambda x: {"predicted": _predict(self.network, x)}, self._size, images.astype(np.float64))[
-            "predicted"
-        ]
+        predicted = _batched(
+            lambda columns: {"predicted": _predict(self.network, *columns)}, self._size, images.astype(np.float64)
+        )["predicted"]
         unknown = np.full(count, np.inf)
         return {
             "predicted": predicted,
@@ -381,13 +374,9 @@ class _Prover:
     def candidates(self, images, labels, max_radius):
         """For each image the largest radius at which its verdict would be positive if estimates were norms."""
         options = {name: self._options[name] for name in ("mode", "arithmetics")}
-        run = functools.partial(_compiled(_radius_batch, *options, optimize=self._optimize), **options)
-        return _batched(
-            lambda x, y: run(self.network, self._global, x, y, jnp.float64(max_radius)),
-            self._size,
-            images.astype(np.float64),
-            labels,
-        )
+        compiled = _compiled(_radius_batch, *options, optimize=self._optimize)
+        run = functools.partial(compiled, (self.network, self._global, jnp.float64(max_radius)), **options)
+        return _batched(run, self._size, images.astype(np.float64), labels)
 
 
 # ---------------------------------------------------------------------------------------------------- one example
@@ -463,13 +452,21 @@ def _compiled(function, *static: str, optimize: bool = True):
     return jax.jit(function, static_argnames=static, compiler_options=options)
 
 
+def _devices() -> list[jax.Device]:
+    """Those of this process that work on one batch together."""
+    chosen = jax.config.jax_default_device  # type: ignore[attr-defined]
+    return [chosen] if chosen else jax.local_devices()
+
+
 @lowering.for_cpu
-def _estimate_batch(network, images, labels, epsilon, *, mode, iterations):
+def _estimate_batch(shared, columns, *, mode, iterations):
+    network, epsilon = shared
+
     def one(x, label):
         bound = regions.bound(network, x, epsilon, mode=mode, iterations=iterations)
         return _facts(network, bound, label, margins.worst_logits(network, bound, label), 0.0)
 
-    return jax.vmap(one)(images, labels)
+    return jax.vmap(one)(*columns)
 
 
 def _global_norms(network, shape):
@@ -486,9 +483,8 @@ def _global_norms(network, shape):
     return tuple(found)
 
 
-def _certify_batch(
-    network, global_norms, images, labels, radii, key, indices, *, mode, tier, failure_probability, arithmetics, budget
-):
+def _certify_batch(shared, columns, *, mode, tier, failure_probability, arithmetics, budget):
+    network, global_norms, key = shared
     # Global norms are drawn once and shared, so their key must not depend on the example; indices make the others
     # independent of how the images are batched.
     global_key, local_key = jax.random.split(key)
@@ -508,17 +504,17 @@ def _certify_batch(
 
         return norm
 
-    def one(arguments):
-        x, label, epsilon, index = arguments
+    def one(x, label, epsilon, index):
         local_norm = norm_function(jax.random.fold_in(local_key, index))
         global_norm = norm_function(global_key)
         return _verdict(network, x, label, epsilon, mode, arithmetics, global_norms, local_norm, global_norm)
 
-    return jax.vmap(one)((images, labels, radii, indices))
+    return jax.vmap(one)(*columns)
 
 
-def _radius_batch(network, global_norms, images, labels, max_radius, *, mode, arithmetics):
+def _radius_batch(shared, columns, *, mode, arithmetics):
     """The largest radius, to about 1 %, at which the verdict is positive with estimates in place of norms."""
+    network, global_norms, max_radius = shared
 
     def norm(k, operator, like, mask_in, mask_out):
         start = jax.random.normal(jax.random.fold_in(jax.random.key(0), k), like.shape, like.dtype)
@@ -540,18 +536,32 @@ def _radius_batch(network, global_norms, images, labels, max_radius, *, mode, ar
         predicted = jnp.argmax(logits)
         return {"radius": low, "predicted": predicted, "correct": predicted == label}
 
-    return jax.vmap(one)(images, labels)
+    return jax.vmap(one)(*columns)
 
 
 def _batched(run, size, *columns) -> dict[str, Any]:
-    """Runs ``run(*columns)`` in batches of `size` rows (the last one padded: one shape, one compilation); NumPy out."""
-    count = len(columns[0])
-    parts = []
-    for first in range(0, count, size):
-        rows = np.minimum(np.arange(first, first + size), count - 1)
-        out = jax.device_get(run(*(jnp.asarray(column[rows]) for column in columns)))
-        parts.append({name: value[: min(size, count - first)] for name, value in out.items()})
-    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    """Runs ``run(columns)`` in batches of `size` rows, one device of this process beside the other; NumPy out, in order.
+
+    The last batch is padded, for one shape.
+    """
+    count, devices = len(columns[0]), _devices()
+    exact = jax.config.jax_enable_x64  # type: ignore[attr-defined]
+    batches = [np.minimum(np.arange(first, first + size), count - 1) for first in range(0, count, size)]
+
+    def work(device):
+        # What `_exact` says holds for the thread that says it. (One program over all devices would be compiled once only, but
+        # hangs on CPU: jax 0.10.2, two devices, loops in float64.)
+        with _exact() if exact else contextlib.nullcontext(), jax.default_device(device):
+            mine = batches[devices.index(device) :: len(devices)]
+            return [jax.device_get(run(tuple(column[rows] for column in columns))) for rows in mine]
+
+    if len(devices) == 1:
+        parts = [jax.device_get(run(tuple(column[rows] for column in columns))) for rows in batches]
+    else:
+        with concurrent.futures.ThreadPoolExecutor(len(devices)) as pool:
+            found = list(pool.map(work, devices))
+        parts = [found[i % len(devices)][i // len(devices)] for i in range(len(batches))]
+    return {name: np.concatenate([part[name] for part in parts])[:count] for name in parts[0]}
 
 
 @contextlib.contextmanager
@@ -589,6 +599,14 @@ def _check_certifiable(network, tier, failure_probability):
 
 def _name(path) -> str:
     return jax.tree_util.keystr(path, simple=True, separator=".")
+
+
+def _examined(examine, count: int) -> np.ndarray:
+    """Positions of the images to decide."""
+    examine = np.ones(count, bool) if examine is None else np.asarray(examine)
+    if examine.shape != (count,) or examine.dtype != bool:
+        raise ValueError(f"examine must be {count} booleans, got {examine.dtype} of shape {examine.shape}.")
+    return np.flatnonzero(examine)
 
 
 def _check(network, images, labels):

@@ -153,10 +153,11 @@ def print_table(summary: dict, stream=None) -> None:
         f"PGD: {run['pgd_steps']} steps, {run['pgd_restarts']} restarts, an upper bound.",
         soft_wrap=True,
     )
-    if run.get("examined", run["examples"]) < run["examples"]:
+    if run.get("early"):
+        examined = ", ".join(f"{row['examined']} by {mode}" for mode, row in summary["modes"].items())
         console.print(
-            f"Lipschitz constants and constant neurons are of the {run['examined']} images that were examined; the others are "
-            "misclassified or broken by PGD, and not certified."
+            f"Decided early: {examined} bound. The others are misclassified or broken by PGD, and not certified, or certified by "
+            "a bound in a line above, and counted here too. Lipschitz constants and constant neurons are of those decided."
         )
     if run["note"]:
         console.print(f"note: {run['note']}")
