@@ -2,6 +2,7 @@
 
     python train.py --config=configs/digits.py --workdir=runs/digits
     python train.py --config=configs/cifar10_maxmin.py --workdir=runs/cifar10 --config.optimizer.learning_rate=5e-4
+    python train.py --config=configs/cifar10_maxmin.py --plan --plan_device=h200  # what it needs, before anything runs
 
 Run again with the same workdir to continue where it stopped, exactly: also after a kill at any moment. The workdir
 gets config.json, metrics.jsonl (one line per epoch) and checkpoints/ (the newest states, and the parameters that did
@@ -20,7 +21,7 @@ from absl import app, flags, logging
 from flax import nnx
 from ml_collections import config_flags
 
-from lipjax import data, lowering, training
+from lipjax import data, lowering, plan, training
 from lipjax.checkpoints import CheckpointError, Checkpoints, open_workdir
 from lipjax.reporting import Metrics, Progress
 
@@ -28,6 +29,17 @@ _CONFIG = config_flags.DEFINE_config_file("config", "configs/digits.py", "Experi
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of this run; default runs/<name of the config>.")
 _EPOCHS = flags.DEFINE_integer(
     "stop_after", None, "Stop after this epoch, to go on later; no influence on the result.", lower_bound=1
+)
+_PLAN = flags.DEFINE_bool("plan", False, "Print what the configuration needs (lipjax/plan.py) and end.")
+_PLAN_DEVICE = flags.DEFINE_string(
+    "plan_device", None, "With --plan: h100, h200, a100, v4, v5e, v5p, cpu; default: this."
+)
+_PLAN_DEVICES = flags.DEFINE_integer("plan_devices", None, "With --plan: how many; default: those here.", lower_bound=1)
+_PLAN_EXAMPLES = flags.DEFINE_integer("plan_examples", None, "With --plan: size of the training set.", lower_bound=2)
+_PLAN_SHAPE = flags.DEFINE_list("plan_shape", None, "With --plan: height,width,channels of the images.")
+_PLAN_CLASSES = flags.DEFINE_integer("plan_classes", None, "With --plan.", lower_bound=2)
+_PLAN_COMPILE = flags.DEFINE_bool(
+    "plan_compile", False, "With --plan, for these devices: ask XLA for temporary memory."
 )
 
 # At most so many steps in one call of the device, and no more than take about so long.
@@ -45,6 +57,10 @@ def main(argv):
     config = _CONFIG.value
     training.check_config(config)
     config.lock()
+    if _PLAN.value:
+        sizes = plan.sizes_of(config, _PLAN_EXAMPLES.value, _PLAN_SHAPE.value, _PLAN_CLASSES.value)
+        print(plan.planned(config, sizes, _PLAN_DEVICES.value, _PLAN_DEVICE.value, compile_step=_PLAN_COMPILE.value))
+        return
 
     # ------------------------------------------------------------------ devices
     mesh = training.device_mesh()
