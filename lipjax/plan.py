@@ -241,8 +241,7 @@ def sizes_of(
         changes: dict[str, Any] = {"input_shape": shape, "classes": classes}
         sizes = dataclasses.replace(given, **{k: v for k, v in changes.items() if v is not None})
         return _checked(sizes if examples is None else dataclasses.replace(sizes, examples=_kept(config, examples)))
-    assert known or (examples and shape and classes)
-    known = known or Sizes(shape, classes, examples)
+    known = known or Sizes(shape or (), classes or 0, examples or 0)
     return _checked(
         Sizes(
             tuple(shape or known.input_shape),
@@ -315,69 +314,71 @@ def counted(network, shape, mode: str, iterations: int) -> float:
     return total
 
 
-def affine_entries(network, shape) -> int:
-    """Entries of all affine layers' outputs, of one example."""
-    total, x = 0, jax.ShapeDtypeStruct(shape, jnp.float32)
+def affine_outputs(network, shape) -> list[int]:
+    """Entries of each affine layer's output, of one example."""
+    found, x = [], jax.ShapeDtypeStruct(shape, jnp.float32)
     for layer in regions.layers_of(network):
         if layer is operators.FORK or layer is operators.JOIN:
             continue
         affine = operators.is_affine(layer)
         x = jax.eval_shape(operators.linear_operator(layer).affine if affine else layer, x)
-        total += x.size if affine else 0
-    return total
+        found += [x.size] if affine else []
+    return found
 
 
 # ---------------------------------------------------------------------------------------------------- temporary memory
 
 # Floats of temporary memory for each entry of the affine layers' outputs and each example that goes through the network at
 # once, fitted to what XLA's CPU backend reports of the compiled step (benchmarks/README.md, "What a configuration needs").
-FLOATS_PER_ENTRY = {"global": 4.0, "bcp": 11.6, "paper": 13.9, "local": 17.5, "linear": 17.5, "rows": 17.5}
+FLOATS_PER_ENTRY = {"global": 3.5, "bcp": 11.0, "paper": 13.5, "local": 17.0, "linear": 51.0, "rows": 51.0}
 
 # In modes "linear" and "rows", more for each rival class. The reverse passes of "rows" for every neuron are not in it.
-FLOATS_PER_RIVAL = 18.0
+FLOATS_PER_RIVAL = 16.0
+
+# For each class and entry of the penultimate activation, the rows of the margins.
+FLOATS_PER_MARGIN = 7.6
 
 # Copies of the parameters beside the gradient: that of one part of the batch, the update.
-PARAMETER_COPIES = 2.0
+PARAMETER_COPIES = 1.0
 
 # Largest relative error of the formula over the steps it was fitted to: the share by which a plan may be wrong and still fit.
 ERROR = 0.25
 
 
 def temporary_bytes(
-    mode: str, rivals: int, entries: int, image: int, parameters: int, batch: int, at_once: int
+    mode: str, rivals: int, entries: int, margins: int, image: int, parameters: int, batch: int, at_once: int
 ) -> float:
     """A model of the temporary memory of one step on one device, gradient apart.
 
     Args:
         rivals: classes with a reverse pass of their own (modes "linear" and "rows").
-        entries: of all affine layers' outputs, one example's (`affine_entries`).
+        entries: of all affine layers' outputs, one example's (`affine_outputs`).
+        margins: classes times entries of the penultimate activation.
         image: entries of one image.
         parameters: their bytes.
         batch, at_once: examples of a step on the device, and of them in the network at once.
     """
     floats = FLOATS_PER_ENTRY[mode] + (FLOATS_PER_RIVAL * rivals if mode in ("linear", "rows") else 0)
-    return 4 * (at_once * floats * entries + batch * image) + PARAMETER_COPIES * parameters
+    one = floats * entries + FLOATS_PER_MARGIN * margins
+    return 4 * (at_once * one + batch * image) + PARAMETER_COPIES * parameters
 
 
-def compiled_temporary_bytes(config, sizes: Sizes) -> int:
-    """Temporary memory of the real step on one device, gradient included, as XLA reports it for the devices here.
+def compiled_step(config, sizes: Sizes):
+    """The real step compiled for the devices here, of which ``memory_analysis()`` tells the bytes on each of them.
 
-    It compiles the step, which takes from seconds to minutes, and allocates nothing.
+    It takes from seconds to minutes and allocates none of the state.
     """
     mesh = training.device_mesh()
     steps_per_epoch, rows = _steps_and_rows(config, sizes)
+    state = _abstract_state(_abstract_network(config, sizes), config, sizes, rows)
     transform = _transform(config, steps_per_epoch)
-    network = _abstract_network(config, sizes)
-    state = _abstract_state(network, config, sizes, rows)
     steps = training.make_steps(config, transform, steps_per_epoch, 255.0, mesh, state, CALL)
-    resident = rows * _image_bytes(sizes) <= training.RESIDENT_BYTES
+    resident = sizes.examples * _image_bytes(sizes) <= training.RESIDENT_BYTES
     there = rows if resident else CALL * config.batch_size
     images = jax.ShapeDtypeStruct((there, *sizes.input_shape), jnp.dtype(sizes.pixels))
     labels = jax.ShapeDtypeStruct((there,), jnp.int32)
     positions = jax.ShapeDtypeStruct((CALL, config.batch_size), jnp.int32)
-    count = jax.ShapeDtypeStruct((), jnp.int32)
-    compiled = steps.lower(state, images, labels, positions, positions, count).compile()
-    return compiled.memory_analysis().temp_size_in_bytes
+    return steps.lower(state, images, labels, positions, positions, jax.ShapeDtypeStruct((), jnp.int32)).compile()
 
 
 # ---------------------------------------------------------------------------------------------------- the plan
@@ -509,7 +510,7 @@ def plan(
         examples: to train on, validation images held out.
         device: a name for `device_of`, or any `Device`.
         pixels: dtype of the images as stored.
-        temporary: bytes of a step's temporary memory on one device, gradient included (`compiled_temporary_bytes`), in place of
+        temporary: bytes of a step's temporary memory on one device, gradient included (`compiled_step`), in place of
             the model's.
 
     Raises:
@@ -597,7 +598,7 @@ def planned(config, sizes: Sizes, devices: int | None = None, device: str | None
 
     Raises:
         ValueError: as `plan` and `device_here`; `compile_step`, which asks XLA for the temporary memory
-            (`compiled_temporary_bytes`), for other devices than those here.
+            (`compiled_step`), for other devices than those here.
     """
     devices = devices or jax.device_count()
     device = device or device_here()
@@ -608,7 +609,7 @@ def planned(config, sizes: Sizes, devices: int | None = None, device: str | None
                 f"--plan_compile asks this machine's compiler, for {jax.device_count()} x {device_here()}, not for "
                 f"{devices} x {device}: leave it out."
             )
-        temporary = compiled_temporary_bytes(config, sizes)
+        temporary = compiled_step(config, sizes).memory_analysis().temp_size_in_bytes
     shape = (sizes.input_shape, sizes.classes, sizes.examples)
     return plan(config, *shape, devices, device, pixels=sizes.pixels, temporary=temporary)
 
@@ -622,7 +623,7 @@ class _Memory:
         self.network = _abstract_network(config, sizes)
         shape, mode, iterations = sizes.input_shape, config.bound.mode, config.bound.iterations
         self.operations = _of_shapes(lambda network: counted(network, shape, mode, iterations), self.network)
-        self.entries = _of_shapes(lambda network: affine_entries(network, shape), self.network)
+        self.outputs = _of_shapes(lambda network: affine_outputs(network, shape), self.network)
         self.state = functools.cache(self._state)
 
     def _state(self, store, dtype):
@@ -664,11 +665,18 @@ class _Memory:
         if self.temporary is not None:
             return max(self.temporary - parameters, 0)
         config = self.config
-        rivals = min(config.bound.rivals or self.sizes.classes, self.sizes.classes)
-        image = math.prod(self.sizes.input_shape)
-        batch = config.batch_size // devices
+        rivals = min(config.bound.rivals or self.sizes.classes, self.sizes.classes - 1)
         return round(
-            temporary_bytes(config.bound.mode, rivals, self.entries, image, parameters, batch, at_once // devices)
+            temporary_bytes(
+                config.bound.mode,
+                rivals,
+                sum(self.outputs),
+                self.sizes.classes * self.outputs[-2] if len(self.outputs) > 1 else 0,
+                math.prod(self.sizes.input_shape),
+                parameters,
+                config.batch_size // devices,
+                at_once // devices,
+            )
         )
 
     def parts(self, store, dtype, devices, at_once):
@@ -915,7 +923,8 @@ def _text(plan: Plan) -> str:
             store, dtype = option.settings["vectors.store"], option.settings["vectors.dtype"]
             here = " <" if (store, dtype) == (plan.store, plan.dtype) else ""
             hosts = size_text(option.on_hosts) if option.on_hosts else ""
-            fits = ("yes" if option.fits else "no") + here
+            full = option.per_device / (device.usable * device.memory)
+            fits = ("no" if not option.fits else "barely" if full > 0.9 else "yes") + here
             table.add_row(store, dtype, size_text(option.vectors), size_text(option.per_device), hosts, fits)
         console.print(table)
     times = ", ".join(
