@@ -370,8 +370,8 @@ def compiled_step(config, sizes: Sizes):
     """
     mesh = training.device_mesh()
     steps_per_epoch, rows = _steps_and_rows(config, sizes)
-    state = _abstract_state(_abstract_network(config, sizes), config, sizes, rows)
     transform = _transform(config, steps_per_epoch)
+    state = _abstract_state(_abstract_network(config, sizes), config, sizes, rows, transform)
     steps = training.make_steps(config, transform, steps_per_epoch, 255.0, mesh, state, CALL)
     resident = sizes.examples * _image_bytes(sizes) <= training.RESIDENT_BYTES
     there = rows if resident else CALL * config.batch_size
@@ -579,7 +579,7 @@ def plan(
         parts=parts,
         host_parts=tuple(host_parts),
         checkpoint=parameters
-        + _bytes(memory.state(store, dtype).optimizer)
+        + memory.optimizer
         + memory.shared_bytes(store, dtype)
         + (memory.host_bytes(dtype) if store in ("example", "host") else 0),
         operations=operations,
@@ -624,12 +624,17 @@ class _Memory:
         shape, mode, iterations = sizes.input_shape, config.bound.mode, config.bound.iterations
         self.operations = _of_shapes(lambda network: counted(network, shape, mode, iterations), self.network)
         self.outputs = _of_shapes(lambda network: affine_outputs(network, shape), self.network)
-        self.state = functools.cache(self._state)
+        self.optimizer = _bytes(jax.eval_shape(_transform(config, self.steps_per_epoch).init, self.network))
+        # The same functions are asked for every option; without an optimizer, which takes as long as all else.
+        self._states = functools.cache(
+            lambda store, dtype: _abstract_state(
+                self.network, _with_vectors(config, store, dtype), sizes, self.rows, optax.identity()
+            )
+        )
 
-    def _state(self, store, dtype):
-        config = self.config.copy_and_resolve_references()
-        config.vectors.store, config.vectors.dtype = "example" if store == "host" else store, dtype
-        return _abstract_state(self.network, config, self.sizes, self.rows)
+    def state(self, store, dtype):
+        """The state, optimizer apart; with a row for each example where these are in the host's memory."""
+        return self._states("example" if store == "host" else store, dtype)
 
     def shared_bytes(self, store, dtype):
         """Vectors that every device has."""
@@ -681,7 +686,7 @@ class _Memory:
 
     def parts(self, store, dtype, devices, at_once):
         """Everything on the devices."""
-        parameters, state = _bytes(self.network), self.state(store, dtype)
+        parameters = _bytes(self.network)
         vectors, shared = self.vector_bytes(store, dtype, devices), self.shared_bytes(store, dtype)
         images, resident = self.images(devices)
         temporary = self.temporary_of(devices, at_once)
@@ -699,8 +704,8 @@ class _Memory:
             Part("gradients", parameters, devices * parameters, True, "likewise"),
             Part(
                 "optimizer state",
-                _bytes(state.optimizer),
-                devices * _bytes(state.optimizer),
+                self.optimizer,
+                devices * self.optimizer,
                 True,
                 "Adam's two moments",
             ),
@@ -826,15 +831,17 @@ def _abstract_network(config, sizes):
     return jax.eval_shape(lambda: training.build_network(config, sizes.input_shape, sizes.classes))
 
 
-def _abstract_state(network, config, sizes, rows):
+def _abstract_state(network, config, sizes, rows, transform):
     create = functools.partial(
-        training.initial_state,
-        transform=_transform(config, rows // config.batch_size),
-        config=config,
-        examples=rows,
-        input_shape=sizes.input_shape,
+        training.initial_state, transform=transform, config=config, examples=rows, input_shape=sizes.input_shape
     )
     return jax.eval_shape(create, network)
+
+
+def _with_vectors(config, store, dtype):
+    config = config.copy_and_resolve_references()
+    config.vectors.store, config.vectors.dtype = store, dtype
+    return config
 
 
 def _of_shapes(function, network):
