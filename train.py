@@ -4,25 +4,31 @@
     python train.py --config=configs/cifar10_maxmin.py --workdir=runs/cifar10 --config.optimizer.learning_rate=5e-4
     python train.py --config=configs/cifar10_maxmin.py --plan --plan_device=h200  # what it needs, before anything runs
 
-Run again with the same workdir to continue where it stopped, exactly: also after a kill at any moment. The workdir
-gets config.json, metrics.jsonl (one line per epoch) and checkpoints/ (the newest states, and the parameters that did
-best on the validation split, which is held out of the training set).
+Run again with the same workdir to continue where it stopped, exactly: also after a kill at any moment, and on another
+number of devices. SIGTERM saves first. On several machines start it on each of them, with --hosts. The workdir gets
+config.json, metrics.jsonl (one line per epoch) and checkpoints/ (the newest states, and the parameters that did best on
+the validation split, which is held out of the training set).
 """
 
+import contextlib
 import dataclasses
 import functools
+import io
 import os
+import sys
 import time
+from pathlib import Path
 
 import jax
 import numpy as np
 import optax
 from absl import app, flags, logging
 from flax import nnx
+from jax.sharding import PartitionSpec
 from ml_collections import config_flags
 
-from lipjax import data, lowering, plan, training
-from lipjax.checkpoints import CheckpointError, Checkpoints, open_workdir
+from lipjax import data, hosts, lowering, plan, training
+from lipjax.checkpoints import CheckpointError, Checkpoints, locked, open_workdir
 from lipjax.reporting import Metrics, Progress
 
 _CONFIG = config_flags.DEFINE_config_file("config", "configs/digits.py", "Experiment: a file with get_config().")
@@ -41,17 +47,21 @@ _PLAN_CLASSES = flags.DEFINE_integer("plan_classes", None, "With --plan.", lower
 _PLAN_COMPILE = flags.DEFINE_bool(
     "plan_compile", False, "With --plan, for these devices: ask XLA for temporary memory."
 )
+_HOSTS = flags.DEFINE_string(
+    "hosts", os.environ.get("LIPJAX_HOSTS", ""), f"For several processes as one: {hosts.EXAMPLE}; or LIPJAX_HOSTS."
+)
 
 # At most so many steps in one call of the device, and no more than take about so long.
 STEPS_PER_CALL, SECONDS_PER_CALL = 32, 5.0
 
 # Fields that say where things are and not what is computed: they may differ when a run is continued.
-VOLATILE = ("data.data_dir", "data.manual_dir")
+VOLATILE = ("data.data_dir", "data.manual_dir", "checkpoints.minutes")
 
 
 def main(argv):
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments {argv[1:]}; flags look like --config.seed=1")
+    hosts.join(_HOSTS.value)
     lowering.keep_compiled()
     logging.set_verbosity(logging.FATAL)  # Orbax reports every step of every save; its errors are reported below
     config = _CONFIG.value
@@ -74,11 +84,11 @@ def main(argv):
     splits = training.load_data(config)
     train = splits.train
     input_shape = train.images.shape[1:]
-    steps_per_epoch = len(training.epoch_order(config.seed, 0, len(train.labels), config.batch_size))
-    print(
+    steps_per_epoch = training.steps_per_epoch(config, len(train.labels))
+    say(
         f"{len(train.labels)} training, {len(splits.validation.labels)} validation images of {input_shape}, "
-        f"{train.classes} classes; {mesh.size} {jax.devices()[0].platform} device(s)",
-        flush=True,
+        f"{train.classes} classes; {mesh.size} {jax.devices()[0].platform} device(s)"
+        + (f" of {jax.process_count()} processes" if jax.process_count() > 1 else "")
     )
 
     # ------------------------------------------------------------------ network, optimizer, state
@@ -98,78 +108,102 @@ def main(argv):
     # ------------------------------------------------------------------ workdir
     # Not earlier: a start that fails for its data or its settings must not claim the folder.
     name = os.path.splitext(os.path.basename(config_flags.get_config_filename(flags.FLAGS["config"])))[0]
-    workdir = open_workdir(_WORKDIR.value or f"runs/{name}", config.to_dict(), volatile=VOLATILE)
-    print(f"{workdir}: {config.model.name} on {config.data.name}, seed {config.seed}", flush=True)
+    workdir = Path(os.path.abspath(os.path.expanduser(_WORKDIR.value or f"runs/{name}")))
+    with contextlib.ExitStack() as stack:
+        if hosts.is_writer():
+            open_workdir(workdir, config.to_dict(), volatile=VOLATILE)
+            stack.enter_context(locked(workdir))
+        hosts.wait("workdir")
+        say(f"{workdir}: {config.model.name} on {config.data.name}, seed {config.seed}")
 
-    # ------------------------------------------------------------------ restore
-    with Checkpoints(workdir, keep_last=config.checkpoints.keep) as checkpoints:
+        # -------------------------------------------------------------- restore
+        checkpoints = stack.enter_context(Checkpoints(workdir, keep_last=config.checkpoints.keep))
         wanted = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, shardings)
         restored = checkpoints.restore_last(wanted)
         if restored is None:
             # Compiled with its shardings, so that no device ever holds more than its share of the vectors.
-            state, epoch = jax.jit(create, out_shardings=shardings)(network), 0
+            state = jax.jit(create, out_shardings=shardings)(jax.tree.map(np.asarray, network))
+            epoch, sums = 0, dict.fromkeys(training.METRICS, 0.0)
         else:
-            state, epoch = restored[0], restored[1]["epoch"]
-            print(f"continuing after epoch {epoch}", flush=True)
-        metrics = Metrics(workdir / "metrics.jsonl", after_step=int(state.step))
+            state, meta = restored
+            epoch, sums = meta["epoch"], meta["sums"]
+            say(f"continuing after epoch {epoch}, step {int(state.step)}")
+        step = int(state.step)
+        metrics = Metrics(workdir / "metrics.jsonl", after_step=step) if hosts.is_writer() else None
 
         # -------------------------------------------------------------- loop
-        feed = training.feeder(train, mesh, STEPS_PER_CALL)
+        feed = training.Feeder(train, config, mesh, STEPS_PER_CALL)
         last_epoch = min(config.schedule.epochs, _EPOCHS.value or config.schedule.epochs)
         # Compiled before the clock of the progress starts, or the time left would be far off for a while.
         began = time.monotonic()
-        steps = steps.lower(state, *feed(np.zeros((1, config.batch_size), np.int32)), np.int32(1)).compile()
-        print(f"compiled in {time.monotonic() - began:.0f} s", flush=True)
-        count = 1
-        with Progress(config.schedule.epochs * steps_per_epoch, "training", start=int(state.step)) as progress:
-            while epoch < last_epoch:
-                first_step, started, done = epoch * steps_per_epoch, time.monotonic(), []
-                order = training.epoch_order(config.seed, epoch, len(train.labels), config.batch_size)
-                while len(done) < len(order):
-                    rows, began = order[len(done) : len(done) + count], time.monotonic()
-                    state, values = steps(state, *feed(rows), np.int32(len(rows)))
-                    values = jax.device_get(values)
-                    new = [{name: column[i] for name, column in values.items()} for i in range(len(rows))]
-                    training.check_finite(new, first_step + len(done))
-                    done += new
-                    progress.update(first_step + len(done), loss=f"{done[-1]['loss']:.3f}", epoch=epoch + 1)
-                    # As many steps a call as take a few seconds: fewer waits, and still a sign of life.
-                    count = round(len(rows) * SECONDS_PER_CALL / max(time.monotonic() - began, 1e-3))
-                    count = min(max(count, 1), STEPS_PER_CALL)
-                epoch += 1
-                seconds = time.monotonic() - started
+        steps = steps.lower(state, *feed(0, 1), np.int32(1)).compile()
+        say(f"compiled in {time.monotonic() - began:.0f} s")
+        preemption = stack.enter_context(hosts.Preemption())
+        stream = sys.stderr if hosts.is_writer() else io.StringIO()
+        progress = stack.enter_context(
+            Progress(config.schedule.epochs * steps_per_epoch, "training", start=step, stream=stream)
+        )
+        count, saved = 1, time.monotonic()
+        while epoch < last_epoch:
+            started = time.monotonic()
+            while step < (epoch + 1) * steps_per_epoch:
+                now, began = min(count, (epoch + 1) * steps_per_epoch - step), time.monotonic()
+                state, values = steps(state, *feed(step, now), np.int32(now))
+                values = jax.device_get(values)
+                new = [{name: float(column[i]) for name, column in values.items()} for i in range(now)]
+                training.check_finite(new, step)
+                step += now
+                for figures in new:
+                    sums = {name: sums[name] + value for name, value in figures.items()}
+                progress.update(step, loss=f"{new[-1]['loss']:.3f}", epoch=epoch + 1)
+                # ------------------------------------------------------ interrupted, or time to save
+                minutes = (time.monotonic() - saved) / 60
+                stop, minutes, seconds = hosts.most(preemption.noticed, minutes, time.monotonic() - began)
+                if stop or (config.checkpoints.minutes and minutes >= config.checkpoints.minutes):
+                    checkpoints.save_last(step, state, {"epoch": epoch, "sums": sums})
+                    saved = time.monotonic()
+                if stop:
+                    checkpoints.wait()
+                    say(f"SIGTERM: saved after step {step}; the same command continues there")
+                    return
+                # As many steps a call as take a few seconds: fewer waits, and still a sign of life.
+                count = min(max(round(now * SECONDS_PER_CALL / max(seconds, 1e-3)), 1), STEPS_PER_CALL)
+            epoch += 1
+            seconds = time.monotonic() - started
 
-                # ------------------------------------------------------ evaluate, select, save
-                if epoch % config.evaluation.every == 0 or epoch == config.schedule.epochs:
-                    found = training.evaluate(state.network, splits.validation, config, mesh)
-                    # Clean accuracy only breaks ties: it weighs less than one validation example.
-                    score = found["validation_robust_accuracy_estimate"] + 1e-6 * found["validation_accuracy"]
-                    if score > float(state.best):
-                        state = dataclasses.replace(
-                            state, best=jax.device_put(jax.numpy.float32(score), shardings.best)
-                        )
-                        checkpoints.save_best(
-                            first_step + len(order),
-                            nnx.to_pure_dict(nnx.state(state.network)),
-                            {"epoch": epoch, **found},
-                        )
-                else:
-                    found = {}
-                mean = {key: sum(float(p[key]) for p in done) / len(done) for key in done[0]}
+            # ---------------------------------------------------------- evaluate, select, save
+            if epoch % config.evaluation.every == 0 or epoch == config.schedule.epochs:
+                found = training.evaluate(state.network, splits.validation, config, mesh)
+                # Clean accuracy only breaks ties: it weighs less than one validation example.
+                score = found["validation_robust_accuracy_estimate"] + 1e-6 * found["validation_accuracy"]
+                if score > float(state.best):
+                    best = training.put(np.asarray(score, np.float32), mesh, PartitionSpec())
+                    state = dataclasses.replace(state, best=best)
+                    checkpoints.save_best(step, nnx.to_pure_dict(nnx.state(state.network)), {"epoch": epoch, **found})
+            else:
+                found = {}
+            if metrics:
                 metrics.write(
-                    step=first_step + len(order),
+                    step=step,
                     epoch=epoch,
                     tier="estimate",
                     seed=config.seed,
                     validation_epsilon=config.epsilon.test,
-                    **mean,
+                    **{name: value / steps_per_epoch for name, value in sums.items()},
                     **found,
                     seconds=round(seconds, 3),
                 )
-                if epoch % config.checkpoints.every == 0 or epoch == last_epoch:
-                    checkpoints.save_last(first_step + len(order), state, {"epoch": epoch})
+            sums = dict.fromkeys(training.METRICS, 0.0)
+            if epoch % config.checkpoints.every == 0 or epoch == last_epoch:
+                checkpoints.save_last(step, state, {"epoch": epoch, "sums": sums})
+                saved = time.monotonic()
         checkpoints.wait()
-    print(f"done: {epoch} epochs. Next: python certify.py --workdir={os.path.relpath(workdir)}", flush=True)
+    say(f"done: {epoch} epochs. Next: python certify.py --workdir={os.path.relpath(workdir)}")
+
+
+def say(message: str) -> None:
+    if hosts.is_writer():
+        print(message, flush=True)
 
 
 def parse_flags(argv):
@@ -188,4 +222,8 @@ if __name__ == "__main__":
         app.run(main, flags_parser=parse_flags)
     except (data.DataError, CheckpointError, training.NonFiniteError, ValueError, OSError) as error:
         # These say what is wrong and what to do; a traceback would only hide it.
-        raise SystemExit(f"train.py: {error}") from None
+        hosts.give_up(f"train.py: {error}")
+    except jax.errors.JaxRuntimeError as error:
+        if jax.process_count() == 1:
+            raise
+        hosts.give_up(f"train.py: another process is gone, or a device failed: {str(error).splitlines()[0]}")

@@ -490,16 +490,15 @@ def trained_on_digits(activation: str) -> Callable[..., Subject]:
         splits = training.load_data(config)
         train, shape = splits.train, splits.train.images.shape[1:]
         network = training.build_network(config, shape, train.classes)
-        steps = len(training.epoch_order(config.seed, 0, len(train.labels), config.batch_size))
+        steps = training.steps_per_epoch(config, len(train.labels))
         transform = optax.adam(training.learning_rate(config, steps))
         state = training.initial_state(network, transform, config, len(train.labels), shape)
         # One device: the networks are small, and the hunt itself runs on one.
         mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:1])
         run = training.make_steps(config, transform, steps, train.levels, mesh, state, steps)
-        feed = training.feeder(train, mesh, steps)
+        feed = training.Feeder(train, config, mesh, steps)
         for epoch in range(config.schedule.epochs):
-            rows = training.epoch_order(config.seed, epoch, len(train.labels), config.batch_size)
-            state, _ = run(state, *feed(rows), len(rows))
+            state, _ = run(state, *feed(epoch * steps, steps), steps)
         return _on_test_images(name, activation, state.network, splits.test, options)
 
     return make

@@ -129,7 +129,7 @@ class Steps:
 
     def __init__(self, config, shape, classes, count, loss):
         mesh, transform = training.device_mesh(), optax.adam(1e-3)
-        examples = 4 * config.batch_size
+        examples = count * config.batch_size
         state = training.initial_state(
             training.build_network(config, shape, classes), transform, config, examples, shape
         )
@@ -142,10 +142,10 @@ class Steps:
             config.examples_at_once = self.at_once
         self.state = jax.device_put(state, training.state_shardings(state, mesh))
         steps = training.make_steps(config, transform, 1, 255.0, mesh, self.state, count, loss)
-        self.rng, self.count, self.shape = np.random.default_rng(0), count, (count, config.batch_size)
-        images, labels = random_images(self.rng, examples, shape, classes)
+        self.count, self.done = count, 0
+        images, labels = random_images(np.random.default_rng(0), examples, shape, classes)
         split = data.Dataset("random", "train", images, labels, 255.0, classes, np.arange(examples))
-        self.feed = training.feeder(split, mesh, count)
+        self.feed = training.Feeder(split, config, mesh, count)
         began = time.perf_counter()
         self.steps = steps.lower(self.state, *self._arguments()).compile()
         self.compile_seconds = time.perf_counter() - began
@@ -153,12 +153,11 @@ class Steps:
         self()
 
     def _arguments(self):
-        examples = 4 * self.shape[1]
-        rows = np.stack([self.rng.permutation(examples)[: self.shape[1]] for _ in range(self.count)])
-        return *self.feed(rows.astype(np.int32)), self.count
+        return *self.feed(self.done, self.count), np.int32(self.count)
 
     def __call__(self):
         self.state, metrics = self.steps(self.state, *self._arguments())
+        self.done += self.count
         jax.block_until_ready((self.state, metrics))
 
 

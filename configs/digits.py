@@ -66,5 +66,6 @@ def get_config() -> ml_collections.ConfigDict:
 
     config.checkpoints = checkpoints = ml_collections.ConfigDict()
     checkpoints.every = 10  # epochs
+    checkpoints.minutes = 15.0  # and when so much time has passed; 0: at the end of epochs only
     checkpoints.keep = 2
     return config

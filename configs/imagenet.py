@@ -1,11 +1,10 @@
-"""A plan, never trained and never loaded: ImageNet at 224x224, `small_conv` behind 7x7 patches, clipped MaxMin, BCP loss.
+"""A plan, never trained: ImageNet at 224x224, `small_conv` behind 7x7 patches, clipped MaxMin, BCP loss.
 
     python train.py --config=configs/imagenet.py --plan --plan_device=v5e --plan_devices=64
     python train.py --config=configs/imagenet.py --plan --plan_device=h200 --plan_devices=8
 
 There is no accuracy to expect: no setting was tried. The patches make maps of 32x32, as CIFAR-10 has, because vectors of
-single examples at 224x224 would take terabytes (benchmarks/README.md, "ImageNet, on paper"). The name `imagenet2012` serves the
-plan alone: `lipjax.data` holds a whole set in memory (193 GB on each host) and wants images of one size, as npz or folder.
+single examples at 224x224 would take terabytes (benchmarks/README.md, "ImageNet, on paper").
 """
 
 from configs import cifar10_maxmin
@@ -16,6 +15,7 @@ def get_config():
     config = cifar10_maxmin.get_config()
     config.batch_size = 512
     config.data.name = "imagenet2012"
+    config.data.image_size = 224  # shorter side 256, central square
     config.data.validation_fraction = 0.01
     config.model.name = "small_conv"
     config.model.stem = 7

@@ -2,12 +2,15 @@
 
 Layout: ``workdir/config.json``, ``workdir/checkpoints/last/<step>`` (whole training states) and
 ``workdir/checkpoints/best/<step>`` (parameters only). Every write is complete before it gets its name, so a kill at any
-moment leaves the checkpoints that were there.
+moment leaves the checkpoints that were there. Of a job of several processes each writes its shards.
 """
 
+import contextlib
 import errno
+import fcntl
 import json
 import os
+import socket
 import sys
 import zlib
 from pathlib import Path
@@ -66,6 +69,31 @@ def open_workdir(workdir, config: dict, *, volatile: tuple[str, ...] = ()) -> Pa
             advice += " It has finished no epoch yet: if it was a failed start, remove the folder."
         raise ConfigMismatch(f"{path} holds a run of another configuration:\n" + "\n".join(differing) + f"\n{advice}")
     return path
+
+
+@contextlib.contextmanager
+def locked(workdir: Path):
+    """Keeps other processes from training in this workdir, until the context or the process ends, however it ends.
+
+    Raises:
+        CheckpointError: another one is there, with what is known of it.
+    """
+    path = workdir / "lock"
+    with open(path, "a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise CheckpointError(
+                f"{workdir} is in use by another training process ({file.read().strip() or 'unknown'}): wait for it, stop "
+                "it, or give another --workdir."
+            ) from None
+        except OSError:
+            print(f"{path}: this file system has no locks; do not train twice in one workdir", file=sys.stderr)
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        file.flush()
+        yield
 
 
 def _has_results(path: Path) -> bool:
@@ -299,10 +327,11 @@ def _sum_of_bits(leaf):
     return jnp.sum(words ^ (words >> 16), dtype=jnp.uint32)
 
 
+_copy = jax.jit(jnp.copy)
+
+
 def _copied(tree):
     """A copy whose buffers nobody donates: on CPU a background save would read them after the next step reused them."""
     if jax.default_backend() != "cpu":
         return tree  # the copy to the host is made before save returns
-    return jax.tree.map(
-        lambda leaf: jnp.array(leaf, copy=True) if isinstance(leaf, jax.Array) else np.array(leaf), tree
-    )
+    return {name: _copy(leaf) if isinstance(leaf, jax.Array) else np.array(leaf) for name, leaf in tree.items()}

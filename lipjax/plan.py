@@ -30,6 +30,9 @@ from lipjax import data, operators, regions, training
 # gets the rows of its steps.
 STORES = ("example", "host", "layer", "none")
 
+# Image sets of up to so many bytes are in memory whatever they come from; larger ones that TFDS knows stay on disk.
+IN_MEMORY_BYTES = 2**31
+
 # Steps in one call of the device, at most (train.py); images and vectors that lie in the host's memory travel for so many.
 CALL = 32
 
@@ -227,29 +230,23 @@ def sizes_of(
         ValueError: a shape that is not three positive numbers, fewer than 2 examples or classes.
         data.DataError: as `data.load`, of a set that is not known by its name.
     """
-    if shape is not None:
-        if not all(str(n).strip().isdigit() for n in shape):
-            raise ValueError(
-                f"a shape is height,width,channels, for instance 224,224,3; got {','.join(map(str, shape))}."
-            )
-        shape = tuple(map(int, shape))
-    known = KNOWN.get(config.data.name)
-    if known is None and None in (examples, shape, classes):
+    if shape is not None and not all(str(n).strip().isdigit() for n in shape):
+        raise ValueError(f"a shape is height,width,channels, for instance 224,224,3; got {','.join(map(str, shape))}.")
+    asked = tuple(map(int, shape or ()))
+    found = KNOWN.get(config.data.name)
+    if found is None and asked and classes and examples:
+        found = Sizes(asked, classes, examples)
+    elif found is None:
         train = training.load_data(config).train
-        # What was loaded has no validation images any more.
-        given = Sizes(train.images.shape[1:], train.classes, len(train.labels), train.images.dtype.name)
-        changes: dict[str, Any] = {"input_shape": shape, "classes": classes}
-        sizes = dataclasses.replace(given, **{k: v for k, v in changes.items() if v is not None})
-        return _checked(sizes if examples is None else dataclasses.replace(sizes, examples=_kept(config, examples)))
-    known = known or Sizes(shape or (), classes or 0, examples or 0)
-    return _checked(
-        Sizes(
-            tuple(shape or known.input_shape),
-            classes or known.classes,
-            _kept(config, examples or known.examples),
-            known.pixels,
-        )
-    )
+        shape_there, dtype = tuple(train.images.shape[1:]), train.images.dtype.name
+        there = Sizes(asked or shape_there, classes or train.classes, len(train.labels), dtype)
+        if examples is None:  # validation images are held out of what was loaded
+            return _checked(there)
+        found = there
+    elif side := config.data.get("image_size", 0):  # what images are resized to
+        found = dataclasses.replace(found, input_shape=(side, side, found.input_shape[-1]))
+    kept = _kept(config, examples or found.examples)
+    return _checked(Sizes(asked or found.input_shape, classes or found.classes, kept, found.pixels))
 
 
 def _kept(config, examples):
@@ -338,8 +335,8 @@ FLOATS_PER_RIVAL = 16.0
 # For each class and entry of the penultimate activation, the rows of the margins.
 FLOATS_PER_MARGIN = 7.6
 
-# Copies of the parameters beside the gradient: that of one part of the batch, the update.
-PARAMETER_COPIES = 1.0
+# Copies of the parameters beside the gradient, where the batch goes through the network at once and where in parts.
+PARAMETER_COPIES, PARAMETER_COPIES_IN_PARTS = 0.5, 5.0
 
 # Largest relative error of the formula over the steps it was fitted to: the share by which a plan may be wrong and still fit.
 ERROR = 0.25
@@ -360,7 +357,8 @@ def temporary_bytes(
     """
     floats = FLOATS_PER_ENTRY[mode] + (FLOATS_PER_RIVAL * rivals if mode in ("linear", "rows") else 0)
     one = floats * entries + FLOATS_PER_MARGIN * margins
-    return 4 * (at_once * one + batch * image) + PARAMETER_COPIES * parameters
+    copies = PARAMETER_COPIES if at_once == batch else PARAMETER_COPIES_IN_PARTS
+    return 4 * (at_once * one + batch * image) + copies * parameters
 
 
 def compiled_step(config, sizes: Sizes):
@@ -377,8 +375,8 @@ def compiled_step(config, sizes: Sizes):
     there = rows if resident else CALL * config.batch_size
     images = jax.ShapeDtypeStruct((there, *sizes.input_shape), jnp.dtype(sizes.pixels))
     labels = jax.ShapeDtypeStruct((there,), jnp.int32)
-    positions = jax.ShapeDtypeStruct((CALL, config.batch_size), jnp.int32)
-    return steps.lower(state, images, labels, positions, positions, jax.ShapeDtypeStruct((), jnp.int32)).compile()
+    slots = jax.ShapeDtypeStruct((CALL, config.batch_size), jnp.int32)
+    return steps.lower(state, images, labels, slots, slots, jax.ShapeDtypeStruct((), jnp.int32)).compile()
 
 
 # ---------------------------------------------------------------------------------------------------- the plan
@@ -531,8 +529,8 @@ def plan(
     at_once = _at_once(config, memory.state(store, dtype), device, devices)
     parts = memory.parts(store, dtype, devices, at_once)
     hosts = -(-devices // device.per_host)
-    image_set = examples * (_image_bytes(sizes) + 4)
-    host_parts = [Part("training images and labels", image_set, hosts * image_set, True, "each host loads all of them")]
+    image_set, note = _images_in_memory(config, sizes)
+    host_parts = [Part("training images", image_set, hosts * image_set, True, note)]
     if store == "host" and (rows := memory.host_bytes(dtype)):
         host_parts.append(Part("vectors", -(-rows // hosts), rows, True, "split over the hosts"))
     operations = config.batch_size * memory.operations
@@ -733,7 +731,7 @@ class _Memory:
             return False
         if store != "host" or self.device.host_memory is None:
             return True
-        images = self.sizes.examples * _image_bytes(self.sizes)
+        images, _ = _images_in_memory(self.config, self.sizes)
         # On a CPU the devices' memory is the host's.
         beside = sum(part.total for part in parts) if self.device.platform == "cpu" else 0
         return images + self.host_bytes(dtype) / hosts + beside <= self.device.host_memory
@@ -814,12 +812,7 @@ class _Memory:
 
 
 def _steps_and_rows(config, sizes):
-    steps = sizes.examples // config.batch_size
-    if not steps:
-        raise ValueError(
-            f"batch_size {config.batch_size} is larger than the training set of {sizes.examples} examples: give a smaller "
-            "--config.batch_size."
-        )
+    steps = training.steps_per_epoch(config, sizes.examples)
     return steps, -(-sizes.examples // config.batch_size) * config.batch_size
 
 
@@ -868,6 +861,13 @@ def _width(dtype: str) -> int:
 
 def _image_bytes(sizes) -> int:
     return math.prod(sizes.input_shape) * np.dtype(sizes.pixels).itemsize
+
+
+def _images_in_memory(config, sizes) -> tuple[int, str]:
+    size = sizes.examples * _image_bytes(sizes)
+    if size > IN_MEMORY_BYTES and not config.data.name.startswith(("npz:", "folder:")):
+        return 0, "they stay on disk"
+    return size, "each host has all of them"
 
 
 # ---------------------------------------------------------------------------------------------------- for people

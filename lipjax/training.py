@@ -73,7 +73,7 @@ def check_config(config) -> None:
         **dict.fromkeys(("bound.iterations", "evaluation.iterations"), 1),
         "checkpoints.keep": 2,
         **dict.fromkeys(("seed", "examples_at_once", "epsilon.train", "epsilon.test", "bound.sparsity"), 0),
-        **dict.fromkeys(("bound.stability", "bound.rivals"), 0),
+        **dict.fromkeys(("bound.stability", "bound.rivals", "checkpoints.minutes"), 0),
         **dict.fromkeys(("schedule.warmup", "schedule.ramp", "data.train_examples", "data.test_examples"), 0),
     }
     for name, allowed in choices.items():
@@ -160,8 +160,9 @@ class State:
         step: scalar int32, steps done.
         network: the nnx.Sequential (a pytree).
         optimizer: the optax state.
-        vectors: power-iteration vectors as `pack_vector` stores them, a dict: "local" a tuple of ``(examples, *shape)``
-            arrays, row i of training example i, or "layer" a tuple of ``shape`` in its place (`STORES`); "global" one too.
+        vectors: power-iteration vectors as `pack_vector` stores them, a dict: "local" a tuple of ``(rows, *shape)`` arrays,
+            row r of the example at r in the flattened `stripes`, or "layer" a tuple of ``shape`` in its place (`STORES`);
+            "global" one too.
         best: scalar, the best validation score so far.
     """
 
@@ -182,7 +183,7 @@ def initial_state(network: nnx.Module, transform: optax.GradientTransformation, 
     shapes = regions.vector_shapes(network, input_shape)
     kept = {"global": "global", "local": {"example": "local", "layer": "layer", "none": None}[config.vectors.store]}
     for name in filter(None, (kept[name] for name in regions.VECTORS_OF[config.bound.mode])):
-        rows = (examples,) if name == "local" else ()
+        rows = (config.batch_size * -(-examples // config.batch_size),) if name == "local" else ()
         vectors[name] = tuple(jnp.zeros((*rows, *shape), dtype) for shape in shapes)
     return State(
         jnp.zeros((), jnp.int32), network, transform.init(network), vectors, jnp.asarray(-jnp.inf, jnp.float32)
@@ -206,15 +207,20 @@ def unpack_vector(stored: jax.Array, dtype: str) -> jax.Array:
     return stored.astype(jnp.float32)
 
 
+def state_specs(state: State):
+    """Replicated, but for the vectors of the examples: each device has those of its `stripes`."""
+    specs = jax.tree.map(lambda _: PartitionSpec(), state)
+    if "local" in state.vectors:
+        split = (PartitionSpec("data"),) * len(state.vectors["local"])
+        specs = dataclasses.replace(specs, vectors={**specs.vectors, "local": split})
+    return specs
+
+
 def state_shardings(state: State, mesh: Mesh):
-    """Replicated, but for the vectors of the examples: split over the devices along the examples where that divides."""
-    everywhere = NamedSharding(mesh, PartitionSpec())
-    split = NamedSharding(mesh, PartitionSpec("data"))
-    shardings = jax.tree.map(lambda _: everywhere, state)
-    local = state.vectors.get("local")
-    if local and local[0].shape[0] % mesh.size == 0:
-        shardings = dataclasses.replace(shardings, vectors={**shardings.vectors, "local": (split,) * len(local)})
-    return shardings
+    """`state_specs` on a mesh."""
+    return jax.tree.map(
+        lambda spec: NamedSharding(mesh, spec), state_specs(state), is_leaf=lambda s: isinstance(s, PartitionSpec)
+    )
 
 
 # ---------------------------------------------------------------------------------------------------- the step
@@ -253,40 +259,43 @@ def make_steps(
     most: int,
     loss: Callable = example_loss,
 ):
-    """The jitted ``(state, images, labels, rows, indices, count) -> (state, metrics)``: `count` training steps in one call.
+    """The jitted ``(state, images, labels, slots, kept_slots, count) -> (state, metrics)``: `count` training steps in one call.
 
     The state is donated. All randomness comes from ``fold_in(seed, step)``: a restart continues exactly, and how steps are
-    spread over calls has no influence on the result.
+    spread over calls has no influence on the result. Each device works on its own `stripes`; only sums of gradients, metrics
+    and common vectors travel.
 
     Args:
         most: the largest count. The program is compiled once for all counts.
         loss: of one example; arguments and results as those of `example_loss`.
 
     Raises:
-        ValueError: as `examples_at_once`; when called, for rows or indices of another shape.
+        ValueError: as `examples_at_once`; when called, for slots of another shape.
 
-    Args of the function: `images` ``(N, H, W, C)`` as stored and `labels` ``(N,)``, on the devices; `rows` ``(most, batch)``,
-    positions in `images` of each step's batch; `indices` of the same shape, their positions in the training set; `count`.
-    Metrics are arrays ``(most,)``; what is behind the first `count` is not used.
+    Args of the function, as `Feeder` gives them: `images` ``(batch * n, H, W, C)`` as stored and `labels` ``(batch * n,)``, n for
+    each place of a batch; `slots` ``(most, batch)``, which of its n each place takes in each step; `kept_slots` of the same
+    shape, likewise for the rows of the state's vectors; `count`. Metrics are arrays ``(most,)``; what is behind the first
+    `count` is not used.
     """
     root = jax.random.key(config.seed)
     pack = functools.partial(pack_vector, dtype=config.vectors.dtype)
     unpack = functools.partial(unpack_vector, dtype=config.vectors.dtype)
-    shardings = state_shardings(state, mesh)
-    batches = NamedSharding(mesh, PartitionSpec(None, "data"))
-    everywhere = NamedSharding(mesh, PartitionSpec())
     size = config.batch_size
     parts = size // examples_at_once(config, mesh, state)
+    own = size // mesh.size  # places of a batch on one device
+
+    def total(tree):
+        return jax.lax.psum(tree, "data")
 
     def part_of_step(network, epsilon, kappa, starts, key, carried, columns):
         """Adds one part of a batch: gradient, sums of the metrics, and the vectors after it."""
         vectors, gradient, sums = carried
-        images, labels, indices = columns
+        images, labels, rows = columns
         starts = dict(starts)
         if "local" in vectors:
             # One fresh direction for all examples: it has to be new in each step, not in each example.
             starts["local"] = tuple(
-                jax.vmap(spectral.refresh, in_axes=(0, None))(unpack(stored[indices]), jax.random.fold_in(key, n))
+                jax.vmap(spectral.refresh, in_axes=(0, None))(unpack(stored[rows]), jax.random.fold_in(key, n))
                 for n, stored in enumerate(vectors["local"])
             )
         axes = {name: 0 if name in vectors and name == "local" else None for name in starts}
@@ -304,25 +313,25 @@ def make_steps(
         kept = {}
         if "layer" in vectors:  # those of the last part of the batch
             kept["layer"] = tuple(
-                pack(_common_direction(each, start))
+                pack(spectral.normalize(total(_common_direction(each, start))))
                 for each, start in zip(found["local"], starts["local"], strict=True)
             )
         if "local" in vectors:
             kept["local"] = tuple(
-                stored.at[indices].set(jax.vmap(pack)(vector))
+                stored.at[rows].set(jax.vmap(pack)(vector))
                 for stored, vector in zip(vectors["local"], found["local"], strict=True)
             )
         if "global" in vectors:
             kept["global"] = tuple(map(pack, found["global"]))
         return kept, jax.tree.map(jnp.add, gradient, change), sums + more
 
-    def step(state: State, images, labels, indices):
+    def step(state: State, images, labels, rows):
         augment_key, fresh_key = jax.random.split(jax.random.fold_in(root, state.step))
         progress = ramp(state.step, steps_per_epoch, config.schedule.warmup, config.schedule.ramp)
         epsilon, kappa = progress * config.epsilon.train, 1 - progress
         images = images.astype(jnp.float32) / levels
         if config.data.augment:
-            images = data.random_crop_and_flip(images, augment_key)
+            images = data.random_crop_and_flip(images, augment_key, first=jax.lax.axis_index("data") * own)
         local_key, global_key = jax.random.split(fresh_key)
         # All parts begin with the same vectors of what the examples share.
         starts = {
@@ -341,14 +350,12 @@ def make_steps(
         one_part = functools.partial(part_of_step, state.network, epsilon, kappa, starts, local_key)
         carried = (state.vectors, jax.tree.map(jnp.zeros_like, state.network), jnp.zeros(3))
         if parts == 1:
-            carried = one_part(carried, (images, labels, indices))
+            carried = one_part(carried, (images, labels, rows))
         else:
-            # Strided, so that every device has its share of each part.
-            columns = jax.tree.map(
-                lambda a: jnp.swapaxes(a.reshape(size // parts, parts, *a.shape[1:]), 0, 1), (images, labels, indices)
-            )
+            columns = jax.tree.map(lambda a: a.reshape(parts, own // parts, *a.shape[1:]), (images, labels, rows))
             carried, _ = jax.lax.scan(lambda carried, columns: (one_part(carried, columns), None), carried, columns)
-        vectors, gradient, (mean, accuracy, lipschitz) = carried
+        vectors, gradient, sums = carried
+        gradient, (mean, accuracy, lipschitz) = total((gradient, sums))
         updates, optimizer = transform.update(gradient, state.optimizer, state.network)
         network = activations.project(optax.apply_updates(state.network, updates))
         metrics = {
@@ -361,32 +368,48 @@ def make_steps(
         }
         return State(state.step + 1, network, optimizer, vectors, state.best), metrics
 
-    def steps(state: State, images, labels, rows, indices, count):
-        if rows.shape != (most, size) or indices.shape != (most, size):
-            raise ValueError(
-                f"expected rows and indices of shape {(most, size)}, got {rows.shape} and {indices.shape}."
-            )
+    def on_device(state: State, images, labels, slots, kept_slots, count):
+        def rows(slots, kept):  # n rows of each place follow one another
+            return jnp.arange(own) * (kept // own) + slots
+
+        held = max((len(v) for v in state.vectors.get("local", ())), default=own)
 
         def one(i, carried):
             state, metrics = carried
-            state, values = step(state, images[rows[i]], labels[rows[i]], indices[i])
+            where = rows(slots[i], len(images))
+            state, values = step(state, images[where], labels[where], rows(kept_slots[i], held))
             return state, {name: metrics[name].at[i].set(value) for name, value in values.items()}
 
         return jax.lax.fori_loop(0, count, one, (state, {name: jnp.zeros(most) for name in METRICS}))
 
+    specs, split, batches = state_specs(state), PartitionSpec("data"), PartitionSpec(None, "data")
+    arguments = (specs, split, split, batches, batches, PartitionSpec())
+    shared_out = jax.shard_map(
+        lowering.for_cpu(on_device), mesh=mesh, in_specs=arguments, out_specs=(specs, PartitionSpec()), check_vma=False
+    )
+
+    def steps(state: State, images, labels, slots, kept_slots, count):
+        if slots.shape != (most, size) or kept_slots.shape != (most, size):
+            raise ValueError(
+                f"expected slots and kept_slots of shape {(most, size)}, got {slots.shape} and {kept_slots.shape}."
+            )
+        return shared_out(state, images, labels, slots, kept_slots, count)
+
+    def placed(specs):
+        return jax.tree.map(
+            lambda spec: NamedSharding(mesh, spec), specs, is_leaf=lambda s: isinstance(s, PartitionSpec)
+        )
+
     return jax.jit(
-        lowering.for_cpu(steps),
-        donate_argnums=0,
-        in_shardings=(shardings, everywhere, everywhere, batches, batches, everywhere),
-        out_shardings=(shardings, everywhere),
+        steps, donate_argnums=0, in_shardings=placed(arguments), out_shardings=placed((specs, PartitionSpec()))
     )
 
 
 def _common_direction(vectors: jax.Array, start: jax.Array) -> jax.Array:
-    """The unit vector along the sum of unit vectors ``(examples, *shape)``, each turned to the side of `start`."""
+    """The sum of unit vectors ``(examples, *shape)``, each turned to the side of `start`."""
     axes = tuple(range(1, vectors.ndim))
     sides = jnp.where(jnp.sum(vectors * start, axis=axes, keepdims=True) < 0, -1.0, 1.0)
-    return spectral.normalize(jnp.sum(sides * vectors, axis=0))
+    return jnp.sum(sides * vectors, axis=0)
 
 
 def examples_at_once(config, mesh: Mesh, state: State) -> int:
@@ -414,43 +437,96 @@ def examples_at_once(config, mesh: Mesh, state: State) -> int:
     return max((n for n in allowed if n <= max(fitting, LEAST_AT_ONCE)), default=allowed[0])
 
 
-def feeder(train: data.Dataset, mesh: Mesh, most: int) -> Callable[[np.ndarray], tuple]:
-    """``rows -> (images, labels, rows, indices)``, the arguments of the function of `make_steps` for up to `most` steps.
+def steps_per_epoch(config, examples: int) -> int:
+    """Whole batches in `examples` training examples.
 
-    Its argument is ``(steps, batch)``, positions in `train` of the next steps' batches, at most `most` steps. A training
-    set of up to `RESIDENT_BYTES` lies on the devices and only positions travel; of a larger one each call takes the images
-    that it needs.
+    Raises:
+        ValueError: not one.
     """
-    everywhere = NamedSharding(mesh, PartitionSpec())
-    batches = NamedSharding(mesh, PartitionSpec(None, "data"))
-    resident = train.images.nbytes <= RESIDENT_BYTES
-    if resident:
-        images, labels = jax.device_put((train.images, train.labels), everywhere)
+    if examples < config.batch_size:
+        raise ValueError(f"batch_size {config.batch_size} is larger than the training set of {examples} examples.")
+    return examples // config.batch_size
 
-    def arguments(rows: np.ndarray):
-        padded = np.concatenate([rows, np.broadcast_to(rows[:1], (most - len(rows), rows.shape[1]))])
-        if resident:
-            return images, labels, *jax.device_put((padded, padded), batches)
-        flat = padded.reshape(-1)
-        own = np.arange(flat.size, dtype=np.int32).reshape(padded.shape)
-        return (
-            *jax.device_put((train.images[flat], train.labels[flat]), everywhere),
-            *jax.device_put((own, padded), batches),
-        )
 
-    return arguments
+def stripes(seed: int, examples: int, batch_size: int) -> np.ndarray:
+    """Which examples take which place in batches: ``(batch_size, slots)`` positions in the training set, -1 for none.
+
+    Row j holds those that are ever the j-th of a batch. So a device that works on some places of each batch needs the images
+    and vectors of their rows alone, and which examples meet does not depend on the number of devices.
+    """
+    steps, left = divmod(examples, batch_size)
+    # [seed] and [seed, 0] are one seed to NumPy: this must not be that of the first epoch.
+    order = np.random.default_rng([seed, 0, 1]).permutation(examples).astype(np.int32)
+    table = np.full((batch_size, steps + (left > 0)), -1, np.int32)
+    table[:, :steps] = order[: steps * batch_size].reshape(batch_size, steps)
+    table[:left, steps:] = order[steps * batch_size :, None]
+    return table
 
 
 def epoch_order(seed: int, epoch: int, examples: int, batch_size: int) -> np.ndarray:
-    """Positions of one epoch's batches, ``(steps, batch_size)``; a function of seed and epoch alone.
+    """Slots of one epoch's batches, ``(steps, batch_size)``: the columns of `stripes`; a function of seed and epoch alone.
 
-    The examples left over at the end of a shuffle sit out that epoch.
+    Each example comes up at most once; where a stripe has one more than there are steps, one sits out that epoch.
     """
-    steps = examples // batch_size
-    if steps == 0:
-        raise ValueError(f"batch_size {batch_size} is larger than the training set of {examples} examples.")
-    order = np.random.default_rng([seed, epoch]).permutation(examples)
-    return order[: steps * batch_size].reshape(steps, batch_size).astype(np.int32)
+    steps, left = divmod(examples, batch_size)
+    draws = np.random.default_rng([seed, epoch]).random((batch_size, steps + (left > 0)))
+    draws[left:, steps:] = np.inf  # no example there
+    return np.argsort(draws, axis=1)[:, :steps].T.astype(np.int32)
+
+
+class Feeder:
+    """``(step, count) -> (images, labels, slots, kept_slots)``, the arguments of the function of `make_steps` for `count`
+    steps from `step` on, all of one epoch.
+
+    A training set of up to `RESIDENT_BYTES` lies on the devices, each with its `stripes`, and only slots travel; of a larger
+    one each call takes the images that it needs. Each process reads what its own devices need.
+
+    Args:
+        most: the largest count.
+    """
+
+    def __init__(self, train: data.Dataset, config, mesh: Mesh, most: int):
+        self.train, self.mesh, self.most, self.seed = train, mesh, most, config.seed
+        self.stripes = stripes(config.seed, len(train.labels), config.batch_size)
+        self.size = config.batch_size
+        self.steps_per_epoch = steps_per_epoch(config, len(train.labels))
+        self._resident = None
+        if train.images.nbytes <= RESIDENT_BYTES:
+            self._resident = self._rows(self.stripes)
+
+    def __call__(self, step: int, count: int) -> tuple:
+        epoch, first = divmod(step, self.steps_per_epoch)
+        if not 0 < count <= min(self.most, self.steps_per_epoch - first):
+            raise ValueError(
+                f"expected 1 to {min(self.most, self.steps_per_epoch - first)} steps from step {step} on, got {count}."
+            )
+        order = epoch_order(self.seed, epoch, len(self.train.labels), self.size)[first : first + count]
+        slots = np.zeros((self.most, self.size), np.int32)
+        slots[:count] = order
+        where = put(slots, self.mesh, PartitionSpec(None, "data"))
+        if self._resident:
+            return *self._resident, where, where
+        positions = np.full((self.size, self.most), -1, np.int32)
+        positions[:, :count] = self.stripes[np.arange(self.size), order].T
+        in_turn = np.broadcast_to(np.arange(self.most, dtype=np.int32)[:, None], slots.shape)
+        return *self._rows(positions), put(in_turn, self.mesh, PartitionSpec(None, "data")), where
+
+    def _rows(self, positions):
+        """Images and labels at ``(batch, n)`` positions, those of one place after the other; anything where there is none."""
+        flat = np.maximum(positions.reshape(-1), 0)
+        split = NamedSharding(self.mesh, PartitionSpec("data"))
+
+        def placed(stored):
+            return jax.make_array_from_callback(
+                (flat.size, *stored.shape[1:]), split, lambda index: np.ascontiguousarray(stored[flat[index[0]]])
+            )
+
+        return placed(self.train.images), placed(self.train.labels)
+
+
+def put(array: np.ndarray, mesh: Mesh, spec: PartitionSpec) -> jax.Array:
+    """The array on the devices of a mesh; every process has it whole, and sends its own devices their parts."""
+    return jax.make_array_from_callback(array.shape, NamedSharding(mesh, spec), lambda index: array[index])
 
 
 def check_finite(metrics: list[dict], first_step: int) -> None:
@@ -486,14 +562,13 @@ def evaluate(network, dataset: data.Dataset, config, mesh: Mesh) -> dict[str, fl
     Power iteration starts afresh here and runs `config.evaluation.iterations` times: a stored vector that has gone
     wrong in training cannot flatter the selection.
     """
-    size = config.batch_size
-    split = NamedSharding(mesh, PartitionSpec("data"))
+    size, split = config.batch_size, PartitionSpec("data")
     totals = np.zeros(3)
     for first in range(0, len(dataset.labels), size):
         positions = np.arange(first, first + size)
         rows = np.minimum(positions, len(dataset.labels) - 1)
         weights = (positions < len(dataset.labels)).astype(np.float32)
-        batch = jax.device_put((dataset.unit_images(rows), dataset.labels[rows], weights), split)
+        batch = (put(part, mesh, split) for part in (dataset.unit_images(rows), dataset.labels[rows], weights))
         out = _evaluate_batch(
             network, *batch, config.epsilon.test, mode=config.bound.mode, iterations=config.evaluation.iterations
         )

@@ -54,11 +54,10 @@ def train(config, train_set, mesh):
     shardings = training.state_shardings(abstract, mesh)
     state = jax.jit(create, out_shardings=shardings)(network)
     steps = training.make_steps(config, transform, 2, train_set.levels, mesh, abstract, 2)
-    feed, metrics = training.feeder(train_set, mesh, 2), []
-    for epoch in range(STEPS // 2):
-        rows = training.epoch_order(0, epoch, len(train_set.labels), BATCH)
-        state, values = steps(state, *feed(rows), len(rows))
-        metrics += [{name: float(value[i]) for name, value in values.items()} for i in range(len(rows))]
+    feed, metrics = training.Feeder(train_set, config, mesh, 2), []
+    for first in range(0, STEPS, 2):
+        state, values = steps(state, *feed(first, 2), 2)
+        metrics += [{name: float(value[i]) for name, value in values.items()} for i in range(2)]
     abstract = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, shardings)
     return state, metrics, abstract
 

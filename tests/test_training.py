@@ -246,13 +246,40 @@ def test_a_non_finite_loss_stops_training_and_names_the_step():
 # ---------------------------------------------------------------------------------------------------- schedules, order
 
 
-def test_each_epoch_is_a_permutation_of_its_own_and_a_function_of_the_seed():
-    first, second = (training.epoch_order(0, epoch, 100, 32) for epoch in (0, 1))
-    assert first.shape == (3, 32) and len(np.unique(first)) == 96
-    assert not np.array_equal(first, second)
+@pytest.mark.parametrize("examples", [96, 100, 127, 32])
+def test_each_epoch_takes_every_example_once_but_for_less_than_a_batch(examples):
+    stripes = training.stripes(0, examples, 32)
+    assert sorted(stripes[stripes >= 0]) == list(range(examples))
+    seen = set()
+    for epoch in range(20):
+        slots = training.epoch_order(0, epoch, examples, 32)
+        chosen = stripes[np.arange(32), slots]
+        assert chosen.shape == (examples // 32, 32) and chosen.min() >= 0
+        assert len(np.unique(chosen)) == chosen.size
+        seen |= set(chosen.reshape(-1).tolist())
+    assert seen == set(range(examples))  # those who sit out take turns
+
+
+def test_the_order_is_a_function_of_seed_and_epoch():
+    first, second, other = (training.epoch_order(seed, epoch, 100, 32) for seed, epoch in ((0, 0), (0, 1), (1, 0)))
+    assert not np.array_equal(first, second) and not np.array_equal(first, other)
     assert np.array_equal(first, training.epoch_order(0, 0, 100, 32))
-    with pytest.raises(ValueError, match="128"):
-        training.epoch_order(0, 0, 100, 128)
+    assert not np.array_equal(training.stripes(0, 100, 32), training.stripes(1, 100, 32))
+
+
+def test_a_batch_larger_than_the_training_set_is_an_error_that_names_both():
+    config = digits.get_config()
+    config.batch_size = 128
+    with pytest.raises(ValueError, match="batch_size 128 is larger than the training set of 100"):
+        training.steps_per_epoch(config, 100)
+
+
+def test_a_call_does_not_reach_into_the_next_epoch():
+    config = digits.get_config()
+    config.batch_size = 12
+    feed = training.Feeder(training.load_data(config).train.take(np.arange(36)), config, training.device_mesh(), 3)
+    with pytest.raises(ValueError, match="expected 1 to 1 steps from step 5 on, got 2"):
+        feed(5, 2)
 
 
 def test_the_ramp_waits_rises_and_stays():
@@ -324,7 +351,7 @@ def make_trainer(**fields):
     config.batch_size, config.epsilon.train, config.schedule.ramp = 8, 0.3, 0.0
     config.update_from_flattened_dict(fields)
     images = jax.random.uniform(jax.random.key(0), (8, 4, 4, 1))
-    labels, rows = jnp.arange(8) % 4, jnp.arange(8)
+    labels = jnp.arange(8) % 4
     transform = optax.sgd(0.0)
 
     def start(network):
@@ -332,10 +359,10 @@ def make_trainer(**fields):
         return dataclasses.replace(state, step=jnp.asarray(1, jnp.int32))  # epsilon is 0 in the very first step
 
     run = training.make_steps(config, transform, 1, 1.0, training.device_mesh(), start(small_net(0.5)), MOST)
-    rows = jnp.broadcast_to(rows, (MOST, 8))
+    slots = jnp.zeros((MOST, 8), jnp.int32)  # one example for each place
 
     def steps(state, count):
-        state, metrics = run(state, images, labels, rows, rows, count)
+        state, metrics = run(state, images, labels, slots, slots, count)
         return state, {name: float(values[count - 1]) for name, values in metrics.items()}
 
     return images, start, steps
@@ -406,17 +433,14 @@ def steps_on_digits(calls, **fields):
     config.batch_size, config.model.widths, config.model.dense, config.schedule.ramp = 12, (4,), 8, 1.0
     config.data.augment = True
     config.update_from_flattened_dict(fields)
-    train = training.load_data(config).train.take(np.arange(24))
+    train = training.load_data(config).train.take(np.arange(36))
     mesh, transform = training.device_mesh(), optax.sgd(0.05, momentum=0.9)
     network = training.build_network(config, (8, 8, 1), 10)
-    state = training.initial_state(network, transform, config, 24, (8, 8, 1))
-    steps = training.make_steps(config, transform, 2, train.levels, mesh, state, 3)
-    feed, order = training.feeder(train, mesh, 3), []
-    for epoch in range(3):
-        order += list(training.epoch_order(0, epoch, 24, 12))
-    metrics, first = [], 0
+    state = training.initial_state(network, transform, config, 36, (8, 8, 1))
+    steps = training.make_steps(config, transform, 3, train.levels, mesh, state, 3)
+    feed, metrics, first = training.Feeder(train, config, mesh, 3), [], 0
     for count in calls:
-        state, values = steps(state, *feed(np.stack(order[first : first + count])), count)
+        state, values = steps(state, *feed(first, count), count)
         metrics += [{name: float(column[i]) for name, column in values.items()} for i in range(count)]
         first += count
     return state, metrics
@@ -424,13 +448,13 @@ def steps_on_digits(calls, **fields):
 
 def test_how_steps_are_spread_over_calls_changes_no_bit(monkeypatch):
     state, metrics = steps_on_digits([3, 3])
-    for calls in ([1] * 6, [2, 3, 1]):
+    for calls in ([1] * 6, [2, 1, 1, 2]):
         other, others = steps_on_digits(calls)
         assert others == metrics
         for a, b in zip(jax.tree.leaves(state), jax.tree.leaves(other), strict=True):
             assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
     monkeypatch.setattr(training, "RESIDENT_BYTES", 0)  # each call brings its images
-    other, others = steps_on_digits([2, 3, 1])
+    other, others = steps_on_digits([2, 1, 1, 2])
     assert others == metrics and metrics[-1]["epsilon"] > 0
     for a, b in zip(jax.tree.leaves(state), jax.tree.leaves(other), strict=True):
         assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
