@@ -107,6 +107,18 @@ def test_a_training_set_above_the_limit_is_on_the_devices_for_one_call_alone(mon
     monkeypatch.setattr(training, "RESIDENT_BYTES", 100)
     found = planned(small(), examples=32 * 100, devices=2)
     assert found.part("training images").per_device == plan.CALL * 32 * (64 + 4) // 2
+    rate = 32 / found.step_seconds["tf32"]
+    assert found.unknown == (f"reading and decoding images, {rate:,.0f} a second at this speed",)
+
+
+def test_large_sets_of_tfds_stay_on_disk_and_files_are_in_the_memory_of_each_host(monkeypatch):
+    config = small()
+    for name, bytes_ in (("npz:a.npz", 100 * 64), ("imagenet2012", 0)):
+        config.data.name = name
+        monkeypatch.setattr(plan, "IN_MEMORY_BYTES", 100 * 64 - 1)
+        assert planned(config).host_parts[0].per_device == bytes_
+        monkeypatch.setattr(plan, "IN_MEMORY_BYTES", 100 * 64)
+        assert planned(config).host_parts[0].per_device == 100 * 64
 
 
 def test_a_checkpoint_holds_all_rows_wherever_they_are():
