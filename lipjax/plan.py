@@ -532,7 +532,7 @@ def plan(
     hosts = -(-devices // device.per_host)
     image_set, note = _images_in_memory(config, sizes)
     host_parts = [Part("training images", image_set, hosts * image_set, True, note)]
-    if store == "host" and (rows := memory.host_bytes(dtype)):
+    if store == "host" and (rows := memory.all_vectors(dtype)):
         host_parts.append(Part("vectors", -(-rows // hosts), rows, True, "split over the hosts"))
     operations = config.batch_size * memory.operations
     parameters = _bytes(memory.network)
@@ -583,7 +583,7 @@ def plan(
         checkpoint=parameters
         + memory.optimizer
         + memory.shared_bytes(store, dtype)
-        + (memory.host_bytes(dtype) if store in ("example", "host") else 0),
+        + (memory.all_vectors(dtype) if store in ("example", "host") else 0),
         operations=operations,
         interconnect=interconnect,
         floor_seconds=floor,
@@ -642,7 +642,7 @@ class _Memory:
         """Vectors that every device has."""
         return sum(_bytes(v) for name, v in self.state(store, dtype).vectors.items() if name != "local")
 
-    def host_bytes(self, dtype):
+    def all_vectors(self, dtype):
         """Vectors of all rows."""
         return _bytes(self.state("example", dtype).vectors.get("local", ()))
 
@@ -651,14 +651,14 @@ class _Memory:
         shared, own = self.shared_bytes(store, dtype), 0
         if store in ("example", "host"):
             rows = self.rows if store == "example" else min(CALL * self.config.batch_size, self.rows)
-            own = self.host_bytes(dtype) // self.rows * rows // devices
+            own = self.all_vectors(dtype) // self.rows * rows // devices
         return shared + own
 
     def swapped(self, store, dtype, devices):
         """Bytes that a step moves between each device and its host, each way."""
         if store != "host":
             return 0
-        return self.host_bytes(dtype) // self.rows * self.config.batch_size // devices
+        return self.all_vectors(dtype) // self.rows * self.config.batch_size // devices
 
     def images(self, devices):
         """On each device, and whether those are all of the training set."""
@@ -741,7 +741,7 @@ class _Memory:
         images, _ = _images_in_memory(self.config, self.sizes)
         # On a CPU the devices' memory is the host's.
         beside = sum(part.total for part in parts) if self.device.platform == "cpu" else 0
-        return images + self.host_bytes(dtype) / hosts + beside <= self.device.host_memory
+        return images + self.all_vectors(dtype) / hosts + beside <= self.device.host_memory
 
     def option(self, store, dtype, devices, at_once, settings):
         """What these would need."""
@@ -750,7 +750,7 @@ class _Memory:
             settings,
             next(part.per_device for part in parts if part.name == "vectors"),
             sum(part.per_device for part in parts),
-            self.host_bytes(dtype) if store == "host" else 0,
+            self.all_vectors(dtype) if store == "host" else 0,
             self.fits(parts, store, dtype, -(-devices // self.device.per_host)),
         )
 
@@ -792,15 +792,11 @@ class _Memory:
 
     def _first(self, choices, store, dtype, devices, at_once):
         for settings in choices:
-            count = settings.get("devices", devices)
-            option = self.option(
-                settings.get("vectors.store", store),
-                settings.get("vectors.dtype", dtype),
-                count,
-                # As large a part of the batch on each device as before, and whole examples.
-                settings.get("examples_at_once", -(-at_once // count) * count),
-                settings,
-            )
+            count, together = settings.get("devices", devices), settings.get("examples_at_once", at_once)
+            if together % count:
+                continue
+            chosen = (settings.get("vectors.store", store), settings.get("vectors.dtype", dtype))
+            option = self.option(*chosen, count, together, settings)
             if option.fits:
                 return option
         return None
@@ -808,7 +804,7 @@ class _Memory:
     def traffic(self, store, dtype, devices, at_once):
         """A model of the bytes that a step moves between each device's units and its memory."""
         parameters = _bytes(self.network)
-        vectors = self.host_bytes(dtype) // self.rows * self.config.batch_size // devices
+        vectors = self.all_vectors(dtype) // self.rows * self.config.batch_size // devices
         parts = self.config.batch_size // at_once
         # Temporary memory and vectors written and read once; parameters, gradients and both moments likewise.
         return (
@@ -914,7 +910,8 @@ def _text(plan: Plan) -> str:
         table.add_row(part.name, known, size_text(part.per_device), size_text(part.total), part.note)
     total = sum(part.total for part in plan.parts)
     limit = f"of {size_text(device.memory)}" + (f", {device.usable:.0%} used by default" if device.usable < 1 else "")
-    table.add_row("together", "estimate", size_text(plan.per_device), size_text(total), limit, style="bold")
+    known = "exact" if all(part.exact for part in plan.parts) else "estimate"
+    table.add_row("together", known, size_text(plan.per_device), size_text(total), limit, style="bold")
     for part in plan.host_parts:
         memory = "" if device.host_memory is None else f" (of {size_text(device.host_memory)} a host)"
         each = f"{size_text(part.per_device)} a host"
@@ -941,6 +938,7 @@ def _text(plan: Plan) -> str:
             fits = ("no" if not option.fits else "barely" if full > 0.9 else "yes") + here
             table.add_row(store, dtype, size_text(option.vectors), size_text(option.per_device), hosts, fits)
         console.print(table)
+    share = "measured on 6C2F" if device.share_is == "measured" else "assumed: none was measured on such a device"
     times = ", ".join(
         f"{duration_text(seconds)} in {name}" + (" (JAX's default there)" if name == device.arithmetic else "")
         for name, seconds in plan.step_seconds.items()
@@ -949,7 +947,10 @@ def _text(plan: Plan) -> str:
     console.print(
         f"Gradients between devices: {size_text(plan.interconnect)} sent by each in a step (a ring's all-reduce)."
     )
-    console.print(f"A step, estimated: {times}; by the floor over a share of {device.share:.0%} ({device.share_is}).")
+    console.print(
+        f"A step, estimated: {times}; by the floor over a share of {device.share:.0%} ({share}). Nets of few "
+        "channels take longer: two to five times on CPU."
+    )
     epochs = plan.steps // plan.steps_per_epoch
     console.print(
         f"An epoch, estimated: {duration_text(plan.epoch_seconds)}; all {epochs}: "

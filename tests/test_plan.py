@@ -268,6 +268,15 @@ def test_what_does_not_fit_says_so_and_each_suggestion_fits(gigabytes):
         assert then.part("vectors").per_device == option.vectors
 
 
+def test_no_more_devices_are_suggested_than_take_an_example_each_of_a_part():
+    config = small()
+    config.examples_at_once = 4
+    needed = planned(config, devices=4).per_device
+    found = planned(config, device=with_memory(needed * 0.99 / plan.GB))
+    assert not found.fits
+    assert all(o.settings.get("devices", 1) <= 4 for o in found.suggestions)
+
+
 def test_nothing_is_suggested_where_nothing_helps():
     found = planned(small(), device=with_memory(1e-6))
     assert not found.fits and found.suggestions == ()
