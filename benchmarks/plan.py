@@ -2,7 +2,7 @@
 
     python -m benchmarks.plan                       # nets, modes and batches of `CASES`: compiled, nothing runs
     JAX_NUM_CPU_DEVICES=8 python -m benchmarks.plan --cases=4C3F
-    python -m benchmarks.plan --run --cases=6C2F    # creates the state, takes steps, looks at the process's peak
+    python -m benchmarks.plan --run --exact --cases=6C2F    # creates the state, takes steps, looks at the process's peak
 
 `planned` and `compiled` are bytes on each device: all of it (arguments, results that are not donated, temporary memory), and
 temporary memory alone, gradients included. With --run, `peak_growth` is what the process's largest resident set grew by from
@@ -65,9 +65,11 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     lowering.keep_compiled()
     wanted = options.cases.split(";")
-    for name, case in CASES.items():
-        if name in wanted if options.exact else name.startswith(tuple(wanted)):
-            print(json.dumps({"case": name, **compared(*configured(**case), run=options.run)}), flush=True)
+    chosen = [name for name in CASES if (name in wanted if options.exact else name.startswith(tuple(wanted)))]
+    if options.run and len(chosen) != 1:
+        parser.error(f"--run takes one case, as a process has one peak; these are {', '.join(chosen) or 'none'}.")
+    for name, case in ((name, CASES[name]) for name in chosen):
+        print(json.dumps({"case": name, **compared(*configured(**case), run=options.run)}), flush=True)
 
 
 def configured(

@@ -335,15 +335,24 @@ FLOATS_PER_RIVAL = 16.0
 # For each class and entry of the penultimate activation, the rows of the margins.
 FLOATS_PER_MARGIN = 7.6
 
-# Copies of the parameters beside the gradient; with norms of single examples more where the batch goes through in parts.
-PARAMETER_COPIES, PARAMETER_COPIES_IN_PARTS = 0.5, 4.0
+# Copies of the parameters beside the gradient; with norms of single examples more where the batch goes through in parts, and
+# where gradients are summed over devices.
+PARAMETER_COPIES, IN_PARTS, OVER_DEVICES = 0.5, 3.5, 2.5
 
 # By how much a step may exceed the model and the plan still fit. Of the steps compiled, the worst exceeded it by 14 %.
 ERROR = 0.25
 
 
 def temporary_bytes(
-    mode: str, rivals: int, entries: int, margins: int, image: int, parameters: int, batch: int, at_once: int
+    mode: str,
+    rivals: int,
+    entries: int,
+    margins: int,
+    image: int,
+    parameters: int,
+    batch: int,
+    at_once: int,
+    devices: int,
 ) -> float:
     """A model of the temporary memory of one step on one device, gradient apart.
 
@@ -354,11 +363,13 @@ def temporary_bytes(
         image: entries of one image.
         parameters: their bytes.
         batch, at_once: examples of a step on the device, and of them in the network at once.
+        devices: all of them.
     """
     floats = FLOATS_PER_ENTRY[mode] + (FLOATS_PER_RIVAL * rivals if mode in ("linear", "rows") else 0)
     one = floats * entries + FLOATS_PER_MARGIN * margins
-    local = "local" in regions.VECTORS_OF[mode]
-    copies = PARAMETER_COPIES_IN_PARTS if local and at_once < batch else PARAMETER_COPIES
+    copies = PARAMETER_COPIES
+    if "local" in regions.VECTORS_OF[mode]:
+        copies += IN_PARTS * (at_once < batch) + OVER_DEVICES * (devices > 1)
     return 4 * (at_once * one + batch * image) + copies * parameters
 
 
@@ -683,6 +694,7 @@ class _Memory:
                 parameters,
                 config.batch_size // devices,
                 at_once // devices,
+                devices,
             )
         )
 
