@@ -339,8 +339,8 @@ FLOATS_PER_MARGIN = 7.6
 # where gradients are summed over devices.
 PARAMETER_COPIES, IN_PARTS, OVER_DEVICES = 0.5, 3.5, 2.5
 
-# By how much a step may exceed the model and the plan still fit. Of the steps compiled, the worst exceeded it by 14 %.
-ERROR = 0.25
+# By how much a step may exceed the model and the plan still fit. Of 31 steps compiled, the worst exceeded it by 25 %.
+ERROR = 0.3
 
 
 def temporary_bytes(
