@@ -2,6 +2,7 @@
 
     python train.py --config=configs/digits.py --workdir=runs/digits
     python train.py --config=configs/cifar10_maxmin.py --workdir=runs/cifar10 --config.optimizer.learning_rate=5e-4
+    python train.py --config=configs/cifar10_maxmin.py --plan --plan_device=h200  # what it needs, before anything runs
 
 Run again with the same workdir to continue where it stopped, exactly: also after a kill at any moment, and on another
 number of devices. SIGTERM saves first. On several machines start it on each of them, with --hosts. The workdir gets
@@ -26,7 +27,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 from ml_collections import config_flags
 
-from lipjax import data, hosts, lowering, training
+from lipjax import data, hosts, lowering, plan, training
 from lipjax.checkpoints import CheckpointError, Checkpoints, locked, open_workdir
 from lipjax.reporting import Metrics, Progress
 
@@ -35,15 +36,26 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of this run; default run
 _EPOCHS = flags.DEFINE_integer(
     "stop_after", None, "Stop after this epoch, to go on later; no influence on the result.", lower_bound=1
 )
+_PLAN = flags.DEFINE_bool("plan", False, "Print what the configuration needs (lipjax/plan.py) and end.")
+_PLAN_DEVICE = flags.DEFINE_string(
+    "plan_device", None, "With --plan: h100, h200, a100, v4, v5e, v5p, cpu; default: this."
+)
+_PLAN_DEVICES = flags.DEFINE_integer("plan_devices", None, "With --plan: how many; default: those here.", lower_bound=1)
+_PLAN_EXAMPLES = flags.DEFINE_integer("plan_examples", None, "With --plan: size of the training set.", lower_bound=2)
+_PLAN_SHAPE = flags.DEFINE_list("plan_shape", None, "With --plan: height,width,channels of the images.")
+_PLAN_CLASSES = flags.DEFINE_integer("plan_classes", None, "With --plan.", lower_bound=2)
+_PLAN_COMPILE = flags.DEFINE_bool(
+    "plan_compile", False, "With --plan, for these devices: ask XLA for temporary memory."
+)
 _HOSTS = flags.DEFINE_string(
     "hosts", os.environ.get("LIPJAX_HOSTS", ""), f"For several processes as one: {hosts.EXAMPLE}; or LIPJAX_HOSTS."
 )
 
-# At most so many steps in one call of the device, and no more than take about so long.
-STEPS_PER_CALL, SECONDS_PER_CALL = 32, 5.0
+# No more steps in one call of the device than take about so long.
+SECONDS_PER_CALL = 5.0
 
 # Fields that say where things are and not what is computed: they may differ when a run is continued.
-VOLATILE = ("data.data_dir", "data.manual_dir", "checkpoints.minutes")
+VOLATILE = ("data.data_dir", "data.manual_dir", "data.workers", "data.read_ahead", "checkpoints.minutes")
 
 
 def main(argv):
@@ -55,6 +67,10 @@ def main(argv):
     config = _CONFIG.value
     training.check_config(config)
     config.lock()
+    if _PLAN.value:
+        sizes = plan.sizes_of(config, _PLAN_EXAMPLES.value, _PLAN_SHAPE.value, _PLAN_CLASSES.value)
+        print(plan.planned(config, sizes, _PLAN_DEVICES.value, _PLAN_DEVICE.value, compile_step=_PLAN_COMPILE.value))
+        return
 
     # ------------------------------------------------------------------ devices
     mesh = training.device_mesh()
@@ -87,7 +103,7 @@ def main(argv):
     )
     abstract = jax.eval_shape(create, network)
     shardings = training.state_shardings(abstract, mesh)
-    steps = training.make_steps(config, transform, steps_per_epoch, train.levels, mesh, abstract, STEPS_PER_CALL)
+    steps = training.make_steps(config, transform, steps_per_epoch, train, mesh, abstract, training.CALL)
 
     # ------------------------------------------------------------------ workdir
     # Not earlier: a start that fails for its data or its settings must not claim the folder.
@@ -116,7 +132,7 @@ def main(argv):
         metrics = Metrics(workdir / "metrics.jsonl", after_step=step) if hosts.is_writer() else None
 
         # -------------------------------------------------------------- loop
-        feed = training.Feeder(train, config, mesh, STEPS_PER_CALL)
+        feed = stack.enter_context(training.Feeder(train, config, mesh, training.CALL))
         last_epoch = min(config.schedule.epochs, _EPOCHS.value or config.schedule.epochs)
         # Compiled before the clock of the progress starts, or the time left would be far off for a while.
         began = time.monotonic()
@@ -151,7 +167,7 @@ def main(argv):
                     say(f"SIGTERM: saved after step {step}; the same command continues there")
                     return
                 # As many steps a call as take a few seconds: fewer waits, and still a sign of life.
-                count = min(max(round(now * SECONDS_PER_CALL / max(seconds, 1e-3)), 1), STEPS_PER_CALL)
+                count = min(max(round(now * SECONDS_PER_CALL / max(seconds, 1e-3)), 1), training.CALL)
             epoch += 1
             seconds = time.monotonic() - started
 

@@ -495,7 +495,7 @@ def trained_on_digits(activation: str) -> Callable[..., Subject]:
         state = training.initial_state(network, transform, config, len(train.labels), shape)
         # One device: the networks are small, and the hunt itself runs on one.
         mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:1])
-        run = training.make_steps(config, transform, steps, train.levels, mesh, state, steps)
+        run = training.make_steps(config, transform, steps, train, mesh, state, steps)
         feed = training.Feeder(train, config, mesh, steps)
         for epoch in range(config.schedule.epochs):
             state, _ = run(state, *feed(epoch * steps, steps), steps)

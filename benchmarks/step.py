@@ -5,7 +5,7 @@
 Random images, Adam, full epsilon. The plain step is taken twice: by the same means as the bound's (`plain_seconds`, what
 `ratio` refers to), and as JAX compiles it if nothing is done for it (`untuned_plain_seconds`). They take turns with the
 bound's step, round by round, and medians are compared, so that what else the machine does falls on all of them.
-Compilation apart. `counted_gflop` is the number of operations by hand (see `counted`), `lowered_gflop` XLA's own.
+Compilation apart. `counted_gflop` is the number of operations by hand (`lipjax.plan.counted`), `lowered_gflop` XLA's own.
 """
 
 import argparse
@@ -24,7 +24,8 @@ import numpy as np
 import optax
 
 from configs import digits
-from lipjax import activations, data, losses, models, operators, regions, training
+from lipjax import activations, data, losses, models, regions, training
+from lipjax.plan import counted
 
 SHAPES = {
     "conv4_dense3": ((28, 28, 1), 10),
@@ -140,11 +141,11 @@ class Steps:
             config = config.copy_and_resolve_references()
             config.examples_at_once = self.at_once
         self.state = jax.device_put(state, training.state_shardings(state, mesh))
-        steps = training.make_steps(config, transform, 1, 255.0, mesh, self.state, count, loss)
         self.count, self.done = count, 0
         images, labels = random_images(np.random.default_rng(0), examples, shape, classes)
         split = data.Dataset("random", "train", images, labels, 255.0, classes, np.arange(examples))
         self.feed = training.Feeder(split, config, mesh, count)
+        steps = training.make_steps(config, transform, 1, split, mesh, self.state, count, loss)
         began = time.perf_counter()
         self.steps = steps.lower(self.state, *self._arguments()).compile()
         self.compile_seconds = time.perf_counter() - began
@@ -224,49 +225,6 @@ def peak_memory() -> int:
     statistics_ = jax.devices()[0].memory_stats() or {}
     whole = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     return statistics_.get("peak_bytes_in_use", whole)
-
-
-def products(mode: str, iterations: int, first: bool) -> int:
-    """How often a step multiplies with the matrix of one affine layer, forwards, backwards or for its gradient, an example.
-
-    The plain step: forwards, backwards (not to the image), gradient. A bound adds, each with its gradient: middle and
-    half-width of the box, the row norms (only a kernel gradient: masks have none), and the power iteration, without one
-    but for the last half. In front of the first layer the box is the same for all examples and costs nothing.
-    """
-    plain = 2 if first else 3
-    box = 0 if first else 6
-    row_norms = 0 if first else 2
-    power = 2 * iterations + 1
-    return plain + {
-        "plain": 0,
-        "global": 0,
-        "bcp": box,
-        "paper": box + power,
-        **dict.fromkeys(("local", "linear", "rows"), box + row_norms + power),
-    }.get(mode, 0)
-
-
-def counted(network, shape, mode: str, iterations: int) -> float:
-    """Floating-point operations of one example in the products of one step, the last layer counted as in the plain step.
-
-    Of modes "linear" and "rows" without their reverse passes.
-    """
-    total, x, seen = 0.0, jax.ShapeDtypeStruct(shape, jnp.float32), 0
-    layers = regions.layers_of(network)
-    affine = sum(operators.is_affine(layer) for layer in layers)
-    for layer in layers:
-        if layer is operators.FORK or layer is operators.JOIN:
-            continue
-        function = layer
-        if operators.is_affine(layer):
-            operator = operators.linear_operator(layer)
-            function = operator.affine
-            after = jax.eval_shape(function, x)
-            seen += 1
-            what = "plain" if seen == affine else mode
-            total += products(what, iterations, seen == 1) * 2 * after.size * operator.kernel.size / after.shape[-1]
-        x = jax.eval_shape(function, x)
-    return total
 
 
 if __name__ == "__main__":

@@ -76,6 +76,7 @@ def small_conv(
     activation: str = "clipped_maxmin",
     classes: int = 10,
     input_shape: Sequence[int] = (8, 8, 1),
+    stem: int = 0,
     widths: Sequence[int] = (16, 32),
     dense: int = 64,
     threshold: float = 1.0,
@@ -85,12 +86,16 @@ def small_conv(
     """A small net of our own: per width one 3x3 convolution and one 4x4 of stride 2, then one hidden dense layer.
 
     Args:
+        stem: for large images: side of the patches that a first convolution, of ``widths[0]`` channels, takes apart; 0: none.
         widths: channels of each pair of convolutions; each pair halves the image.
         dense: width of the hidden dense layer.
         threshold: ReLU thresholds, and +- MaxMin thresholds, of every layer.
         orthogonal: as `build` says.
     """
-    convs = [conv for width in widths for conv in (_Conv(width, 3, 1), _Conv(width, 4, 2))]
+    if stem < 0:
+        raise ValueError(f"stem must be the side of a patch, or 0 for none, got {stem}.")
+    convs = [_Conv(widths[0], stem, stem, 0)] if stem else []
+    convs += [conv for width in widths for conv in (_Conv(width, 3, 1), _Conv(width, 4, 2))]
     count = len(convs) + 1
     pairs = [(threshold, -threshold)] * count
     return _build(convs, [dense], activation, [threshold] * count, pairs, classes, input_shape, orthogonal, rngs)

@@ -2,8 +2,9 @@
 
 import dataclasses
 import functools
+import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -14,7 +15,19 @@ from flax import nnx
 from jax.flatten_util import ravel_pytree
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from lipjax import activations, data, losses, lowering, margins, models, orthogonal, regions, spectral
+from lipjax import (
+    activations,
+    data,
+    losses,
+    lowering,
+    margins,
+    models,
+    orthogonal,
+    pipeline,
+    records,
+    regions,
+    spectral,
+)
 
 # Types of the stored singular vectors, and the integers that hold their bits: XLA's CPU backend updates rows of integer
 # arrays in place, but widens a whole array of narrow floats to do so (measured: 0.2 s a step instead of 0.5 ms for 1/3
@@ -32,7 +45,10 @@ METRICS = ("loss", "accuracy", "lipschitz_estimate", "gradient_norm", "epsilon",
 # these; smaller parts cost more in calls than they gain.
 CPU_CACHE, LEAST_AT_ONCE = 2**22, 16
 
-# Training sets up to this size are kept on the devices.
+# Steps in one call of the device, at most.
+CALL = 32
+
+# Training sets are kept on the devices if each device's share is at most so large.
 RESIDENT_BYTES = 2**31
 
 # Names of losses in `lipjax.losses`.
@@ -260,7 +276,7 @@ def make_steps(
     config,
     transform: optax.GradientTransformation,
     steps_per_epoch: int,
-    levels: float,
+    train: data.Dataset,
     mesh: Mesh,
     state,
     most: int,
@@ -273,6 +289,7 @@ def make_steps(
     and common vectors travel.
 
     Args:
+        train: says how images are stored, and whether they come augmented (`pipeline.augments`).
         most: the largest count. The program is compiled once for all counts.
         loss: of one example; arguments and results as those of `example_loss`.
 
@@ -290,6 +307,7 @@ def make_steps(
     size = config.batch_size
     parts = size // examples_at_once(config, mesh, state)
     own = size // mesh.size  # places of a batch on one device
+    augment = config.data.augment and not pipeline.augments(train)
 
     def total(tree):
         """The sum over all devices."""
@@ -340,8 +358,8 @@ def make_steps(
         augment_key, fresh_key = jax.random.split(jax.random.fold_in(root, state.step))
         progress = ramp(state.step, steps_per_epoch, config.schedule.warmup, config.schedule.ramp)
         epsilon, kappa = progress * config.epsilon.train, 1 - progress
-        images = images.astype(jnp.float32) / levels
-        if config.data.augment:
+        images = images.astype(jnp.float32) / train.levels
+        if augment:
             images = data.random_crop_and_flip(images, augment_key, first=jax.lax.axis_index("data") * own)
         local_key, global_key = jax.random.split(fresh_key)
         # All parts begin with the same vectors of what the examples share.
@@ -489,21 +507,29 @@ class Feeder:
     """``(step, count) -> (images, labels, slots, kept_slots)``, the arguments of the function of `make_steps` for `count`
     steps from `step` on, all of one epoch.
 
-    A training set of up to `RESIDENT_BYTES` lies on the devices, each with its `stripes`, and only slots travel; of a larger
-    one each call takes the images that it needs. Each process reads what its own devices need.
+    Where a device's share of the training set is at most `RESIDENT_BYTES` it lies there, and only slots travel. Else each call
+    takes the images of its steps, which `pipeline.batches` reads ahead; those that the pipeline augments too. Each process
+    reads what its own devices need. Close it (or use it in a ``with``).
 
     Args:
         most: the largest count.
     """
 
     def __init__(self, train: data.Dataset, config, mesh: Mesh, most: int):
-        self.train, self.mesh, self.most, self.seed = train, mesh, most, config.seed
+        self.train, self.config, self.mesh, self.most = train, config, mesh, most
         self.stripes = stripes(config.seed, len(train.labels), config.batch_size)
         self.size = config.batch_size
         self.steps_per_epoch = steps_per_epoch(config, len(train.labels))
-        self._resident = None
-        if train.images.nbytes <= RESIDENT_BYTES:
-            self._resident = self._rows(self.stripes)
+        self._places = places(self.size, mesh)
+        self._augment = config.data.augment and pipeline.augments(train)
+        self._resident: tuple | None = None
+        self._batches: pipeline.Batches | None = None
+        self._next = -1  # the step that they come to next
+        if not self._augment and train.images.nbytes // mesh.size <= RESIDENT_BYTES:
+            mine = np.maximum(self.stripes[self._places], 0)  # anything where there is none
+            self._resident = tuple(
+                self._split(stored[mine.reshape(-1)], mine.shape[1]) for stored in (train.images, train.labels)
+            )
 
     def __call__(self, step: int, count: int) -> tuple:
         epoch, first = divmod(step, self.steps_per_epoch)
@@ -511,28 +537,91 @@ class Feeder:
             raise ValueError(
                 f"expected 1 to {min(self.most, self.steps_per_epoch - first)} steps from step {step} on, got {count}."
             )
-        order = epoch_order(self.seed, epoch, len(self.train.labels), self.size)[first : first + count]
+        order = epoch_order(self.config.seed, epoch, len(self.train.labels), self.size)[first : first + count]
         slots = np.zeros((self.most, self.size), np.int32)
         slots[:count] = order
         where = put(slots, self.mesh, PartitionSpec(None, "data"))
         if self._resident:
             return *self._resident, where, where
-        positions = np.full((self.size, self.most), -1, np.int32)
-        positions[:, :count] = self.stripes[np.arange(self.size), order].T
+        parts = list(itertools.islice(self._from(step), count))
+        self._next = step + count
+        parts += [parts[-1]] * (self.most - count)
+        images, labels = (np.stack(column, axis=1) for column in zip(*parts, strict=True))
         in_turn = np.broadcast_to(np.arange(self.most, dtype=np.int32)[:, None], slots.shape)
-        return *self._rows(positions), put(in_turn, self.mesh, PartitionSpec(None, "data")), where
+        return (
+            *(self._split(column.reshape(-1, *column.shape[2:]), self.most) for column in (images, labels)),
+            put(in_turn, self.mesh, PartitionSpec(None, "data")),
+            where,
+        )
 
-    def _rows(self, positions):
-        """Images and labels at ``(batch, n)`` positions, those of one place after the other; anything where there is none."""
-        flat = np.maximum(positions.reshape(-1), 0)
+    def _from(self, step):
+        """Batches of this process's places from a step on."""
+        if self._batches is None or self._next != step:
+            self.close()
+            options = self.config.data
+            self._batches = pipeline.batches(
+                self.train,
+                _Positions(self, step),
+                seed=self.config.seed,
+                first_step=step,
+                workers=options.workers,
+                read_ahead=options.read_ahead,
+                augment=self._augment,
+            )
+        return self._batches
+
+    def _split(self, mine, n):
+        """An array over all devices, of this process's rows: n for each of its places, one place after the other."""
         split = NamedSharding(self.mesh, PartitionSpec("data"))
 
-        def placed(stored):
-            return jax.make_array_from_callback(
-                (flat.size, *stored.shape[1:]), split, lambda index: np.ascontiguousarray(stored[flat[index[0]]])
-            )
+        def part(index):
+            first = np.searchsorted(self._places, (index[0].start or 0) // n) * n
+            return np.ascontiguousarray(mine[first : first + n * (self.size // self.mesh.size)])
 
-        return placed(self.train.images), placed(self.train.labels)
+        return jax.make_array_from_callback((self.size * n, *mine.shape[1:]), split, part)
+
+    def close(self) -> None:
+        """Ends what reads ahead."""
+        if self._batches is not None:
+            self._batches.close()
+            self._batches = None
+
+    def __enter__(self) -> "Feeder":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+
+class _Positions:
+    """A sequence of each step's positions in the training set, at a process's places, from a step to the end of training.
+
+    It travels to worker processes, and computes orders there.
+    """
+
+    def __init__(self, feeder: Feeder, first_step: int):
+        self.stripes, self.first_step = feeder.stripes[feeder._places], first_step
+        self.places, self.size, self.seed = feeder._places, feeder.size, feeder.config.seed
+        self.examples, self.steps_per_epoch = len(feeder.train.labels), feeder.steps_per_epoch
+        self.steps = feeder.config.schedule.epochs * self.steps_per_epoch
+        self._epoch, self._order = -1, np.zeros((0, 0), np.int32)
+
+    def __len__(self):
+        return self.steps - self.first_step
+
+    def __getitem__(self, i):
+        epoch, step = divmod(self.first_step + int(i), self.steps_per_epoch)
+        if epoch != self._epoch:
+            self._order = epoch_order(self.seed, epoch, self.examples, self.size)[:, self.places]
+            self._epoch = epoch
+        return self.stripes[np.arange(len(self.places)), self._order[step]]
+
+
+def places(batch_size: int, mesh: Mesh) -> np.ndarray:
+    """The places of a batch on this process's devices, ascending."""
+    split = NamedSharding(mesh, PartitionSpec("data"))
+    indices = split.addressable_devices_indices_map((batch_size,)).values()
+    return np.concatenate(sorted((np.arange(batch_size)[index] for index in indices), key=lambda part: part[0]))
 
 
 def put(array: np.ndarray, mesh: Mesh, spec: PartitionSpec) -> jax.Array:
@@ -573,13 +662,16 @@ def evaluate(network, dataset: data.Dataset, config, mesh: Mesh) -> dict[str, fl
     Power iteration starts afresh here and runs `config.evaluation.iterations` times: a stored vector that has gone
     wrong in training cannot flatter the selection.
     """
-    size, split = config.batch_size, PartitionSpec("data")
-    totals = np.zeros(3)
-    for first in range(0, len(dataset.labels), size):
-        positions = np.arange(first, first + size)
-        rows = np.minimum(positions, len(dataset.labels) - 1)
-        weights = (positions < len(dataset.labels)).astype(np.float32)
-        batch = (put(part, mesh, split) for part in (dataset.unit_images(rows), dataset.labels[rows], weights))
+    size, split, count = config.batch_size, PartitionSpec("data"), len(dataset.labels)
+    positions = np.arange(-(-count // size) * size).reshape(-1, size)
+    rows, totals = np.minimum(positions, count - 1), np.zeros(3)
+    for images, labels, weights in zip(
+        _images_of(dataset, rows, config, mesh),
+        dataset.labels[rows],
+        (positions < count).astype(np.float32),
+        strict=True,
+    ):
+        batch = (images, put(labels, mesh, split), put(weights, mesh, split))
         out = _evaluate_batch(
             network, *batch, config.epsilon.test, mode=config.bound.mode, iterations=config.evaluation.iterations
         )
@@ -590,3 +682,19 @@ def evaluate(network, dataset: data.Dataset, config, mesh: Mesh) -> dict[str, fl
         "validation_robust_accuracy_estimate": robust,
         "validation_lipschitz_estimate": lipschitz,
     }
+
+
+def _images_of(dataset, rows, config, mesh) -> Iterator[jax.Array]:
+    """The images at each of ``(batches, size)`` rows, floats in [0, 1], over the devices; sets on disk are read ahead."""
+    split = PartitionSpec("data")
+    if not isinstance(dataset.images, records.Images):
+        for batch in rows:
+            yield put(dataset.unit_images(batch), mesh, split)
+        return
+    mine = places(rows.shape[1], mesh)
+    options = {"workers": config.data.workers, "read_ahead": config.data.read_ahead}
+    with pipeline.batches(dataset, rows[:, mine], seed=0, first_step=0, **options) as batches:
+        for images, _ in batches:
+            whole = np.zeros((rows.shape[1], *images.shape[1:]), np.float32)
+            whole[mine] = images.astype(np.float32) / np.float32(dataset.levels)
+            yield put(whole, mesh, split)

@@ -53,7 +53,7 @@ def train(config, train_set, mesh):
     abstract = jax.eval_shape(create, network)
     shardings = training.state_shardings(abstract, mesh)
     state = jax.jit(create, out_shardings=shardings)(network)
-    steps = training.make_steps(config, transform, 2, train_set.levels, mesh, abstract, 2)
+    steps = training.make_steps(config, transform, 2, train_set, mesh, abstract, 2)
     feed, metrics = training.Feeder(train_set, config, mesh, 2), []
     for first in range(0, STEPS, 2):
         state, values = steps(state, *feed(first, 2), 2)

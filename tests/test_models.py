@@ -1,5 +1,7 @@
 """The published networks layer by layer (METHOD 6): what they compute, how they start, and what they refuse."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,7 +10,7 @@ from conftest import ACTIVATIONS
 from flax import nnx
 
 import lipjax
-from lipjax import models
+from lipjax import models, regions
 
 # (channels, kernel, stride, padding) of the convolutions, widths of the hidden dense layers, and the initial thresholds
 # of each activation: as METHOD 6 lists them, written out again here and not taken from the code.
@@ -169,6 +171,18 @@ def test_a_small_network_is_a_function_of_its_seed_and_takes_its_widths(activati
     assert network(jnp.zeros((6, 4, 2))).shape == (3,)
     if activation == "clipped_relu":
         assert float(network.layers[1].threshold[...][0, 0, 0]) == 0.25
+
+
+def test_a_stem_takes_patches_apart_in_front_of_the_pairs():
+    make = functools.partial(models.small_conv, input_shape=(30, 30, 3), widths=(2, 4), rngs=nnx.Rngs(0))
+    network, without = make(stem=5), make()
+    convs = [layer for layer in network.layers if type(layer) is nnx.Conv]
+    assert convs[0].kernel_size == (5, 5) and convs[0].strides in (5, (5, 5))
+    assert [conv.out_features for conv in convs] == [2, 2, 2, 4, 4]
+    assert regions.vector_shapes(network, (30, 30, 3))[:3] == ((30, 30, 3), (6, 6, 2), (6, 6, 2))
+    assert len([layer for layer in without.layers if type(layer) is nnx.Conv]) == 4
+    with pytest.raises(ValueError, match="stem must be the side of a patch, or 0 for none, got -1"):
+        make(stem=-1)
 
 
 def test_what_cannot_be_built_is_refused_with_what_was_expected():

@@ -21,7 +21,7 @@ from flax import nnx
 
 import lipjax
 from configs import baselines, digits
-from lipjax import training
+from lipjax import data, training
 from lipjax.regions import vector_shapes
 from lipjax.reporting import read_metrics
 
@@ -358,7 +358,8 @@ def make_trainer(**fields):
         state = training.initial_state(network, transform, config, 8, (4, 4, 1))
         return dataclasses.replace(state, step=jnp.asarray(1, jnp.int32))  # epsilon is 0 in the very first step
 
-    run = training.make_steps(config, transform, 1, 1.0, training.device_mesh(), start(small_net(0.5)), MOST)
+    train = data.Dataset("random", "train", np.asarray(images), np.asarray(labels), 1.0, 4, np.arange(8))
+    run = training.make_steps(config, transform, 1, train, training.device_mesh(), start(small_net(0.5)), MOST)
     slots = jnp.zeros((MOST, 8), jnp.int32)  # one example for each place
 
     def steps(state, count):
@@ -437,7 +438,7 @@ def steps_on_digits(calls, **fields):
     mesh, transform = training.device_mesh(), optax.sgd(0.05, momentum=0.9)
     network = training.build_network(config, (8, 8, 1), 10)
     state = training.initial_state(network, transform, config, 36, (8, 8, 1))
-    steps = training.make_steps(config, transform, 3, train.levels, mesh, state, 3)
+    steps = training.make_steps(config, transform, 3, train, mesh, state, 3)
     feed, metrics, first = training.Feeder(train, config, mesh, 3), [], 0
     for count in calls:
         state, values = steps(state, *feed(first, count), count)
