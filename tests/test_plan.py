@@ -12,7 +12,7 @@ import pytest
 from conftest import ROOT
 
 from configs import baselines, cifar10_maxmin, digits, imagenet, tiny_imagenet_maxmin
-from lipjax import plan, regions, training
+from lipjax import data, plan, regions, training
 
 SHAPE, CLASSES, EXAMPLES = (8, 8, 1), 10, 100
 
@@ -79,7 +79,7 @@ def _shapes(config):
 def test_a_store_on_the_host_keeps_all_rows_there_and_those_of_one_call_on_the_devices():
     config = small(store="host")
     found, example = (planned(c, examples=32 * 100, devices=4) for c in (config, small()))
-    assert found.part("vectors").total == example.part("vectors").total * plan.CALL // 100
+    assert found.part("vectors").total == example.part("vectors").total * training.CALL // 100
     assert [part.total for part in found.host_parts if part.name == "vectors"] == [example.part("vectors").total]
     assert not [part for part in example.host_parts if part.name == "vectors"]
     # No more than there are.
@@ -106,7 +106,7 @@ def test_mode_global_has_no_vectors_of_examples():
 def test_a_training_set_above_the_limit_is_on_the_devices_for_one_call_alone(monkeypatch):
     monkeypatch.setattr(training, "RESIDENT_BYTES", 100)
     found = planned(small(), examples=32 * 100, devices=2)
-    assert found.part("training images").per_device == plan.CALL * 32 * (64 + 4) // 2
+    assert found.part("training images").per_device == training.CALL * 32 * (64 + 4) // 2
     rate = 32 / found.step_seconds["tf32"]
     assert found.unknown == (f"reading and decoding images, {rate:,.0f} a second at this speed",)
 
@@ -115,9 +115,9 @@ def test_large_sets_of_tfds_stay_on_disk_and_files_are_in_the_memory_of_each_hos
     config = small()
     for name, bytes_ in (("npz:a.npz", 100 * 64), ("imagenet2012", 0)):
         config.data.name = name
-        monkeypatch.setattr(plan, "IN_MEMORY_BYTES", 100 * 64 - 1)
+        monkeypatch.setattr(data, "IN_MEMORY_BYTES", 100 * 64 - 1)
         assert planned(config).host_parts[0].per_device == bytes_
-        monkeypatch.setattr(plan, "IN_MEMORY_BYTES", 100 * 64)
+        monkeypatch.setattr(data, "IN_MEMORY_BYTES", 100 * 64)
         assert planned(config).host_parts[0].per_device == 100 * 64
 
 

@@ -1,0 +1,183 @@
+"""Several processes train and certify as one does; what happens when one of them dies, or is told to stop."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from conftest import ROOT
+
+from lipjax import hosts
+from lipjax.reporting import read_metrics
+
+SMALL = [
+    "--config=configs/mnist_small.py",
+    "--config.data.name=digits",
+    "--config.data.train_examples=100",
+    "--config.model.widths=(4,)",
+    "--config.model.dense=16",
+    "--config.batch_size=32",
+    "--config.epsilon.train=0.3",
+    "--config.epsilon.test=0.2",
+    "--config.schedule.epochs=6",
+    "--config.schedule.ramp=3.0",
+    "--config.optimizer.decay_start=3.0",
+    "--config.evaluation.every=3",
+]
+CERTIFY = ["--pgd_steps=5", "--pgd_restarts=1", "--nocurve", "--modes=global,local", "--epsilon=0.1", "--examples=60"]
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    """What was compiled once need not be again."""
+    folder = str(tmp_path_factory.mktemp("cache"))
+    return {"JAX_COMPILATION_CACHE_DIR": folder, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+
+
+def start(count, devices, script, *flags, **environment):
+    """A job of so many local processes, or the script alone."""
+    launcher = ["-m", "lipjax.hosts", str(count)] if count > 1 else []
+    return subprocess.Popen(
+        [sys.executable, *launcher, script, *flags],
+        cwd=ROOT,
+        env={**os.environ, "JAX_NUM_CPU_DEVICES": str(devices), **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def run(*arguments, **environment):
+    process = start(*arguments, **environment)
+    out, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    return out
+
+
+def metrics_of(workdir):
+    return [{k: v for k, v in line.items() if k != "seconds"} for line in read_metrics(workdir / "metrics.jsonl")]
+
+
+def same_up_to_rounding(found, wanted):
+    assert [line["step"] for line in found] == [line["step"] for line in wanted]
+    for line, other in zip(found, wanted, strict=True):
+        assert line.pop("tier") == other.pop("tier") == "estimate"
+        assert line == pytest.approx(other, rel=2e-3, abs=2e-3)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, cache):
+    """The same run by one process with one device, and by two processes with four devices each."""
+    folder = tmp_path_factory.mktemp("runs")
+    for name, count, devices in (("one", 1, 1), ("two", 2, 4)):
+        out = run(count, devices, "train.py", *SMALL, f"--workdir={folder / name}", **cache)
+        assert out.count("done: 6 epochs") == 1  # process 0 alone speaks
+    assert "8 cpu device(s) of 2 processes" in out
+    return folder
+
+
+def test_two_processes_of_four_devices_train_as_one_of_one_does(trained):
+    wanted = metrics_of(trained / "one")
+    assert len(wanted) == 6 and wanted[-1]["accuracy"] > wanted[0]["accuracy"]
+    same_up_to_rounding(metrics_of(trained / "two"), wanted)
+
+
+def test_two_processes_certify_what_one_does_each_image_once(trained, cache):
+    found = {}
+    for name, count, devices in (("one", 1, 1), ("two", 2, 2)):
+        run(count, devices, "certify.py", f"--workdir={trained / 'two'}", *CERTIFY, **cache)
+        folder = trained / "two" / "certification"
+        found[name] = np.load(folder / "examples.npz")
+        summary = json.loads((folder / "summary.json").read_text())
+        assert summary["run"]["examples"] == len(found[name]["index"]) == 60
+    one, two = found["one"], found["two"]
+    assert one["certified_local"].any()
+    for name in one.files:
+        if name not in ("run", "broken_by_pgd"):  # an attack's random starts depend on who makes it
+            np.testing.assert_array_equal(two[name], one[name], err_msg=name)
+
+
+def test_two_runs_in_one_workdir_are_refused_and_the_first_goes_on(trained, cache):
+    import fcntl
+
+    with open(trained / "one" / "lock") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        process = start(1, 1, "train.py", *SMALL, f"--workdir={trained / 'one'}", **cache)
+        _, errors = process.communicate(timeout=100)
+    assert process.returncode == 1 and "is in use by another training process (process " in errors
+    assert "Traceback" not in errors
+
+
+def until(condition, process, seconds=120):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
+        time.sleep(0.01)
+
+
+def processes_of(launcher):
+    """Process numbers of the job's processes."""
+    children = subprocess.run(["pgrep", "-P", str(launcher.pid)], capture_output=True, text=True).stdout
+    return sorted(map(int, children.split()))
+
+
+LONG = [*SMALL, "--config.schedule.epochs=2000", "--config.evaluation.every=2000", "--config.checkpoints.every=1"]
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_when_one_of_two_processes_is_killed_the_job_ends_with_an_error_and_resumes(tmp_path, cache, victim):
+    process = start(2, 1, "train.py", *LONG, f"--workdir={tmp_path}", **cache)
+    until(lambda: len(read_metrics(tmp_path / "metrics.jsonl")) > 3, process)
+    os.kill(processes_of(process)[victim], signal.SIGKILL)
+    process.communicate(timeout=hosts.SILENCE_SECONDS + hosts.GRACE_SECONDS)
+    assert process.returncode not in (0, None)
+    before = len(read_metrics(tmp_path / "metrics.jsonl"))
+    # On another number of devices: one process, one device.
+    out = run(1, 1, "train.py", *LONG, f"--stop_after={before + 2}", f"--workdir={tmp_path}", **cache)
+    assert "continuing after epoch" in out and f"done: {before + 2} epochs" in out
+    assert [line["epoch"] for line in read_metrics(tmp_path / "metrics.jsonl")] == list(range(1, before + 3))
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_sigterm_saves_in_the_middle_of_an_epoch_and_the_run_ends_as_one_never_stopped(tmp_path, cache, count):
+    flags = [*SMALL, "--config.batch_size=2", "--config.schedule.epochs=2", "--config.evaluation.every=2"]
+    flags += ["--config.data.train_examples=1200", "--config.schedule.ramp=1.0", "--config.optimizer.decay_start=1.0"]
+    straight, stopped = tmp_path / "straight", tmp_path / "stopped"
+    run(count, 1, "train.py", *flags, f"--workdir={straight}", **cache)
+    process = start(count, 1, "train.py", *flags, f"--workdir={stopped}", **cache)
+    for line in process.stdout:
+        if line.startswith("compiled"):
+            break
+    time.sleep(0.2)
+    process.send_signal(signal.SIGTERM)
+    out, errors = process.communicate(timeout=60)
+    assert process.returncode == 0, errors
+    assert "SIGTERM: saved after step" in out
+    step = int(out.split("saved after step ")[1].split(";")[0])
+    assert 0 < step < 1200 and step % 600 != 0
+    out = run(count, 1, "train.py", *flags, f"--workdir={stopped}", **cache)
+    assert f"step {step}" in out
+    assert metrics_of(stopped) == metrics_of(straight)  # bit for bit
+
+
+@pytest.mark.parametrize(
+    "value, message",
+    [
+        ("localhost", "hosts must be as in --hosts=auto, or"),
+        ("localhost:1234,2,2", "process 2 is not one of 0 to 1"),
+        ("auto", "did not come together"),
+    ],
+)
+def test_hosts_that_make_no_sense_are_an_error_that_shows_how(value, message):
+    with pytest.raises(ValueError, match=message):
+        hosts.join(value)
+
+
+def test_arrays_are_gathered_bit_for_bit_where_there_is_one_process():
+    array = np.array([np.pi, -np.inf])
+    np.testing.assert_array_equal(hosts.gather(array), [array])
+    assert hosts.most(1.5, 2) == (1.5, 2)
