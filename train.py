@@ -92,13 +92,14 @@ def main(argv):
     )
 
     # ------------------------------------------------------------------ network, optimizer, state
+    keeper = training.Keeper(config, len(train.labels), mesh, training.CALL)
     network = training.build_network(config, input_shape, train.classes)
     transform = optax.adam(training.learning_rate(config, steps_per_epoch))
     create = functools.partial(
         training.initial_state,
         transform=transform,
         config=config,
-        examples=len(train.labels),
+        examples=keeper.rows_for,
         input_shape=input_shape,
     )
     abstract = jax.eval_shape(create, network)
@@ -119,13 +120,13 @@ def main(argv):
         # -------------------------------------------------------------- restore
         checkpoints = stack.enter_context(Checkpoints(workdir, keep_last=config.checkpoints.keep))
         wanted = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, shardings)
-        restored = checkpoints.restore_last(wanted)
+        restored = checkpoints.restore_last(keeper.whole(wanted))
         if restored is None:
             # Compiled with its shardings, so that no device ever holds more than its share of the vectors.
             state = jax.jit(create, out_shardings=shardings)(jax.tree.map(np.asarray, network))
             epoch, sums = 0, dict.fromkeys(training.METRICS, 0.0)
         else:
-            state, meta = restored
+            state, meta = keeper.adopt(restored[0]), restored[1]
             epoch, sums = meta["epoch"], meta["sums"]
             say(f"continuing after epoch {epoch}, step {int(state.step)}")
         step = int(state.step)
@@ -136,7 +137,8 @@ def main(argv):
         last_epoch = min(config.schedule.epochs, _EPOCHS.value or config.schedule.epochs)
         # Compiled before the clock of the progress starts, or the time left would be far off for a while.
         began = time.monotonic()
-        steps = steps.lower(state, *feed(0, 1), np.int32(1)).compile()
+        with jax.default_matmul_precision(config.precision.products):
+            steps = steps.lower(state, *feed(0, 1), np.int32(1)).compile()
         say(f"compiled in {time.monotonic() - began:.0f} s")
         preemption = stack.enter_context(hosts.Preemption())
         stream = sys.stderr if hosts.is_writer() else io.StringIO()
@@ -148,8 +150,9 @@ def main(argv):
             started = time.monotonic()
             while step < (epoch + 1) * steps_per_epoch:
                 now, began = min(count, (epoch + 1) * steps_per_epoch - step), time.monotonic()
-                state, values = steps(state, *feed(step, now), np.int32(now))
+                state, values = steps(keeper.lend(state, step, now), *feed(step, now), np.int32(now))
                 values = jax.device_get(values)
+                keeper.take_back(state, step, now)
                 new = [{name: float(column[i]) for name, column in values.items()} for i in range(now)]
                 training.check_finite(new, step)
                 step += now
@@ -160,7 +163,7 @@ def main(argv):
                 minutes = (time.monotonic() - saved) / 60
                 stop, minutes, seconds = hosts.most(preemption.noticed, minutes, time.monotonic() - began)
                 if stop or (config.checkpoints.minutes and minutes >= config.checkpoints.minutes):
-                    checkpoints.save_last(step, state, {"epoch": epoch, "sums": sums})
+                    checkpoints.save_last(step, keeper.whole(state), {"epoch": epoch, "sums": sums})
                     saved = time.monotonic()
                 if stop:
                     checkpoints.wait()
@@ -195,7 +198,7 @@ def main(argv):
                 )
             sums = dict.fromkeys(training.METRICS, 0.0)
             if epoch % config.checkpoints.every == 0 or epoch == last_epoch:
-                checkpoints.save_last(step, state, {"epoch": epoch, "sums": sums})
+                checkpoints.save_last(step, keeper.whole(state), {"epoch": epoch, "sums": sums})
                 saved = time.monotonic()
         checkpoints.wait()
     say(f"done: {epoch} epochs. Next: python certify.py --workdir={os.path.relpath(workdir)}")

@@ -60,8 +60,17 @@ def get_config() -> ml_collections.ConfigDict:
     bound.rivals = 0  # mode "linear": rival classes that get the tighter bound in training; 0: all
 
     config.vectors = vectors = ml_collections.ConfigDict()
-    vectors.store = "example"  # one per training example; "layer" (shared) and "none" save memory and cost accuracy
+    # One per training example, on the devices or, slower, in the host's memory ("host"); "layer" (shared) and "none" cost
+    # accuracy.
+    vectors.store = "example"
     vectors.dtype = "float32"  # of the stored power-iteration vectors; or "bfloat16", "float8_e4m3fn"
+
+    # Of training alone: certificates are computed in float64 whatever is said here.
+    config.precision = precision = ml_collections.ConfigDict()
+    precision.products = (
+        "default"  # of float32: as the device is quick at (TF32 on GPUs), or "high", "highest" (float32)
+    )
+    precision.power_iteration = "float32"  # or "bfloat16", for GPUs and TPUs; slower on CPUs
 
     config.evaluation = evaluation = ml_collections.ConfigDict()
     evaluation.every = 5  # epochs

@@ -99,7 +99,8 @@ def _bind(equation, inputs, parameters) -> list:
 def _rewritten(value):
     """`value` with the jaxprs in it rewritten; anything else as it is."""
     if isinstance(value, tuple | list):
-        return type(value)(map(_rewritten, value))
+        changed = map(_rewritten, value)
+        return type(value)(*changed) if hasattr(value, "_fields") else type(value)(changed)  # named tuples too
     if not isinstance(value, ClosedJaxpr | Jaxpr):
         return value
     inner, consts = (value.jaxpr, value.consts) if isinstance(value, ClosedJaxpr) else (value, ())

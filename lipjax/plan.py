@@ -26,10 +26,6 @@ from rich.table import Table
 
 from lipjax import data, operators, regions, training
 
-# Where the vectors of the examples can be: `training.STORES`, and the host's memory, from which each call of the device
-# gets the rows of its steps.
-STORES = ("example", "host", "layer", "none")
-
 # The share of the floor (operations at the peak rate) that a step of 6C2F reached on two CPU cores: benchmarks/README.md.
 MEASURED_SHARE = 0.36
 
@@ -511,7 +507,7 @@ def plan(
     of the store "example" are such rows, split evenly over the devices; parameters and optimizer state are on each of them.
 
     Args:
-        config: an experiment; `vectors.store` may be any of `STORES`.
+        config: an experiment; `vectors.store` may be any of `training.STORES`.
         input_shape: ``(height, width, channels)``.
         examples: to train on, validation images held out.
         device: a name for `device_of`, or any `Device`.
@@ -525,8 +521,8 @@ def plan(
     """
     sizes = _checked(Sizes(tuple(input_shape), classes, examples, pixels))
     device = device_of(device, devices) if isinstance(device, str) else device
-    if config.vectors.store not in STORES:
-        raise ValueError(f"vectors.store must be one of {', '.join(STORES)}, got {config.vectors.store!r}.")
+    if config.vectors.store not in training.STORES:
+        raise ValueError(f"vectors.store must be one of {', '.join(training.STORES)}, got {config.vectors.store!r}.")
     if devices < 1 or config.batch_size % devices:
         raise ValueError(
             f"batch_size {config.batch_size} does not divide over {devices} devices: give a multiple, "
@@ -657,7 +653,7 @@ class _Memory:
         """On each device."""
         shared, own = self.shared_bytes(store, dtype), 0
         if store in ("example", "host"):
-            rows = self.rows if store == "example" else min(training.CALL * self.config.batch_size, self.rows)
+            rows = self.rows if store == "example" else training.CALL * self.config.batch_size
             own = self.all_vectors(dtype) // self.rows * rows // devices
         return shared + own
 
@@ -765,7 +761,7 @@ class _Memory:
     def options(self, devices, at_once):
         """Every store and dtype."""
         if "local" in regions.VECTORS_OF[self.config.bound.mode]:
-            for store in STORES:
+            for store in training.STORES:
                 for dtype in training.VECTOR_TYPES:
                     settings = {"vectors.store": store, "vectors.dtype": dtype}
                     yield self.option(store, dtype, devices, at_once, settings)
@@ -774,7 +770,7 @@ class _Memory:
         """What fits, of: one setting changed, then vectors and parts of the batch together; the mildest change of each kind."""
         local = "local" in regions.VECTORS_OF[self.config.bound.mode]
         # From the mildest to the one that costs most accuracy.
-        stores = [name for name in STORES if name != store] if local else []
+        stores = [name for name in training.STORES if name != store] if local else []
         narrower = [name for name in training.VECTOR_TYPES if _width(name) < _width(dtype)] if local else []
         size = self.config.batch_size
         smaller = [n for n in range(at_once - devices, 0, -devices) if size % n == 0] if self.temporary is None else []

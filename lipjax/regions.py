@@ -15,6 +15,8 @@ from lipjax.operators import larger, smaller
 
 FORK, JOIN = operators.FORK, operators.JOIN
 MODES = ("global", "bcp", "paper", "local", "linear", "rows")
+# Types that products of power iterations can be in.
+PRODUCTS = ("float32", "bfloat16")
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["center", "radius", "lower", "upper"], meta_fields=[])
@@ -390,6 +392,7 @@ def bound(
     iterations: int = 10,
     vectors=None,
     rivals: int | None = None,
+    products: str = "float32",
 ) -> Bound:
     """Local Lipschitz bound of one example, **an estimate**: its norms come from power iteration, from below.
 
@@ -412,14 +415,15 @@ def bound(
             are shared: ``in_axes={"global": None, "local": 0}``.
         rivals: of influence in modes "linear" and "rows": how many rival classes, those with the largest worst-case logits in
             mode "local", get the reverse pass that makes them tighter; None: all. To train at less cost.
+        products: of the power iterations, as `spectral.power_iteration` takes it.
 
     Returns:
         A `Bound`.
 
     Raises:
         TypeError: unregistered layer or non-sequential network, by name; x not floating.
-        ValueError: epsilon negative, infinite or NaN; unknown mode; iterations < 0; rivals < 1; x of a shape that a layer
-            refuses.
+        ValueError: epsilon negative, infinite or NaN; unknown mode or products; iterations < 0; rivals < 1; x of a shape that a
+            layer refuses.
     """
     check_epsilon(epsilon)
     if iterations < 0:
@@ -439,12 +443,14 @@ def bound(
                 start = jax.random.normal(key, like.shape, like.dtype)
             else:
                 start = starts[name][k].astype(like.dtype)
-            return spectral.power_iteration(operator, start, iterations, mask_in, mask_out)
+            return spectral.power_iteration(operator, start, iterations, mask_in, mask_out, products)
 
         return norm
 
     if mode not in MODES:
         raise ValueError(f"mode must be one of {', '.join(MODES)}, got {mode!r}.")
+    if products not in PRODUCTS:
+        raise ValueError(f"products must be one of {', '.join(PRODUCTS)}, got {products!r}.")
     if rivals is not None and rivals < 1:
         raise ValueError(f"rivals must be at least 1, or None for all, got {rivals}.")
     found = walk(layers, x, epsilon, mode, power("local"), power("global"))

@@ -53,6 +53,7 @@ def power_iteration(
     iterations: int,
     mask_in: jax.Array | None = None,
     mask_out: jax.Array | None = None,
+    products: str = "float32",
 ) -> tuple[jax.Array, jax.Array]:
     """Estimates ``||D_out W D_in||_2`` from below, with the gradient of the norm at the last vectors.
 
@@ -67,12 +68,21 @@ def power_iteration(
             particular: everything is masked) the estimate is 0.
         iterations: products with ``W^T W``; 0 gives ``||W u||`` of the start itself.
         mask_in, mask_out: boolean, of the input's and the output's shape, or None for everything.
+        products: "bfloat16": the products of the iteration, but for the half one that estimate and gradient come from, are in
+            that type, which some devices multiply faster. Still at most the norm, up to rounding of that half product. Else
+            all are in the types of `operator` and `start`.
 
     Returns:
         The estimate, a scalar, and the last unit vector, of the input's shape (zero if the estimate met a zero).
     """
     frozen = jax.lax.stop_gradient(operator)
-    forward, backward = masked(frozen, start, mask_in, mask_out)
+    if products == "bfloat16":
+        frozen = jax.tree.map(lambda a: a.astype(products), frozen)
+        low, high = masked(frozen, start.astype(products), mask_in, mask_out), start.dtype
+        # Vectors are scaled in their own type: only the products are short.
+        forward, backward = (lambda v, f=f: f(v.astype(products)).astype(high) for f in low)
+    else:
+        forward, backward = masked(frozen, start, mask_in, mask_out)
 
     def step(_, u):
         return normalize(backward(normalize(forward(u))))  # twice: the square of a small norm would underflow

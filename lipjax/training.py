@@ -34,9 +34,13 @@ from lipjax import (
 # of mnist_small's vectors).
 VECTOR_TYPES = {"float32": None, "bfloat16": jnp.uint16, "float8_e4m3fn": jnp.uint8}
 
-# Where the vectors of the local power iterations are kept between steps: one for each example, one for each layer that all
-# examples share, or nowhere, to begin anew at random.
-STORES = ("example", "layer", "none")
+# Where the vectors of the local power iterations are kept between steps: one for each example, on the devices or in the
+# host's memory (`Keeper`), one for each layer that all examples share, or nowhere, to begin anew at random.
+STORES = ("example", "host", "layer", "none")
+
+# JAX's names for how products of float32 are made: "default" is what the device is quick at, TF32 on recent GPUs, bfloat16 on
+# TPUs; "highest" is float32.
+PRECISIONS = ("default", "high", "highest")
 
 # Figures of each step.
 METRICS = ("loss", "accuracy", "lipschitz_estimate", "gradient_norm", "epsilon", "kappa")
@@ -85,6 +89,8 @@ def check_config(config) -> None:
         "bound.loss": LOSSES,
         "vectors.dtype": tuple(VECTOR_TYPES),
         "vectors.store": STORES,
+        "precision.power_iteration": regions.PRODUCTS,
+        "precision.products": PRECISIONS,
     }
     at_least = {
         **dict.fromkeys(("batch_size", "schedule.epochs", "evaluation.every", "checkpoints.every"), 1),
@@ -184,8 +190,8 @@ class State:
         network: the nnx.Sequential (a pytree).
         optimizer: the optax state.
         vectors: power-iteration vectors as `pack_vector` stores them, a dict: "local" a tuple of ``(rows, *shape)`` arrays,
-            row r of the example at r in the flattened `stripes`, or "layer" a tuple of ``shape`` in its place (`STORES`);
-            "global" one too.
+            row r of the example at r in the flattened `stripes` (store "host": those of one call), or "layer" a tuple of
+            ``shape`` in its place (`STORES`); "global" one too.
         best: scalar, the best validation score so far.
     """
 
@@ -204,7 +210,10 @@ def initial_state(network: nnx.Module, transform: optax.GradientTransformation, 
     # Zeros: the fresh component of the first warm start makes them a cold start, for each example once.
     vectors: dict[str, tuple[jax.Array, ...]] = {}
     shapes = regions.vector_shapes(network, input_shape)
-    kept = {"global": "global", "local": {"example": "local", "layer": "layer", "none": None}[config.vectors.store]}
+    kept = {
+        "global": "global",
+        "local": {"example": "local", "host": "local", "layer": "layer", "none": None}[config.vectors.store],
+    }
     for name in filter(None, (kept[name] for name in regions.VECTORS_OF[config.bound.mode])):
         rows = (config.batch_size * -(-examples // config.batch_size),) if name == "local" else ()
         vectors[name] = tuple(jnp.zeros((*rows, *shape), dtype) for shape in shapes)
@@ -256,7 +265,12 @@ def example_loss(network, x, label, epsilon, kappa, vectors, config):
     need no kappa but for their sparsity term. Stability is weighted as sparsity is.
     """
     options = config.bound
-    how = {"mode": options.mode, "iterations": options.iterations, "rivals": options.rivals or None}
+    how = {
+        "mode": options.mode,
+        "iterations": options.iterations,
+        "rivals": options.rivals or None,
+        "products": config.precision.power_iteration,
+    }
     bound = regions.bound(network, x, epsilon, vectors=vectors, **how)
     if options.loss == "bcp":
         loss = losses.bcp(network, bound, label, kappa)
@@ -540,19 +554,18 @@ class Feeder:
         order = epoch_order(self.config.seed, epoch, len(self.train.labels), self.size)[first : first + count]
         slots = np.zeros((self.most, self.size), np.int32)
         slots[:count] = order
-        where = put(slots, self.mesh, PartitionSpec(None, "data"))
+        batches = PartitionSpec(None, "data")
+        where = put(slots, self.mesh, batches)
+        in_turn = put(np.tile(np.arange(self.most, dtype=np.int32)[:, None], self.size), self.mesh, batches)
+        kept = in_turn if self.config.vectors.store == "host" else where  # `Keeper` brings those of the call
         if self._resident:
-            return *self._resident, where, where
+            return *self._resident, where, kept
         parts = list(itertools.islice(self._from(step), count))
         self._next = step + count
         parts += [parts[-1]] * (self.most - count)
         images, labels = (np.stack(column, axis=1) for column in zip(*parts, strict=True))
-        in_turn = np.broadcast_to(np.arange(self.most, dtype=np.int32)[:, None], slots.shape)
-        return (
-            *(self._split(column.reshape(-1, *column.shape[2:]), self.most) for column in (images, labels)),
-            put(in_turn, self.mesh, PartitionSpec(None, "data")),
-            where,
-        )
+        streamed = (self._split(column.reshape(-1, *column.shape[2:]), self.most) for column in (images, labels))
+        return *streamed, in_turn, kept
 
     def _from(self, step):
         """Batches of this process's places from a step on."""
@@ -591,6 +604,81 @@ class Feeder:
 
     def __exit__(self, *_) -> None:
         self.close()
+
+
+class Keeper:
+    """Where the vectors of the examples are between calls of the function of `make_steps`.
+
+    With store "host" they lie in this process's memory, packed, and each call's rows travel to the devices and back; else they
+    are part of the state on the devices, and nothing here does anything.
+
+    Args:
+        examples: training examples.
+        most: steps of a call, at most.
+
+    Attributes:
+        rows_for: for how many examples the state on the devices has room: the argument of `initial_state`.
+
+    Raises:
+        ValueError: store "host" with several processes.
+    """
+
+    def __init__(self, config, examples: int, mesh: Mesh, most: int):
+        self.host = config.vectors.store == "host" and "local" in regions.VECTORS_OF[config.bound.mode]
+        if self.host and jax.process_count() > 1:
+            raise ValueError(
+                "vectors.store 'host' is for one process: with several give 'example', which splits the vectors over all "
+                "devices, and a narrow vectors.dtype."
+            )
+        self.seed, self.examples, self.size, self.mesh, self.most = config.seed, examples, config.batch_size, mesh, most
+        self.rows_for = most * self.size if self.host else examples
+        self._kept: list[np.ndarray] = []
+
+    def whole(self, state: State) -> State:
+        """The state with the vectors of all examples, as a checkpoint holds it. Also of `jax.ShapeDtypeStruct`."""
+        if not self.host:
+            return state
+        if not self._kept:
+            rows = self.size * -(-self.examples // self.size)
+            self._kept = [np.zeros((rows, *v.shape[1:]), v.dtype) for v in state.vectors["local"]]
+        kept: Any = tuple(self._kept)
+        return dataclasses.replace(state, vectors={**state.vectors, "local": kept})
+
+    def adopt(self, state: State) -> State:
+        """The state on the devices of a `whole` one that was restored."""
+        if not self.host:
+            return state
+        self._kept = [np.array(v) for v in state.vectors["local"]]
+        return self._with(state, [np.zeros((self.rows_for, *v.shape[1:]), v.dtype) for v in self._kept])
+
+    def lend(self, state: State, step: int, count: int) -> State:
+        """Before a call: the state with the vectors of its steps."""
+        if not self.host:
+            return state
+        self.whole(state)
+        rows = self._rows(step, count)
+        lent = []
+        for kept in self._kept:
+            part = np.zeros((self.size, self.most, *kept.shape[1:]), kept.dtype)
+            part[:, :count] = kept[rows]
+            lent.append(part.reshape(self.rows_for, *kept.shape[1:]))
+        return self._with(state, lent)
+
+    def take_back(self, state: State, step: int, count: int) -> None:
+        """After the call."""
+        if self.host:
+            rows = self._rows(step, count)
+            for kept, lent in zip(self._kept, state.vectors["local"], strict=True):
+                kept[rows] = np.asarray(lent).reshape(self.size, self.most, *kept.shape[1:])[:, :count]
+
+    def _rows(self, step, count):
+        epoch, first = divmod(step, self.examples // self.size)
+        order = epoch_order(self.seed, epoch, self.examples, self.size)[first : first + count]
+        return np.arange(self.size)[:, None] * -(-self.examples // self.size) + order.T
+
+    def _with(self, state, vectors):
+        placed = tuple(put(v, self.mesh, PartitionSpec("data")) for v in vectors)
+        return dataclasses.replace(state, vectors={**state.vectors, "local": placed})
 
 
 class _Positions:

@@ -154,3 +154,14 @@ def test_a_bound_and_its_gradient_are_the_same(mode, activation):
         return jnp.mean(jax.vmap(one)(x))
 
     agree(jax.value_and_grad(loss), network, x)
+
+
+def test_equations_with_named_tuples_in_their_parameters_are_rewritten_too():
+    """As `jnp.linalg.solve` has, and with it `lipjax.CayleyLinear`, beside a convolution that is rewritten."""
+    kernel, layer = images(0, 3, 3, 2, 4), lipjax.CayleyLinear(16, 8, rngs=nnx.Rngs(0))
+
+    def value(kernel, x, layer):
+        out = jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+        return jnp.sum(jnp.tanh(jax.vmap(layer)(out.mean(axis=(1, 2, 3))[:, None] * jnp.ones(16))))
+
+    agree(jax.grad(value, argnums=(0, 2)), kernel, images(1, 2, 5, 5, 2), layer)

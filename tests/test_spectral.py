@@ -16,6 +16,7 @@ from lipjax import spectral
 
 DELTA = 1e-9
 estimated = jax.jit(spectral.power_iteration, static_argnames="iterations")
+short = jax.jit(functools.partial(spectral.power_iteration, products="bfloat16"), static_argnames="iterations")
 
 
 @functools.partial(jax.jit, static_argnames=("shape", "steps"))
@@ -193,3 +194,34 @@ def test_the_estimate_of_a_tiny_norm_is_not_lost_to_underflow():
         operator = lipjax.LinearOperator.from_matrix(scale * matrix, (8,), (6,))
         estimates.append(float(spectral.power_iteration(operator, jnp.ones(8, jnp.float32), 50)[0]) / scale)
     assert estimates[1] == pytest.approx(estimates[0], rel=1e-4) and estimates[0] > 1
+
+
+@settings(max_examples=15, deadline=None)
+@given(seed=st.integers(0, 10**6), share=st.floats(0.2, 1.0))
+def test_iterating_in_bfloat16_is_still_from_below_and_hardly_worse(seed, share):
+    operator = lipjax.linear_operator(nnx.Conv(3, 4, (3, 3), padding=1, rngs=nnx.Rngs(seed)))
+    rng = np.random.default_rng(seed)
+    mask_in, mask_out = rng.uniform(size=(6, 6, 3)) < share, rng.uniform(size=(6, 6, 4)) < share
+    truth = np.linalg.norm(dense_matrix(operator, (6, 6, 3)) * mask_in.reshape(-1) * mask_out.reshape(-1, 1), 2)
+    start = jnp.asarray(rng.normal(size=(6, 6, 3)), jnp.float32)
+    estimate, vector = short(operator, start, 30, jnp.asarray(mask_in), jnp.asarray(mask_out))
+    assert 0.98 * truth <= estimate <= truth * (1 + 1e-5) + 1e-30
+    assert vector.dtype == estimate.dtype == jnp.float32
+
+
+def test_only_the_iteration_is_in_bfloat16_and_the_gradient_is_not():
+    layer = nnx.Linear(12, 9, use_bias=False, rngs=nnx.Rngs(0))
+    start = jnp.asarray(np.random.default_rng(0).normal(size=12), jnp.float32)
+
+    def norm(kernel, products):
+        layer = nnx.merge(graph, {"kernel": nnx.Param(kernel)})
+        return spectral.power_iteration(lipjax.linear_operator(layer), start, 20, products=products)[0]
+
+    graph = nnx.graphdef(layer)
+    kernel = layer.kernel[...]
+    short, full = (jax.grad(norm)(kernel, products) for products in ("bfloat16", "float32"))
+    assert short.dtype == jnp.float32
+    np.testing.assert_allclose(short, full, atol=0.02)
+    assert not np.array_equal(short, full)  # it was used
+    types = [v.aval.dtype for e in jax.make_jaxpr(lambda k: norm(k, "bfloat16"))(kernel).eqns for v in e.outvars]
+    assert jnp.bfloat16 in types

@@ -213,7 +213,7 @@ def test_every_baseline_is_a_configuration_whose_loss_can_be_taken(method):
     [
         ("bound.mode", "lokal", "bound.mode must be one of global, bcp, paper, local, linear, rows, got 'lokal'"),
         ("bound.loss", "trades", "bound.loss must be one of bcp, gloro, lmt, emma, got 'trades'"),
-        ("vectors.store", "host", "vectors.store must be one of example, layer, none, got 'host'"),
+        ("vectors.store", "disk", "vectors.store must be one of example, host, layer, none, got 'disk'"),
         ("vectors.dtype", "float16", "vectors.dtype must be one of float32, bfloat16, float8_e4m3fn, got 'float16'"),
         ("batch_size", 0, "batch_size must be finite and at least 1, got 0"),
         ("schedule.epochs", -1, "schedule.epochs must be finite and at least 1, got -1"),
@@ -428,7 +428,7 @@ def test_the_stored_vectors_belong_to_their_examples(trainer):
 # ---------------------------------------------------------------------------------------------------- steps and calls
 
 
-def steps_on_digits(calls, **fields):
+def steps_on_digits(calls, stop_before=None, **fields):
     """State and metrics after the calls, each of so many steps, of a small net on 24 digits."""
     config = digits.get_config()
     config.batch_size, config.model.widths, config.model.dense, config.schedule.ramp = 12, (4,), 8, 1.0
@@ -437,14 +437,19 @@ def steps_on_digits(calls, **fields):
     train = training.load_data(config).train.take(np.arange(36))
     mesh, transform = training.device_mesh(), optax.sgd(0.05, momentum=0.9)
     network = training.build_network(config, (8, 8, 1), 10)
-    state = training.initial_state(network, transform, config, 36, (8, 8, 1))
+    keeper = training.Keeper(config, 36, mesh, 3)
+    state = training.initial_state(network, transform, config, keeper.rows_for, (8, 8, 1))
     steps = training.make_steps(config, transform, 3, train, mesh, state, 3)
     feed, metrics, first = training.Feeder(train, config, mesh, 3), [], 0
     for count in calls:
-        state, values = steps(state, *feed(first, count), count)
+        if stop_before == first:  # as a run that goes on from a checkpoint
+            saved, keeper = keeper.whole(state), training.Keeper(config, 36, mesh, 3)
+            state = keeper.adopt(jax.tree.map(np.array, saved))
+        state, values = steps(keeper.lend(state, first, count), *feed(first, count), count)
+        keeper.take_back(state, first, count)
         metrics += [{name: float(column[i]) for name, column in values.items()} for i in range(count)]
         first += count
-    return state, metrics
+    return keeper.whole(state), metrics
 
 
 def test_how_steps_are_spread_over_calls_changes_no_bit(monkeypatch):
@@ -457,6 +462,16 @@ def test_how_steps_are_spread_over_calls_changes_no_bit(monkeypatch):
     monkeypatch.setattr(training, "RESIDENT_BYTES", 0)  # each call brings its images
     other, others = steps_on_digits([2, 1, 1, 2])
     assert others == metrics and metrics[-1]["epsilon"] > 0
+    for a, b in zip(jax.tree.leaves(state), jax.tree.leaves(other), strict=True):
+        assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
+
+
+def test_vectors_in_the_hosts_memory_are_those_on_the_device_bit_for_bit():
+    fields = {"bound.mode": "paper", "vectors.dtype": "float8_e4m3fn"}
+    state, metrics = steps_on_digits([3, 1, 2], **fields)
+    other, others = steps_on_digits([2, 1, 3], stop_before=3, **fields, **{"vectors.store": "host"})
+    assert others == metrics
+    assert isinstance(other.vectors["local"][0], np.ndarray)
     for a, b in zip(jax.tree.leaves(state), jax.tree.leaves(other), strict=True):
         assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
 
