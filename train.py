@@ -55,7 +55,14 @@ _HOSTS = flags.DEFINE_string(
 SECONDS_PER_CALL = 5.0
 
 # Fields that say where things are and not what is computed: they may differ when a run is continued.
-VOLATILE = ("data.data_dir", "data.manual_dir", "data.workers", "data.read_ahead", "checkpoints.minutes")
+VOLATILE = (
+    "data.data_dir",
+    "data.manual_dir",
+    "data.workers",
+    "data.read_ahead",
+    "checkpoints.minutes",
+    "devices.shard_parameters",
+)
 
 
 def main(argv):
@@ -103,7 +110,7 @@ def main(argv):
         input_shape=input_shape,
     )
     abstract = jax.eval_shape(create, network)
-    shardings = training.state_shardings(abstract, mesh)
+    shardings = training.state_shardings(abstract, config, mesh)
     steps = training.make_steps(config, transform, steps_per_epoch, train, mesh, abstract, training.CALL)
 
     # ------------------------------------------------------------------ workdir
@@ -147,10 +154,15 @@ def main(argv):
         )
         count, saved = 1, time.monotonic()
         while epoch < last_epoch:
-            started = time.monotonic()
-            while step < (epoch + 1) * steps_per_epoch:
-                now, began = min(count, (epoch + 1) * steps_per_epoch - step), time.monotonic()
-                state, values = steps(keeper.lend(state, step, now), *feed(step, now), np.int32(now))
+            started, end = time.monotonic(), (epoch + 1) * steps_per_epoch
+            now = min(count, end - step)
+            fed = feed(step, now) if now else None
+            while fed:
+                began = time.monotonic()
+                state, values = steps(keeper.lend(state, step, now), *fed, np.int32(now))
+                # While the devices work: what they need next.
+                following = min(count, end - step - now)
+                fed = feed(step + now, following) if following else None
                 values = jax.device_get(values)
                 keeper.take_back(state, step, now)
                 new = [{name: float(column[i]) for name, column in values.items()} for i in range(now)]
@@ -171,6 +183,7 @@ def main(argv):
                     return
                 # As many steps a call as take a few seconds: fewer waits, and still a sign of life.
                 count = min(max(round(now * SECONDS_PER_CALL / max(seconds, 1e-3)), 1), training.CALL)
+                now = following
             epoch += 1
             seconds = time.monotonic() - started
 

@@ -145,7 +145,7 @@ def peak_growth(config, sizes, steps_per_epoch) -> int:
     split = data.Dataset("random", "train", images, labels, 255.0, sizes.classes, np.arange(sizes.examples))
     before = _peak()
     steps = plan.compiled_step(config, sizes)
-    state = jax.jit(create, out_shardings=training.state_shardings(abstract, mesh))(network)
+    state = jax.jit(create, out_shardings=training.state_shardings(abstract, config, mesh))(network)
     feed = training.Feeder(split, config, mesh, plan.CALL)
     for first in (0, 2):
         state, metrics = steps(state, *feed(first, 2), jnp.int32(2))

@@ -140,7 +140,7 @@ class Steps:
             state = dataclasses.replace(state, vectors={})
             config = config.copy_and_resolve_references()
             config.examples_at_once = self.at_once
-        self.state = jax.device_put(state, training.state_shardings(state, mesh))
+        self.state = jax.device_put(state, training.state_shardings(state, config, mesh))
         self.count, self.done = count, 0
         images, labels = random_images(np.random.default_rng(0), examples, shape, classes)
         split = data.Dataset("random", "train", images, labels, 255.0, classes, np.arange(examples))

@@ -65,6 +65,9 @@ def get_config() -> ml_collections.ConfigDict:
     vectors.store = "example"
     vectors.dtype = "float32"  # of the stored power-iteration vectors; or "bfloat16", "float8_e4m3fn"
 
+    config.devices = devices = ml_collections.ConfigDict()
+    devices.shard_parameters = False  # large parameters, and what Adam keeps of them, split over the devices
+
     # Of training alone: certificates are computed in float64 whatever is said here.
     config.precision = precision = ml_collections.ConfigDict()
     precision.products = (

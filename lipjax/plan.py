@@ -584,7 +584,7 @@ def plan(
         parts=parts,
         host_parts=tuple(host_parts),
         checkpoint=parameters
-        + memory.optimizer
+        + _bytes(memory.optimizer)
         + memory.shared_bytes(store, dtype)
         + (memory.all_vectors(dtype) if store in ("example", "host") else 0),
         operations=operations,
@@ -629,7 +629,7 @@ class _Memory:
         shape, mode, iterations = sizes.input_shape, config.bound.mode, config.bound.iterations
         self.operations = _of_shapes(lambda network: counted(network, shape, mode, iterations), self.network)
         self.outputs = _of_shapes(lambda network: affine_outputs(network, shape), self.network)
-        self.optimizer = _bytes(jax.eval_shape(_transform(config, self.steps_per_epoch).init, self.network))
+        self.optimizer = jax.eval_shape(_transform(config, self.steps_per_epoch).init, self.network)
         # The same functions are asked for every option; without an optimizer, which takes as long as all else.
         self._states = functools.cache(
             lambda store, dtype: _abstract_state(
@@ -649,6 +649,15 @@ class _Memory:
         """Vectors of all rows."""
         return _bytes(self.state("example", dtype).vectors.get("local", ()))
 
+    def held(self, tree, devices):
+        """Bytes of parameters, or of what the optimizer keeps of them, on each device."""
+        return sum(
+            leaf.size
+            * leaf.dtype.itemsize
+            // (1 if training.split_axis(leaf.shape, self.config, devices) is None else devices)
+            for leaf in jax.tree.leaves(tree)
+        )
+
     def vector_bytes(self, store, dtype, devices):
         """On each device."""
         shared, own = self.shared_bytes(store, dtype), 0
@@ -667,7 +676,8 @@ class _Memory:
         """On each device, and whether those are all of the training set."""
         one = _image_bytes(self.sizes) + 4  # and its label
         resident = self.sizes.examples * _image_bytes(self.sizes) // devices <= training.RESIDENT_BYTES
-        return (self.rows if resident else training.CALL * self.config.batch_size) * one // devices, resident
+        # Those of the next call travel while one runs.
+        return (self.rows if resident else 2 * training.CALL * self.config.batch_size) * one // devices, resident
 
     def temporary_of(self, devices, at_once):
         """The step's temporary memory on each device, gradient apart."""
@@ -694,6 +704,10 @@ class _Memory:
         """Everything on the devices."""
         parameters = _bytes(self.network)
         vectors, shared = self.vector_bytes(store, dtype, devices), self.shared_bytes(store, dtype)
+        here, moments = self.held(self.network, devices), self.held(self.optimizer, devices)
+        alike = here == parameters
+        on_each = "on every device" if alike else "split over the devices, and gathered in each step"
+        here += 0 if alike else parameters
         images, resident = self.images(devices)
         temporary = self.temporary_of(devices, at_once)
         measured = self.temporary is not None
@@ -709,14 +723,14 @@ class _Memory:
         if "local" not in regions.VECTORS_OF[self.config.bound.mode]:
             where = f"mode {self.config.bound.mode!r} has none of single examples"
         return (
-            Part("parameters", parameters, devices * parameters, True, "float32, on every device"),
-            Part("gradients", parameters, devices * parameters, True, "likewise"),
+            Part("parameters", here, devices * here, True, f"float32, {on_each}"),
+            Part("gradients", parameters, devices * parameters, True, "float32, on every device"),
             Part(
                 "optimizer state",
-                self.optimizer,
-                devices * self.optimizer,
+                moments,
+                devices * moments,
                 True,
-                "Adam's two moments",
+                f"Adam's two moments{'' if alike else ', likewise'}",
             ),
             Part("vectors", vectors, devices * (vectors - shared) + devices * shared, True, f"{dtype}, {where}"),
             Part(
@@ -724,7 +738,7 @@ class _Memory:
                 images,
                 devices * images,
                 True,
-                "all of them, with labels" if resident else f"those of {training.CALL} steps, of a large set",
+                "all of them, with labels" if resident else f"those of {2 * training.CALL} steps, of a large set",
             ),
             Part(
                 "temporary",

@@ -49,6 +49,9 @@ METRICS = ("loss", "accuracy", "lipschitz_estimate", "gradient_norm", "epsilon",
 # these; smaller parts cost more in calls than they gain.
 CPU_CACHE, LEAST_AT_ONCE = 2**22, 16
 
+# Parameters of fewer entries lie on every device whatever the configuration says.
+SPLIT_ENTRIES = 2**14
+
 # Steps in one call of the device, at most.
 CALL = 32
 
@@ -239,20 +242,39 @@ def unpack_vector(stored: jax.Array, dtype: str) -> jax.Array:
     return stored.astype(jnp.float32)
 
 
-def state_specs(state: State):
-    """Replicated, but for the vectors of the examples: each device has those of its `stripes`."""
+def split_axis(shape: tuple[int, ...], config, devices: int) -> int | None:
+    """The axis along which a parameter lies split over the devices, with `config.devices.shard_parameters`: its largest that
+    divides, None for a small parameter or where none does."""
+    if not config.devices.shard_parameters or devices == 1 or math.prod(shape) < SPLIT_ENTRIES:
+        return None
+    return max((n for n in range(len(shape)) if shape[n] % devices == 0), key=lambda n: shape[n], default=None)
+
+
+def state_specs(state: State, config, devices: int) -> State:
+    """Where everything is, a tree of PartitionSpec: replicated, but for the vectors of the examples, of which each device has
+    those of its `stripes`, and for parameters and what the optimizer keeps of them where `split_axis` says so."""
+
+    def spec(leaf):
+        axis = split_axis(leaf.shape, config, devices)
+        return PartitionSpec() if axis is None else PartitionSpec(*[None] * axis, "data")
+
     specs = jax.tree.map(lambda _: PartitionSpec(), state)
+    specs = dataclasses.replace(
+        specs, network=jax.tree.map(spec, state.network), optimizer=jax.tree.map(spec, state.optimizer)
+    )
     if "local" in state.vectors:
         split = (PartitionSpec("data"),) * len(state.vectors["local"])
         specs = dataclasses.replace(specs, vectors={**specs.vectors, "local": split})
     return specs
 
 
-def state_shardings(state: State, mesh: Mesh):
+def state_shardings(state: State, config, mesh: Mesh):
     """`state_specs` on a mesh."""
-    return jax.tree.map(
-        lambda spec: NamedSharding(mesh, spec), state_specs(state), is_leaf=lambda s: isinstance(s, PartitionSpec)
-    )
+    return _placed(state_specs(state, config, mesh.size), mesh)
+
+
+def _placed(specs, mesh):
+    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs, is_leaf=lambda s: isinstance(s, PartitionSpec))
 
 
 # ---------------------------------------------------------------------------------------------------- the step
@@ -332,6 +354,49 @@ def make_steps(
         flat, unravel = ravel_pytree(tree)
         return unravel(jax.lax.psum(flat, "data"))
 
+    # Parameters that lie split over the devices: those of one device behind one another travel as one vector, too.
+    axes = [split_axis(leaf.shape, config, mesh.size) for leaf in jax.tree.leaves(state.network)]
+
+    def gathered(network):
+        """The whole network on each device."""
+        leaves, tree = jax.tree.flatten(network)
+        mine = [leaf for leaf, axis in zip(leaves, axes, strict=True) if axis is not None]
+        if not mine:
+            return network
+        flat, unravel = ravel_pytree(mine)
+        parts = iter(jax.vmap(unravel)(jax.lax.all_gather(flat, "data")))
+        for n, axis in enumerate(axes):
+            if axis is not None:
+                shape = [size * (mesh.size if k == axis else 1) for k, size in enumerate(leaves[n].shape)]
+                leaves[n] = jnp.moveaxis(next(parts), 0, axis).reshape(shape)
+        return jax.tree.unflatten(tree, leaves)
+
+    def summed(gradient, sums):
+        """Both summed over the devices, of the gradient what belongs to each device's parameters; and its norm."""
+        leaves, tree = jax.tree.flatten(gradient)
+        split = [n for n, axis in enumerate(axes) if axis is not None]
+        squares = jnp.zeros(())
+        if split:
+            pieces = []
+            for n in split:
+                shape, axis = leaves[n].shape, axes[n]
+                apart = leaves[n].reshape(*shape[:axis], mesh.size, shape[axis] // mesh.size, *shape[axis + 1 :])
+                pieces.append(jnp.moveaxis(apart, axis, 0))
+            flat = jnp.concatenate([piece.reshape(mesh.size, -1) for piece in pieces], axis=1)
+            own_part = jax.lax.psum_scatter(flat, "data")
+            _, unravel = ravel_pytree([piece[0] for piece in pieces])
+            for n, leaf in zip(split, unravel(own_part), strict=True):
+                leaves[n] = leaf
+            squares = jnp.sum(own_part**2)
+        whole = [leaf for n, leaf in enumerate(leaves) if n not in split]
+        # One sum after the other (see `total`).
+        whole, sums, squares = jax.lax.optimization_barrier((whole, sums, squares))
+        whole, sums, squares = total((whole, sums, squares))
+        norm = jnp.sqrt(squares + sum((jnp.sum(leaf**2) for leaf in whole), jnp.zeros(())))
+        rest = iter(whole)
+        leaves = [leaf if n in split else next(rest) for n, leaf in enumerate(leaves)]
+        return jax.tree.unflatten(tree, leaves), sums, norm
+
     def part_of_step(network, epsilon, kappa, starts, key, carried, columns):
         """Adds one part of a batch: gradient, sums of the metrics, and the vectors after it."""
         vectors, gradient, sums = carried
@@ -343,13 +408,13 @@ def make_steps(
                 jax.vmap(spectral.refresh, in_axes=(0, None))(unpack(stored[rows]), jax.random.fold_in(key, n))
                 for n, stored in enumerate(vectors["local"])
             )
-        axes = {name: 0 if name in vectors and name == "local" else None for name in starts}
+        each_own = {name: 0 if name in vectors and name == "local" else None for name in starts}
         after = {name: 0 if name == "local" else None for name in starts}
 
         def loss_of(network):
             one = functools.partial(loss, network, config=config)
             each, (found, correct, lipschitz) = jax.vmap(
-                one, in_axes=(0, 0, None, None, axes), out_axes=(0, (after, 0, 0))
+                one, in_axes=(0, 0, None, None, each_own), out_axes=(0, (after, 0, 0))
             )(images, labels, epsilon, kappa, starts)
             mean = jnp.sum(each) / size
             return mean, (found, jnp.stack([mean, jnp.sum(correct) / size, jnp.sum(lipschitz) / size]))
@@ -376,6 +441,7 @@ def make_steps(
         if augment:
             images = data.random_crop_and_flip(images, augment_key, first=jax.lax.axis_index("data") * own)
         local_key, global_key = jax.random.split(fresh_key)
+        network = gathered(state.network)
         # All parts begin with the same vectors of what the examples share.
         starts = {
             {"layer": "local"}.get(name, name): tuple(
@@ -386,26 +452,26 @@ def make_steps(
             if name != "local"
         }
         if config.vectors.store == "none" and "local" in regions.VECTORS_OF[config.bound.mode]:
-            shapes = regions.vector_shapes(state.network, images.shape[1:])
+            shapes = regions.vector_shapes(network, images.shape[1:])
             starts["local"] = tuple(
                 jax.random.normal(jax.random.fold_in(local_key, n), shape) for n, shape in enumerate(shapes)
             )
-        one_part = functools.partial(part_of_step, state.network, epsilon, kappa, starts, local_key)
-        carried = (state.vectors, jax.tree.map(jnp.zeros_like, state.network), jnp.zeros(3))
+        one_part = functools.partial(part_of_step, network, epsilon, kappa, starts, local_key)
+        carried = (state.vectors, jax.tree.map(jnp.zeros_like, network), jnp.zeros(3))
         if parts == 1:
             carried = one_part(carried, (images, labels, rows))
         else:
             columns = jax.tree.map(lambda a: a.reshape(parts, own // parts, *a.shape[1:]), (images, labels, rows))
             carried, _ = jax.lax.scan(lambda carried, columns: (one_part(carried, columns), None), carried, columns)
         vectors, gradient, sums = carried
-        gradient, (mean, accuracy, lipschitz) = total((gradient, sums))
+        gradient, (mean, accuracy, lipschitz), norm = summed(gradient, sums)
         updates, optimizer = transform.update(gradient, state.optimizer, state.network)
         network = activations.project(optax.apply_updates(state.network, updates))
         metrics = {
             "loss": mean,
             "accuracy": accuracy,
             "lipschitz_estimate": lipschitz,
-            "gradient_norm": optax.tree.norm(gradient),
+            "gradient_norm": norm,
             "epsilon": epsilon,
             "kappa": kappa,
         }
@@ -425,7 +491,7 @@ def make_steps(
 
         return jax.lax.fori_loop(0, count, one, (state, {name: jnp.zeros(most) for name in METRICS}))
 
-    specs, split, batches = state_specs(state), PartitionSpec("data"), PartitionSpec(None, "data")
+    specs, split, batches = state_specs(state, config, mesh.size), PartitionSpec("data"), PartitionSpec(None, "data")
     arguments = (specs, split, split, batches, batches, PartitionSpec())
     shared_out = jax.shard_map(
         lowering.for_cpu(on_device), mesh=mesh, in_specs=arguments, out_specs=(specs, PartitionSpec()), check_vma=False
@@ -438,14 +504,8 @@ def make_steps(
             )
         return shared_out(state, images, labels, slots, kept_slots, count)
 
-    def placed(specs):
-        return jax.tree.map(
-            lambda spec: NamedSharding(mesh, spec), specs, is_leaf=lambda s: isinstance(s, PartitionSpec)
-        )
-
-    return jax.jit(
-        steps, donate_argnums=0, in_shardings=placed(arguments), out_shardings=placed((specs, PartitionSpec()))
-    )
+    where, results = _placed(arguments, mesh), _placed((specs, PartitionSpec()), mesh)
+    return jax.jit(steps, donate_argnums=0, in_shardings=where, out_shardings=results)
 
 
 def _common_direction(vectors: jax.Array, start: jax.Array) -> jax.Array:

@@ -6,6 +6,7 @@ The eight CPU devices need a process of their own; it runs this file as a progra
 import dataclasses
 import functools
 import json
+import math
 import os
 import subprocess
 import sys
@@ -35,6 +36,7 @@ def experiment(mode):
     config.schedule.ramp = 1.0  # of two steps: epsilon is there before the end
     config.bound.mode, config.bound.iterations = mode, 1
     config.data.augment = True
+    config.devices.shard_parameters = mode == "paper"
     return config
 
 
@@ -51,7 +53,7 @@ def train(config, train_set, mesh):
         input_shape=shape,
     )
     abstract = jax.eval_shape(create, network)
-    shardings = training.state_shardings(abstract, mesh)
+    shardings = training.state_shardings(abstract, config, mesh)
     state = jax.jit(create, out_shardings=shardings)(network)
     steps = training.make_steps(config, transform, 2, train_set, mesh, abstract, 2)
     feed, metrics = training.Feeder(train_set, config, mesh, 2), []
@@ -87,7 +89,13 @@ def report(mode):
             name: sorted({(s.data.shape[0], a.shape[0]) for a in leaves for s in a.addressable_shards})
             for name, leaves in many.vectors.items()
         },
-        "replicated": all(leaf.is_fully_replicated for leaf in jax.tree.leaves((many.network, many.optimizer))),
+        "parameters": {
+            part: [
+                (leaf.shape, leaf.size // max(s.data.size for s in leaf.addressable_shards))
+                for leaf in jax.tree.leaves(getattr(many, part))
+            ]
+            for part in ("network", "optimizer")
+        },
     }
     if mode == "local":
         few = splits.validation.take(np.arange(27))  # the last batch is not full
@@ -107,6 +115,7 @@ def report(mode):
 
 if __name__ == "__main__":
     jax.config.update("jax_num_cpu_devices", DEVICES)
+    training.SPLIT_ENTRIES = 32  # the network is small
     print(json.dumps({mode: report(mode) for mode in ("local", "paper")}))
 
 
@@ -138,12 +147,20 @@ def test_eight_devices_train_as_one_does(found, mode):
 
 
 @pytest.mark.parametrize("mode", ["local", "paper"])
-def test_each_device_holds_its_share_of_the_vectors_and_all_parameters(found, mode):
+def test_each_device_holds_its_share_of_the_vectors(found, mode):
     shards = found[mode]["shards"]
     assert shards["local"] == [[2 * BATCH // DEVICES, 2 * BATCH]]
     assert all(part == whole for part, whole in shards.get("global", []))
     assert set(shards) == ({"local", "global"} if mode == "paper" else {"local"})
-    assert found[mode]["replicated"]
+
+
+def test_each_device_holds_all_parameters_or_its_share_of_the_large_ones_and_of_their_momentum(found):
+    for part in ("network", "optimizer"):
+        assert all(devices == 1 for _, devices in found["local"]["parameters"][part])
+        for shape, devices in found["paper"]["parameters"][part]:
+            large = math.prod(shape) >= 32 and any(n % DEVICES == 0 for n in shape)
+            assert devices == (DEVICES if large else 1)
+        assert any(devices > 1 for _, devices in found["paper"]["parameters"][part])
 
 
 def test_eight_devices_evaluate_as_one_does(found):

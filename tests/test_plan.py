@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import os
 import subprocess
 import sys
@@ -103,7 +104,7 @@ def test_mode_global_has_no_vectors_of_examples():
 def test_a_training_set_above_the_limit_is_on_the_devices_for_one_call_alone(monkeypatch):
     monkeypatch.setattr(training, "RESIDENT_BYTES", 100)
     found = planned(small(), examples=32 * 100, devices=2)
-    assert found.part("training images").per_device == training.CALL * 32 * (64 + 4) // 2
+    assert found.part("training images").per_device == 2 * training.CALL * 32 * (64 + 4) // 2
     rate = 32 / found.step_seconds["tf32"]
     assert found.unknown == (f"reading and decoding images, {rate:,.0f} a second at this speed",)
 
@@ -407,3 +408,24 @@ def test_the_compiler_is_asked_for_the_devices_here_alone():
     config = digits.get_config()
     with pytest.raises(ValueError, match="--plan_compile asks this machine's compiler"):
         plan.planned(config, plan.sizes_of(config), 64, "v5e", compile_step=True)
+
+
+def test_parameters_that_lie_split_over_the_devices_are_counted_as_a_real_state_has_them():
+    config = small()
+    config.model.widths, config.model.dense = (64, 64), 256
+    whole = planned(config, devices=8)
+    config.devices.shard_parameters = True
+    split = planned(config, devices=8)
+    network = jax.eval_shape(lambda: training.build_network(config, SHAPE, CLASSES))
+    mesh = jax.sharding.AbstractMesh((8,), ("data",))
+    transform = optax.adam(training.learning_rate(config, split.steps_per_epoch))
+    state = jax.eval_shape(lambda n: training.initial_state(n, transform, config, EXAMPLES, SHAPE), network)
+    shardings = training.state_shardings(state, config, mesh)
+
+    def held(part):
+        pairs = zip(jax.tree.leaves(getattr(state, part)), jax.tree.leaves(getattr(shardings, part)), strict=True)
+        return sum(math.prod(s.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf, s in pairs)
+
+    assert split.part("optimizer state").per_device == held("optimizer") < whole.part("optimizer state").per_device / 4
+    # Beside its own share each device gathers all of them for a step.
+    assert split.part("parameters").per_device == held("network") + whole.part("parameters").per_device
