@@ -141,15 +141,14 @@ def launch(count: int, command: list[str]) -> int:
     before = {number: signal.signal(number, pass_on) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         failed, deadline = 0, float("inf")
-        while any(process.poll() is None for process in processes):
+        while None in (statuses := [process.poll() for process in processes]):
             time.sleep(0.1)
-            statuses = [process.returncode for process in processes if process.returncode]
-            if statuses and not failed:
-                failed, deadline = statuses[0], time.monotonic() + GRACE_SECONDS
+            if any(statuses) and not failed:
+                failed, deadline = next(filter(None, statuses)), time.monotonic() + GRACE_SECONDS
             if time.monotonic() > deadline:
                 for process in processes:
                     process.kill()
-        return failed or next((process.returncode for process in processes if process.returncode), 0)
+        return failed or next(filter(None, statuses), 0)
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

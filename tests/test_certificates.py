@@ -241,6 +241,10 @@ def test_what_is_not_examined_claims_nothing_and_the_rest_is_the_same():
     assert part.failure_probability == whole.failure_probability
     none = lipjax.certify(net, x, labels, 0.02, examine=np.zeros(8, bool))
     assert not none.certified.any() and np.all(none.predicted == whole.predicted)
+    radii, some = (lipjax.certified_radius(net, x, labels, examine=rows) for rows in (None, examine))
+    np.testing.assert_array_equal(some.radius[examine], radii.radius[examine])
+    assert np.any(radii.radius[left] > 0) and not np.any(some.radius[left])
+    np.testing.assert_array_equal(some.predicted, radii.predicted)
     with pytest.raises(ValueError, match=r"examine must be 8 booleans, got int64 of shape \(8,\)"):
         lipjax.certify(net, x, labels, 0.02, examine=np.arange(8))
 

@@ -17,10 +17,12 @@ import numpy as np
 import optax
 import pytest
 from conftest import ROOT
+from flax import nnx
 from jax.sharding import AxisType
 
+import lipjax
 from configs import digits
-from lipjax import data, training
+from lipjax import certificates, data, models, training
 from lipjax.checkpoints import Checkpoints
 
 DEVICES, BATCH, STEPS = 8, 16, 4
@@ -107,10 +109,20 @@ def report(mode):
                 writer.save_last(STEPS, many, {"epoch": 2})
             with Checkpoints(workdir) as reader:  # from eight devices onto one
                 restored, _ = reader.restore_last(abstract)
+        found["certified"] = certified_by(1, splits.test) == certified_by(2, splits.test)
         finite = [dataclasses.replace(state, best=np.zeros(())) for state in (many, restored)]
         found["restored"] = furthest(*finite)
         found["restored_devices"] = max(len(leaf.sharding.device_set) for leaf in jax.tree.leaves(restored))
     return found
+
+
+def certified_by(devices, test):
+    """Certificates of more batches than devices, the last one not full, as bytes; and that some are positive."""
+    certificates._devices = lambda: jax.devices()[:devices]
+    network = models.build("small_dense", input_shape=(8, 8, 1), widths=(6,), rngs=nnx.Rngs(0))
+    found = lipjax.certify(network, test.unit_images(np.arange(13)), None, 1e-3, batch_size=4)
+    assert found.certified.any()
+    return [getattr(found, name).tobytes() for name in ("predicted", "certified", "margin", "norms")]
 
 
 if __name__ == "__main__":
@@ -172,6 +184,10 @@ def test_eight_devices_evaluate_as_one_does(found):
 
 def test_a_state_of_eight_devices_is_restored_onto_one(found):
     assert found["local"]["restored"] == 0 and found["local"]["restored_devices"] == 1
+
+
+def test_two_devices_certify_as_one_does_in_the_same_order(found):
+    assert found["local"]["certified"]
 
 
 def test_a_batch_that_does_not_divide_over_the_devices_is_an_error_that_names_one_that_does(tmp_path):

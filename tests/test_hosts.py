@@ -1,5 +1,6 @@
 """Several processes train and certify as one does; what happens when one of them dies, or is told to stop."""
 
+import gzip
 import json
 import os
 import signal
@@ -9,9 +10,9 @@ import time
 
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import ROOT, SHARED
 
-from lipjax import hosts
+from lipjax import checkpoints, hosts
 from lipjax.reporting import read_metrics
 
 SMALL = [
@@ -69,12 +70,27 @@ def same_up_to_rounding(found, wanted):
         assert line == pytest.approx(other, rel=2e-3, abs=2e-3)
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory, cache):
+def mnist_subset(path):
+    """The first images of the original archives beside the checkout, as an npz file."""
+    if not (SHARED / "data" / "mnist").is_dir():
+        pytest.skip(f"{SHARED} is not here: no MNIST to test with")
+    arrays = {}
+    for name, split in (("train", "train"), ("test", "t10k")):
+        for letter, kind, header in (("x", "images-idx3", 16), ("y", "labels-idx1", 8)):
+            raw = gzip.decompress((SHARED / "data" / "mnist" / f"{split}-{kind}-ubyte.gz").read_bytes())[header:]
+            values = np.frombuffer(raw, np.uint8)
+            arrays[f"{letter}_{name}"] = values.reshape(-1, 28, 28)[:400] if letter == "x" else values[:400]
+    np.savez(path, **arrays)
+    return f"npz:{path}"
+
+
+@pytest.fixture(scope="module", params=["digits", pytest.param("mnist", marks=pytest.mark.slow)])
+def trained(request, tmp_path_factory, cache):
     """The same run by one process with one device, and by two processes with four devices each."""
     folder = tmp_path_factory.mktemp("runs")
+    flags = [*SMALL] if request.param == "digits" else [*SMALL, f"--config.data.name={mnist_subset(folder / 'm.npz')}"]
     for name, count, devices in (("one", 1, 1), ("two", 2, 4)):
-        out = run(count, devices, "train.py", *SMALL, f"--workdir={folder / name}", **cache)
+        out = run(count, devices, "train.py", *flags, f"--workdir={folder / name}", **cache)
         assert out.count("done: 6 epochs") == 1  # process 0 alone speaks
     assert "8 cpu device(s) of 2 processes" in out
     return folder
@@ -101,15 +117,37 @@ def test_two_processes_certify_what_one_does_each_image_once(trained, cache):
             np.testing.assert_array_equal(two[name], one[name], err_msg=name)
 
 
-def test_two_runs_in_one_workdir_are_refused_and_the_first_goes_on(trained, cache):
-    import fcntl
+def test_decided_early_the_verdicts_are_the_same_and_each_rests_on_one_of_the_files(trained, cache):
+    folder, found = trained / "one" / "certification", {}
+    for early in ([], ["--early"]):
+        run(1, 1, "certify.py", f"--workdir={trained / 'one'}", *CERTIFY, *early, **cache)
+        found[bool(early)] = np.load(folder / "examples.npz")
+    summary = json.loads((folder / "summary.json").read_text())
+    plain, early = found[False], found[True]
+    # The looser bound's certificates count too, so there may be more, by the slack of the norms' bounds.
+    assert np.all(early["certified_local"] >= plain["certified_local"]) and plain["certified_local"].any()
+    assert np.sum(early["certified_local"]) <= np.sum(plain["certified_local"]) + 1
+    assert not np.any(early["certified_local"] & early["broken_by_pgd"])
+    files = {
+        mode: np.load(folder / name)
+        for mode, name in (("global", "certificate_global.npz"), ("local", "certificate.npz"))
+    }
+    apart = {mode: file["certified"] for mode, file in files.items()}
+    np.testing.assert_array_equal(apart["global"] | apart["local"], early["certified_local"])
+    assert not np.any(apart["global"] & apart["local"])
+    stood = np.sum(~early["broken_by_pgd"])
+    assert summary["modes"]["global"]["examined"] == stood
+    assert summary["modes"]["local"]["examined"] == stood - np.sum(apart["global"])
 
-    with open(trained / "one" / "lock") as held:
-        fcntl.flock(held, fcntl.LOCK_EX)
-        process = start(1, 1, "train.py", *SMALL, f"--workdir={trained / 'one'}", **cache)
+
+def test_two_runs_in_one_workdir_are_refused_and_the_first_goes_on(tmp_path):
+    with checkpoints.locked(tmp_path):
+        process = start(1, 1, "train.py", *SMALL, f"--workdir={tmp_path}")
         _, errors = process.communicate(timeout=100)
-    assert process.returncode == 1 and "is in use by another training process (process " in errors
-    assert "Traceback" not in errors
+        assert process.returncode == 1 and "Traceback" not in errors
+        assert f"is in use by another training process (process {os.getpid()} on" in errors
+    with checkpoints.locked(tmp_path):
+        pass  # free again
 
 
 def until(condition, process, seconds=120):
@@ -128,7 +166,7 @@ def processes_of(launcher):
 LONG = [*SMALL, "--config.schedule.epochs=2000", "--config.evaluation.every=2000", "--config.checkpoints.every=1"]
 
 
-@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("victim", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_when_one_of_two_processes_is_killed_the_job_ends_with_an_error_and_resumes(tmp_path, cache, victim):
     process = start(2, 1, "train.py", *LONG, f"--workdir={tmp_path}", **cache)
     until(lambda: len(read_metrics(tmp_path / "metrics.jsonl")) > 3, process)
@@ -142,7 +180,7 @@ def test_when_one_of_two_processes_is_killed_the_job_ends_with_an_error_and_resu
     assert [line["epoch"] for line in read_metrics(tmp_path / "metrics.jsonl")] == list(range(1, before + 3))
 
 
-@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("count", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_sigterm_saves_in_the_middle_of_an_epoch_and_the_run_ends_as_one_never_stopped(tmp_path, cache, count):
     flags = [*SMALL, "--config.batch_size=2", "--config.schedule.epochs=2", "--config.evaluation.every=2"]
     flags += ["--config.data.train_examples=1200", "--config.schedule.ramp=1.0", "--config.optimizer.decay_start=1.0"]
@@ -181,3 +219,17 @@ def test_arrays_are_gathered_bit_for_bit_where_there_is_one_process():
     array = np.array([np.pi, -np.inf])
     np.testing.assert_array_equal(hosts.gather(array), [array])
     assert hosts.most(1.5, 2) == (1.5, 2)
+
+
+@pytest.mark.parametrize("failing", ["0", "1"])
+def test_a_local_job_ends_with_the_status_of_the_first_that_fails_also_if_the_others_wait_for_ever(
+    tmp_path, monkeypatch, failing
+):
+    script = tmp_path / "script.py"
+    script.write_text(
+        f"import os, sys, time\nsys.exit(3) if os.environ['LIPJAX_HOSTS'].endswith(',{failing}') else time.sleep(600)\n"
+    )
+    monkeypatch.setattr(hosts, "GRACE_SECONDS", 0.2)
+    began = time.monotonic()
+    assert hosts.launch(2, [str(script)]) == 3
+    assert time.monotonic() - began < 60
