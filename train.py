@@ -145,7 +145,7 @@ def main(argv):
         # Compiled before the clock of the progress starts, or the time left would be far off for a while.
         began = time.monotonic()
         with jax.default_matmul_precision(config.precision.products):
-            steps = steps.lower(state, *feed(0, 1), np.int32(1)).compile()
+            steps = steps.lower(state, *feed.shapes(), np.int32(1)).compile()
         say(f"compiled in {time.monotonic() - began:.0f} s")
         preemption = stack.enter_context(hosts.Preemption())
         stream = sys.stderr if hosts.is_writer() else io.StringIO()

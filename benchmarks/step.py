@@ -147,7 +147,7 @@ class Steps:
         self.feed = training.Feeder(split, config, mesh, count)
         steps = training.make_steps(config, transform, 1, split, mesh, self.state, count, loss)
         began = time.perf_counter()
-        self.steps = steps.lower(self.state, *self._arguments()).compile()
+        self.steps = steps.lower(self.state, *self.feed.shapes(), np.int32(1)).compile()
         self.compile_seconds = time.perf_counter() - began
         self.temporary = self.steps.memory_analysis().temp_size_in_bytes
         self()

@@ -21,6 +21,8 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
+from lipjax import hosts
+
 
 class CheckpointError(RuntimeError):
     """A checkpoint could not be written or read; the message says which and what to do."""
@@ -266,7 +268,14 @@ class Checkpoints:
                     f"checkpoint {manager.directory / str(step)} is of another network or data set: its {name} is "
                     f"{stored.get(name, 'absent')}, here it is {wanted.get(name, 'absent')}."
                 )
-        state = manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(named))).state
+        failed: Exception | None = None
+        try:
+            state = manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(named))).state
+        except Exception as error:  # a truncated file surfaces as any of a dozen types
+            failed = error
+        # All or none: the sums below are those of all processes together.
+        if hosts.most(failed is not None)[0]:
+            raise failed or ValueError("another process could not read it")
         for name, found in _checksums(state, meta).items():
             if checksums.get(name, found) != found:
                 raise ValueError(f"{name} is not what was saved: its checksum differs")

@@ -627,6 +627,13 @@ class Feeder:
         streamed = (self._split(column.reshape(-1, *column.shape[2:]), self.most) for column in (images, labels))
         return *streamed, in_turn, kept
 
+    def shapes(self) -> tuple[jax.ShapeDtypeStruct, ...]:
+        """Of what a call returns, to compile for before anything is read."""
+        rows = self.size * (self.stripes.shape[1] if self._resident else self.most)
+        columns = [(self.train.images.shape[1:], self.train.images.dtype), ((), self.train.labels.dtype)]
+        slots = jax.ShapeDtypeStruct((self.most, self.size), np.int32)
+        return *(jax.ShapeDtypeStruct((rows, *shape), dtype) for shape, dtype in columns), slots, slots
+
     def _from(self, step):
         """Batches of this process's places from a step on."""
         if self._batches is None or self._next != step:

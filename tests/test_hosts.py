@@ -233,3 +233,16 @@ def test_a_local_job_ends_with_the_status_of_the_first_that_fails_also_if_the_ot
     began = time.monotonic()
     assert hosts.launch(2, [str(script)]) == 3
     assert time.monotonic() - began < 60
+
+
+@pytest.mark.slow
+def test_processes_go_back_together_to_the_checkpoint_before_when_one_of_them_cannot_read_the_newest(tmp_path, cache):
+    run(2, 1, "train.py", *SMALL, "--stop_after=4", f"--workdir={tmp_path}", **cache)
+    newest = tmp_path / "checkpoints" / "last" / "12"  # three steps an epoch
+    files = [path for path in (newest / "state" / "ocdbt.process_1").rglob("*") if path.is_file()]
+    largest = max(files, key=lambda path: path.stat().st_size)
+    os.truncate(largest, largest.stat().st_size // 3)
+    process = start(2, 1, "train.py", *SMALL, f"--workdir={tmp_path}", **cache)
+    out, errors = process.communicate(timeout=200)
+    assert process.returncode == 0, errors
+    assert "is damaged and skipped" in errors and "continuing after epoch 3, step 9" in out

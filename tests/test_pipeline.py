@@ -357,7 +357,9 @@ def fed(train, config, calls, **options):
     found, mesh = {}, training.device_mesh()
     with training.Feeder(train, config, mesh, 3, **options) as feed:
         for step, count in calls:
-            images, labels, slots, _ = map(np.asarray, feed(step, count))
+            given = feed(step, count)
+            assert [(a.shape, a.dtype) for a in given] == [(a.shape, a.dtype) for a in feed.shapes()]
+            images, labels, slots, _ = map(np.asarray, given)
             for i in range(count):
                 rows = np.arange(10) * (len(labels) // 10) + slots[i]
                 found[step + i] = images[rows], labels[rows]
