@@ -5,8 +5,9 @@
 
 Published (Huang et al. 2021, power-iteration estimates, not measured here): clean 36.9, PGD 33.3, verified 23.4 %; they
 take local norms on some layers only, this takes them on all. Unpack tiny-imagenet-200.zip and give its folder:
---config.data.name=folder:<path>. The power-iteration vectors of 90,000 images take about 84 GB as float8: several
-devices, or a smaller --config.data.train_examples.
+--config.data.name=folder:<path>, or records:<dir> after python -m lipjax.records folder:<path> --out=<dir>. The
+power-iteration vectors of 90,000 images take about 84 GB as float8: several devices, --config.vectors.store=host, or a
+smaller --config.data.train_examples.
 """
 
 from configs import cifar10_maxmin

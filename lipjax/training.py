@@ -566,6 +566,7 @@ def stripes(seed: int, examples: int, batch_size: int) -> np.ndarray:
     return table
 
 
+@functools.lru_cache(maxsize=3)  # of a large set it takes a second, and readers ahead may be in the next epoch
 def epoch_order(seed: int, epoch: int, examples: int, batch_size: int) -> np.ndarray:
     """Slots of one epoch's batches, ``(steps, batch_size)``: the columns of `stripes`; a function of seed and epoch alone.
 
@@ -574,7 +575,9 @@ def epoch_order(seed: int, epoch: int, examples: int, batch_size: int) -> np.nda
     steps, left = divmod(examples, batch_size)
     draws = np.random.default_rng([seed, epoch]).random((batch_size, steps + (left > 0)))
     draws[left:, steps:] = np.inf  # no example there
-    return np.argsort(draws, axis=1)[:, :steps].T.astype(np.int32)
+    order = np.argsort(draws, axis=1)[:, :steps].T.astype(np.int32)
+    order.flags.writeable = False  # all who ask get this one
+    return order
 
 
 class Feeder:
@@ -759,17 +762,14 @@ class _Positions:
         self.places, self.size, self.seed = feeder._places, feeder.size, feeder.config.seed
         self.examples, self.steps_per_epoch = len(feeder.train.labels), feeder.steps_per_epoch
         self.steps = feeder.config.schedule.epochs * self.steps_per_epoch
-        self._epoch, self._order = -1, np.zeros((0, 0), np.int32)
 
     def __len__(self):
         return self.steps - self.first_step
 
     def __getitem__(self, i):
         epoch, step = divmod(self.first_step + int(i), self.steps_per_epoch)
-        if epoch != self._epoch:
-            self._order = epoch_order(self.seed, epoch, self.examples, self.size)[:, self.places]
-            self._epoch = epoch
-        return self.stripes[np.arange(len(self.places)), self._order[step]]
+        order = epoch_order(self.seed, epoch, self.examples, self.size)[step, self.places]
+        return self.stripes[np.arange(len(self.places)), order]
 
 
 def places(batch_size: int, mesh: Mesh) -> np.ndarray:

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -401,3 +402,24 @@ def test_a_set_on_disk_is_evaluated_as_one_in_memory(train):
     mesh = training.device_mesh()
     first, second = (training.evaluate(network, dataset, config, mesh) for dataset in (train, in_memory))
     assert first == second
+
+
+def test_positions_are_those_of_their_step_whichever_threads_ask(train):
+    config = configured(augment=False)
+    with training.Feeder(train, config, training.device_mesh(), 3) as feed:
+        positions = training._Positions(feed, 1)
+    table, wrong = training.stripes(0, 54, 10), []
+    assert len(positions) == 19
+
+    def ask(first):
+        for step in [*range(first, 20), *range(1, first)] * 20:
+            expected = table[np.arange(10), training.epoch_order(0, step // 5, 54, 10)[step % 5]]
+            if not np.array_equal(positions[step - 1], expected):
+                wrong.append(step)
+
+    threads = [threading.Thread(target=ask, args=(first,)) for first in (1, 4, 9, 14)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
