@@ -292,3 +292,7 @@ if __name__ == "__main__":
     except (data.DataError, CheckpointError, ValueError, TypeError) as error:
         # These say what is wrong and what to do; a traceback would only hide it.
         hosts.give_up(f"certify.py: {error}")
+    except jax.errors.JaxRuntimeError as error:
+        if jax.process_count() == 1:
+            raise
+        hosts.give_up(f"certify.py: another process is gone, or a device failed: {str(error).splitlines()[0]}")

@@ -27,7 +27,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 from ml_collections import config_flags
 
-from lipjax import data, hosts, lowering, plan, training
+from lipjax import data, feeding, hosts, lowering, plan, training
 from lipjax.checkpoints import CheckpointError, Checkpoints, locked, open_workdir
 from lipjax.reporting import Metrics, Progress
 
@@ -91,7 +91,7 @@ def main(argv):
     splits = training.load_data(config)
     train = splits.train
     input_shape = train.images.shape[1:]
-    steps_per_epoch = training.steps_per_epoch(config, len(train.labels))
+    steps_per_epoch = feeding.steps_per_epoch(config, len(train.labels))
     say(
         f"{len(train.labels)} training, {len(splits.validation.labels)} validation images of {input_shape}, "
         f"{train.classes} classes; {mesh.size} {jax.devices()[0].platform} device(s)"
@@ -99,7 +99,7 @@ def main(argv):
     )
 
     # ------------------------------------------------------------------ network, optimizer, state
-    keeper = training.Keeper(config, len(train.labels), mesh, training.CALL)
+    keeper = feeding.Keeper(config, len(train.labels), mesh, feeding.CALL)
     network = training.build_network(config, input_shape, train.classes)
     transform = optax.adam(training.learning_rate(config, steps_per_epoch))
     create = functools.partial(
@@ -111,7 +111,7 @@ def main(argv):
     )
     abstract = jax.eval_shape(create, network)
     shardings = training.state_shardings(abstract, config, mesh)
-    steps = training.make_steps(config, transform, steps_per_epoch, train, mesh, abstract, training.CALL)
+    steps = training.make_steps(config, transform, steps_per_epoch, train, mesh, abstract, feeding.CALL)
 
     # ------------------------------------------------------------------ workdir
     # Not earlier: a start that fails for its data or its settings must not claim the folder.
@@ -140,7 +140,7 @@ def main(argv):
         metrics = Metrics(workdir / "metrics.jsonl", after_step=step) if hosts.is_writer() else None
 
         # -------------------------------------------------------------- loop
-        feed = stack.enter_context(training.Feeder(train, config, mesh, training.CALL))
+        feed = stack.enter_context(feeding.Feeder(train, config, mesh, feeding.CALL))
         last_epoch = min(config.schedule.epochs, _EPOCHS.value or config.schedule.epochs)
         # Compiled before the clock of the progress starts, or the time left would be far off for a while.
         began = time.monotonic()
@@ -182,7 +182,7 @@ def main(argv):
                     say(f"SIGTERM: saved after step {step}; the same command continues there")
                     return
                 # As many steps a call as take a few seconds: fewer waits, and still a sign of life.
-                count = min(max(round(now * SECONDS_PER_CALL / max(seconds, 1e-3)), 1), training.CALL)
+                count = min(max(round(now * SECONDS_PER_CALL / max(seconds, 1e-3)), 1), feeding.CALL)
                 now = following
             epoch += 1
             seconds = time.monotonic() - started
@@ -193,7 +193,7 @@ def main(argv):
                 # Clean accuracy only breaks ties: it weighs less than one validation example.
                 score = found["validation_robust_accuracy_estimate"] + 1e-6 * found["validation_accuracy"]
                 if score > float(state.best):
-                    best = training.put(np.asarray(score, np.float32), mesh, PartitionSpec())
+                    best = feeding.put(np.asarray(score, np.float32), mesh, PartitionSpec())
                     state = dataclasses.replace(state, best=best)
                     checkpoints.save_best(step, nnx.to_pure_dict(nnx.state(state.network)), {"epoch": epoch, **found})
             else:

@@ -42,7 +42,7 @@ from ml_collections import ConfigDict
 import lipjax
 from benchmarks import unsound
 from configs import digits
-from lipjax import attacks, check_layers, training
+from lipjax import attacks, check_layers, feeding, training
 from lipjax.certificate_files import describe
 from lipjax.checkpoints import Checkpoints, load_config
 
@@ -490,13 +490,13 @@ def trained_on_digits(activation: str) -> Callable[..., Subject]:
         splits = training.load_data(config)
         train, shape = splits.train, splits.train.images.shape[1:]
         network = training.build_network(config, shape, train.classes)
-        steps = training.steps_per_epoch(config, len(train.labels))
+        steps = feeding.steps_per_epoch(config, len(train.labels))
         transform = optax.adam(training.learning_rate(config, steps))
         state = training.initial_state(network, transform, config, len(train.labels), shape)
         # One device: the networks are small, and the hunt itself runs on one.
         mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:1])
         run = training.make_steps(config, transform, steps, train, mesh, state, steps)
-        feed = training.Feeder(train, config, mesh, steps)
+        feed = feeding.Feeder(train, config, mesh, steps)
         for epoch in range(config.schedule.epochs):
             state, _ = run(state, *feed(epoch * steps, steps), steps)
         return _on_test_images(name, activation, state.network, splits.test, options)

@@ -24,7 +24,7 @@ import optax
 
 from benchmarks.step import SHAPES, random_images
 from configs import digits
-from lipjax import data, lowering, plan, training
+from lipjax import data, feeding, lowering, plan, training
 
 _SMALL = {"network": "small_conv", "image": (16, 16, 1), "widths": (16, 32), "batch": 64}
 _6C2F = {"network": "conv6_dense2", "batch": 256}
@@ -146,7 +146,7 @@ def peak_growth(config, sizes, steps_per_epoch) -> int:
     before = _peak()
     steps = plan.compiled_step(config, sizes)
     state = jax.jit(create, out_shardings=training.state_shardings(abstract, config, mesh))(network)
-    feed = training.Feeder(split, config, mesh, plan.CALL)
+    feed = feeding.Feeder(split, config, mesh, plan.CALL)
     for first in (0, 2):
         state, metrics = steps(state, *feed(first, 2), jnp.int32(2))
         jax.block_until_ready(metrics)

@@ -24,7 +24,7 @@ import numpy as np
 import optax
 
 from configs import digits
-from lipjax import activations, data, losses, models, regions, training
+from lipjax import activations, data, feeding, losses, models, regions, training
 from lipjax.plan import counted
 
 SHAPES = {
@@ -144,7 +144,7 @@ class Steps:
         self.count, self.done = count, 0
         images, labels = random_images(np.random.default_rng(0), examples, shape, classes)
         split = data.Dataset("random", "train", images, labels, 255.0, classes, np.arange(examples))
-        self.feed = training.Feeder(split, config, mesh, count)
+        self.feed = feeding.Feeder(split, config, mesh, count)
         steps = training.make_steps(config, transform, 1, split, mesh, self.state, count, loss)
         began = time.perf_counter()
         self.steps = steps.lower(self.state, *self.feed.shapes(), np.int32(1)).compile()

@@ -24,7 +24,7 @@ from jax.sharding import AbstractMesh
 from rich.console import Console
 from rich.table import Table
 
-from lipjax import data, operators, regions, training
+from lipjax import data, feeding, operators, regions, training
 
 # The share of the floor (operations at the peak rate) that a step of 6C2F reached on two CPU cores: benchmarks/README.md.
 MEASURED_SHARE = 0.36
@@ -374,12 +374,12 @@ def compiled_step(config, sizes: Sizes):
     state = _abstract_state(_abstract_network(config, sizes), config, sizes, rows, transform)
     one = np.zeros((1, *sizes.input_shape), sizes.pixels)
     train = data.Dataset("plan", "train", one, np.zeros(1, np.int32), 255.0, sizes.classes, np.zeros(1, np.int32))
-    steps = training.make_steps(config, transform, steps_per_epoch, train, mesh, state, training.CALL)
-    resident = sizes.examples * _image_bytes(sizes) // mesh.size <= training.RESIDENT_BYTES
-    there = rows if resident else training.CALL * config.batch_size
+    steps = training.make_steps(config, transform, steps_per_epoch, train, mesh, state, feeding.CALL)
+    resident = sizes.examples * _image_bytes(sizes) // mesh.size <= feeding.RESIDENT_BYTES
+    there = rows if resident else feeding.CALL * config.batch_size
     images = jax.ShapeDtypeStruct((there, *sizes.input_shape), jnp.dtype(sizes.pixels))
     labels = jax.ShapeDtypeStruct((there,), jnp.int32)
-    slots = jax.ShapeDtypeStruct((training.CALL, config.batch_size), jnp.int32)
+    slots = jax.ShapeDtypeStruct((feeding.CALL, config.batch_size), jnp.int32)
     return steps.lower(state, images, labels, slots, slots, jax.ShapeDtypeStruct((), jnp.int32)).compile()
 
 
@@ -662,7 +662,7 @@ class _Memory:
         """On each device."""
         shared, own = self.shared_bytes(store, dtype), 0
         if store in ("example", "host"):
-            rows = self.rows if store == "example" else training.CALL * self.config.batch_size
+            rows = self.rows if store == "example" else feeding.CALL * self.config.batch_size
             own = self.all_vectors(dtype) // self.rows * rows // devices
         return shared + own
 
@@ -675,9 +675,9 @@ class _Memory:
     def images(self, devices):
         """On each device, and whether those are all of the training set."""
         one = _image_bytes(self.sizes) + 4  # and its label
-        resident = self.sizes.examples * _image_bytes(self.sizes) // devices <= training.RESIDENT_BYTES
+        resident = self.sizes.examples * _image_bytes(self.sizes) // devices <= feeding.RESIDENT_BYTES
         # Those of the next call travel while one runs.
-        return (self.rows if resident else 2 * training.CALL * self.config.batch_size) * one // devices, resident
+        return (self.rows if resident else 2 * feeding.CALL * self.config.batch_size) * one // devices, resident
 
     def temporary_of(self, devices, at_once):
         """The step's temporary memory on each device, gradient apart."""
@@ -716,7 +716,7 @@ class _Memory:
             model += "; without the reverse passes of each neuron: more"
         where = {
             "example": "one row for each training example, split over the devices",
-            "host": f"those of {training.CALL} steps; all others in the hosts' memory",
+            "host": f"those of {feeding.CALL} steps; all others in the hosts' memory",
             "layer": "one for each layer",
             "none": "none are kept",
         }[store]
@@ -738,7 +738,7 @@ class _Memory:
                 images,
                 devices * images,
                 True,
-                "all of them, with labels" if resident else f"those of {2 * training.CALL} steps, of a large set",
+                "all of them, with labels" if resident else f"those of {2 * feeding.CALL} steps, of a large set",
             ),
             Part(
                 "temporary",
@@ -833,7 +833,7 @@ class _Memory:
 
 
 def _steps_and_rows(config, sizes):
-    steps = training.steps_per_epoch(config, sizes.examples)
+    steps = feeding.steps_per_epoch(config, sizes.examples)
     return steps, -(-sizes.examples // config.batch_size) * config.batch_size
 
 

@@ -22,7 +22,7 @@ from jax.sharding import AxisType
 
 import lipjax
 from configs import digits
-from lipjax import certificates, data, models, training
+from lipjax import certificates, data, feeding, models, training
 from lipjax.checkpoints import Checkpoints
 
 DEVICES, BATCH, STEPS = 8, 16, 4
@@ -58,7 +58,7 @@ def train(config, train_set, mesh):
     shardings = training.state_shardings(abstract, config, mesh)
     state = jax.jit(create, out_shardings=shardings)(network)
     steps = training.make_steps(config, transform, 2, train_set, mesh, abstract, 2)
-    feed, metrics = training.Feeder(train_set, config, mesh, 2), []
+    feed, metrics = feeding.Feeder(train_set, config, mesh, 2), []
     for first in range(0, STEPS, 2):
         state, values = steps(state, *feed(first, 2), 2)
         metrics += [{name: float(value[i]) for name, value in values.items()} for i in range(2)]

@@ -19,7 +19,7 @@ from PIL import Image
 from test_records import write_folder
 
 from configs import digits
-from lipjax import data, pipeline, records, training
+from lipjax import data, feeding, pipeline, records, training
 from lipjax.data import DataError
 
 
@@ -356,7 +356,7 @@ def configured(augment):
 def fed(train, config, calls, **options):
     """Images and labels of each step, of calls ``(step, count)`` one after the other, as a step of training finds them."""
     found, mesh = {}, training.device_mesh()
-    with training.Feeder(train, config, mesh, 3, **options) as feed:
+    with feeding.Feeder(train, config, mesh, 3, **options) as feed:
         for step, count in calls:
             given = feed(step, count)
             assert [(a.shape, a.dtype) for a in given] == [(a.shape, a.dtype) for a in feed.shapes()]
@@ -373,11 +373,11 @@ CALLS = [(0, 3), (3, 2), (5, 1), (6, 3), (9, 1)]  # 54 examples: five steps an e
 @pytest.mark.parametrize("resident", [True, False])
 def test_training_gets_the_examples_of_its_stripes_wherever_they_lie(train, monkeypatch, resident):
     if not resident:
-        monkeypatch.setattr(training, "RESIDENT_BYTES", 0)
+        monkeypatch.setattr(feeding, "RESIDENT_BYTES", 0)
     found = fed(train, configured(augment=False), CALLS)
-    table = training.stripes(0, 54, 10)
+    table = feeding.stripes(0, 54, 10)
     for step, (images, labels) in found.items():
-        rows = table[np.arange(10), training.epoch_order(0, step // 5, 54, 10)[step % 5]]
+        rows = table[np.arange(10), feeding.epoch_order(0, step // 5, 54, 10)[step % 5]]
         np.testing.assert_array_equal(images, train.images[rows])
         np.testing.assert_array_equal(labels, train.labels[rows])
 
@@ -406,14 +406,14 @@ def test_a_set_on_disk_is_evaluated_as_one_in_memory(train):
 
 def test_positions_are_those_of_their_step_whichever_threads_ask(train):
     config = configured(augment=False)
-    with training.Feeder(train, config, training.device_mesh(), 3) as feed:
-        positions = training._Positions(feed, 1)
-    table, wrong = training.stripes(0, 54, 10), []
+    with feeding.Feeder(train, config, training.device_mesh(), 3) as feed:
+        positions = feeding._Positions(feed, 1)
+    table, wrong = feeding.stripes(0, 54, 10), []
     assert len(positions) == 19
 
     def ask(first):
         for step in [*range(first, 20), *range(1, first)] * 20:
-            expected = table[np.arange(10), training.epoch_order(0, step // 5, 54, 10)[step % 5]]
+            expected = table[np.arange(10), feeding.epoch_order(0, step // 5, 54, 10)[step % 5]]
             if not np.array_equal(positions[step - 1], expected):
                 wrong.append(step)
 

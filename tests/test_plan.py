@@ -13,7 +13,7 @@ import pytest
 from conftest import ROOT
 
 from configs import baselines, cifar10_maxmin, digits, imagenet, tiny_imagenet_maxmin
-from lipjax import data, plan, regions, training
+from lipjax import data, feeding, plan, regions, training
 
 SHAPE, CLASSES, EXAMPLES = (8, 8, 1), 10, 100
 
@@ -52,7 +52,7 @@ def test_parameters_optimizer_and_vectors_are_those_of_a_real_state(store, dtype
     found = planned(config)
     network = training.build_network(config, SHAPE, CLASSES)
     transform = optax.adam(training.learning_rate(config, found.steps_per_epoch))
-    keeper = training.Keeper(config, found.rows, training.device_mesh(), training.CALL)
+    keeper = feeding.Keeper(config, found.rows, training.device_mesh(), feeding.CALL)
     state = training.initial_state(network, transform, config, keeper.rows_for, SHAPE)
     assert found.part("parameters").per_device == nbytes(state.network)
     assert found.part("gradients").per_device == nbytes(state.network)
@@ -79,7 +79,7 @@ def _shapes(config):
 def test_a_store_on_the_host_keeps_all_rows_there_and_those_of_one_call_on_the_devices():
     config = small(store="host")
     found, example = (planned(c, examples=32 * 100, devices=4) for c in (config, small()))
-    assert found.part("vectors").total == example.part("vectors").total * training.CALL // 100
+    assert found.part("vectors").total == example.part("vectors").total * feeding.CALL // 100
     assert [part.total for part in found.host_parts if part.name == "vectors"] == [example.part("vectors").total]
     assert not [part for part in example.host_parts if part.name == "vectors"]
 
@@ -102,9 +102,9 @@ def test_mode_global_has_no_vectors_of_examples():
 
 
 def test_a_training_set_above_the_limit_is_on_the_devices_for_one_call_alone(monkeypatch):
-    monkeypatch.setattr(training, "RESIDENT_BYTES", 100)
+    monkeypatch.setattr(feeding, "RESIDENT_BYTES", 100)
     found = planned(small(), examples=32 * 100, devices=2)
-    assert found.part("training images").per_device == 2 * training.CALL * 32 * (64 + 4) // 2
+    assert found.part("training images").per_device == 2 * feeding.CALL * 32 * (64 + 4) // 2
     rate = 32 / found.step_seconds["tf32"]
     assert found.unknown == (f"reading and decoding images, {rate:,.0f} a second at this speed",)
 
@@ -149,7 +149,7 @@ def test_a_convolution_counts_each_entry_of_its_output_times_those_of_its_window
 
 def test_steps_are_those_of_the_order_of_an_epoch():
     found = planned(small())
-    assert found.steps_per_epoch == len(training.epoch_order(0, 0, EXAMPLES, 32)) == 3
+    assert found.steps_per_epoch == len(feeding.epoch_order(0, 0, EXAMPLES, 32)) == 3
     assert found.steps == 3 * small().schedule.epochs
 
 

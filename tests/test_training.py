@@ -21,7 +21,7 @@ from flax import nnx
 
 import lipjax
 from configs import baselines, digits
-from lipjax import data, training
+from lipjax import data, feeding, training
 from lipjax.regions import vector_shapes
 from lipjax.reporting import read_metrics
 
@@ -248,11 +248,11 @@ def test_a_non_finite_loss_stops_training_and_names_the_step():
 
 @pytest.mark.parametrize("examples", [96, 100, 127, 32])
 def test_each_epoch_takes_every_example_once_but_for_less_than_a_batch(examples):
-    stripes = training.stripes(0, examples, 32)
+    stripes = feeding.stripes(0, examples, 32)
     assert sorted(stripes[stripes >= 0]) == list(range(examples))
     seen = set()
     for epoch in range(20):
-        slots = training.epoch_order(0, epoch, examples, 32)
+        slots = feeding.epoch_order(0, epoch, examples, 32)
         chosen = stripes[np.arange(32), slots]
         assert chosen.shape == (examples // 32, 32) and chosen.min() >= 0
         assert len(np.unique(chosen)) == chosen.size
@@ -261,23 +261,23 @@ def test_each_epoch_takes_every_example_once_but_for_less_than_a_batch(examples)
 
 
 def test_the_order_is_a_function_of_seed_and_epoch():
-    first, second, other = (training.epoch_order(seed, epoch, 100, 32) for seed, epoch in ((0, 0), (0, 1), (1, 0)))
+    first, second, other = (feeding.epoch_order(seed, epoch, 100, 32) for seed, epoch in ((0, 0), (0, 1), (1, 0)))
     assert not np.array_equal(first, second) and not np.array_equal(first, other)
-    assert np.array_equal(first, training.epoch_order(0, 0, 100, 32))
-    assert not np.array_equal(training.stripes(0, 100, 32), training.stripes(1, 100, 32))
+    assert np.array_equal(first, feeding.epoch_order(0, 0, 100, 32))
+    assert not np.array_equal(feeding.stripes(0, 100, 32), feeding.stripes(1, 100, 32))
 
 
 def test_a_batch_larger_than_the_training_set_is_an_error_that_names_both():
     config = digits.get_config()
     config.batch_size = 128
     with pytest.raises(ValueError, match="batch_size 128 is larger than the training set of 100"):
-        training.steps_per_epoch(config, 100)
+        feeding.steps_per_epoch(config, 100)
 
 
 def test_a_call_does_not_reach_into_the_next_epoch():
     config = digits.get_config()
     config.batch_size = 12
-    feed = training.Feeder(training.load_data(config).train.take(np.arange(36)), config, training.device_mesh(), 3)
+    feed = feeding.Feeder(training.load_data(config).train.take(np.arange(36)), config, training.device_mesh(), 3)
     with pytest.raises(ValueError, match="expected 1 to 1 steps from step 5 on, got 2"):
         feed(5, 2)
 
@@ -437,13 +437,13 @@ def steps_on_digits(calls, stop_before=None, **fields):
     train = training.load_data(config).train.take(np.arange(36))
     mesh, transform = training.device_mesh(), optax.sgd(0.05, momentum=0.9)
     network = training.build_network(config, (8, 8, 1), 10)
-    keeper = training.Keeper(config, 36, mesh, 3)
+    keeper = feeding.Keeper(config, 36, mesh, 3)
     state = training.initial_state(network, transform, config, keeper.rows_for, (8, 8, 1))
     steps = training.make_steps(config, transform, 3, train, mesh, state, 3)
-    feed, metrics, first = training.Feeder(train, config, mesh, 3), [], 0
+    feed, metrics, first = feeding.Feeder(train, config, mesh, 3), [], 0
     for count in calls:
         if stop_before == first:  # as a run that goes on from a checkpoint
-            saved, keeper = keeper.whole(state), training.Keeper(config, 36, mesh, 3)
+            saved, keeper = keeper.whole(state), feeding.Keeper(config, 36, mesh, 3)
             state = keeper.adopt(jax.tree.map(np.array, saved))
         state, values = steps(keeper.lend(state, first, count), *feed(first, count), count)
         keeper.take_back(state, first, count)
@@ -458,7 +458,7 @@ def test_neither_calls_nor_where_images_and_vectors_lie_nor_a_restart_changes_a_
     for elsewhere, calls in ((False, [2, 1, 1, 2]), (True, [1, 1, 1, 1, 2])):
         fields = {}
         if elsewhere:  # each call brings its images, and takes its vectors along and back
-            monkeypatch.setattr(training, "RESIDENT_BYTES", 0)
+            monkeypatch.setattr(feeding, "RESIDENT_BYTES", 0)
             fields["vectors.store"] = "host"
         other, others = steps_on_digits(calls, stop_before=3, **fields)
         assert isinstance(other.vectors["local"][0], np.ndarray) == elsewhere
