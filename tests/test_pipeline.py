@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
@@ -19,7 +18,7 @@ from PIL import Image
 from test_records import write_folder
 
 from configs import digits
-from lipjax import data, feeding, pipeline, records, training
+from lipjax import data, pipeline, records, training
 from lipjax.data import DataError
 
 
@@ -344,82 +343,15 @@ def running(pid: int) -> bool:
         return False
 
 
-# ---------------------------------------------------------------------------------------------------- training
-
-
-def configured(augment):
-    config = digits.get_config()
-    config.batch_size, config.data.augment, config.schedule.epochs = 10, augment, 4
-    return config
-
-
-def fed(train, config, calls, **options):
-    """Images and labels of each step, of calls ``(step, count)`` one after the other, as a step of training finds them."""
-    found, mesh = {}, training.device_mesh()
-    with feeding.Feeder(train, config, mesh, 3, **options) as feed:
-        for step, count in calls:
-            given = feed(step, count)
-            assert [(a.shape, a.dtype) for a in given] == [(a.shape, a.dtype) for a in feed.shapes()]
-            images, labels, slots, _ = map(np.asarray, given)
-            for i in range(count):
-                rows = np.arange(10) * (len(labels) // 10) + slots[i]
-                found[step + i] = images[rows], labels[rows]
-    return found
-
-
-CALLS = [(0, 3), (3, 2), (5, 1), (6, 3), (9, 1)]  # 54 examples: five steps an epoch
-
-
-@pytest.mark.parametrize("resident", [True, False])
-def test_training_gets_the_examples_of_its_stripes_wherever_they_lie(train, monkeypatch, resident):
-    if not resident:
-        monkeypatch.setattr(feeding, "RESIDENT_BYTES", 0)
-    found = fed(train, configured(augment=False), CALLS)
-    table = feeding.stripes(0, 54, 10)
-    for step, (images, labels) in found.items():
-        rows = table[np.arange(10), feeding.epoch_order(0, step // 5, 54, 10)[step % 5]]
-        np.testing.assert_array_equal(images, train.images[rows])
-        np.testing.assert_array_equal(labels, train.labels[rows])
-
-
-def test_augmented_images_are_the_same_however_training_is_cut_into_calls_and_starts(train):
-    whole = fed(train, configured(augment=True), CALLS)
-    cut = fed(train, configured(augment=True), [(0, 2), (2, 3)]) | fed(
-        train, configured(augment=True), [(5, 3), (8, 2)]
-    )
-    assert whole.keys() == cut.keys()
-    same(whole.values(), cut.values())
-    plain = fed(train, configured(augment=False), CALLS)
-    assert not np.array_equal(whole[0][0], plain[0][0])
-    np.testing.assert_array_equal(whole[0][1], plain[0][1])
+# ---------------------------------------------------------------------------------------------------- evaluation
 
 
 def test_a_set_on_disk_is_evaluated_as_one_in_memory(train):
-    config = configured(augment=False)
+    config = digits.get_config()
+    config.batch_size = 10
     config.model.name, config.model.activation = "small_dense", "relu"
     network = training.build_network(config, (12, 12, 3), train.classes)
     in_memory = dataclasses.replace(train, images=np.asarray(train.images))
     mesh = training.device_mesh()
     first, second = (training.evaluate(network, dataset, config, mesh) for dataset in (train, in_memory))
     assert first == second
-
-
-def test_positions_are_those_of_their_step_whichever_threads_ask(train):
-    config = configured(augment=False)
-    with feeding.Feeder(train, config, training.device_mesh(), 3) as feed:
-        positions = feeding._Positions(feed, 1)
-    table, wrong = feeding.stripes(0, 54, 10), []
-    assert len(positions) == 19
-
-    def ask(first):
-        for step in [*range(first, 20), *range(1, first)] * 20:
-            expected = table[np.arange(10), feeding.epoch_order(0, step // 5, 54, 10)[step % 5]]
-            if not np.array_equal(positions[step - 1], expected):
-                wrong.append(step)
-
-    threads = [threading.Thread(target=ask, args=(first,)) for first in (1, 4, 9, 14)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not wrong

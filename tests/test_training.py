@@ -246,42 +246,6 @@ def test_a_non_finite_loss_stops_training_and_names_the_step():
 # ---------------------------------------------------------------------------------------------------- schedules, order
 
 
-@pytest.mark.parametrize("examples", [96, 100, 127, 32])
-def test_each_epoch_takes_every_example_once_but_for_less_than_a_batch(examples):
-    stripes = feeding.stripes(0, examples, 32)
-    assert sorted(stripes[stripes >= 0]) == list(range(examples))
-    seen = set()
-    for epoch in range(20):
-        slots = feeding.epoch_order(0, epoch, examples, 32)
-        chosen = stripes[np.arange(32), slots]
-        assert chosen.shape == (examples // 32, 32) and chosen.min() >= 0
-        assert len(np.unique(chosen)) == chosen.size
-        seen |= set(chosen.reshape(-1).tolist())
-    assert seen == set(range(examples))  # those who sit out take turns
-
-
-def test_the_order_is_a_function_of_seed_and_epoch():
-    first, second, other = (feeding.epoch_order(seed, epoch, 100, 32) for seed, epoch in ((0, 0), (0, 1), (1, 0)))
-    assert not np.array_equal(first, second) and not np.array_equal(first, other)
-    assert np.array_equal(first, feeding.epoch_order(0, 0, 100, 32))
-    assert not np.array_equal(feeding.stripes(0, 100, 32), feeding.stripes(1, 100, 32))
-
-
-def test_a_batch_larger_than_the_training_set_is_an_error_that_names_both():
-    config = digits.get_config()
-    config.batch_size = 128
-    with pytest.raises(ValueError, match="batch_size 128 is larger than the training set of 100"):
-        feeding.steps_per_epoch(config, 100)
-
-
-def test_a_call_does_not_reach_into_the_next_epoch():
-    config = digits.get_config()
-    config.batch_size = 12
-    feed = feeding.Feeder(training.load_data(config).train.take(np.arange(36)), config, training.device_mesh(), 3)
-    with pytest.raises(ValueError, match="expected 1 to 1 steps from step 5 on, got 2"):
-        feed(5, 2)
-
-
 def test_the_ramp_waits_rises_and_stays():
     found = [float(training.ramp(10 * epoch, 10, 1.0, 2.0)) for epoch in range(6)]
     assert found == [0, 0, 0.5, 1, 1, 1]
