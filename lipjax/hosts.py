@@ -124,15 +124,24 @@ class Preemption:
 def launch(count: int, command: list[str]) -> int:
     """Runs a Python script as `count` local processes of one job; returns the first exit status that is not 0, or 0.
 
-    SIGTERM and Ctrl-C go to all of them. When one fails, the others are ended.
+    Each gets one of this machine's GPUs, if there are any: of those in CUDA_VISIBLE_DEVICES, or of all. SIGTERM and Ctrl-C go
+    to all of them. When one fails, the others are ended.
+
+    Raises:
+        ValueError: more processes than GPUs in CUDA_VISIBLE_DEVICES.
     """
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(count)))).split(",")
+    if len(visible) < count and visible != [""]:
+        raise ValueError(
+            f"CUDA_VISIBLE_DEVICES names {len(visible)} GPUs ({','.join(visible)}), asked for {count} processes."
+        )
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         address = f"localhost:{probe.getsockname()[1]}"
-    processes = [
-        subprocess.Popen([sys.executable, *command], env={**os.environ, "LIPJAX_HOSTS": f"{address},{count},{number}"})
-        for number in range(count)
-    ]
+    processes = []
+    for number in range(count):
+        own = {"LIPJAX_HOSTS": f"{address},{count},{number}", "CUDA_VISIBLE_DEVICES": (visible * count)[number]}
+        processes.append(subprocess.Popen([sys.executable, *command], env={**os.environ, **own}))
 
     def pass_on(number, _):
         for process in processes:
@@ -159,5 +168,8 @@ def launch(count: int, command: list[str]) -> int:
 if __name__ == "__main__":
     if len(sys.argv) < 3 or not sys.argv[1].isdecimal() or sys.argv[1] == "0":
         raise SystemExit("usage: python -m lipjax.hosts <number of processes> <script> [its flags]")
-    status = launch(int(sys.argv[1]), sys.argv[2:])
+    try:
+        status = launch(int(sys.argv[1]), sys.argv[2:])
+    except ValueError as error:
+        raise SystemExit(f"lipjax.hosts: {error}") from None
     raise SystemExit(status if status >= 0 else 128 - status)  # ended by a signal: as shells count

@@ -246,3 +246,26 @@ def test_processes_go_back_together_to_the_checkpoint_before_when_one_of_them_ca
     out, errors = process.communicate(timeout=200)
     assert process.returncode == 0, errors
     assert "is damaged and skipped" in errors and "continuing after epoch 3, step 9" in out
+
+
+@pytest.mark.parametrize(
+    "visible, expected", [(None, ["0", "1"]), ("6,3,1", ["6", "3"]), ("", ["", ""])], ids=["all", "some", "none"]
+)
+def test_each_process_of_a_local_job_gets_a_gpu_of_its_own(tmp_path, monkeypatch, visible, expected):
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import os, pathlib, sys\n"
+        "number = os.environ['LIPJAX_HOSTS'].split(',')[-1]\n"
+        "pathlib.Path(sys.argv[1], number).write_text(os.environ['CUDA_VISIBLE_DEVICES'])\n"
+    )
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert hosts.launch(2, [str(script), str(tmp_path)]) == 0
+    assert [(tmp_path / str(number)).read_text() for number in range(2)] == expected
+
+
+def test_more_processes_than_gpus_are_refused(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2")
+    with pytest.raises(ValueError, match="names 1 GPUs"):
+        hosts.launch(2, ["script.py"])
