@@ -24,6 +24,7 @@ import tempfile
 import time
 from pathlib import Path
 
+import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
@@ -149,8 +150,15 @@ def same(first, second, kind) -> bool:
     for workdir in (first, second):
         folder = workdir / "checkpoints" / kind
         step = max(int(path.name) for path in folder.iterdir())
-        with ocp.CheckpointManager(folder) as manager:
-            items = ocp.args.Composite(state=ocp.args.StandardRestore(), meta=ocp.args.JsonRestore())
+        handlers = {"state": ocp.StandardCheckpointHandler(), "meta": ocp.JsonCheckpointHandler()}
+        with ocp.CheckpointManager(folder, item_handlers=handlers) as manager:
+            # Onto the device here, whatever they were saved from.
+            here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+            wanted = {
+                name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here)
+                for name, leaf in manager.item_metadata(step).state.items()
+            }
+            items = ocp.args.Composite(state=ocp.args.StandardRestore(wanted), meta=ocp.args.JsonRestore())
             restored = manager.restore(step, args=items)
         state = {name: np.asarray(value).tobytes() for name, value in restored.state.items()}
         found.append((step, restored.meta, state))

@@ -102,42 +102,40 @@ def test_two_processes_of_four_devices_train_as_one_of_one_does(trained):
     same_up_to_rounding(metrics_of(trained / "two"), wanted)
 
 
-def test_two_processes_certify_what_one_does_each_image_once(trained, cache):
-    found = {}
-    for name, count, devices in (("one", 1, 1), ("two", 2, 2)):
-        run(count, devices, "certify.py", f"--workdir={trained / 'two'}", *CERTIFY, **cache)
-        folder = trained / "two" / "certification"
-        found[name] = np.load(folder / "examples.npz")
-        summary = json.loads((folder / "summary.json").read_text())
-        assert summary["run"]["examples"] == len(found[name]["index"]) == 60
-    one, two = found["one"], found["two"]
-    assert one["certified_local"].any()
-    for name in one.files:
+@pytest.fixture(scope="module")
+def certified(trained, cache):
+    """What certify.py says of one run, by one process, by two, and early: per-image results, summary, verdicts by file."""
+    folder, found = trained / "two" / "certification", {}
+    for name, count, more in (("one", 1, []), ("two", 2, []), ("early", 1, ["--early"])):
+        run(count, 1, "certify.py", f"--workdir={trained / 'two'}", *CERTIFY, *more, **cache)
+        files = {path.name: np.load(path)["certified"] for path in folder.glob("certificate*.npz")}
+        with np.load(folder / "examples.npz") as examples:
+            found[name] = dict(examples), json.loads((folder / "summary.json").read_text()), files
+    return found
+
+
+def test_two_processes_certify_what_one_does_each_image_once(certified):
+    (one, summary, files), (two, other, others) = certified["one"], certified["two"]
+    assert summary["run"]["examples"] == other["run"]["examples"] == len(one["index"]) == len(set(two["index"])) == 60
+    assert one["certified_local"].any() and files.keys() == others.keys() == {"certificate.npz"}
+    np.testing.assert_array_equal(files["certificate.npz"], others["certificate.npz"])
+    for name in one:
         if name not in ("run", "broken_by_pgd"):  # an attack's random starts depend on who makes it
             np.testing.assert_array_equal(two[name], one[name], err_msg=name)
 
 
-def test_decided_early_the_verdicts_are_the_same_and_each_rests_on_one_of_the_files(trained, cache):
-    folder, found = trained / "one" / "certification", {}
-    for early in ([], ["--early"]):
-        run(1, 1, "certify.py", f"--workdir={trained / 'one'}", *CERTIFY, *early, **cache)
-        found[bool(early)] = np.load(folder / "examples.npz")
-    summary = json.loads((folder / "summary.json").read_text())
-    plain, early = found[False], found[True]
+def test_decided_early_the_verdicts_are_the_same_and_each_rests_on_one_of_the_files(certified):
+    (plain, _, _), (early, summary, files) = certified["one"], certified["early"]
     # The looser bound's certificates count too, so there may be more, by the slack of the norms' bounds.
     assert np.all(early["certified_local"] >= plain["certified_local"]) and plain["certified_local"].any()
     assert np.sum(early["certified_local"]) <= np.sum(plain["certified_local"]) + 1
     assert not np.any(early["certified_local"] & early["broken_by_pgd"])
-    files = {
-        mode: np.load(folder / name)
-        for mode, name in (("global", "certificate_global.npz"), ("local", "certificate.npz"))
-    }
-    apart = {mode: file["certified"] for mode, file in files.items()}
-    np.testing.assert_array_equal(apart["global"] | apart["local"], early["certified_local"])
-    assert not np.any(apart["global"] & apart["local"])
+    by_global, by_local = files["certificate_global.npz"], files["certificate.npz"]
+    np.testing.assert_array_equal(by_global | by_local, early["certified_local"])
+    assert by_global.any() and not np.any(by_global & by_local)
     stood = np.sum(~early["broken_by_pgd"])
     assert summary["modes"]["global"]["examined"] == stood
-    assert summary["modes"]["local"]["examined"] == stood - np.sum(apart["global"])
+    assert summary["modes"]["local"]["examined"] == stood - np.sum(by_global)
 
 
 def test_two_runs_in_one_workdir_are_refused_and_the_first_goes_on(tmp_path):
@@ -166,7 +164,8 @@ def processes_of(launcher):
 LONG = [*SMALL, "--config.schedule.epochs=2000", "--config.evaluation.every=2000", "--config.checkpoints.every=1"]
 
 
-@pytest.mark.parametrize("victim", [pytest.param(0, marks=pytest.mark.slow), 1])
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
 def test_when_one_of_two_processes_is_killed_the_job_ends_with_an_error_and_resumes(tmp_path, cache, victim):
     process = start(2, 1, "train.py", *LONG, f"--workdir={tmp_path}", **cache)
     until(lambda: len(read_metrics(tmp_path / "metrics.jsonl")) > 3, process)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from hypothesis import assume, given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 import lipjax
@@ -51,6 +51,7 @@ geometries = st.tuples(
 )
 
 
+@settings(max_examples=60)
 @given(geometries)
 def test_gradients_of_any_convolution_and_of_its_transpose_stay_what_they_are(geometry):
     height, channels, kernel, strides, pad, spread, apart = geometry
@@ -140,9 +141,10 @@ def test_a_nan_is_not_lost_on_the_way():
     assert np.all(np.isnan(jax.jit(lipjax.for_cpu(spread_and_sum))(x)))
 
 
-@pytest.mark.parametrize("mode", ["local", "linear"])
-@pytest.mark.parametrize("activation", ["clipped_relu", "clipped_maxmin"])
-def test_a_bound_and_its_gradient_are_the_same(mode, activation):
+@pytest.mark.parametrize(
+    "activation, mode", [("clipped_relu", "local"), ("clipped_maxmin", "local"), ("clipped_relu", "linear")]
+)
+def test_a_bound_and_its_gradient_are_the_same(activation, mode):
     network = lipjax.models.small_conv(activation=activation, widths=(8,), dense=8, threshold=0.3, rngs=nnx.Rngs(0))
     x = jnp.abs(images(0, 4, 8, 8, 1))
 
