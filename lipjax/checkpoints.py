@@ -270,7 +270,7 @@ class Checkpoints:
                 )
         failed: Exception | None = None
         try:
-            state = manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(named))).state
+            state = _read(manager, step, named)
         except Exception as error:  # a truncated file surfaces as any of a dozen types
             failed = error
         # All or none: the sums below are those of all processes together.
@@ -297,6 +297,19 @@ class Checkpoints:
         finally:
             for manager in (self._last, self._best):
                 manager.close()
+
+
+def _read(manager, step, named):
+    """The state of a step as `named` says, read by each process for itself."""
+    if jax.process_count() == 1:
+        return manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(named))).state
+    # The manager lets the processes meet at the end, where one that could not read would never come.
+    alone = ocp.options.MultiprocessingOptions(
+        primary_host=jax.process_index(), active_processes={jax.process_index()}, barrier_sync_key_prefix="alone"
+    )
+    handler = ocp.StandardCheckpointHandler(multiprocessing_options=alone)
+    with ocp.Checkpointer(handler, multiprocessing_options=alone) as reader:
+        return reader.restore(manager.directory / str(step) / "state", args=ocp.args.StandardRestore(named))
 
 
 def _named(tree) -> dict[str, Any]:
