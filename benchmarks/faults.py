@@ -124,7 +124,9 @@ def one_round(workdir, epochs, options, dice, folder) -> dict:
     elif options.fault == "sigterm":
         process.send_signal(signal.SIGTERM)
     else:
-        children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+        children: list[str] = []
+        while not children:
+            children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
         os.kill(int(dice.choice(children)), signal.SIGKILL)
     process.wait(timeout=180)
     return {"ended": False, "recovery": recovery, "again": (before - least) // 4, "end": time.monotonic() - told}
