@@ -5,7 +5,9 @@
 
 Prints accuracies (clean, under PGD attack, certified by the bounds of --modes side by side) and writes to
 workdir/certification: summary.json, examples.npz and examples.csv (per image), curve.png (certified accuracy against
-epsilon, below the PGD curve), and certificate.npz, which `python -m lipjax.check` derives once more with other code.
+epsilon, below the PGD curve), and certificate.npz, which `python -m lipjax.check` derives once more with other code. With
+--early each image is certified by the cheapest bound that can: "certified" then means by the bound named or by a looser
+one of --modes, and certificate_<bound>.npz has the other bounds' certificates.
 """
 
 import dataclasses

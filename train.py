@@ -137,7 +137,9 @@ def main(argv):
             epoch, sums = meta["epoch"], meta["sums"]
             say(f"continuing after epoch {epoch}, step {int(state.step)}")
         step = int(state.step)
-        metrics = Metrics(workdir / "metrics.jsonl", after_step=step) if hosts.is_writer() else None
+        # A state saved at the very end of an epoch, but before its line was written, writes it: again, if it is there.
+        kept = epoch * steps_per_epoch
+        metrics = Metrics(workdir / "metrics.jsonl", after_step=kept) if hosts.is_writer() else None
 
         # -------------------------------------------------------------- loop
         feed = stack.enter_context(feeding.Feeder(train, config, mesh, feeding.CALL))

@@ -273,18 +273,12 @@ def certified_radius(
     with _Prover(
         network, images, tier, failure_probability, mode, arithmetic, budget, seed, batch_size, attempts
     ) as prover:
-        count = len(images)
-        out, candidate = prover.nothing(images, labels), np.zeros(count)
+        out, candidate = prover.nothing(images, labels), np.zeros(len(images))
         if len(examined):
-            found = prover.candidates(images[examined], labels[examined], max_radius)
-            candidate[examined] = np.where(found["correct"], found["radius"], 0)
-        nothing = np.full(count, np.inf)
-        facts: dict[str, Any] = {
-            "radius": np.zeros(count),
-            "margin": -nothing,
-            "allowance": nothing.copy(),
-            "lipschitz": nothing.copy(),
-            "norms": np.full((count, prover.norms), np.inf),
+            candidate[examined] = prover.candidates(images[examined], labels[examined], max_radius)["radius"]
+        candidate = np.where(out["correct"], candidate, 0)
+        facts = {"radius": np.zeros(len(images))} | {
+            name: out[name] for name in ("margin", "allowance", "lipschitz", "norms")
         }
         for attempt, portion in enumerate(RADIUS_SHARES):
             rows = np.flatnonzero((candidate > 0) & (facts["radius"] == 0))
@@ -351,14 +345,15 @@ class _Prover:
         key = self._key if attempt is None else jax.random.fold_in(self._key, attempt)
         compiled = _compiled(_certify_batch, *self._options, optimize=self._optimize)
         run = functools.partial(compiled, (self.network, self._global, key), **self._options)
-        return _batched(run, self._size, images.astype(np.float64), labels, radii, indices)
+        return self._batched(run, images, labels, radii, indices)
+
+    def _batched(self, run, images, *columns):
+        return _batched(run, self._size, images.astype(np.float64), *columns, context=_exact)
 
     def nothing(self, images, labels) -> dict[str, np.ndarray]:
         """What is reported of images that are not examined: predictions, and no claim."""
         count = len(images)
-        predicted = _batched(
-            lambda columns: {"predicted": _predict(self.network, *columns)}, self._size, images.astype(np.float64)
-        )["predicted"]
+        predicted = self._batched(lambda columns: {"predicted": _predict(self.network, *columns)}, images)["predicted"]
         unknown = np.full(count, np.inf)
         return {
             "predicted": predicted,
@@ -376,7 +371,7 @@ class _Prover:
         options = {name: self._options[name] for name in ("mode", "arithmetics")}
         compiled = _compiled(_radius_batch, *options, optimize=self._optimize)
         run = functools.partial(compiled, (self.network, self._global, jnp.float64(max_radius)), **options)
-        return _batched(run, self._size, images.astype(np.float64), labels)
+        return self._batched(run, images, labels)
 
 
 # ---------------------------------------------------------------------------------------------------- one example
@@ -532,26 +527,23 @@ def _radius_batch(shared, columns, *, mode, arithmetics):
             return jnp.where(good, middle, low), jnp.where(good, high, middle)
 
         low, _ = jax.lax.fori_loop(0, 12, halve, (jnp.zeros_like(max_radius), max_radius))
-        logits = regions.apply(network, x)
-        predicted = jnp.argmax(logits)
-        return {"radius": low, "predicted": predicted, "correct": predicted == label}
+        return {"radius": low}
 
     return jax.vmap(one)(*columns)
 
 
-def _batched(run, size, *columns) -> dict[str, Any]:
+def _batched(run, size, *columns, context=contextlib.nullcontext) -> dict[str, Any]:
     """Runs ``run(columns)`` in batches of `size` rows, one device of this process beside the other; NumPy out, in order.
 
+    Each device has a thread, and JAX's precision and types are a thread's own: `context` makes what they have to be there.
     The last batch is padded, for one shape.
     """
     count, devices = len(columns[0]), _devices()
-    exact = jax.config.jax_enable_x64  # type: ignore[attr-defined]
     batches = [np.minimum(np.arange(first, first + size), count - 1) for first in range(0, count, size)]
 
     def work(device):
-        # What `_exact` says holds for the thread that says it. (One program over all devices would be compiled once only, but
-        # hangs on CPU: jax 0.10.2, two devices, loops in float64.)
-        with _exact() if exact else contextlib.nullcontext(), jax.default_device(device):
+        # One program over all devices would be compiled once only, but hangs on CPU: jax 0.10.2, two devices.
+        with context(), jax.default_device(device):
             mine = batches[devices.index(device) :: len(devices)]
             return [jax.device_get(run(tuple(column[rows] for column in columns))) for rows in mine]
 

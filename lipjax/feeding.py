@@ -64,8 +64,8 @@ def epoch_order(seed: int, epoch: int, examples: int, batch_size: int) -> np.nda
 
 
 class Feeder:
-    """``(step, count) -> (images, labels, slots, kept_slots)``, the arguments of the function of `make_steps` for `count`
-    steps from `step` on, all of one epoch.
+    """``(step, count) -> (images, labels, slots, kept_slots)``, the arguments of the function of `training.make_steps`
+    (shapes there) for `count` steps from `step` on, all of one epoch.
 
     Where a device's share of the training set is at most `RESIDENT_BYTES` it lies there, and only slots travel. Else each call
     takes the images of its steps, which `pipeline.batches` reads ahead; those that the pipeline augments too. Each process
@@ -73,6 +73,10 @@ class Feeder:
 
     Args:
         most: the largest count.
+
+    Raises:
+        ValueError: a training set smaller than a batch; when called, steps of more than one epoch, or more than `most`.
+        data.DataError: when called, what `pipeline.batches` raises.
     """
 
     def __init__(self, train: data.Dataset, config, mesh: Mesh, most: int):

@@ -203,10 +203,11 @@ def plot_curve(path: Path, run: dict, radii: np.ndarray, pgd: dict[float, float]
     axes.plot(list(pgd), list(pgd.values()), "o-", color="tab:orange", label="PGD (upper bound)")
     axes.plot(grid, certified, color="tab:blue", label=label)
     axes.fill_between(grid, certified, np.interp(grid, list(pgd), list(pgd.values())), color="0.92", label="undecided")
+    looser = ""
     for marker, (mode, accuracy) in zip("sD^v", points.items(), strict=False):
-        axes.plot(
-            run["epsilon"], accuracy, marker, color="black", label=f"certified at ε, {mode}: {100 * accuracy:.1f} %"
-        )
+        label = f"certified at ε, {mode}{looser}: {100 * accuracy:.1f} %"
+        axes.plot(run["epsilon"], accuracy, marker, color="black", label=label)
+        looser = " or looser" if run.get("early") else ""
     axes.axvline(run["epsilon"], color="0.6", linestyle=":")
     axes.set(xlabel="ε (ℓ2 radius, pixels in [0, 1])", ylabel="accuracy", ylim=(0, 1.02), xlim=(0, max(pgd)))
     axes.set_title(

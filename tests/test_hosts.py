@@ -138,7 +138,7 @@ def test_decided_early_the_verdicts_are_the_same_and_each_rests_on_one_of_the_fi
     assert summary["modes"]["local"]["examined"] == stood - np.sum(by_global)
 
 
-def test_two_runs_in_one_workdir_are_refused_and_the_first_goes_on(tmp_path):
+def test_a_second_run_in_a_workdir_is_refused_until_the_first_has_ended(tmp_path):
     with checkpoints.locked(tmp_path):
         process = start(1, 1, "train.py", *SMALL, f"--workdir={tmp_path}")
         _, errors = process.communicate(timeout=100)
@@ -199,6 +199,14 @@ def test_sigterm_saves_in_the_middle_of_an_epoch_and_the_run_ends_as_one_never_s
     out = run(count, 1, "train.py", *flags, f"--workdir={stopped}", **cache)
     assert f"step {step}" in out
     assert metrics_of(stopped) == metrics_of(straight)  # bit for bit
+
+
+def test_a_state_saved_with_the_last_step_of_an_epoch_writes_its_line_once(trained, tmp_path, cache):
+    flags = [*SMALL, "--config.checkpoints.minutes=1e-9", f"--workdir={tmp_path}"]  # saves after every call
+    for last in (2, 3):
+        run(1, 1, "train.py", *flags, f"--stop_after={last}", **cache)
+    lines = [line for line in metrics_of(trained / "one") if line["epoch"] <= 3]
+    assert metrics_of(tmp_path) == lines
 
 
 @pytest.mark.parametrize(
