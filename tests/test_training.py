@@ -20,8 +20,8 @@ from conftest import ROOT
 from flax import nnx
 
 import lipjax
-from configs import baselines, digits
 from lipjax import data, feeding, training
+from lipjax.configs import baselines, digits
 from lipjax.regions import vector_shapes
 from lipjax.reporting import read_metrics
 
