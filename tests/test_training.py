@@ -212,7 +212,7 @@ def test_every_baseline_is_a_configuration_whose_loss_can_be_taken(method):
     "field, value, message",
     [
         ("bound.mode", "lokal", "bound.mode must be one of global, bcp, paper, local, linear, rows, got 'lokal'"),
-        ("bound.loss", "trades", "bound.loss must be one of bcp, gloro, lmt, emma, got 'trades'"),
+        ("bound.loss", "trade", "bound.loss must be one of bcp, gloro, trades, lmt, emma, got 'trade'"),
         ("vectors.store", "disk", "vectors.store must be one of example, host, layer, none, got 'disk'"),
         ("vectors.dtype", "float16", "vectors.dtype must be one of float32, bfloat16, float8_e4m3fn, got 'float16'"),
         ("batch_size", 0, "batch_size must be finite and at least 1, got 0"),
