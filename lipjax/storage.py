@@ -10,7 +10,6 @@ their last bits. `lipjax.orthogonal.plain` writes the kernels down; that network
 """
 
 import json
-import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -238,8 +237,8 @@ class Kind(NamedTuple):
     build: Callable[..., Any]
 
 
-_AFFINE_SETTINGS = ("dtype", "precision")
-_CONV_SETTINGS = ("strides", "padding", "input_dilation", "kernel_dilation", "feature_group_count", *_AFFINE_SETTINGS)
+AFFINE_SETTINGS = ("dtype", "precision")
+CONV_SETTINGS = ("strides", "padding", "input_dilation", "kernel_dilation", "feature_group_count", *AFFINE_SETTINGS)
 
 
 def _nothing(layer) -> dict[str, Any]:
@@ -288,8 +287,8 @@ def _affine(make):
 
 # Names that a description may use; each stands for this exact type and no subclass.
 KINDS = {
-    "Conv": Kind(nnx.Conv, _settings(*_CONV_SETTINGS), _arrays("kernel", "bias"), _affine(convolution)),
-    "Linear": Kind(nnx.Linear, _settings(*_AFFINE_SETTINGS), _arrays("kernel", "bias"), _affine(dense)),
+    "Conv": Kind(nnx.Conv, _settings(*CONV_SETTINGS), _arrays("kernel", "bias"), _affine(convolution)),
+    "Linear": Kind(nnx.Linear, _settings(*AFFINE_SETTINGS), _arrays("kernel", "bias"), _affine(dense)),
     "AveragePool": Kind(AveragePool, _settings("window", "strides"), _nothing, AveragePool),
     "Normalize": Kind(Normalize, _settings("scale", "shift"), _nothing, Normalize.of),
     "Flatten": Kind(Flatten, _settings("ndim"), _nothing, Flatten),
