@@ -134,10 +134,9 @@ def _parameters(layer) -> tuple[np.ndarray, np.ndarray]:
 def _changed(layer, kernel: np.ndarray, bias: np.ndarray):
     """The layer with another kernel and bias, of the kernel's type."""
     dtype = layer.kernel[...].dtype
-    make, names = storage.dense, storage.AFFINE_SETTINGS
-    if type(layer) is nnx.Conv:
-        make, names = storage.convolution, storage.CONV_SETTINGS
-    return make(kernel.astype(dtype), bias.astype(dtype), **{name: getattr(layer, name) for name in names})
+    settings: Any = {name: getattr(layer, name) for name in storage.SETTINGS[type(layer)]}
+    make = storage.convolution if type(layer) is nnx.Conv else storage.dense
+    return make(kernel.astype(dtype), bias.astype(dtype), **settings)
 
 
 def _scaled_rows(layer, item: PerChannel):

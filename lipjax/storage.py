@@ -237,8 +237,11 @@ class Kind(NamedTuple):
     build: Callable[..., Any]
 
 
-AFFINE_SETTINGS = ("dtype", "precision")
-CONV_SETTINGS = ("strides", "padding", "input_dilation", "kernel_dilation", "feature_group_count", *AFFINE_SETTINGS)
+# What an affine layer's constructor takes beside its sizes and parameters, by its own names.
+SETTINGS: dict[type, tuple[str, ...]] = {
+    nnx.Linear: ("dtype", "precision"),
+    nnx.Conv: ("strides", "padding", "input_dilation", "kernel_dilation", "feature_group_count", "dtype", "precision"),
+}
 
 
 def _nothing(layer) -> dict[str, Any]:
@@ -287,8 +290,8 @@ def _affine(make):
 
 # Names that a description may use; each stands for this exact type and no subclass.
 KINDS = {
-    "Conv": Kind(nnx.Conv, _settings(*CONV_SETTINGS), _arrays("kernel", "bias"), _affine(convolution)),
-    "Linear": Kind(nnx.Linear, _settings(*AFFINE_SETTINGS), _arrays("kernel", "bias"), _affine(dense)),
+    "Conv": Kind(nnx.Conv, _settings(*SETTINGS[nnx.Conv]), _arrays("kernel", "bias"), _affine(convolution)),
+    "Linear": Kind(nnx.Linear, _settings(*SETTINGS[nnx.Linear]), _arrays("kernel", "bias"), _affine(dense)),
     "AveragePool": Kind(AveragePool, _settings("window", "strides"), _nothing, AveragePool),
     "Normalize": Kind(Normalize, _settings("scale", "shift"), _nothing, Normalize.of),
     "Flatten": Kind(Flatten, _settings("ndim"), _nothing, Flatten),
@@ -338,7 +341,7 @@ def _described(network, prefix: str, arrays: dict[str, np.ndarray]) -> list[dict
 
 def _built(layers: Sequence[Mapping[str, Any]], prefix: str, arrays: dict[str, np.ndarray]) -> nnx.Sequential:
     """The inverse of `_described`; takes what it uses out of `arrays`."""
-    found = []
+    found: list[Any] = []
     for i, layer in enumerate(layers):
         where = f"{prefix}.{i}"
         settings = {name: _settled(name, value) for name, value in layer.items() if name not in ("type", "layers")}

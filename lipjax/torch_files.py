@@ -2,7 +2,8 @@
 
 A checkpoint of PyTorch 1.6 or later is a zip file: ``data.pkl``, a pickle that refers to storages by key, and one member of
 raw bytes for each storage. A pickle is a program that may call any function by name. Here it may use the few opcodes that
-data needs and name the few globals in `_GLOBALS`, each of which stands for something harmless that records its arguments; anything else is an error before it is looked up. Arrays are made afterwards, from checked numbers.
+data needs and name the few globals in `_GLOBALS`, each of which stands for something harmless that records its arguments;
+anything else is an error before it is looked up. Arrays are made afterwards, from checked numbers.
 """
 
 import collections
@@ -68,11 +69,25 @@ _GLOBALS: dict[tuple[str, str], Any] = {
     ("torch.storage", "UntypedStorage"): _Name(None),
 }
 # What plain data in the pickle protocol of torch.save is made of; none that makes objects of other classes.
-_OPCODES = frozenset(
-    "PROTO STOP MARK POP POP_MARK NONE NEWTRUE NEWFALSE BININT BININT1 BININT2 LONG1 BINFLOAT BINUNICODE SHORT_BINSTRING "
-    "BINSTRING SHORT_BINBYTES BINBYTES EMPTY_LIST APPEND APPENDS EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3 EMPTY_DICT SETITEM "
-    "SETITEMS BINPUT LONG_BINPUT BINGET LONG_BINGET GLOBAL REDUCE BUILD BINPERSID".split()
-)
+_OPCODES = {
+    *(
+        "PROTO",
+        "STOP",
+        "MARK",
+        "POP",
+        "POP_MARK",
+        "NONE",
+        "NEWTRUE",
+        "NEWFALSE",
+        "BININT",
+        "BININT1",
+        "BININT2",
+        "LONG1",
+    ),
+    *("BINFLOAT", "BINUNICODE", "SHORT_BINSTRING", "BINSTRING", "SHORT_BINBYTES", "BINBYTES", "EMPTY_LIST", "APPEND"),
+    *("APPENDS", "EMPTY_TUPLE", "TUPLE", "TUPLE1", "TUPLE2", "TUPLE3", "EMPTY_DICT", "SETITEM", "SETITEMS", "BINPUT"),
+    *("LONG_BINPUT", "BINGET", "LONG_BINGET", "GLOBAL", "REDUCE", "BUILD", "BINPERSID"),
+}
 _OLD = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # how files before PyTorch 1.6 begin
 
 
@@ -142,7 +157,7 @@ def _check_opcodes(path: Path, data: bytes) -> None:
                 raise TorchFileError(
                     f"{path}: its pickle uses {opcode.name}, which tensors do not need; it was not executed."
                 )
-            if opcode.name == "LONG_BINPUT" and argument > len(data):
+            if opcode.name == "LONG_BINPUT" and int(argument or 0) > len(data):
                 raise TorchFileError(f"{path}: its pickle is damaged: memo {argument} of {len(data)} bytes.")
     except ValueError as error:
         if isinstance(error, TorchFileError):
@@ -177,7 +192,9 @@ def _array(path: Path, archive: zipfile.ZipFile, name: str, entry) -> np.ndarray
         raise TorchFileError(f"{path}: {name} is a {type(entry).__name__}, expected a tensor: is this a state_dict?")
     storage, offset, size, stride, dtype = entry
     dtype = dtype.dtype if type(dtype) is _Name else storage.dtype
-    numbers = (offset, *size, *stride) if isinstance(size, tuple) and isinstance(stride, tuple) else (None,)
+    numbers: tuple[Any, ...] = (None,)
+    if isinstance(size, tuple) and isinstance(stride, tuple):
+        numbers = (offset, *size, *stride)
     if dtype is None or not all(type(n) is int and n >= 0 for n in numbers) or len(size) != len(stride):
         raise TorchFileError(
             f"{path}: {name} has a type, size {size}, stride {stride} or offset {offset} that no tensor has."
