@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from lipjax import models, operators, regions, storage
+from lipjax import models, regions, storage
 from lipjax.activations import ReLU
 from lipjax.folding import PerChannel, batch_norm, fold, folded
 from lipjax.operators import AveragePool, Flatten
@@ -253,7 +253,7 @@ def from_pth(
             made = layer
             flattened = example.shape if type(layer) is Flatten else flattened
         layers.append(made)
-        example = jax.eval_shape(_one_example(made), example)
+        example = jax.eval_shape(made, example)
     if left:
         raise ValueError(f"{path}: {architecture} with {activation} has no place for {', '.join(left)}.")
     return nnx.Sequential(*layers)
@@ -490,14 +490,10 @@ class _Chain:
 
     def _add(self, where: str, layer) -> None:
         try:
-            self.shape = jax.eval_shape(_one_example(layer), jax.ShapeDtypeStruct(self.shape, jnp.float32)).shape
+            self.shape = jax.eval_shape(layer, jax.ShapeDtypeStruct(self.shape, jnp.float32)).shape
         except (TypeError, ValueError) as error:
             raise ValueError(f"{where} cannot take {self.shape}: {error}") from error
         self.items.append(layer)
-
-
-def _one_example(layer) -> Callable[[jax.Array], jax.Array]:
-    return operators.linear_operator(layer).affine if operators.is_affine(layer) else layer
 
 
 def _finished(

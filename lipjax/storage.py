@@ -166,8 +166,11 @@ def _checked_shape(network, input_shape) -> list[int]:
         raise ValueError(
             f"input_shape must be positive numbers, (height, width, channels) for images, got {input_shape}."
         )
-    layers = regions.layers_of(network)
-    logits = jax.eval_shape(lambda x: regions.through(layers, x), jax.ShapeDtypeStruct(tuple(shape), jnp.float32))
+    regions.layers_of(network)
+    try:
+        logits = jax.eval_shape(lambda x: network(x), jax.ShapeDtypeStruct(tuple(shape), jnp.float32))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"an input of shape {tuple(shape)} does not go through the network: {error}") from error
     if logits.ndim != 1:
         raise ValueError(f"the logits must have one axis, got shape {logits.shape}: a lipjax.Flatten is missing.")
     return [int(n) for n in shape]

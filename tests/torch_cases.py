@@ -1,20 +1,24 @@
 """Run by test_bridges.py in an interpreter that has PyTorch: networks of PyTorch, and what the bridge makes of them.
 
-Prints one JSON object: for each case the largest difference of the logits as a share of the largest logit, or the error.
+``python torch_cases.py FOLDER GOLDEN COUNT`` writes to the folder: found.json, with the largest difference of the logits, as a
+share of the largest logit, of so many random networks, and the errors of networks that have to be refused; checkpoints of the
+paper's networks; and the networks of the golden cases, if that folder is there, through the bridge and `lipjax.storage`.
 """
 
 import copy
 import json
 import sys
+from pathlib import Path
 
+import jax
 import numpy as np
 import torch
 from torch import nn
 
-from lipjax import bridges
+from lipjax import bridges, storage
 
 
-class ReLU_x(nn.Module):  # noqa: N801 - its name in the paper's code, by which the bridge knows it
+class ReLU_x(nn.Module):
     def __init__(self, shape, init):
         super().__init__()
         self.threshold = nn.Parameter(torch.full(shape, init) + 0.1 * torch.randn(shape))
@@ -43,7 +47,7 @@ class Flatten(nn.Module):
 class Liar:
     """Another class of the same name and parameter that computes something else."""
 
-    class ReLU_x(ReLU_x):  # noqa: N801
+    class ReLU_x(ReLU_x):
         def forward(self, x):
             return 2 * super().forward(x)
 
@@ -79,10 +83,10 @@ def random_stack(rng):
             nn.Conv2d(
                 x.shape[1],
                 2 * int(rng.integers(1, 4)),
-                tuple(rng.integers(1, 4, 2).tolist()),
+                tuple(min(int(k), n) for k, n in zip(rng.integers(1, 4, 2), x.shape[2:], strict=True)),
                 stride=1 if same else int(rng.integers(1, 3)),
                 padding="same" if same else int(rng.integers(0, 2)),
-                dilation=1 if same else int(rng.integers(1, 3)),
+                dilation=2 if min(x.shape[2:]) > 5 and not same and rng.random() < 0.5 else 1,
                 groups=groups,
                 bias=bool(rng.random() < 0.7),
             )
@@ -153,15 +157,129 @@ def refusals():
     }
 
 
-if __name__ == "__main__":
+# The networks of the paper's code: (channels, kernel, stride, padding) of the convolutions, widths of the dense layers.
+PUBLISHED = {
+    "4C3F": ([(32, 3, 1, 1), (32, 4, 2, 1), (64, 3, 1, 1), (64, 4, 2, 1)], [512, 512, 10]),
+    "6C2F": (
+        [(32, 3, 1, 1), (32, 3, 1, 1), (32, 4, 2, 1), (64, 3, 1, 1), (64, 3, 1, 1), (64, 4, 2, 1)],
+        [512, 10],
+    ),
+    "8C2F": (
+        [(64, 3, 1, 1), (64, 3, 1, 1), (64, 4, 2, 0), (128, 3, 1, 1), (128, 3, 1, 1), (128, 4, 2, 0), (256, 3, 1, 1)]
+        + [(256, 4, 2, 0)],
+        [256, 200],
+    ),
+}
+
+
+def published(name, activation, shape):
+    """A network of the paper's code as it builds it, an nn.Sequential, with random thresholds and biases."""
+    convs, widths = PUBLISHED[name]
+    x, layers = torch.zeros(1, shape[-1], *shape[:-1]), []
+
+    def activate():
+        size = tuple(x.shape[1:])
+        if activation == "ReLU_x":
+            return ReLU_x((1, *size), 1.0)
+        return nn.ReLU() if activation == "ReLU" else ClampGroupSort((1, size[0] // 2, *size[1:]), 0.2, -0.2)
+
+    for channels, kernel, stride, padding in convs:
+        layers.append(nn.Conv2d(x.shape[1], channels, kernel, stride=stride, padding=padding))
+        x = layers[-1](x)
+        layers.append(activate())
+    layers.append(Flatten())
+    x = layers[-1](x)
+    for i, width in enumerate(widths):
+        layers.append(nn.Linear(x.shape[1], width))
+        x = layers[-1](x)
+        if i < len(widths) - 1:
+            layers.append(activate())
+    return nn.Sequential(*layers)
+
+
+def write_published(folder):
+    """Checkpoints as the paper's code saves them, with the logits of two images; one as nn.DataParallel names it."""
+    cases = [("4C3F", "ReLU_x", (28, 28, 1)), ("4C3F", "ReLU", (32, 32, 3)), ("6C2F", "ClampGroupSort", (32, 32, 3))]
+    for name, activation, shape in [*cases, ("8C2F", "ReLU_x", (64, 64, 3))]:
+        module = published(name, activation, shape)
+        state = module.state_dict()
+        if name == "8C2F":
+            state = {f"module.{key}": value for key, value in state.items()}
+        stem = folder / f"{name}-{activation}-{'x'.join(map(str, shape))}"
+        torch.save({"state_dict": state, "err": torch.tensor(0.5), "epoch": 3}, f"{stem}.pth")
+        images = np.random.default_rng(2).uniform(0, 1, (2, *shape)).astype(np.float32)
+        with torch.no_grad():
+            logits = module(torch.tensor(np.moveaxis(images, -1, 1).tolist()))
+        np.savez(f"{stem}.npz", images=images, logits=np.asarray(logits.tolist()))
+
+
+def write_odd(folder):
+    """Tensors of all types, transposed, strided, sharing a storage, scalars, none; with their values in JSON."""
+    base = torch.arange(24.0)
+    odd = {
+        "transposed": base.view(4, 6).t(),
+        "slice": base[3:9],
+        "block": base.view(4, 6)[1:3, 2:5],
+        "channels_last": base.view(1, 2, 3, 4).contiguous(memory_format=torch.channels_last),
+        "parameter": nn.Parameter(torch.ones(2, 2)),
+        "none": torch.zeros(0, 3),
+        "num_batches_tracked": torch.tensor(7),
+        "scalar": torch.tensor(1.5),
+        **{str(t)[6:]: base.to(t) for t in (torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.uint8)},
+        "bool": torch.tensor([True, False]),
+    }
+    torch.save(odd, folder / "odd.pth")
+    values = {name: [str(tensor.dtype)[6:], tensor.tolist()] for name, tensor in odd.items()}
+    (folder / "odd.json").write_text(json.dumps(values))
+    torch.save(base.expand(5, 24), folder / "alone.pth")
+    torch.save({"x": base.expand(5, 24)}, folder / "expanded.pth")
+    torch.save(nn.Linear(2, 2), folder / "module.pth")
+    torch.save(nn.Linear(2, 2).state_dict(), folder / "old.pth", _use_new_zipfile_serialization=False)
+
+
+def golden_module(file):
+    """The network of a golden case as a module of PyTorch, in float64."""
+    layers = []
+
+    def parameter(name):
+        return nn.Parameter(torch.tensor(file[name].tolist(), dtype=torch.float64))
+
+    for entry in json.loads(str(file["meta"]))["layers"]:
+        i, kind = entry["i"], entry["type"]
+        if kind == "Conv2d":
+            geometry = {"stride": entry["stride"], "padding": entry["padding"]}
+            layers.append(nn.Conv2d(entry["in"][0], entry["cout"], entry["kernel"], **geometry))
+        elif kind == "Linear":
+            layers.append(nn.Linear(*file[f"w{i}"].shape[::-1]))
+        elif kind == "ReLU_x":
+            layers.append(ReLU_x((1,), 0.0))
+            layers[-1].threshold = parameter(f"thr{i}")
+        elif kind == "ClampGroupSort":
+            layers.append(ClampGroupSort((1,), 0.0, 0.0))
+            layers[-1].max, layers[-1].min = parameter(f"max{i}"), parameter(f"min{i}")
+        else:
+            layers.append({"Flatten": Flatten, "ReLU": nn.ReLU}[kind]())
+        if kind in ("Conv2d", "Linear"):
+            layers[-1].weight, layers[-1].bias = parameter(f"w{i}"), parameter(f"b{i}")
+    return nn.Sequential(*layers)
+
+
+def write_golden(folder, golden):
+    with jax.enable_x64(True):
+        for path in sorted(golden.glob("*.npz")):
+            shape = np.load(path)["x"].shape
+            network = bridges.from_torch(golden_module(np.load(path)), (*shape[2:], shape[1]))
+            storage.save(network, folder / f"{path.stem}.safetensors", input_shape=(*shape[2:], shape[1]))
+
+
+def main(folder, golden, count):
     torch.manual_seed(0)
     differences = {}
-    for seed in range(int(sys.argv[1])):
+    for seed in range(count):
         module, shape = random_stack(np.random.default_rng(seed))
         differences[str(module)] = difference(module, shape)
-    dense = settled(nn.Sequential(nn.BatchNorm1d(5), nn.Linear(5, 4), nn.ReLU(), nn.BatchNorm1d(4), nn.ReLU(), nn.Linear(4, 3)))
-    differences["dense"] = difference(dense, (5,))
-    differences["sequence"] = difference(nn.Sequential(nn.Linear(5, 3)), (5,))
+    dense = [nn.BatchNorm1d(5), nn.Linear(5, 4), nn.ReLU(), nn.BatchNorm1d(4), nn.ReLU(), nn.Linear(4, 3)]
+    differences["dense"] = difference(settled(nn.Sequential(*dense)), (5,))
     errors = {}
     for expected, module in refusals().items():
         try:
@@ -169,4 +287,12 @@ if __name__ == "__main__":
             errors[expected] = "nothing"
         except (TypeError, ValueError) as error:
             errors[expected] = str(error)
-    print(json.dumps({"torch": torch.__version__, "differences": differences, "errors": errors}))
+    write_published(folder)
+    write_odd(folder)
+    write_golden(folder, golden)
+    found = {"torch": torch.__version__, "differences": differences, "errors": errors}
+    (folder / "found.json").write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]))
