@@ -505,7 +505,7 @@ def _finished(
     images = np.random.default_rng(0).uniform(0, 1, (IMAGES, *input_shape)).astype(np.float32)
     try:
         ours = np.asarray(jax.jit(lambda network, images: network(images))(network, images))
-    except ValueError as error:
+    except (TypeError, ValueError) as error:
         raise ValueError(f"images of shape {tuple(input_shape)} do not go through: {error}") from error
     if ours.ndim != 2:
         raise ValueError(f"the logits must have one axis, got shape {ours.shape[1:]}: a Flatten is missing.")

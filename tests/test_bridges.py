@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import math
 import os
 import pickle
 import subprocess
@@ -157,7 +158,7 @@ def numbers(values) -> bytes:
 def tensor(key: str, array: np.ndarray, offset=0, size=None, kind="FloatStorage") -> bytes:
     """The pickle of a tensor as torch.save writes it."""
     size = array.shape if size is None else size
-    stride = [int(np.prod(size[i + 1 :])) for i in range(len(size))]
+    stride = [min(math.prod(size[i + 1 :]), 2**31 - 1) for i in range(len(size))]
     storage_ = (
         b"("
         + text("storage")
@@ -206,18 +207,15 @@ class Malicious:
 @pytest.mark.parametrize("protocol", [0, 1, 2, 3, 4, 5])
 def test_a_malicious_pickle_is_never_executed(tmp_path, protocol):
     witness = tmp_path / "executed"
-    for attack in (
-        Malicious(os.mkdir, str(witness)),
-        Malicious(eval, f"open({str(witness)!r}, 'w')"),
-        {"0.weight": Malicious(exec, f"open({str(witness)!r}, 'w')")},
-    ):
+    code = f"__import__('os').mkdir({str(witness)!r})"
+    for attack in (Malicious(os.mkdir, str(witness)), Malicious(eval, code), {"0.weight": Malicious(exec, code)}):
         path = write_pth(tmp_path / "a.pth", {}, **{"data.pkl": pickle.dumps(attack, protocol)})
         with pytest.raises(bridges.TorchFileError, match=r"not executed"):
             bridges.state_dict(path)
         assert not witness.exists()
         pickle.loads(pickle.dumps(attack, protocol))  # the attack itself works
         assert witness.exists()
-        witness.rmdir() if witness.is_dir() else witness.unlink()
+        witness.rmdir()
 
 
 @pytest.mark.parametrize(
@@ -575,6 +573,5 @@ def test_frameworks_are_not_imported_with_the_bridges():
     code = "import sys, lipjax.bridges, lipjax.storage; print([n for n in ('torch', 'equinox', 'onnx') if n in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
-    for call in (lambda: bridges.from_torch(object(), (3,)),):
-        with pytest.raises(TypeError, match=r"torch\.nn\.Sequential, got builtins\.object"):
-            call()
+    with pytest.raises(TypeError, match=r"torch\.nn\.Sequential, got builtins\.object"):
+        bridges.from_torch(object(), (3,))
