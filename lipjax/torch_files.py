@@ -189,7 +189,9 @@ class _Unpickler(pickle.Unpickler):
 def _array(path: Path, archive: zipfile.ZipFile, name: str, entry) -> np.ndarray:
     """A tensor's numbers; every number of the pickle is checked before it is used."""
     if type(entry) is not _Tensor or type(entry.storage) is not _Storage:
-        raise TorchFileError(f"{path}: {name} is a {type(entry).__name__}, expected a tensor: is this a state_dict?")
+        raise TorchFileError(
+            f"{path}: {name} is a {type(entry).__name__}, expected a tensor: a file holds a state_dict, alone or as 'state_dict'."
+        )
     storage, offset, size, stride, dtype = entry
     dtype = dtype.dtype if type(dtype) is _Name else storage.dtype
     numbers: tuple[Any, ...] = (None,)

@@ -438,6 +438,19 @@ def test_what_is_left_of_a_normalisation_before_zero_padding_has_norm_1():
     np.testing.assert_allclose(matrix, np.eye(72), atol=1e-6)
 
 
+def test_the_view_of_a_scale_of_any_sign_is_its_matrix():
+    layer = lipjax.Normalize.of([-2.0, 0.0, 0.5], [1.0, 2.0, 3.0])
+    view, mask = lipjax.linear_operator(layer), np.arange(12).reshape(2, 2, 3) % 5 != 0
+    matrix = dense_matrix(lambda x: layer(x) - layer(jnp.zeros((2, 2, 3))), (2, 2, 3))
+    np.testing.assert_array_equal(dense_matrix(view, (2, 2, 3)), matrix)
+    np.testing.assert_array_equal(dense_matrix(view.absolute, (2, 2, 3)), np.abs(matrix))
+    rows = np.linalg.norm(matrix * mask.reshape(-1), axis=1)
+    np.testing.assert_allclose(view.row_norms(jnp.asarray(mask)).reshape(-1), rows, rtol=1e-6)
+    for scale, shift in (([1.0], [1.0, 2.0]), ([], []), ([np.nan], [0.0]), ([1.0], [1e39])):
+        with pytest.raises(ValueError, match="one finite scale and shift per channel"):
+            lipjax.Normalize.of(scale, shift)
+
+
 def test_a_shift_too_large_for_its_scale_stays_with_it():
     scale, shift = [1e-9, 1.0], [0.5, 0.5]
     network = nnx.Sequential(lipjax.Normalize.of(scale, shift), conv(2, 4), lipjax.Flatten(), linear(144, 3))
