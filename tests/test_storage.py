@@ -30,7 +30,9 @@ def every_layer() -> nnx.Sequential:
         nnx.Conv(4, 4, (3, 3), strides=2, use_bias=False, precision=highest, dtype=jnp.float32, rngs=rngs),
         lipjax.ClippedReLU((2, 2, 4), threshold=0.7),
         lipjax.Flatten(),
-        nnx.Linear(16, 3, param_dtype=jnp.bfloat16, dtype=jnp.bfloat16, precision=("high", highest), rngs=rngs),
+        nnx.Linear(
+            16, 3, param_dtype=jnp.bfloat16, dtype=jnp.bfloat16, precision=(highest, jax.lax.Precision.HIGH), rngs=rngs
+        ),
     )
 
 
