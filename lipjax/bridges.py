@@ -286,7 +286,7 @@ def from_equinox(sequential, input_shape: Sequence[int], state=None) -> nnx.Sequ
 
     def reference(images):
         more = {} if state is None else {"state": state}
-        logits = jax.vmap(lambda x: sequential(x, **more))(_channels_first(images))
+        logits = jax.jit(jax.vmap(lambda x: sequential(x, **more)))(_channels_first(images))
         return logits if state is None else logits[0]
 
     return _finished(chain.items, input_shape, reference)
@@ -369,7 +369,7 @@ def from_linen(sequential, variables: Mapping[str, Any], input_shape: Sequence[i
         raise TypeError(f"expected a flax.linen.Sequential, got {_type_name(sequential)}.")
     items: list[Any] = []
     _add_linen(linen, sequential.bind(variables), items, "")
-    return _finished(items, input_shape, lambda images: sequential.apply(variables, images))
+    return _finished(items, input_shape, lambda images: jax.jit(sequential.apply)(variables, images))
 
 
 def _add_linen(linen, bound, items: list[Any], prefix: str) -> None:
@@ -505,7 +505,7 @@ def _finished(
     images = np.random.default_rng(0).uniform(0, 1, (IMAGES, *input_shape)).astype(np.float32)
     try:
         ours = np.asarray(jax.jit(lambda network, images: network(images))(network, images))
-    except ValueError as error:
+    except (TypeError, ValueError) as error:
         raise ValueError(f"images of shape {tuple(input_shape)} do not go through: {error}") from error
     if ours.ndim != 2:
         raise ValueError(f"the logits must have one axis, got shape {ours.shape[1:]}: a Flatten is missing.")

@@ -94,7 +94,7 @@ def layers_of(network: nnx.Module) -> tuple:
                 "are nnx.Conv, nnx.Linear, lipjax.AveragePool, Normalize, CayleyLinear, AOLConv, Flatten, Residual, ReLU, "
                 "ClippedReLU, MaxMin and ClippedMaxMin (modules, not functions such as nnx.relu). Register your own exact type "
                 "with lipjax.linear_operator.register or lipjax.activations.box_image.register; dropout and BatchNorm are "
-                "no affine layers."
+                "no affine layers (lipjax.bridges.fold folds a BatchNorm that has stopped learning)."
             )
     affine = [i for i, layer in enumerate(layers) if operators.is_affine(layer)]
     if not affine or any(activations.is_activation(layer) or layer is JOIN for layer in layers[affine[-1] :]):

@@ -268,7 +268,7 @@ def _plain(name: str, value):
     if value is None or isinstance(value, (str, int, float)):
         return value
     if isinstance(value, (list, tuple)):
-        return [_plain("", entry) for entry in value]
+        return [_plain(name, entry) for entry in value]
     raise ValueError(f"{name} = {value!r} is a setting that is not stored.")
 
 
@@ -280,11 +280,11 @@ def _known_dtype(name: str) -> str:
 
 def _settled(name: str, value):
     """A setting as a layer takes it."""
-    if name == "precision" and value in jax.lax.Precision.__members__:
+    if name == "precision" and isinstance(value, str) and value in jax.lax.Precision.__members__:
         return jax.lax.Precision[value]
     if name == "dtype" and value is not None:
         return getattr(jnp, _known_dtype(value))
-    return tuple(_settled("", entry) for entry in value) if isinstance(value, list) else value
+    return tuple(_settled(name, entry) for entry in value) if isinstance(value, list) else value
 
 
 def _affine(make):

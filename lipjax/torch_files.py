@@ -70,23 +70,10 @@ _GLOBALS: dict[tuple[str, str], Any] = {
 }
 # What plain data in the pickle protocol of torch.save is made of; none that makes objects of other classes.
 _OPCODES = {
-    *(
-        "PROTO",
-        "STOP",
-        "MARK",
-        "POP",
-        "POP_MARK",
-        "NONE",
-        "NEWTRUE",
-        "NEWFALSE",
-        "BININT",
-        "BININT1",
-        "BININT2",
-        "LONG1",
-    ),
-    *("BINFLOAT", "BINUNICODE", "SHORT_BINSTRING", "BINSTRING", "SHORT_BINBYTES", "BINBYTES", "EMPTY_LIST", "APPEND"),
-    *("APPENDS", "EMPTY_TUPLE", "TUPLE", "TUPLE1", "TUPLE2", "TUPLE3", "EMPTY_DICT", "SETITEM", "SETITEMS", "BINPUT"),
-    *("LONG_BINPUT", "BINGET", "LONG_BINGET", "GLOBAL", "REDUCE", "BUILD", "BINPERSID"),
+    *("PROTO", "STOP", "MARK", "POP", "POP_MARK", "NONE", "NEWTRUE", "NEWFALSE", "BININT", "BININT1", "BININT2"),
+    *("LONG1", "BINFLOAT", "BINUNICODE", "SHORT_BINSTRING", "BINSTRING", "SHORT_BINBYTES", "BINBYTES", "EMPTY_LIST"),
+    *("APPEND", "APPENDS", "EMPTY_TUPLE", "TUPLE", "TUPLE1", "TUPLE2", "TUPLE3", "EMPTY_DICT", "SETITEM", "SETITEMS"),
+    *("BINPUT", "LONG_BINPUT", "BINGET", "LONG_BINGET", "GLOBAL", "REDUCE", "BUILD", "BINPERSID"),
 }
 _OLD = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # how files before PyTorch 1.6 begin
 
@@ -189,7 +176,9 @@ class _Unpickler(pickle.Unpickler):
 def _array(path: Path, archive: zipfile.ZipFile, name: str, entry) -> np.ndarray:
     """A tensor's numbers; every number of the pickle is checked before it is used."""
     if type(entry) is not _Tensor or type(entry.storage) is not _Storage:
-        raise TorchFileError(f"{path}: {name} is a {type(entry).__name__}, expected a tensor: is this a state_dict?")
+        raise TorchFileError(
+            f"{path}: {name} is a {type(entry).__name__}, expected a tensor: a file holds a state_dict, alone or as 'state_dict'."
+        )
     storage, offset, size, stride, dtype = entry
     dtype = dtype.dtype if type(dtype) is _Name else storage.dtype
     numbers: tuple[Any, ...] = (None,)

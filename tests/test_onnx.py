@@ -1,0 +1,160 @@
+"""ONNX files: onnxruntime computes from them what the network computes."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import onnx
+import onnx.reference
+import onnxruntime
+import pytest
+from flax import nnx
+
+import lipjax
+from lipjax import onnx_export, operators, storage
+
+SHAPE = (7, 6, 4)
+
+
+def conv(inputs=4, outputs=4, window=(3, 2), **arguments) -> nnx.Conv:
+    bias = jax.nn.initializers.normal(0.3)
+    return nnx.Conv(inputs, outputs, window, bias_init=bias, rngs=nnx.Rngs(0), **arguments)
+
+
+def thresholds(layer):
+    """The activation with thresholds that differ from neuron to neuron."""
+    rng = np.random.default_rng(0)
+    return jax.tree.map(lambda leaf: leaf + jnp.asarray(rng.uniform(-0.2, 0.2, leaf.shape), leaf.dtype), layer)
+
+
+LAYERS = {
+    "conv": lambda: conv(),
+    "conv of stride 2, padding SAME": lambda: conv(strides=2),
+    "conv without bias, padding in numbers": lambda: conv(padding=((0, 2), (1, 0)), use_bias=False),
+    "conv with dilation and groups": lambda: conv(feature_group_count=2, kernel_dilation=(2, 1), padding="VALID"),
+    "circular conv": lambda: conv(window=(3, 4), padding="CIRCULAR"),
+    "linear on the channels": lambda: nnx.Linear(4, 6, use_bias=False, rngs=nnx.Rngs(0)),
+    "average pool": lambda: lipjax.AveragePool((3, 2), strides=(2, 1)),
+    "normalize": lambda: lipjax.Normalize([0.1, 0.2, 0.3, 0.4], [0.5, 2.0, 1.0, 3.0]),
+    "normalize by one number": lambda: lipjax.Normalize([0.1], [0.5]),
+    "relu": lipjax.ReLU,
+    "clipped relu": lambda: thresholds(lipjax.ClippedReLU(SHAPE, threshold=0.3)),
+    "maxmin": lipjax.MaxMin,
+    "clipped maxmin": lambda: thresholds(lipjax.ClippedMaxMin(SHAPE, upper=0.3, lower=-0.3)),
+    "flatten of two axes": lambda: lipjax.Flatten(2),
+    "residual": lambda: lipjax.Residual(conv(), lipjax.MaxMin(), lipjax.Residual(conv())),
+}
+
+
+def around(layer) -> nnx.Sequential:
+    """A network with that layer in the middle; values of both signs in front of it."""
+    shape = jax.eval_shape(layer, jnp.zeros(SHAPE)).shape
+    flatten = [lipjax.Flatten(len(shape))] if len(shape) > 1 else []
+    return nnx.Sequential(conv(window=(1, 1)), layer, *flatten, nnx.Linear(int(np.prod(shape)), 3, rngs=nnx.Rngs(1)))
+
+
+def computed(path, images):
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    assert session.get_inputs()[0].name == "images" and session.get_outputs()[0].name == "logits"
+    return session.run(["logits"], {"images": images})[0]
+
+
+def test_every_layer_that_is_stored_has_a_rule_and_is_compared_here():
+    kinds = {type(layer()) for layer in LAYERS.values()} - {operators.Residual}
+    assert kinds == {kind for kind in onnx_export.nodes.registry if kind not in (object, Halved)}
+    assert kinds == {kind.type for kind in storage.KINDS.values()}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_onnxruntime_gives_the_logits_of_the_network(tmp_path, name):
+    network, path = around(LAYERS[name]()), tmp_path / "network.onnx"
+    onnx_export.to_onnx(network, path, input_shape=SHAPE)
+    for count in (1, 5):  # the number of images is free
+        images = np.random.default_rng(count).uniform(0, 1, (count, *SHAPE)).astype(np.float32)
+        logits = np.asarray(jax.jit(lambda network, x: network(x))(network, images))
+        np.testing.assert_allclose(computed(path, images), logits, rtol=1e-5, atol=1e-5 * np.abs(logits).max())
+
+
+def test_convolutions_of_other_ranks_and_float64(tmp_path):
+    path = tmp_path / "network.onnx"
+    with jax.enable_x64(True):
+        rngs = nnx.Rngs(0)
+        network = nnx.Sequential(
+            nnx.Conv(2, 3, (3,), padding="CAUSAL", param_dtype=jnp.float64, rngs=rngs),
+            lipjax.Flatten(2),
+            nnx.Linear(15, 2, param_dtype=jnp.float64, rngs=rngs),
+        )
+        onnx_export.to_onnx(network, path, input_shape=(5, 2))
+        images = np.random.default_rng(0).uniform(0, 1, (2, 5, 2))
+        logits = np.asarray(network(images))
+    # onnxruntime has no convolution in float64; ONNX's own evaluator does.
+    found = onnx.reference.ReferenceEvaluator(onnx.load(path)).run(None, {"images": images})[0]
+    assert found.dtype == np.float64
+    np.testing.assert_allclose(found, logits, rtol=1e-12)
+
+
+def test_the_file_says_what_it_takes_and_what_certificates_say_of_it(tmp_path):
+    path = tmp_path / "network.onnx"
+    onnx_export.to_onnx(around(lipjax.ReLU()), path, input_shape=SHAPE)
+    model = onnx.load(path)
+    said = {entry.key: entry.value for entry in model.metadata_props}
+    assert "[0, 1]" in said["input"] and "not normalised" in said["input"]
+    assert "does not cover" in said["certificates"] and "arithmetic that they state" in said["certificates"]
+    assert model.producer_name == "lipjax" and model.producer_version == lipjax.__version__
+    assert [entry.version for entry in model.opset_import] == [onnx_export.OPSET]
+    weights = [onnx.numpy_helper.to_array(constant) for constant in model.graph.initializer]
+    assert {w.dtype for w in weights} == {np.dtype(np.float32), np.dtype(np.int64)}
+
+
+class Halved(nnx.Module):
+    """A layer of one's own."""
+
+    def __call__(self, x):
+        return x / 2
+
+
+@lipjax.activations.box_image.register(Halved)
+def _(layer, lower, upper):
+    return lower / 2, upper / 2
+
+
+def test_a_layer_of_ones_own_needs_a_rule_and_is_exported_with_one(tmp_path):
+    network, path = around(Halved()), tmp_path / "network.onnx"
+    with pytest.raises(TypeError, match=r"layer 1, Halved, has no rule.*nodes\.register"):
+        onnx_export.to_onnx(network, path, input_shape=SHAPE)
+    assert not path.exists()
+
+    @onnx_export.nodes.register(Halved)
+    def _(layer, graph, x, shape):
+        return graph.add("Mul", x, graph.constant(0.5))
+
+    onnx_export.to_onnx(network, path, input_shape=SHAPE)
+    images = np.random.default_rng(0).uniform(0, 1, (2, *SHAPE)).astype(np.float32)
+    np.testing.assert_allclose(computed(path, images), network(images), rtol=1e-5, atol=1e-6)
+
+
+class Subclass(lipjax.ReLU):
+    """May compute something else."""
+
+
+@pytest.mark.parametrize(
+    "network, shape, expected",
+    [
+        (lambda: around(Subclass()), SHAPE, "Subclass"),
+        (
+            lambda: nnx.Sequential(lipjax.AOLConv(4, 4, (3, 3), rngs=nnx.Rngs(0)), *around(lipjax.ReLU()).layers),
+            SHAPE,
+            "plain",
+        ),
+        (lambda: around(conv(input_dilation=2, padding=1)), SHAPE, "input_dilation"),
+        (lambda: around(conv(padding=((-1, 0), (0, 0)))), SHAPE, "padding"),
+        (lambda: around(conv(dtype=jnp.bfloat16)), SHAPE, "computes in bfloat16"),
+        (lambda: around(conv(param_dtype=jnp.bfloat16)), SHAPE, "bfloat16, float32"),
+        (lambda: around(lipjax.ReLU()), (7, 6, 3), r"layer 0, Conv, cannot take an input of shape \(7, 6, 3\)"),
+        (lambda: nnx.Sequential(conv()), SHAPE, "one axis"),
+        (lambda: nnx.Sequential(conv(), lipjax.ReLU()), SHAPE, "end in an affine layer"),
+    ],
+)
+def test_what_cannot_be_exported_is_an_error_and_writes_nothing(tmp_path, network, shape, expected):
+    with pytest.raises((TypeError, ValueError), match=expected):
+        onnx_export.to_onnx(network(), tmp_path / "network.onnx", input_shape=shape)
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,268 @@
+"""Stored networks: what is read is what was written, bit for bit; anything else is an error."""
+
+import json
+import os
+import struct
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import lipjax
+from lipjax import certificate_files, storage
+
+SHAPE = (8, 8, 2)
+
+
+def every_layer() -> nnx.Sequential:
+    """A network with each layer that is stored, in sequences and Residuals, with settings that are not the usual."""
+    rngs, highest = nnx.Rngs(0), jax.lax.Precision.HIGHEST
+    return nnx.Sequential(
+        lipjax.Normalize([0.5, 0.4], [0.2, 0.3]),
+        nnx.Sequential(nnx.Conv(2, 4, (3, 3), padding=((1, 1), (0, 2)), rngs=rngs), lipjax.ClippedMaxMin((8, 8, 4))),
+        lipjax.Residual(
+            nnx.Conv(4, 4, (3, 3), padding=2, kernel_dilation=2, feature_group_count=2, rngs=rngs), lipjax.MaxMin()
+        ),
+        lipjax.AveragePool((2, 2)),
+        lipjax.ReLU(),
+        nnx.Conv(4, 4, (3, 3), strides=2, use_bias=False, precision=highest, dtype=jnp.float32, rngs=rngs),
+        lipjax.ClippedReLU((2, 2, 4), threshold=0.7),
+        lipjax.Flatten(),
+        nnx.Linear(
+            16, 3, param_dtype=jnp.bfloat16, dtype=jnp.bfloat16, precision=(highest, jax.lax.Precision.HIGH), rngs=rngs
+        ),
+    )
+
+
+def dense(**arguments) -> nnx.Sequential:
+    return nnx.Sequential(
+        nnx.Linear(3, 4, rngs=nnx.Rngs(0), **arguments), lipjax.ReLU(), nnx.Linear(4, 2, rngs=nnx.Rngs(1))
+    )
+
+
+def equal(one, other) -> bool:
+    """The same layers with the same settings, parameters of the same bits."""
+    if jax.tree.structure(one) != jax.tree.structure(other):
+        return False
+    pairs = zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True)
+    return all(a.dtype == b.dtype and np.asarray(a).tobytes() == np.asarray(b).tobytes() for a, b in pairs)
+
+
+def test_load_gives_the_same_network_bit_for_bit(tmp_path):
+    network, path = every_layer(), tmp_path / "network.safetensors"
+    kinds = (
+        {type(layer) for layer in network.layers}
+        | {type(layer) for layer in network.layers[1].layers}
+        | {lipjax.MaxMin}
+    )
+    assert kinds >= {kind.type for kind in storage.KINDS.values()}
+    storage.save(network, path, input_shape=SHAPE)
+    found = storage.load(path)
+    assert equal(found, network)
+    assert certificate_files.network_hash(certificate_files.describe(found)) == certificate_files.network_hash(
+        certificate_files.describe(network)
+    )
+    images = np.random.default_rng(0).uniform(0, 1, (3, *SHAPE)).astype(np.float32)
+    assert np.array_equal(found(images), network(images))
+
+
+def test_a_stored_network_has_the_same_bounds(tmp_path):
+    network, path, x = dense(), tmp_path / "network.safetensors", jnp.array([0.2, 0.5, 0.9])
+    storage.save(network, path, input_shape=(3,))
+    one, other = (lipjax.bound(n, x, 0.1) for n in (network, storage.load(path)))
+    assert all(np.array_equal(a, b) for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True))
+
+
+def test_the_description_says_shape_notes_and_layers_and_the_arrays_have_the_names_of_flax(tmp_path):
+    import safetensors.numpy
+
+    path, notes = tmp_path / "network.safetensors", {"accuracy": 0.97, "split": "test", "seeds": [0, 1]}
+    storage.save(every_layer(), path, input_shape=SHAPE, notes=notes)
+    description = storage.description(path)
+    assert description["input_shape"] == SHAPE and description["notes"] == notes
+    assert description["versions"]["lipjax"] == lipjax.__version__
+    kinds = [layer["type"] for layer in description["layers"]]
+    assert kinds == "Normalize Sequential Residual AveragePool ReLU Conv ClippedReLU Flatten Linear".split()  # noqa: SIM905
+    assert description["layers"][1]["layers"][0]["padding"] == [[1, 1], [0, 2]]
+    arrays = safetensors.numpy.load_file(path)
+    assert set(arrays) == {
+        *("layers.1.layers.0.kernel", "layers.1.layers.0.bias", "layers.1.layers.1.upper", "layers.1.layers.1.lower"),
+        *("layers.2.branch.layers.0.kernel", "layers.2.branch.layers.0.bias", "layers.5.kernel", "layers.6.threshold"),
+        *("layers.8.kernel", "layers.8.bias"),
+    }
+    assert arrays["layers.5.kernel"].shape == (3, 3, 4, 4)
+
+
+def test_float64_is_kept_and_needs_64_bits(tmp_path):
+    path = tmp_path / "network.safetensors"
+    with jax.enable_x64(True):
+        network = dense(param_dtype=jnp.float64)
+        storage.save(network, path, input_shape=(3,))
+        assert equal(storage.load(path), network)
+    with pytest.raises(storage.StorageError, match=r"layers.0.\w+ is float64, which needs .*jax_enable_x64"):
+        storage.load(path)
+
+
+def test_orthogonal_layers_are_stored_written_down(tmp_path):
+    path = tmp_path / "network.safetensors"
+    network = nnx.Sequential(
+        lipjax.CayleyLinear(3, 4, rngs=nnx.Rngs(0)), lipjax.MaxMin(), nnx.Linear(4, 2, rngs=nnx.Rngs(1))
+    )
+    with pytest.raises(TypeError, match=r"layers.0, CayleyLinear.*lipjax\.orthogonal\.plain"):
+        storage.save(network, path, input_shape=(3,))
+    assert not path.exists()
+    plain = lipjax.orthogonal.plain(network)
+    storage.save(plain, path, input_shape=(3,))
+    assert equal(storage.load(path), plain)
+
+
+class Linear(nnx.Linear):
+    """A subclass may compute something else."""
+
+
+@lipjax.linear_operator.register(Linear)
+def _(layer):
+    return lipjax.LinearOperator(lambda kernel, x: x @ kernel, layer.kernel[...], layer.bias[...])
+
+
+def with_nan() -> nnx.Sequential:
+    network = dense()
+    network.layers[0].kernel[...] = network.layers[0].kernel[...].at[0, 0].set(jnp.nan)
+    return network
+
+
+@pytest.mark.parametrize(
+    "network, shape, notes, expected",
+    [
+        (
+            lambda: nnx.Sequential(Linear(3, 2, rngs=nnx.Rngs(0))),
+            (3,),
+            None,
+            r"layers.0, test_storage.Linear.*exact type",
+        ),
+        (lambda: nnx.Sequential(nnx.relu, *dense().layers), (3,), None, "relu"),
+        (lambda: nnx.Linear(3, 2, rngs=nnx.Rngs(0)), (3,), None, "Sequential"),
+        (with_nan, (3,), None, "layers.0.kernel has NaN"),
+        (lambda: dense(param_dtype=jnp.float16), (3,), None, "layers.0.kernel is float16"),
+        (lambda: dense(dtype=jnp.float16), (3,), None, "computes in float16"),
+        (lambda: dense(preferred_element_type=jnp.float32), (3,), None, "preferred_element_type of its own"),
+        (dense, (4,), None, r"\(4,\) does not go through"),
+        (dense, (3, 3), None, "one axis"),
+        (dense, (0,), None, "positive"),
+        (dense, (3,), {"accuracy": float("nan")}, "notes"),
+        (dense, (3,), {"data": {1, 2}}, "notes"),
+    ],
+)
+def test_what_is_not_stored_is_an_error_and_writes_nothing(tmp_path, network, shape, notes, expected):
+    with pytest.raises((TypeError, ValueError), match=expected):
+        storage.save(network(), tmp_path / "network.safetensors", input_shape=shape, notes=notes)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_kill_while_writing_leaves_the_old_file(tmp_path, monkeypatch):
+    path, network = tmp_path / "network.safetensors", dense()
+    storage.save(network, path, input_shape=(3,))
+
+    def killed(handle):
+        raise OSError("no space left")
+
+    monkeypatch.setattr(os, "fsync", killed)
+    with pytest.raises(OSError, match="no space"):
+        storage.save(dense(use_bias=False), path, input_shape=(3,))
+    assert equal(storage.load(path), network)
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.fixture
+def written(tmp_path):
+    path = tmp_path / "network.safetensors"
+    storage.save(dense(), path, input_shape=(3,), notes={"a": 1})
+    return path
+
+
+def test_a_damaged_file_is_an_error(written):
+    data = written.read_bytes()
+    start = 8 + struct.unpack("<Q", data[:8])[0]  # of the arrays
+    for changed in (
+        data[:-5],
+        data[:4],
+        b"",
+        b"\x80" * 100,
+        data[:start] + bytes([data[start] ^ 1]) + data[start + 1 :],
+    ):
+        written.write_bytes(changed)
+        with pytest.raises(storage.StorageError, match="damaged"):
+            storage.load(written)
+    with pytest.raises(storage.StorageError, match="not there"):
+        storage.load(written.with_name("other.safetensors"))
+
+
+def rewritten(path, change, arrays=None):
+    """The file with another description, its digest made to fit, as someone with a plan would write it."""
+    import safetensors.numpy
+
+    header, found = storage._read(path, arrays=True)
+    found = found if arrays is None else arrays(found)
+    change(header)
+    header["digest"] = certificate_files.digest(header, found)
+    path.write_bytes(safetensors.numpy.save(found, metadata={"lipjax": json.dumps(header)}))
+
+
+@pytest.mark.parametrize(
+    "change, expected",
+    [
+        (lambda h: h.update(version=2), "format version 2, this lipjax reads up to 1: use a newer"),
+        (lambda h: h.update(version="1"), "format version 1"),
+        (lambda h: h.update(format="another"), "does not say format"),
+        (lambda h: h.update(more=1), "expected the fields"),
+        (lambda h: h.update(layers={}), "must be lists"),
+        (lambda h: h.update(layers=[1]), "no network can be built"),
+        (lambda h: h.update(input_shape=[4]), r"\(4,\) does not go through"),
+        (lambda h: h.update(input_shape=[-3]), "positive"),
+        (lambda h: h["layers"][0].update(type="os.system"), "layers.0 is a 'os.system'; known are"),
+        (lambda h: h["layers"][0].update(type="ReLU"), "layers.0, ReLU"),
+        (lambda h: h["layers"][0].update(kernel_init="x"), "layers.0, Linear"),
+        (lambda h: h["layers"][0].update(dtype="float16"), "float16"),
+        (lambda h: h["layers"].pop(), "logits"),
+        (lambda h: h["layers"].insert(1, {"type": "Normalize", "scale": [1e39], "shift": [0]}), "finite scale"),
+        (lambda h: h["layers"].__setitem__(1, {"type": "Flatten", "ndim": 3}), "Flatten"),
+    ],
+)
+def test_a_description_that_fits_no_network_is_an_error(written, change, expected):
+    rewritten(written, change)
+    with pytest.raises(storage.StorageError, match=expected):
+        storage.load(written)
+
+
+@pytest.mark.parametrize(
+    "arrays, expected",
+    [
+        (lambda a: {**a, "layers.7.kernel": a["layers.0.bias"]}, "no layer takes layers.7.kernel"),
+        (lambda a: {n: v for n, v in a.items() if n != "layers.0.kernel"}, "layers.0, Linear"),
+        (lambda a: {**a, "layers.0.bias": np.full(4, np.inf, np.float32)}, "layers.0.bias has NaN or infinite"),
+        (lambda a: {**a, "layers.0.bias": np.zeros(5, np.float32)}, r"bias of shape \(5,\)"),
+        (lambda a: {**a, "layers.0.kernel": a["layers.0.kernel"].astype(np.float16)}, "float16"),
+        (lambda a: {**a, "layers.1.slope": np.zeros(4, np.float32)}, "layers.1, ReLU"),
+    ],
+)
+def test_arrays_that_fit_no_network_are_an_error(written, arrays, expected):
+    rewritten(written, lambda header: None, arrays)
+    with pytest.raises(storage.StorageError, match=expected):
+        storage.load(written)
+
+
+def test_a_file_of_something_else_is_an_error(tmp_path):
+    import safetensors.numpy
+
+    path = tmp_path / "other.safetensors"
+    for metadata, expected in (
+        (None, "something else"),
+        ({"lipjax": "{"}, "no JSON"),
+        ({"lipjax": '{"format": NaN}'}, "NaN is no finite number"),
+    ):
+        safetensors.numpy.save_file({"kernel": np.zeros(3)}, path, metadata=metadata)
+        for read in (storage.load, storage.description):
+            with pytest.raises(storage.StorageError, match=expected):
+                read(path)
