@@ -18,11 +18,11 @@ import time
 
 import jax
 import numpy as np
-from absl import app, flags, logging
+from absl import flags, logging
 from ml_collections import ConfigDict
 
 import lipjax
-from lipjax import data, hosts, reporting, training
+from lipjax import commands, data, hosts, reporting, training
 from lipjax.checkpoints import CheckpointError, Checkpoints, load_config
 
 _WORKDIR = flags.DEFINE_string("workdir", "runs/digits", "Folder of a run of train.py.")
@@ -76,9 +76,7 @@ CURVE_RESTARTS = 1
 CURVE_POINTS = 6
 
 
-def main(argv):
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments {argv[1:]}")
+def main(_):
     hosts.join(_HOSTS.value)
     lipjax.lowering.keep_compiled()
     logging.set_verbosity(logging.WARNING)
@@ -288,13 +286,8 @@ def say(message: str) -> None:
         print(message, file=sys.stderr, flush=True)
 
 
+# These say what is wrong and what to do.
+ERRORS = (data.DataError, CheckpointError, ValueError, TypeError)
+
 if __name__ == "__main__":
-    try:
-        app.run(main)
-    except (data.DataError, CheckpointError, ValueError, TypeError) as error:
-        # These say what is wrong and what to do; a traceback would only hide it.
-        hosts.give_up(f"certify.py: {error}")
-    except jax.errors.JaxRuntimeError as error:
-        if jax.process_count() == 1:
-            raise
-        hosts.give_up(f"certify.py: another process is gone, or a device failed: {str(error).splitlines()[0]}")
+    commands.run(main, ERRORS)

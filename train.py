@@ -22,16 +22,21 @@ from pathlib import Path
 import jax
 import numpy as np
 import optax
-from absl import app, flags, logging
+from absl import flags, logging
 from flax import nnx
 from jax.sharding import PartitionSpec
 from ml_collections import config_flags
 
-from lipjax import data, feeding, hosts, lowering, plan, training
+from lipjax import commands, data, feeding, hosts, lowering, plan, training
 from lipjax.checkpoints import CheckpointError, Checkpoints, locked, open_workdir
 from lipjax.reporting import Metrics, Progress
 
-_CONFIG = config_flags.DEFINE_config_file("config", "configs/digits.py", "Experiment: a file with get_config().")
+_CONFIG = config_flags.DEFINE_config_file(
+    "config",
+    None,
+    f"Experiment: a file with get_config(), or the name of one of lipjax's own: {', '.join(commands.experiments())}. "
+    f"Default: {commands.DEFAULT_CONFIG}. Any of its fields is a flag too: --config.optimizer.learning_rate=5e-4.",
+)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of this run; default runs/<name of the config>.")
 _EPOCHS = flags.DEFINE_integer(
     "stop_after", None, "Stop after this epoch, to go on later; no influence on the result.", lower_bound=1
@@ -43,9 +48,9 @@ _PLAN_DEVICE = flags.DEFINE_string(
 _PLAN_DEVICES = flags.DEFINE_integer("plan_devices", None, "With --plan: how many; default: those here.", lower_bound=1)
 _PLAN_EXAMPLES = flags.DEFINE_integer("plan_examples", None, "With --plan: size of the training set.", lower_bound=2)
 _PLAN_SHAPE = flags.DEFINE_list("plan_shape", None, "With --plan: height,width,channels of the images.")
-_PLAN_CLASSES = flags.DEFINE_integer("plan_classes", None, "With --plan.", lower_bound=2)
+_PLAN_CLASSES = flags.DEFINE_integer("plan_classes", None, "With --plan: how many classes.", lower_bound=2)
 _PLAN_COMPILE = flags.DEFINE_bool(
-    "plan_compile", False, "With --plan, for these devices: ask XLA for temporary memory."
+    "plan_compile", False, "With --plan: ask XLA for temporary memory, on the devices here."
 )
 _HOSTS = flags.DEFINE_string(
     "hosts", os.environ.get("LIPJAX_HOSTS", ""), f"For several processes as one: {hosts.EXAMPLE}; or LIPJAX_HOSTS."
@@ -65,9 +70,7 @@ VOLATILE = (
 )
 
 
-def main(argv):
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments {argv[1:]}; flags look like --config.seed=1")
+def main(_):
     hosts.join(_HOSTS.value)
     lowering.keep_compiled()
     logging.set_verbosity(logging.FATAL)  # Orbax reports every step of every save; its errors are reported below
@@ -224,24 +227,8 @@ def say(message: str) -> None:
         print(message, flush=True)
 
 
-def parse_flags(argv):
-    """absl's parser; of a misspelt field ml_collections says in an AttributeError which one may be meant."""
-    try:
-        return app.parse_flags_with_usage(argv)
-    except AttributeError as error:
-        reason = error
-        while isinstance(reason.args[0], Exception):
-            reason = reason.args[0]
-        raise SystemExit(f"train.py: the configuration has no such field: {reason.args[0]}") from None
-
+# These say what is wrong and what to do.
+ERRORS = (data.DataError, CheckpointError, training.NonFiniteError, ValueError, OSError)
 
 if __name__ == "__main__":
-    try:
-        app.run(main, flags_parser=parse_flags)
-    except (data.DataError, CheckpointError, training.NonFiniteError, ValueError, OSError) as error:
-        # These say what is wrong and what to do; a traceback would only hide it.
-        hosts.give_up(f"train.py: {error}")
-    except jax.errors.JaxRuntimeError as error:
-        if jax.process_count() == 1:
-            raise
-        hosts.give_up(f"train.py: another process is gone, or a device failed: {str(error).splitlines()[0]}")
+    commands.run(main, ERRORS)

@@ -41,10 +41,10 @@ from ml_collections import ConfigDict
 
 import lipjax
 from benchmarks import unsound
-from configs import digits
 from lipjax import attacks, check_layers, feeding, training
 from lipjax.certificate_files import describe
 from lipjax.checkpoints import Checkpoints, load_config
+from lipjax.configs import digits
 
 ACTIVATIONS = ("relu", "clipped_relu", "maxmin", "clipped_maxmin")
 SHARE = 0.9999

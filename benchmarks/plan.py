@@ -23,8 +23,8 @@ import numpy as np
 import optax
 
 from benchmarks.step import SHAPES, random_images
-from configs import digits
 from lipjax import data, feeding, lowering, plan, training
+from lipjax.configs import digits
 
 _SMALL = {"network": "small_conv", "image": (16, 16, 1), "widths": (16, 32), "batch": 64}
 _6C2F = {"network": "conv6_dense2", "batch": 256}

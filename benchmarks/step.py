@@ -23,8 +23,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from configs import digits
 from lipjax import activations, data, feeding, losses, models, regions, training
+from lipjax.configs import digits
 from lipjax.plan import counted
 
 SHAPES = {

@@ -11,11 +11,12 @@ Measured on digits: benchmarks/README.md.
 import importlib
 from pathlib import Path
 
-# Tsuzuku et al. 2018; Leino et al. 2021; Lee et al. 2020; Trockman and Kolter 2021 (dense layers; convolutions by Prach and
-# Lampert 2022); Huang et al. 2021.
-METHODS = {
+# Tsuzuku et al. 2018; Leino et al. 2021, and with TRADES as in its code; Lee et al. 2020; Trockman and Kolter 2021 (dense
+# layers; convolutions by Prach and Lampert 2022); Hu et al. 2023; Huang et al. 2021.
+METHODS: dict[str, dict] = {
     "lmt": {"mode": "global", "loss": "lmt", "activation": "relu"},
     "gloro": {"mode": "global", "loss": "gloro", "activation": "maxmin"},
+    "trades": {"mode": "global", "loss": "trades", "activation": "maxmin"},
     "bcp": {"mode": "bcp", "loss": "bcp", "activation": "relu"},
     "orthogonal": {"mode": "global", "loss": "gloro", "activation": "maxmin", "orthogonal": True},
     "emma": {"mode": "global", "loss": "emma", "activation": "maxmin"},
@@ -34,7 +35,7 @@ def get_config(method: str = "gloro"):
     )
     if experiment not in there:
         raise ValueError(f"no experiment is called {experiment!r}; there are {', '.join(there)}.")
-    config = importlib.import_module(f"configs.{experiment}").get_config()
+    config = importlib.import_module(f"lipjax.configs.{experiment}").get_config()
     settings = METHODS[method]
     config.bound.mode, config.bound.loss = settings["mode"], settings["loss"]
     config.model.activation = settings["activation"]

@@ -8,7 +8,7 @@ Published (Huang et al. 2021, power-iteration estimates, not measured here): cle
 float32): --config.vectors.dtype. Downloads CIFAR-10 through TFDS; from files: --config.data.name=npz:train.npz,test.npz.
 """
 
-from configs import digits
+from lipjax.configs import digits
 
 
 def get_config():

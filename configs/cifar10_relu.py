@@ -7,7 +7,7 @@ Published (Huang et al. 2021, power-iteration estimates, not measured here): cle
 Data, time and memory as cifar10_maxmin.py.
 """
 
-from configs import cifar10_maxmin
+from lipjax.configs import cifar10_maxmin
 
 
 def get_config():

@@ -54,7 +54,8 @@ def get_config() -> ml_collections.ConfigDict:
     config.bound = bound = ml_collections.ConfigDict()
     bound.mode = "local"  # or "rows", "linear", "paper", "bcp", "global"
     bound.iterations = 2  # warm-started power iterations per step
-    bound.loss = "bcp"  # or "gloro", "lmt", "emma"
+    bound.loss = "bcp"  # or "gloro", "trades", "lmt", "emma"
+    bound.trades = 1.0  # loss "trades": weight of the term that wants robustness
     bound.sparsity = 0.0  # weight of the sparsity loss
     bound.stability = 0.0  # weight of the stability loss, made for mode "linear"
     bound.rivals = 0  # mode "linear": rival classes that get the tighter bound in training; 0: all

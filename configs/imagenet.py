@@ -7,7 +7,7 @@ There is no accuracy to expect: no setting was tried. The patches make maps of 3
 single examples at 224x224 would take terabytes (benchmarks/README.md, "ImageNet, on paper").
 """
 
-from configs import cifar10_maxmin
+from lipjax.configs import cifar10_maxmin
 
 
 def get_config():

@@ -7,7 +7,7 @@ Published (Huang et al. 2021, power-iteration estimates, not measured here): cle
 --config.data.manual_dir.
 """
 
-from configs import digits
+from lipjax.configs import digits
 
 
 def get_config():

@@ -12,7 +12,7 @@ and a half.
 Downloads MNIST through TFDS, or takes the four original archives from --config.data.manual_dir.
 """
 
-from configs import digits
+from lipjax.configs import digits
 
 
 def get_config():

@@ -10,7 +10,7 @@ power-iteration vectors of 90,000 images take about 84 GB as float8: several dev
 smaller --config.data.train_examples.
 """
 
-from configs import cifar10_maxmin
+from lipjax.configs import cifar10_maxmin
 
 
 def get_config():

@@ -7,7 +7,7 @@ Published (Huang et al. 2021, power-iteration estimates, not measured here): cle
 Data and memory as tiny_imagenet_maxmin.py.
 """
 
-from configs import tiny_imagenet_maxmin
+from lipjax.configs import tiny_imagenet_maxmin
 
 
 def get_config():

@@ -351,20 +351,25 @@ def _from_npz(path: str, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return images[index], labels[index].astype(np.int32)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The command; returns the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="python -m lipjax.check",
+def parser(program: str = "python -m lipjax.check") -> argparse.ArgumentParser:
+    """The flags of the command."""
+    found = argparse.ArgumentParser(
+        prog=program,
         description="Derives the verdicts of a certificate file once more, independently of the code that made them.",
         epilog="Exit codes: 0 confirmed, 1 rejected, 2 could not be checked.",
     )
-    parser.add_argument("file", help="the certificate file")
-    parser.add_argument("--workdir", required=True, help="the run of train.py whose network was certified")
-    parser.add_argument("--images", help="npz of images and labels, if not the run's test split")
-    parser.add_argument("--examples", type=int, help="derive only so many, chosen at random; default all")
-    parser.add_argument("--seed", type=int, help="of the checker's draws; default: from the operating system")
-    parser.add_argument("--data_dir", help="where TFDS keeps its sets, if not where training found them")
-    given = parser.parse_args(arguments)
+    found.add_argument("file", help="the certificate file")
+    found.add_argument("--workdir", required=True, help="the run of train.py whose network was certified")
+    found.add_argument("--images", help="npz of images and labels, if not the run's test split")
+    found.add_argument("--examples", type=int, help="derive only so many, chosen at random; default all")
+    found.add_argument("--seed", type=int, help="of the checker's draws; default: from the operating system")
+    found.add_argument("--data_dir", help="where TFDS keeps its sets, if not where training found them")
+    return found
+
+
+def main(arguments: Sequence[str] | None = None, program: str = "python -m lipjax.check") -> int:
+    """The command; returns the exit code."""
+    given = parser(program).parse_args(arguments)
     spoke = 0.0
 
     def progress(done: int, total: int) -> None:

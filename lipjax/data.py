@@ -496,6 +496,48 @@ def _prepare(name: str, data_dir: str | None, manual_dir: str | None) -> None:
     builder.download_and_prepare(download_config=config)
 
 
+def listed(data_dir: str | None = None) -> str:
+    """The names that `load` takes, and the TFDS sets that are prepared in `data_dir` (its own default if None), as text."""
+    root = Path(data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets").expanduser()
+    found = {info.relative_to(root).parts[0] for info in root.glob("*/**/dataset_info.json") if _readable(info.parent)}
+    return "\n".join(
+        [
+            "digits              scikit-learn's 8x8 digits, bundled, no download",
+            "npz:<train>,<test>  two files of images (N, H, W, C) and labels (N,), or one of x_train, y_train, ...",
+            "folder:<path>       image files in TinyImageNet's layout",
+            "records:<path>      as `lipjax data prepare folder:<path> --out=<path>` writes it: large sets, read lazily",
+            "<TFDS name>         mnist, cifar10, cifar100, svhn, imagenet, ...: downloaded and prepared on first use, or by",
+            "                    `lipjax data prepare <name>`, with --manual_dir from archives that are here",
+            f"prepared in {root}: {', '.join(sorted(found)) or 'none'}",
+        ]
+    )
+
+
+def _readable(folder: Path) -> bool:
+    return any(folder.glob("*.array_record*"))
+
+
+def described(splits: Splits) -> str:
+    """Sizes, shape, classes, range and fingerprints of a data set, as text for people."""
+    lines = [splits.train.name]
+    for part in (splits.train, splits.validation, splits.test):
+        counts = np.bincount(part.labels, minlength=part.classes)
+        lines.append(
+            f"{part.split:11}{len(part.labels)} images, {counts.min()} to {counts.max()} of each class, "
+            f"fingerprint {fingerprint(part)}"
+        )
+    test = splits.test
+    values = test.unit_images(slice(0, 1000))
+    lines.append(
+        f"images of {tuple(test.images.shape[1:])}, {test.classes} classes; stored {test.images.dtype}, {test.levels:g} means "
+        f"1.0; the first test images go from {values.min():.3g} to {values.max():.3g}, mean {values.mean():.3g}"
+    )
+    if test.note:
+        lines.append(f"note: {test.note}")
+    lines.append("validation images are held out of the training set; epsilon is a radius on pixels in [0, 1]")
+    return "\n".join(lines)
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=_prepare.__doc__)
     parser.add_argument("name")

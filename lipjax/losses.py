@@ -38,6 +38,18 @@ def gloro(network: nnx.Module, bound: Bound, label: jax.Array) -> jax.Array:
     return cross_entropy(gloro_logits(network, bound, label), label)
 
 
+def trades(network: nnx.Module, bound: Bound, label: jax.Array, weight=1.0) -> jax.Array:
+    """``CE(logits) + weight KL(softmax(logits), softmax(gloro_logits of the predicted class))``: TRADES (Zhang et al. 2019) with
+    a bound in the place of its attack, as in GloRo's code.
+
+    Both distributions are the same up to a factor on the classes, so that the divergence is that factor's logarithm:
+    minus the logarithm of what the "not robust" class leaves to the others.
+    """
+    extended = gloro_logits(network, bound, jnp.argmax(bound.logits))
+    rest = jax.nn.logsumexp(bound.logits)
+    return cross_entropy(bound.logits, label) + weight * jax.nn.softplus(extended[-1] - rest)
+
+
 def lmt(network: nnx.Module, bound: Bound, label: jax.Array) -> jax.Array:
     """Cross-entropy with ``sqrt(2) ||W|| r`` added to every rival's logit (Lipschitz-margin training, Tsuzuku et al. 2018).
 

@@ -53,7 +53,7 @@ CPU_CACHE, LEAST_AT_ONCE = 2**22, 16
 SPLIT_ENTRIES = 2**14
 
 # Names of losses in `lipjax.losses`.
-LOSSES = ("bcp", "gloro", "lmt", "emma")
+LOSSES = ("bcp", "gloro", "trades", "lmt", "emma")
 
 
 class NonFiniteError(FloatingPointError):
@@ -94,7 +94,7 @@ def check_config(config) -> None:
         **dict.fromkeys(("bound.iterations", "evaluation.iterations"), 1),
         "checkpoints.keep": 2,
         **dict.fromkeys(("seed", "examples_at_once", "epsilon.train", "epsilon.test", "bound.sparsity"), 0),
-        **dict.fromkeys(("bound.stability", "bound.rivals", "checkpoints.minutes"), 0),
+        **dict.fromkeys(("bound.stability", "bound.trades", "bound.rivals", "checkpoints.minutes"), 0),
         **dict.fromkeys(("schedule.warmup", "schedule.ramp", "data.train_examples", "data.test_examples"), 0),
         **dict.fromkeys(("data.image_size", "data.workers", "data.read_ahead"), 0),
     }
@@ -290,6 +290,8 @@ def example_loss(network, x, label, epsilon, kappa, vectors, config):
     bound = regions.bound(network, x, epsilon, vectors=vectors, **how)
     if options.loss == "bcp":
         loss = losses.bcp(network, bound, label, kappa)
+    elif options.loss == "trades":
+        loss = losses.trades(network, bound, label, options.trades)
     elif options.loss in LOSSES:
         loss = getattr(losses, options.loss)(network, bound, label)
     else:

@@ -21,9 +21,9 @@ from flax import nnx
 from jax.sharding import AxisType
 
 import lipjax
-from configs import digits
 from lipjax import certificates, data, feeding, models, training
 from lipjax.checkpoints import Checkpoints
+from lipjax.configs import digits
 
 DEVICES, BATCH, STEPS = 8, 16, 4
 

@@ -7,8 +7,8 @@ import pytest
 from test_pipeline import same
 from test_records import write_folder
 
-from configs import digits
 from lipjax import data, feeding, records, training
+from lipjax.configs import digits
 
 
 @pytest.fixture(scope="module")

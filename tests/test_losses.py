@@ -46,6 +46,7 @@ def everything(net, x, epsilon, kappa, label, iterations=30):
         losses.sparsity(net, bound),
         losses.stability(net, bound),
         losses.lmt(net, bound, label),
+        losses.trades(net, bound, label, 0.7),
     ]
     return jnp.stack(found), bound, lipjax.worst_logits(net, bound, label)
 
@@ -123,7 +124,14 @@ def test_losses_are_their_formulas(x64, activation):
     last = np.linalg.svd(np.asarray(net.layers[-1].kernel[...], np.float64), compute_uv=False)[0]
     raised = logits + np.sqrt(2) * last * float(bound.penultimate.radius) * (np.arange(4) != LABEL)
     lmt = naive_cross_entropy(raised, LABEL)
-    np.testing.assert_allclose(found, [bcp, gloro, sparsity, naive_stability(net, bound), lmt], rtol=1e-10)
+    predicted = int(np.argmax(logits))
+    rivals = np.asarray(lipjax.worst_logits(net, bound, predicted))
+    extended = np.append(logits, max(rivals[j] for j in range(4) if j != predicted))
+    clean, robust = np.exp(logits) / np.sum(np.exp(logits)), np.exp(extended) / np.sum(np.exp(extended))
+    trades = naive_cross_entropy(logits, LABEL) + 0.7 * sum(
+        p * np.log(p / q) for p, q in zip(clean, robust, strict=False)
+    )
+    np.testing.assert_allclose(found, [bcp, gloro, sparsity, naive_stability(net, bound), lmt, trades], rtol=1e-10)
 
 
 def test_kappa_goes_from_the_clean_to_the_worst_case_loss(x64):

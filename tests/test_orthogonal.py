@@ -86,7 +86,7 @@ def test_the_selected_network_of_a_run_is_plain():
         def restore_best(self, abstract):
             return jax.tree.map(lambda a: np.full(a.shape, 0.1, a.dtype), abstract), {"epoch": 3}
 
-    from configs import digits
+    from lipjax.configs import digits
 
     config = digits.get_config()
     config.model.name, config.model.orthogonal, config.model.mean, config.model.deviation = (

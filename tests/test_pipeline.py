@@ -17,8 +17,8 @@ from conftest import ROOT
 from PIL import Image
 from test_records import write_folder
 
-from configs import digits
 from lipjax import data, pipeline, records, training
+from lipjax.configs import digits
 from lipjax.data import DataError
 
 

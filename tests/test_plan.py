@@ -12,8 +12,8 @@ import optax
 import pytest
 from conftest import ROOT
 
-from configs import baselines, cifar10_maxmin, digits, imagenet, tiny_imagenet_maxmin
 from lipjax import data, feeding, plan, regions, training
+from lipjax.configs import baselines, cifar10_maxmin, digits, imagenet, tiny_imagenet_maxmin
 
 SHAPE, CLASSES, EXAMPLES = (8, 8, 1), 10, 100
 

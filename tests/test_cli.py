@@ -1,0 +1,156 @@
+"""The command `lipjax`, as a user meets it: help, exit codes, errors that say what to do, completion."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+from lipjax import __version__, cli, commands
+
+
+def run(*arguments, code=0):
+    """The command in a process of its own; its output."""
+    done = subprocess.run(
+        [sys.executable, "-m", "lipjax.cli", *arguments],
+        cwd=ROOT,
+        env={**os.environ, "JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == code, done.stdout + done.stderr
+    assert "Traceback" not in done.stderr, done.stderr
+    return done.stdout + done.stderr
+
+
+def test_help_names_every_command_and_every_exit_code(capsys):
+    assert cli.main(["--help"]) == 0
+    text = capsys.readouterr().out
+    for name in cli.COMMANDS:
+        assert f"\n  {name} " in text and f"lipjax {name}" in text
+    for code, meaning in commands.EXIT_CODES.items():
+        assert str(code) in text and meaning in text
+    assert set(cli._RUN) == set(cli.COMMANDS)
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr().out == f"lipjax {__version__}\n"
+
+
+@pytest.mark.parametrize("arguments", [[], ["trian"], ["Train"]])
+def test_a_wrong_command_is_exit_code_2_and_lists_the_right_ones(arguments, capsys):
+    assert cli.main(arguments) == 2
+    text = capsys.readouterr().err
+    assert all(name in text for name in cli.COMMANDS)
+
+
+@pytest.mark.parametrize("name", ["check", "report", "data", "export", "models", "completion"])
+def test_help_of_a_command_says_how_it_is_used(name, capsys):
+    with pytest.raises(SystemExit) as ended:
+        cli.main([name, "--help"])
+    assert ended.value.code == 0
+    assert f"usage: lipjax {name}" in capsys.readouterr().out
+
+
+def test_a_configuration_is_a_file_or_a_name_with_an_argument():
+    assert commands.configuration("digits").endswith("configs/digits.py")
+    assert commands.configuration("configs/digits.py") in ("configs/digits.py", commands.configuration("digits"))
+    assert commands.configuration("baselines:gloro").endswith("baselines.py:gloro")
+    assert commands.configuration(str(ROOT / "configs" / "mnist.py")) == str(ROOT / "configs" / "mnist.py")
+    with pytest.raises(commands.UsageError, match=r"digts.*Did you mean digits\?"):
+        commands.configuration("digts")
+
+
+WRONG = {
+    ("--config=digts",): "Did you mean digits?",
+    ("--config=digits", "--config.sed=3"): 'Did you mean "seed"',
+    ("--config=digits", "--config.seed=a"): "--config.seed=a",
+    ("--config=baselines:foo",): "no method is called 'foo'",
+    ("--confg=digits",): "Did you mean: config",
+    ("digits",): "unexpected arguments digits",
+}
+
+
+def test_a_wrong_command_line_of_train_is_exit_code_2_and_says_what_is_meant():
+    # One process imports the script; each command line is parsed in a child of it, as flags can be parsed once.
+    code = """
+import json, os, sys
+from lipjax import commands
+from lipjax.commands import train
+
+for arguments in json.loads(sys.argv[1]):
+    if not os.fork():
+        try:
+            sys.argv = ["lipjax train", *arguments]
+            commands._parsed(sys.argv, train)
+        except SystemExit as ended:
+            print("exit code", ended.code, file=sys.stderr)
+        os._exit(0)
+    os.wait()
+    print("next", file=sys.stderr)
+"""
+    command = [sys.executable, "-c", code, json.dumps(list(WRONG))]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    for text, says in zip(done.stderr.split("next\n"), WRONG.values(), strict=False):
+        assert says in text and "lipjax train --help" in text and "exit code 2" in text and "Traceback" not in text
+    assert done.stderr.count("exit code") == len(WRONG)
+
+
+def test_train_runs_through_the_command_and_its_errors_are_exit_code_1(tmp_path):
+    text = run("train", "--config=digits", "--config.batch_size=0", f"--workdir={tmp_path}", code=1)
+    assert "lipjax train: batch_size must be" in text
+
+
+def test_plan_takes_short_names_of_its_flags():
+    text = run("plan", "--config=digits", "--device=h200", "--devices=8")
+    assert "H200" in text
+
+
+def test_data_info_describes_all_splits_and_the_range(capsys):
+    assert cli.main(["data", "info", "digits"]) == 0
+    text = capsys.readouterr().out
+    for said in ("1293 images", "144 images", "360 images", "(8, 8, 1)", "10 classes", "16 means 1.0"):
+        assert said in text
+
+
+def test_data_names_what_is_missing(capsys):
+    assert cli.main(["data", "info", "npz:nowhere.npz,else.npz"]) == 1
+    assert "lipjax data: " in (text := capsys.readouterr().err) and "nowhere.npz" in text
+
+
+def test_data_list_shows_prepared_sets(tmp_path, capsys):
+    folder = tmp_path / "birds" / "1.0.0"
+    folder.mkdir(parents=True)
+    (folder / "dataset_info.json").write_text("{}")
+    assert cli.main(["data", "list", f"--data_dir={tmp_path}"]) == 0
+    assert "none" in capsys.readouterr().out  # TFDS files of another format cannot be read by position
+    (folder / "birds-train.array_record-00000-of-00001").write_bytes(b"")
+    assert cli.main(["data", "list", f"--data_dir={tmp_path}"]) == 0
+    assert "birds" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_completion_knows_commands_flags_and_fields(shell, capsys, completions):
+    text = completions[shell]
+    for known in ("certify", "workdir", "pgd_restarts", "config.optimizer.learning_rate", "failure_probability"):
+        assert known in text
+
+
+@pytest.fixture(scope="module")
+def completions():
+    """The scripts of all shells, from one process: flags can be registered once."""
+    code = (
+        "import json, shtab; from lipjax import cli; parser = cli.whole_parser(); "
+        "print(json.dumps({shell: shtab.complete(parser, shell) for shell in ('bash', 'zsh', 'fish')}))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    return json.loads(done.stdout)
+
+
+def test_bash_accepts_and_uses_the_completion(tmp_path, completions):
+    script = tmp_path / "lipjax.bash"
+    script.write_text(completions["bash"])
+    ask = f"source {script}; COMP_WORDS=(lipjax cert); COMP_CWORD=1; _shtab_lipjax; echo ${{COMPREPLY[@]}}"
+    done = subprocess.run(["bash", "-c", ask], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["certify"]
