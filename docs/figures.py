@@ -1,4 +1,4 @@
-"""Draws the figures of docs/method.md, each from a computation: python docs/figures.py (a minute on two CPU cores).
+"""Draws the figures of docs/method.md, each from a computation: python -m docs.figures (a minute on two CPU cores).
 
 Writes docs/images/*.svg. The nets of two of them are trained on scikit-learn's digits in a temporary folder.
 """
@@ -11,26 +11,26 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import matplotlib
-
-matplotlib.use("svg")
 import matplotlib.pyplot as plt
 import numpy as np
 from flax import nnx
 from matplotlib.patches import Circle, Rectangle
-
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+from ml_collections import ConfigDict
 
 import lipjax
 from lipjax import spectral, training
 from lipjax.checkpoints import Checkpoints, load_config
 
+ROOT = Path(__file__).resolve().parents[1]
 IMAGES = ROOT / "docs" / "images"
 TRUE, BALL, BOX, MASK = "#00796b", "#1565c0", "#c62828", "#bdbdbd"
 
 
 def main() -> None:
-    plt.rcParams.update({"font.size": 10, "svg.hashsalt": "lipjax", "axes.spines.top": False, "axes.spines.right": False})
+    matplotlib.use("svg")
+    plt.rcParams.update(
+        {"font.size": 10, "svg.hashsalt": "lipjax", "axes.spines.top": False, "axes.spines.right": False}
+    )
     IMAGES.mkdir(exist_ok=True)
     region()
     margin()
@@ -52,8 +52,6 @@ def trained(folder: str, mode: str, epsilon: float, activation: str):
     settings += ["model.name=small_dense", "schedule.epochs=30", "schedule.ramp=12.0", "optimizer.decay_start=15.0"]
     command = [sys.executable, "train.py", f"--workdir={workdir}", *(f"--config.{setting}" for setting in settings)]
     subprocess.run(command, cwd=ROOT, check=True)
-    from ml_collections import ConfigDict
-
     config = ConfigDict(load_config(workdir))
     test = training.load_data(config).test
     with Checkpoints(workdir) as checkpoints:
@@ -114,7 +112,9 @@ def margin() -> None:
     figure, axis = plt.subplots(figsize=(6, 3.8), layout="constrained")
     axis.add_patch(Circle((0, 0), radius, fill=False, color=BALL, label="ball"))
     axis.add_patch(Rectangle(low, *(high - low), fill=False, color=BOX, label="box"))
-    for name, value, point, color in zip(("ball alone", "box alone", "both"), found, at, (BALL, BOX, TRUE), strict=True):
+    for name, value, point, color in zip(
+        ("ball alone", "box alone", "both"), found, at, (BALL, BOX, TRUE), strict=True
+    ):
         assert abs(d @ point - value) < 1e-3, (name, d @ point, value)
         along = np.array([-d[1], d[0]]) / np.linalg.norm(d)
         axis.plot(*(point + np.outer([-0.5, 0.5], along)).T, "--", color=color, linewidth=1)
@@ -136,7 +136,8 @@ def estimate_and_proof() -> None:
         like = jnp.zeros(size)
         starts = jax.random.normal(jax.random.key(0), (20, size))
         below = [
-            np.asarray(jax.vmap(lambda s, k=k: spectral.power_iteration(operator, s, k)[0])(starts)) for k in steps_power
+            np.asarray(jax.vmap(lambda s, k=k: spectral.power_iteration(operator, s, k)[0])(starts))
+            for k in steps_power
         ]
         above = [
             float(spectral.probabilistic_norm_bound(operator, jax.random.key(k), 1.002 * norm, k, 1e-9, like))
@@ -144,8 +145,12 @@ def estimate_and_proof() -> None:
         ]
     figure, axis = plt.subplots(figsize=(7, 3.6), layout="constrained")
     axis.axhline(norm, color="k", linewidth=1, label="the norm")
-    axis.plot(steps_proof, above, "o-", color=TRUE, markersize=4, label="Chebyshev bound: fails with probability ≤ 1e-9")
-    axis.plot(steps_power, np.mean(below, 1), "o-", color=BOX, markersize=4, label="power iteration: an estimate, from below")
+    axis.plot(
+        steps_proof, above, "o-", color=TRUE, markersize=4, label="Chebyshev bound: fails with probability ≤ 1e-9"
+    )
+    axis.plot(
+        steps_power, np.mean(below, 1), "o-", color=BOX, markersize=4, label="power iteration: an estimate, from below"
+    )
     axis.fill_between(steps_power, np.min(below, 1), np.max(below, 1), color=BOX, alpha=0.2)
     axis.set(xscale="log", xlabel="products with WᵀW", ylabel="‖W‖", ylim=(0.9, 4))
     axis.set_xticks([1, 2, 5, 10, 20, 50, 100], ["1", "2", "5", "10", "20", "50", "100"])
