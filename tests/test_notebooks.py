@@ -17,23 +17,12 @@ def executed(name: str, timeout: int, **environment) -> str:
     """Runs a notebook as a reader would, in its folder and with this interpreter; returns what it printed."""
     nbclient = pytest.importorskip("nbclient", reason="notebooks are executed with nbclient")
     pytest.importorskip("ipykernel", reason="notebooks are executed by ipykernel")
-    from jupyter_client.kernelspec import KernelSpec
-    from jupyter_client.manager import AsyncKernelManager
-
-    class ThisInterpreter(AsyncKernelManager):
-        """Whatever kernels are installed."""
-
-        @property
-        def kernel_spec(self):
-            argv = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
-            return KernelSpec(argv=argv, display_name="this", language="python")
-
     notebook = nbformat.read(FOLDER / name, as_version=4)
     environment = {**os.environ, "LIPJAX_NOTEBOOK_QUICK": "1", "MPLBACKEND": "agg", **environment}
     client = nbclient.NotebookClient(
         notebook,
         timeout=timeout,
-        kernel_manager_class=ThisInterpreter,
+        kernel_name="python3",  # of this interpreter
         resources={"metadata": {"path": str(FOLDER)}},
     )
     client.execute(env=environment)
