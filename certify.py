@@ -4,7 +4,8 @@
     python certify.py --workdir=runs/cifar10 --epsilon=0.141 --examples=1000
 
 Prints accuracies (clean, under PGD attack, certified by the bounds of --modes side by side) and writes to
-workdir/certification: summary.json, examples.npz and examples.csv (per image), curve.png (certified accuracy against
+workdir/certification: report.html (a page of all of it; lipjax/report.py), summary.json, examples.npz and examples.csv (per
+image), gallery.npz (some images with adversarial ones near them), curve.png (certified accuracy against
 epsilon, below the PGD curve), and certificate.npz, which `python -m lipjax.check` derives once more with other code. With
 --early each image is certified by the cheapest bound that can: "certified" then means by the bound named or by a looser
 one of --modes, and certificate_<bound>.npz has the other bounds' certificates.
@@ -12,9 +13,11 @@ one of --modes, and certificate_<bound>.npz has the other bounds' certificates.
 
 import dataclasses
 import os
+import platform
 import shlex
 import sys
 import time
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -22,7 +25,7 @@ from absl import flags, logging
 from ml_collections import ConfigDict
 
 import lipjax
-from lipjax import commands, data, hosts, reporting, training
+from lipjax import commands, data, hosts, report, reporting, training
 from lipjax.checkpoints import CheckpointError, Checkpoints, load_config
 
 _WORKDIR = flags.DEFINE_string("workdir", "runs/digits", "Folder of a run of train.py.")
@@ -74,6 +77,8 @@ _DATA_DIR = flags.DEFINE_string("data_dir", None, "Where TFDS keeps its sets, if
 # The curve's PGD points are for orientation: one restart, where at epsilon itself there are more.
 CURVE_RESTARTS = 1
 CURVE_POINTS = 6
+# Of the attack that looks for the nearest adversarial image of the few in the report's gallery.
+GALLERY_STEPS, GALLERY_RESTARTS = 200, 4
 
 
 def main(_):
@@ -83,7 +88,8 @@ def main(_):
     started = time.monotonic()
 
     # ------------------------------------------------------------------ run, data, network
-    config = ConfigDict(load_config(_WORKDIR.value))
+    trained = load_config(_WORKDIR.value)
+    config = ConfigDict(trained)
     if _EXAMPLES.value is not None:
         config.data.test_examples = _EXAMPLES.value
     if _DATA_DIR.value is not None:
@@ -137,12 +143,7 @@ def main(_):
             certified[mode] = certified[mode] | (certified[modes[i - 1]] if i else False)
             left = left & ~certified[mode]
     for mode, certificate in certificates.items():
-        contradicted = np.flatnonzero(certificate.certified & broken)
-        if len(contradicted):
-            raise SystemExit(
-                f"certify.py: the {mode} bound certified test images {test.indices[contradicted].tolist()} and the attack "
-                "broke them: do not trust this run, and please report it."
-            )
+        refuse_contradictions(mode, test.indices[certificate.certified & broken])
     tightest = certificates[modes[-1]]
 
     # ------------------------------------------------------------------ radii and curve
@@ -165,7 +166,10 @@ def main(_):
         "pgd_steps": _STEPS.value,
         "pgd_restarts": _RESTARTS.value,
         "curve_mode": modes[-1],
-        "versions": {"lipjax": lipjax.__version__, "jax": jax.__version__},
+        "gallery_steps": GALLERY_STEPS,
+        "gallery_restarts": GALLERY_RESTARTS,
+        "versions": {**lipjax.certificate_files.versions(), "python": platform.python_version()},
+        "device": f"{jax.device_count()} × {jax.devices()[0].device_kind}",
         "command": shlex.join(["python", "certify.py", *sys.argv[1:]]),
     }
     columns = {
@@ -203,16 +207,39 @@ def main(_):
                 more = attacked(network, images, labels, point, standing & mine, restarts=CURVE_RESTARTS, key=key)
                 standing &= ~more
             pgd_curve[point] = float(np.mean(standing))
-        points = {mode: float(np.mean(verdicts)) for mode, verdicts in certified.items()}
 
-    # ------------------------------------------------------------------ report
+    # ------------------------------------------------------------------ what is written
     if not hosts.is_writer():
         return
-    folder = os.path.join(_WORKDIR.value, "certification")
-    os.makedirs(folder, exist_ok=True)
+    say("adversarial images for the report ...")
+    chosen = report.select(columns, modes[-1], modes)
+    steps = {"steps": GALLERY_STEPS, "restarts": GALLERY_RESTARTS}
+    gallery = report.gallery(network, images, labels, chosen, seed=_SEED.value, **steps)
+    near = gallery["row"][gallery["distance"] <= report.proved_radii(columns, run)[gallery["row"]]]
+    refuse_contradictions("certified radius", test.indices[near[tightest.correct[near]]])
+    folder = Path(_WORKDIR.value) / "certification"
+    folder.mkdir(exist_ok=True)
     if _CURVE.value:
-        reporting.plot_curve(reporting.Path(folder) / "curve.png", run, radii, pgd_curve, points)
+        points = {mode: float(np.mean(verdicts)) for mode, verdicts in certified.items()}
+        reporting.plot_curve(folder / "curve.png", run, radii, pgd_curve, points)
+    # Early, the verdicts are those of all bounds together, each in a file of its own.
+    files = {modes[-1]: "certificate.npz"}
+    if _EARLY.value:
+        files = {mode: f"certificate_{mode}.npz" for mode in modes[:-1]} | files
+    for mode, name in files.items():
+        lipjax.certificate_files.save(
+            folder / name,
+            certificates[mode],
+            network,
+            images,
+            labels,
+            indices=test.indices,
+            data={"name": config.data.name, "split": "test"},
+            command=run["command"],
+        )
     shown = {mode: rows if np.any(rows) else ~rows for mode, rows in examined.items()}
+    data_dir = [f"--data_dir={_DATA_DIR.value}"] if _DATA_DIR.value else []
+    command = Path(_WORKDIR.value) / "command.txt"
     summary = {
         "run": {**run, "seconds": round(time.monotonic() - started, 1)},
         "clean_accuracy": float(np.mean(tightest.correct)),
@@ -223,36 +250,38 @@ def main(_):
                 "examined": int(np.sum(examined[mode])),
                 "median_lipschitz": float(np.median(c.lipschitz[shown[mode]])),
                 "constant_share": np.mean(c.constant[shown[mode]], axis=0).tolist(),
+                "stable_share": np.mean(c.stable[shown[mode]], axis=0).tolist(),
             }
             for mode, c in certificates.items()
         },
+        "pgd_curve": sorted(pgd_curve.items()) if _CURVE.value else None,
+        "classes": test.classes,
+        "activations": report.activation_layers(network, images.shape[1:]),
+        "config": trained,
+        "commands": {
+            "train": command.read_text().strip() if command.exists() else None,
+            "certify": run["command"],
+            "check": [report.check_command(_WORKDIR.value, name, *data_dir) for name in files.values()],
+        },
+        "files": {name: reporting.hashes(folder / name) for name in files.values()},
     }
-    reporting.write_summary(reporting.Path(folder) / "summary.json", summary)
-    reporting.write_examples(reporting.Path(folder), run, columns)
-    # Early, the verdicts are those of all bounds together, each in a file of its own.
-    files = {modes[-1]: "certificate.npz"}
-    if _EARLY.value:
-        files = {mode: f"certificate_{mode}.npz" for mode in modes[:-1]} | files
-    for mode, name in files.items():
-        lipjax.certificate_files.save(
-            os.path.join(folder, name),
-            certificates[mode],
-            network,
-            images,
-            labels,
-            indices=test.indices,
-            data={"name": config.data.name, "split": "test"},
-            command=run["command"],
-        )
+    reporting.write_summary(folder / "summary.json", summary)
+    reporting.write_examples(folder, run, columns)
+    reporting.write_arrays(folder / "gallery.npz", run, gallery)
+    page = report.build(folder)
     reporting.print_table(summary)
-    written = [
-        *files.values(),
-        "summary.json",
-        "examples.csv",
-        "examples.npz",
-        *(["curve.png"] if _CURVE.value else []),
-    ]
-    print("written: " + ", ".join(os.path.join(folder, name) for name in written))
+    curve = ["curve.png"] if _CURVE.value else []
+    written = [page.name, *files.values(), "summary.json", "examples.csv", "examples.npz", "gallery.npz", *curve]
+    print("written: " + ", ".join(str(folder / name) for name in written))
+
+
+def refuse_contradictions(bound: str, indices: np.ndarray) -> None:
+    """Ends the program if there are test images that a certificate speaks of and that an attack broke nevertheless."""
+    if len(indices):
+        raise SystemExit(
+            f"certify.py: the {bound} bound certified test images {indices.tolist()} and the attack broke them: do not trust "
+            "this run, and please report it."
+        )
 
 
 def attacked(network, images, labels, epsilon, rows, *, restarts, key) -> np.ndarray:

@@ -6,8 +6,8 @@
 
 Run again with the same workdir to continue where it stopped, exactly: also after a kill at any moment, and on another
 number of devices. SIGTERM saves first. On several machines start it on each of them, with --hosts. The workdir gets
-config.json, metrics.jsonl (one line per epoch) and checkpoints/ (the newest states, and the parameters that did best on
-the validation split, which is held out of the training set).
+config.json, metrics.jsonl (one line per epoch), curves.png (the same as a picture, refreshed now and then) and checkpoints/
+(the newest states, and the parameters that did best on the validation split, which is held out of the training set).
 """
 
 import contextlib
@@ -15,6 +15,7 @@ import dataclasses
 import functools
 import io
 import os
+import shlex
 import sys
 import time
 from pathlib import Path
@@ -28,8 +29,8 @@ from jax.sharding import PartitionSpec
 from ml_collections import config_flags
 
 from lipjax import commands, data, feeding, hosts, lowering, plan, training
-from lipjax.checkpoints import CheckpointError, Checkpoints, locked, open_workdir
-from lipjax.reporting import Metrics, Progress
+from lipjax.checkpoints import CheckpointError, Checkpoints, locked, open_workdir, write_atomically
+from lipjax.reporting import Curves, Metrics, Progress, TensorBoard, read_metrics, tensorboard_writer
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config",
@@ -40,6 +41,9 @@ _CONFIG = config_flags.DEFINE_config_file(
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of this run; default runs/<name of the config>.")
 _EPOCHS = flags.DEFINE_integer(
     "stop_after", None, "Stop after this epoch, to go on later; no influence on the result.", lower_bound=1
+)
+_TENSORBOARD = flags.DEFINE_bool(
+    "tensorboard", False, "Also write the metrics to workdir/tensorboard, for TensorBoard; needs tensorboardX."
 )
 _PLAN = flags.DEFINE_bool("plan", False, "Print what the configuration needs (lipjax/plan.py) and end.")
 _PLAN_DEVICE = flags.DEFINE_string(
@@ -82,6 +86,9 @@ def main(_):
         print(plan.planned(config, sizes, _PLAN_DEVICES.value, _PLAN_DEVICE.value, compile_step=_PLAN_COMPILE.value))
         return
 
+    if _TENSORBOARD.value:
+        tensorboard_writer()  # refused now and not when the folder is claimed
+
     # ------------------------------------------------------------------ devices
     mesh = training.device_mesh()
     if config.batch_size % mesh.size:
@@ -104,7 +111,8 @@ def main(_):
     # ------------------------------------------------------------------ network, optimizer, state
     keeper = feeding.Keeper(config, len(train.labels), mesh, feeding.CALL)
     network = training.build_network(config, input_shape, train.classes)
-    transform = optax.adam(training.learning_rate(config, steps_per_epoch))
+    rate = training.learning_rate(config, steps_per_epoch)
+    transform = optax.adam(rate)
     create = functools.partial(
         training.initial_state,
         transform=transform,
@@ -124,6 +132,7 @@ def main(_):
         if hosts.is_writer():
             open_workdir(workdir, config.to_dict(), volatile=VOLATILE)
             stack.enter_context(locked(workdir))
+            write_atomically(workdir / "command.txt", shlex.join(["python", "train.py", *sys.argv[1:]]) + "\n")
         hosts.wait("workdir")
         say(f"{workdir}: {config.model.name} on {config.data.name}, seed {config.seed}")
 
@@ -142,7 +151,12 @@ def main(_):
         step = int(state.step)
         # A state saved at the very end of an epoch, but before its line was written, writes it: again, if it is there.
         kept = epoch * steps_per_epoch
-        metrics = Metrics(workdir / "metrics.jsonl", after_step=kept) if hosts.is_writer() else None
+        metrics, board = None, None
+        if hosts.is_writer():
+            metrics = Metrics(workdir / "metrics.jsonl", after_step=kept)
+            curves = stack.enter_context(Curves(workdir / "curves.png", metrics.path))
+            if _TENSORBOARD.value:
+                board = stack.enter_context(TensorBoard(workdir / "tensorboard", read_metrics(metrics.path)))
 
         # -------------------------------------------------------------- loop
         feed = stack.enter_context(feeding.Feeder(train, config, mesh, feeding.CALL))
@@ -204,16 +218,20 @@ def main(_):
             else:
                 found = {}
             if metrics:
-                metrics.write(
+                line = metrics.write(
                     step=step,
                     epoch=epoch,
                     tier="estimate",
                     seed=config.seed,
                     validation_epsilon=config.epsilon.test,
                     **{name: value / steps_per_epoch for name, value in sums.items()},
+                    learning_rate=rate(step - 1),
                     **found,
                     seconds=round(seconds, 3),
                 )
+                curves.refresh()
+                if board:
+                    board.write(line)
             sums = dict.fromkeys(training.METRICS, 0.0)
             if epoch % config.checkpoints.every == 0 or epoch == last_epoch:
                 checkpoints.save_last(step, keeper.whole(state), {"epoch": epoch, "sums": sums})

@@ -153,6 +153,20 @@ def error_image(layer, error: jax.Array) -> jax.Array:
     )
 
 
+@functools.singledispatch
+def passes_through(layer, lower: jax.Array, upper: jax.Array) -> jax.Array:
+    """Boolean mask over the *outputs* of an activation: True only where that output is one and the same input on the whole box.
+
+    Neither a kink nor a threshold is crossed there: the neuron is stable, and linear. To report how many are; no bound
+    rests on it. Of a type without a rule nothing is known: all False.
+
+    Args:
+        layer: the activation.
+        lower, upper: box of its inputs, of one example; the outputs have the same shape.
+    """
+    return jnp.zeros(lower.shape, bool)
+
+
 def is_activation(layer) -> bool:
     """Is this exact type registered as an activation? (A subclass may compute something else, so it is not.)"""
     return type(layer) in box_image.registry and type(layer) is not object
@@ -170,6 +184,30 @@ for _kind in (ReLU, ClippedReLU, MaxMin, ClippedMaxMin):
 @live_rows.register(ClippedReLU)
 def _(layer, lower, upper, mode):
     return varies(*box_image(layer, lower, upper))
+
+
+@passes_through.register(ReLU)
+def _(layer, lower, upper):
+    return (lower >= 0) & (upper >= lower)
+
+
+@passes_through.register(ClippedReLU)
+def _(layer, lower, upper):
+    return (lower >= 0) & (upper <= layer.threshold[...])
+
+
+@passes_through.register(MaxMin)
+def _(layer, lower, upper):
+    (lower_a, lower_b), (upper_a, upper_b) = _halves(lower), _halves(upper)
+    ordered = (lower_a >= upper_b) | (lower_b >= upper_a)
+    return jnp.concatenate([ordered, ordered], axis=-1)
+
+
+@passes_through.register(ClippedMaxMin)
+def _(layer, lower, upper):
+    largest, least = larger(*_halves(upper)), smaller(*_halves(lower))
+    unclipped = jnp.concatenate([largest <= layer.upper[...], least >= layer.lower[...]], axis=-1)
+    return unclipped & passes_through(MaxMin(), lower, upper)
 
 
 @error_image.register(ReLU)

@@ -66,6 +66,8 @@ class Certificate:
             activation.
         norms: ``(N, affine layers - 1)``, the norm bounds.
         constant: ``(N, activations)``, share of neurons that are constant on the ball; zeros in mode "global".
+        stable: ``(N, activations)``, share of neurons that vary, but are one and the same input on the whole ball
+            (`activations.passes_through`): no kink, no threshold, no change of order. As `constant` it rests on the norms.
         epsilon, mode, tier, failure_probability, seed: what the verdicts are for and rest on. In tier "deterministic"
             failure_probability is 0 and the seed has no influence on what is proved.
         precision: of the bounds' own computation.
@@ -80,6 +82,7 @@ class Certificate:
     lipschitz: np.ndarray
     norms: np.ndarray
     constant: np.ndarray
+    stable: np.ndarray
     epsilon: float
     mode: str
     tier: str
@@ -105,6 +108,7 @@ class Estimate:
     lipschitz: np.ndarray
     norms: np.ndarray
     constant: np.ndarray
+    stable: np.ndarray
     epsilon: float
     mode: str
     tier: str = "estimate"
@@ -220,8 +224,8 @@ def certify(
             by looking at the outcome for one seed.
         batch_size: images at once; no influence on the result.
         examine: boolean ``(N,)``, or None for all: the images to decide. The others are reported as not certified, with
-            margin -inf, constant 0 and allowance, lipschitz and norms inf: nothing is claimed. To save time on images that
-            an attack has broken or that are misclassified; the verdicts of the rest are the same.
+            margin -inf, constant and stable 0 and allowance, lipschitz and norms inf: nothing is claimed. To save time on
+            images that an attack has broken or that are misclassified; the verdicts of the rest are the same.
 
     Raises:
         TypeError, ValueError: as the table and `bound` say, naming the value.
@@ -364,6 +368,7 @@ class _Prover:
             "lipschitz": unknown.copy(),
             "norms": np.full((count, self.norms), np.inf),
             "constant": np.zeros((count, self.activations)),
+            "stable": np.zeros((count, self.activations)),
         }
 
     def candidates(self, images, labels, max_radius):
@@ -384,10 +389,11 @@ def _facts(network, bound, label, worst, extra):
     # An overflow or NaN anywhere, even one that a mask or a minimum hides later, is a reason not to certify.
     largest = min(rounding.LARGEST, float(jnp.finfo(margin.dtype).max))
     sound = jnp.array([jnp.all(jnp.abs(leaf) < largest) for leaf in jax.tree.leaves((bound.regions, bound.norms))])
-    constant = [
-        1 - jnp.mean(region.varies.astype(margin.dtype))
-        for layer, region in zip(regions.layers_of(network), bound.regions, strict=True)
-        if activations.is_activation(layer)
+    layers, known = regions.layers_of(network), (bound.input, *bound.regions)
+    behind = [i for i, layer in enumerate(layers) if activations.is_activation(layer)]
+    constant = [~known[i + 1].varies for i in behind]
+    stable = [
+        activations.passes_through(layers[i], known[i].lower, known[i].upper) & known[i + 1].varies for i in behind
     ]
     return {
         "predicted": predicted,
@@ -397,8 +403,14 @@ def _facts(network, bound, label, worst, extra):
         "allowance": extra,
         "lipschitz": bound.lipschitz,
         "norms": jnp.stack(bound.norms) if bound.norms else jnp.zeros((0,), margin.dtype),
-        "constant": jnp.stack(constant) if constant else jnp.zeros((0,), margin.dtype),
+        "constant": _shares(constant, margin.dtype),
+        "stable": _shares(stable, margin.dtype),
     }
+
+
+def _shares(masks, dtype):
+    """The share of each mask that is True."""
+    return jnp.stack([jnp.mean(mask.astype(dtype)) for mask in masks]) if masks else jnp.zeros((0,), dtype)
 
 
 def _verdict(network, x, label, epsilon, mode, arithmetics, global_norms, local_norm, global_norm):

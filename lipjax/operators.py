@@ -236,6 +236,21 @@ class Normalize(nnx.Module):
         self.scale = tuple(float(np.float32(1 / d)) for d in deviation)
         self.shift = tuple(float(np.float32(-m / d)) for m, d in zip(mean, deviation, strict=True))
 
+    @classmethod
+    def of(cls, scale: Sequence[float], shift: Sequence[float]) -> "Normalize":
+        """``x * scale + shift``, numbers of any sign, rounded to float32: what a BatchNorm is that has stopped learning.
+
+        Raises:
+            ValueError: numbers that float32 cannot hold, lengths that differ.
+        """
+        with np.errstate(over="ignore"):
+            rounded = [tuple(float(np.float32(number)) for number in numbers) for numbers in (scale, shift)]
+        if len(rounded[0]) != len(rounded[1]) or not rounded[0] or not np.all(np.isfinite(rounded)):
+            raise ValueError(f"expected one finite scale and shift per channel, got {scale} and {shift}.")
+        layer = cls(mean=(0.0,), deviation=(1.0,))
+        layer.scale, layer.shift = rounded
+        return layer
+
     def __call__(self, x: jax.Array) -> jax.Array:
         scale, shift = (jnp.asarray(constants, x.dtype) for constants in (self.scale, self.shift))
         return _scaled(scale, x) + shift

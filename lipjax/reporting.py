@@ -1,6 +1,9 @@
-"""What people look at: metrics as JSON lines and progress while training; tables, files and a picture of certificates."""
+"""What people look at: metrics as JSON lines, curves and progress while training; tables, files and a picture of
+certificates. Their page is `lipjax.report`."""
 
 import csv
+import hashlib
+import importlib
 import json
 import math
 import os
@@ -14,6 +17,7 @@ from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeRemaini
 from rich.progress import Progress as Bar
 from rich.table import Table
 
+from lipjax import certificate_files
 from lipjax.certificate_files import statement
 
 # ---------------------------------------------------------------------------------------------------- training
@@ -49,10 +53,146 @@ class Metrics:
         temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
         os.replace(temporary, self.path)
 
-    def write(self, **fields) -> None:
-        """Writes one line. Numbers that are not finite become null; NumPy and JAX scalars are accepted."""
+    def write(self, **fields) -> dict:
+        """Writes and returns one line. Numbers that are not finite become null; NumPy and JAX scalars are accepted."""
+        line = {name: _plain(value) for name, value in fields.items()}
         with open(self.path, "a") as file:
-            file.write(json.dumps({name: _plain(value) for name, value in fields.items()}) + "\n")
+            file.write(json.dumps(line) + "\n")
+        return line
+
+
+class Curves:
+    """A picture of a metrics file that is drawn again while the file grows, and once more at the end; a context.
+
+    Args:
+        path: the picture, PNG; a kill leaves the old one or the new, never a part.
+        metrics: the metrics file.
+        share: of the time since the start, so much at most goes into drawing. The last one, at the end, is always drawn.
+    """
+
+    def __init__(self, path, metrics, *, share: float = 0.02):
+        self.path, self.metrics, self.share = Path(path), Path(metrics), share
+        self._began, self._spent, self._drawn = time.monotonic(), 0.0, 0
+        self._last = 2.0  # seconds that a drawing takes: of the first, which imports Matplotlib, a guess
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, *_):
+        if kind is None or issubclass(kind, Exception):
+            self._draw()
+
+    def refresh(self) -> None:
+        """Draws, if that fits into the share of the time."""
+        if self._spent + self._last <= self.share * (time.monotonic() - self._began):
+            self._draw()
+
+    def _draw(self):
+        began, lines = time.monotonic(), read_metrics(self.metrics)
+        if len(lines) > self._drawn:
+            plot_metrics(self.path, lines)
+            self._drawn, self._last = len(lines), time.monotonic() - began
+            self._spent += self._last
+
+
+def plot_metrics(path, lines: list[dict]) -> None:
+    """Losses, accuracies, schedules and learning rate of a run against the epoch, as PNG, written atomically.
+
+    Robust accuracies are estimates, and the picture says so: nothing in it is certified.
+
+    Args:
+        lines: as `read_metrics` returns them; a figure that a line lacks, or that is null, is left out.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    facts = lines[-1]
+    radius = f"ε = {facts['validation_epsilon']:g}" if "validation_epsilon" in facts else "ε of the configuration"
+    panels = {
+        "loss": {"loss": "training loss, mean of the epoch"},
+        "accuracy": {
+            "accuracy": "training, clean, mean of the epoch",
+            "validation_accuracy": "validation, clean",
+            "validation_robust_accuracy_estimate": f"validation, robust at {radius}: an estimate, no certificate",
+        },
+        "schedule": {"epsilon": "ε of training (ℓ2, mean of the epoch)", "kappa": "κ (weight of the clean loss)"},
+        "learning rate": {"learning_rate": "learning rate at the end of the epoch"},
+    }
+    # Told apart by dash and marker as well as by colour.
+    styles = [("#0072b2", "-", ""), ("#555555", "--", "o"), ("#d55e00", "-", "s")]
+    figure, grid = plt.subplots(2, 2, figsize=(10, 6.5), layout="constrained", sharex=True)
+    for axes, (title, curves) in zip(grid.flat, panels.items(), strict=True):
+        for (name, label), (color, dash, marker) in zip(curves.items(), styles, strict=False):
+            points = [(line["epoch"], line[name]) for line in lines if line.get(name) is not None]
+            if points:
+                axes.plot(*zip(*points, strict=True), dash, color=color, marker=marker, markersize=3, label=label)
+        axes.set_ylabel(title)
+        axes.grid(color="0.9")
+        if axes.lines:
+            axes.legend(fontsize=8)
+    grid[0, 1].set_ylim(-0.02, 1.02)
+    if grid[1, 1].lines:
+        grid[1, 1].set_yscale("log")
+    for axes in grid[1]:
+        axes.set_xlabel("epoch")
+    figure.suptitle(f"after epoch {facts['epoch']}: tier {facts.get('tier', 'estimate')}, seed {facts.get('seed')}")
+    temporary = Path(path).with_name(Path(path).name + ".tmp")
+    figure.savefig(temporary, dpi=110, format="png")
+    plt.close(figure)
+    os.replace(temporary, path)
+
+
+def tensorboard_writer():
+    """tensorboardX's SummaryWriter, an optional package.
+
+    Raises:
+        ValueError: it is not installed; with what to do.
+    """
+    try:
+        return importlib.import_module("tensorboardX").SummaryWriter
+    except ImportError:
+        raise ValueError(
+            "--tensorboard needs the package tensorboardX: pip install tensorboardX (or leave the flag out: curves.png and "
+            "metrics.jsonl hold the same figures)."
+        ) from None
+
+
+class TensorBoard:
+    """The lines of a metrics file as scalars for TensorBoard, each step once; close it at the end (a context).
+
+    What an earlier start has left in the folder is written anew from the lines that are kept: the file of a continued run
+    is that of one never stopped, and it has all epochs even if earlier starts wrote none.
+
+    Args:
+        folder: for event files of this run alone.
+        lines: the lines that are there, as `read_metrics` returns them.
+
+    Raises:
+        ValueError: as `tensorboard_writer`.
+    """
+
+    def __init__(self, folder, lines: list[dict]):
+        for old in Path(folder).glob("events.out.tfevents.*"):
+            old.unlink()
+        self._writer = tensorboard_writer()(str(folder))
+        for line in lines:
+            self.write(line)
+
+    def write(self, line: dict) -> None:
+        """One line: its numbers under their names, with the tier in front, at its step."""
+        tier = line.get("tier", "estimate")
+        for name, value in line.items():
+            if name not in ("step", "seed", "tier") and value is not None:
+                self._writer.add_scalar(f"{tier}, seed {line.get('seed')}/{name}", value, global_step=line["step"])
+        self._writer.flush()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self._writer.close()
 
 
 def _plain(value):
@@ -168,13 +308,25 @@ def write_summary(path: Path, summary: dict) -> None:
     path.write_text(json.dumps(_plain(summary), indent=2) + "\n")
 
 
+def write_arrays(path: Path, run: dict, arrays: dict[str, np.ndarray]) -> None:
+    """Arrays as npz, with the run's facts as JSON in `run`."""
+    np.savez_compressed(path, run=np.array(json.dumps(_plain(run))), **arrays)  # type: ignore[arg-type]
+
+
+def hashes(path: Path) -> dict:
+    """Of a certificate file: SHA-256 of its bytes, and the digest and hashes of network and data in its header."""
+    header, _ = certificate_files.load(path)
+    inside = {name: header[name] for name in ("digest", "network", "data")}
+    return {"sha256": hashlib.sha256(path.read_bytes()).hexdigest(), **inside}
+
+
 def write_examples(folder: Path, run: dict, columns: dict[str, np.ndarray]) -> None:
     """Per-example results, ``examples.npz`` (with the run's facts as JSON in `run`) and ``examples.csv``.
 
     Args:
         columns: name to array of shape ``(N,)``.
     """
-    np.savez(folder / "examples.npz", run=np.array(json.dumps(_plain(run))), **columns)  # type: ignore[arg-type]
+    write_arrays(folder / "examples.npz", run, columns)
     with open(folder / "examples.csv", "w", newline="") as file:
         facts = ("tier", "failure_probability", "arithmetic", "epsilon", "data", "split", "seed", "training_seed")
         file.write("# " + ", ".join(f"{name}={run[name]}" for name in facts) + "\n")
