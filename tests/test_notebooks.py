@@ -1,6 +1,8 @@
 """The notebooks run from the first cell to the last, and are kept without outputs."""
 
+import ast
 import os
+import re
 import subprocess
 import sys
 
@@ -39,6 +41,18 @@ def test_notebooks_are_valid_and_kept_without_outputs(path):
         if cell.cell_type == "code":
             assert cell.outputs == [] and cell.execution_count is None
             compile(cell.source, path.name, "exec")  # no magics: the code is Python
+
+
+def test_the_larger_notebook_installs_what_the_scripts_need():
+    notebook = nbformat.read(FOLDER / "larger_set.ipynb", as_version=4)
+    install = next(cell.source for cell in notebook.cells if "PACKAGES +=" in cell.source)
+    lists = re.findall(r"^PACKAGES \+?= (\[.*\])$", install, re.MULTILINE)
+    listed = {name for each in lists for name in ast.literal_eval(each)}
+    lines = (ROOT / "requirements.txt").read_text().splitlines()
+    needed = {re.match(r"[\w-]+", line)[0] for line in lines if re.match(r"\w", line)}
+    # lipjax brings the first ones itself; Colab has TensorFlow.
+    own = {"jax", "flax", "numpy", "scipy", "safetensors", "tensorflow", "tensorflow-cpu"}
+    assert listed == needed - own
 
 
 def test_the_digits_notebook_runs():
