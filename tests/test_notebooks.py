@@ -46,7 +46,8 @@ def test_notebooks_are_valid_and_kept_without_outputs(path):
 def test_the_larger_notebook_installs_what_the_scripts_need():
     notebook = nbformat.read(FOLDER / "larger_set.ipynb", as_version=4)
     install = next(cell.source for cell in notebook.cells if "PACKAGES +=" in cell.source)
-    lists = re.findall(r"^PACKAGES \+?= (\[.*\])$", install, re.MULTILINE)
+    statements = [s for s in ast.parse(install).body if isinstance(s, ast.Assign | ast.AugAssign)]
+    lists = [s.value for s in statements if "PACKAGES" in ast.unparse(s).partition("=")[0]]
     listed = {name for each in lists for name in ast.literal_eval(each)}
     lines = (ROOT / "requirements.txt").read_text().splitlines()
     needed = {re.match(r"[\w-]+", line)[0] for line in lines if re.match(r"\w", line)}
