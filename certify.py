@@ -2,6 +2,7 @@
 
     python certify.py --workdir=runs/digits
     python certify.py --workdir=runs/cifar10 --epsilon=0.141 --examples=1000
+    python certify.py --network=net.safetensors --data=npz:train.npz,test.npz --epsilon=0.5 --workdir=runs/own
 
 Prints accuracies (clean, under PGD attack, certified by the bounds of --modes side by side) and writes to
 workdir/certification: report.html (a page of all of it; lipjax/report.py), summary.json, examples.npz and examples.csv (per
@@ -22,13 +23,23 @@ from pathlib import Path
 import jax
 import numpy as np
 from absl import flags, logging
-from ml_collections import ConfigDict
 
 import lipjax
-from lipjax import commands, data, hosts, report, reporting, training
-from lipjax.checkpoints import CheckpointError, Checkpoints, load_config
+from lipjax import commands, data, hosts, report, reporting, subjects
+from lipjax.checkpoints import CheckpointError
 
-_WORKDIR = flags.DEFINE_string("workdir", "runs/digits", "Folder of a run of train.py.")
+_WORKDIR = flags.DEFINE_string(
+    "workdir",
+    None,
+    "Folder of a run of train.py, or, with --network, for the results; default runs/digits, or runs/<network>.",
+)
+_NETWORK = flags.DEFINE_string(
+    "network",
+    None,
+    "Instead of a run: a .safetensors file of lipjax.save, or the name of a network that comes with lipjax.",
+)
+_DATA = flags.DEFINE_string("data", None, "With --network: the data set, as --config.data.name takes it.")
+_IMAGE_SIZE = flags.DEFINE_integer("image_size", None, "With --network: of sets of encoded images, as data.image_size.")
 _EPSILON = flags.DEFINE_float(
     "epsilon", None, "l2 radius on pixels in [0, 1]; the configuration's epsilon.test if unset."
 )
@@ -88,24 +99,20 @@ def main(_):
     started = time.monotonic()
 
     # ------------------------------------------------------------------ run, data, network
-    trained = load_config(_WORKDIR.value)
-    config = ConfigDict(trained)
-    if _EXAMPLES.value is not None:
-        config.data.test_examples = _EXAMPLES.value
-    if _DATA_DIR.value is not None:
-        config.data.data_dir = _DATA_DIR.value
-    epsilon = config.epsilon.test if _EPSILON.value is None else _EPSILON.value
+    subject = opened()
+    network, test = subject.network, subject.test
+    workdir = _WORKDIR.value or f"runs/{Path(_NETWORK.value).stem if _NETWORK.value else 'digits'}"
+    epsilon = subject.epsilon if _EPSILON.value is None else _EPSILON.value
+    if epsilon is None:
+        raise ValueError("--network needs --epsilon, the l2 radius on pixels in [0, 1]: a file says nothing of it.")
     lipjax.regions.check_epsilon(epsilon)
     if not 0 < _DELTA.value < 1:
         raise ValueError(f"failure_probability must lie in (0, 1), got {_DELTA.value}.")
     modes = [mode for mode in lipjax.regions.MODES if mode in _MODES.value]
     if not modes or len(modes) < len(_MODES.value):
         raise ValueError(f"modes must be some of {', '.join(lipjax.regions.MODES)}, got {', '.join(_MODES.value)}.")
-    test = training.load_data(config).test
-    with Checkpoints(_WORKDIR.value) as checkpoints:
-        network, selected = training.selected_network(checkpoints, config, test.images.shape[1:], test.classes)
     images, labels = test.unit_images(slice(None)), test.labels
-    say(f"{_WORKDIR.value}: epoch {selected['epoch']}, selected on validation images; {len(labels)} test images")
+    say(f"{subject.facts['network']}: epoch {subject.facts['epoch']}; {len(labels)} test images of {test.name}")
 
     # ------------------------------------------------------------------ certificates at epsilon, attack
     # One statement for the whole run: each call below gets an equal share of the failure probability.
@@ -152,16 +159,14 @@ def main(_):
         "failure_probability": _DELTA.value if _TIER.value == "probabilistic" else 0.0,
         "arithmetic": tightest.arithmetic,
         "epsilon": epsilon,
-        "data": config.data.name,
+        "data": test.name,
         "split": "test",
         "examples": len(labels),
         "early": _EARLY.value,
         "data_fingerprint": data.fingerprint(test),
         "note": test.note,
         "seed": _SEED.value,
-        "training_seed": config.seed,
-        "trained_with": f"mode {config.bound.mode}, loss {config.bound.loss}",
-        "epoch": selected["epoch"],
+        **subject.facts,
         "precision": tightest.precision,
         "pgd_steps": _STEPS.value,
         "pgd_restarts": _RESTARTS.value,
@@ -217,8 +222,8 @@ def main(_):
     gallery = report.gallery(network, images, labels, chosen, seed=_SEED.value, **steps)
     near = gallery["row"][gallery["distance"] <= report.proved_radii(columns, run)[gallery["row"]]]
     refuse_contradictions("certified radius", test.indices[near[tightest.correct[near]]])
-    folder = Path(_WORKDIR.value) / "certification"
-    folder.mkdir(exist_ok=True)
+    folder = Path(workdir) / "certification"
+    folder.mkdir(parents=True, exist_ok=True)
     if _CURVE.value:
         points = {mode: float(np.mean(verdicts)) for mode, verdicts in certified.items()}
         reporting.plot_curve(folder / "curve.png", run, radii, pgd_curve, points)
@@ -234,12 +239,14 @@ def main(_):
             images,
             labels,
             indices=test.indices,
-            data={"name": config.data.name, "split": "test"},
+            data={"name": test.name, "split": "test"},
             command=run["command"],
         )
     shown = {mode: rows if np.any(rows) else ~rows for mode, rows in examined.items()}
-    data_dir = [f"--data_dir={_DATA_DIR.value}"] if _DATA_DIR.value else []
-    command = Path(_WORKDIR.value) / "command.txt"
+    source = [f"--network={_NETWORK.value}", f"--data={_DATA.value}"] if _NETWORK.value else [f"--workdir={workdir}"]
+    more = {"data_dir": _DATA_DIR.value, "image_size": _IMAGE_SIZE.value}
+    source += [f"--{name}={value}" for name, value in more.items() if value is not None]
+    command = Path(workdir) / "command.txt"
     summary = {
         "run": {**run, "seconds": round(time.monotonic() - started, 1)},
         "clean_accuracy": float(np.mean(tightest.correct)),
@@ -257,11 +264,11 @@ def main(_):
         "pgd_curve": sorted(pgd_curve.items()) if _CURVE.value else None,
         "classes": test.classes,
         "activations": report.activation_layers(network, images.shape[1:]),
-        "config": trained,
+        "config": subject.config,
         "commands": {
-            "train": command.read_text().strip() if command.exists() else None,
+            "train": command.read_text().strip() if command.exists() and not _NETWORK.value else None,
             "certify": run["command"],
-            "check": [report.check_command(_WORKDIR.value, name, *data_dir) for name in files.values()],
+            "check": [report.check_command(folder / name, *source) for name in files.values()],
         },
         "files": {name: reporting.hashes(folder / name) for name in files.values()},
     }
@@ -273,6 +280,24 @@ def main(_):
     curve = ["curve.png"] if _CURVE.value else []
     written = [page.name, *files.values(), "summary.json", "examples.csv", "examples.npz", "gallery.npz", *curve]
     print("written: " + ", ".join(str(folder / name) for name in written))
+
+
+def opened() -> subjects.Subject:
+    """What the flags say is certified."""
+    if _NETWORK.value is None:
+        if _DATA.value is not None or _IMAGE_SIZE.value is not None:
+            raise ValueError("--data and --image_size belong to --network: a run has its own data set.")
+        workdir = _WORKDIR.value or "runs/digits"
+        return subjects.of_run(workdir, examples=_EXAMPLES.value, data_dir=_DATA_DIR.value)
+    if _DATA.value is None:
+        raise ValueError("--network needs --data, the data set to certify it on: `lipjax data list` lists the names.")
+    return subjects.of_network(
+        _NETWORK.value,
+        _DATA.value,
+        examples=_EXAMPLES.value,
+        data_dir=_DATA_DIR.value,
+        image_size=_IMAGE_SIZE.value,
+    )
 
 
 def refuse_contradictions(bound: str, indices: np.ndarray) -> None:

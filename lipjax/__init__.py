@@ -3,17 +3,23 @@
 from lipjax import (
     activations,
     attacks,
+    bridges,
     certificate_files,
     deterministic,
+    folding,
     losses,
     lowering,
     margins,
     models,
+    onnx_export,
     operators,
     orthogonal,
+    pretrained,
     regions,
     rounding,
     spectral,
+    storage,
+    torch_files,
 )
 from lipjax.activations import ClippedMaxMin, ClippedReLU, MaxMin, ReLU
 from lipjax.certificates import Certificate, CertifiedRadius, Estimate, certified_radius, certify, estimate
@@ -21,7 +27,9 @@ from lipjax.lowering import for_cpu
 from lipjax.margins import worst_logits
 from lipjax.operators import AveragePool, Flatten, LinearOperator, Normalize, Residual, linear_operator
 from lipjax.orthogonal import AOLConv, CayleyLinear
+from lipjax.pretrained import load
 from lipjax.regions import Bound, Region, bound, initial_vectors
+from lipjax.storage import save
 
 __version__ = "0.1.0"
 
@@ -45,22 +53,30 @@ __all__ = [
     "activations",
     "attacks",
     "bound",
+    "bridges",
     "certificate_files",
     "certified_radius",
     "certify",
     "deterministic",
     "estimate",
+    "folding",
     "for_cpu",
     "initial_vectors",
     "linear_operator",
+    "load",
     "losses",
     "lowering",
     "margins",
     "models",
+    "onnx_export",
     "operators",
     "orthogonal",
+    "pretrained",
     "regions",
     "rounding",
+    "save",
     "spectral",
+    "storage",
+    "torch_files",
     "worst_logits",
 ]

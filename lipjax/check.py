@@ -302,36 +302,37 @@ def _differences(derived: Derived, network: Network, header, row) -> list[str]:
 # ---------------------------------------------------------------------------------------------------- command
 
 
-def load_run(workdir: str, header, arrays, images_file: str | None, data_dir: str | None):
-    """The network of a run of train.py and the rows of the file from its data: ``(layers, images, labels)``.
+def load_subject(given: argparse.Namespace, header, arrays):
+    """What the file is about: the layers of the network, and its images and labels, ``(layers, images, labels)``.
 
     The only part that uses the library, to read parameters and data.
     """
-    from ml_collections import ConfigDict
+    from lipjax import subjects
 
-    from lipjax import training
-    from lipjax.checkpoints import Checkpoints, load_config
-
-    config = ConfigDict(load_config(workdir))
-    if data_dir is not None:
-        config.data.data_dir = data_dir
-    if images_file is None:
-        if header["split"] not in (None, "test"):
-            raise CannotCheck(f"the file is about the {header['split']} split: give its images with --images.")
-        config.data.test_examples = 0  # all: the file says which of them it is about
-        test = training.load_data(config).test
-        place = {int(index): i for i, index in enumerate(test.indices)}
-        missing = [int(index) for index in arrays["index"] if int(index) not in place]
-        if missing:
-            raise CannotCheck(f"the run's test split has no images {missing[:5]}, which the file is about.")
-        rows = np.array([place[int(index)] for index in arrays["index"]])
-        images, labels, classes = test.unit_images(rows), test.labels[rows], test.classes
+    if given.images is not None:
+        images, labels = _from_npz(given.images, arrays["index"])
+        if given.workdir is None:
+            network, *_ = subjects.opened(given.network)
+        else:  # the number of classes is only to build the network: its hash is compared
+            network, _ = subjects.selected(given.workdir, images.shape[1:], header["classes"])
+        return describe(network), images, labels
+    if header["split"] not in (None, "test"):
+        raise CannotCheck(f"the file is about the {header['split']} split: give its images with --images.")
+    if given.workdir is None:
+        name = given.data or header["data_name"]
+        if name is None:
+            raise CannotCheck("the file does not say which data set it is about: give --data or --images.")
+        subject = subjects.of_network(given.network, name, data_dir=given.data_dir, image_size=given.image_size)
     else:
-        images, labels = _from_npz(images_file, arrays["index"])
-        classes = header["classes"]  # only to build the network; its hash is compared
-    with Checkpoints(workdir) as checkpoints:
-        network, _ = training.selected_network(checkpoints, config, images.shape[1:], classes)
-    return describe(network), images, labels
+        # All images: the file says which of them it is about.
+        subject = subjects.of_run(given.workdir, examples=0, data_dir=given.data_dir)
+    test = subject.test
+    place = {int(index): i for i, index in enumerate(test.indices)}
+    missing = [int(index) for index in arrays["index"] if int(index) not in place]
+    if missing:
+        raise CannotCheck(f"the test split of {test.name} has no images {missing[:5]}, which the file is about.")
+    rows = np.array([place[int(index)] for index in arrays["index"]])
+    return describe(subject.network), test.unit_images(rows), test.labels[rows]
 
 
 def _from_npz(path: str, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -359,8 +360,12 @@ def parser(program: str = "python -m lipjax.check") -> argparse.ArgumentParser:
         epilog="Exit codes: 0 confirmed, 1 rejected, 2 could not be checked.",
     )
     found.add_argument("file", help="the certificate file")
-    found.add_argument("--workdir", required=True, help="the run of train.py whose network was certified")
-    found.add_argument("--images", help="npz of images and labels, if not the run's test split")
+    source = found.add_mutually_exclusive_group(required=True)
+    source.add_argument("--workdir", help="the run of train.py whose network was certified")
+    source.add_argument("--network", help="the .safetensors file, or the name of a network that comes with lipjax")
+    found.add_argument("--data", help="with --network: the data set; default: the one that the file names")
+    found.add_argument("--image_size", type=int, help="with --network: of sets of encoded images")
+    found.add_argument("--images", help="npz of images and labels, if not the test split")
     found.add_argument("--examples", type=int, help="derive only so many, chosen at random; default all")
     found.add_argument("--seed", type=int, help="of the checker's draws; default: from the operating system")
     found.add_argument("--data_dir", help="where TFDS keeps its sets, if not where training found them")
@@ -381,7 +386,7 @@ def main(arguments: Sequence[str] | None = None, program: str = "python -m lipja
 
     try:
         header, arrays = load(given.file)
-        layers, images, labels = load_run(given.workdir, header, arrays, given.images, given.data_dir)
+        layers, images, labels = load_subject(given, header, arrays)
         rng = np.random.default_rng(given.seed)
         report = check(layers, images, labels, header, arrays, rng, examples=given.examples, progress=progress)
     except (CertificateFileError, CannotCheck) as error:

@@ -194,40 +194,27 @@ def _data_parser() -> argparse.ArgumentParser:
 
 
 def _export(arguments: list[str]) -> int:
-    from lipjax import onnx_export, storage
+    from lipjax import onnx_export, storage, subjects
 
     options = _export_parser().parse_args(arguments)
     out = Path(options.out)
-    writers = {".safetensors": storage.save, ".onnx": onnx_export.to_onnx}
-    if out.suffix not in writers:
-        return _fail("export", f"--out={out}: the name must end in {' or '.join(writers)}.", code=2)
+    if out.suffix not in (".safetensors", ".onnx"):
+        return _fail("export", f"--out={out}: the name must end in .safetensors or .onnx.", code=2)
     try:
-        network, input_shape = _network(options.source)
-        writers[out.suffix](network, out, input_shape=input_shape)
+        if Path(options.source).is_dir():
+            subject = subjects.of_run(options.source)
+            network, input_shape = subject.network, subject.test.images.shape[1:]
+            notes = subjects.notes(subject)
+        else:
+            network, input_shape, notes = subjects.opened(options.source)
+        if out.suffix == ".onnx":
+            onnx_export.to_onnx(network, out, input_shape=input_shape)
+        else:
+            storage.save(network, out, input_shape=input_shape, notes=notes)
     except (ValueError, TypeError, OSError, RuntimeError) as error:
         return _fail("export", str(error))
     print(f"{out}: images of {input_shape} with pixels in [0, 1] -> logits")
     return 0
-
-
-def _network(source: str):
-    """The network of a run, a file or a name, and the shape of its images."""
-    from lipjax import pretrained, storage
-
-    if source.endswith(".safetensors"):
-        return storage.load(source), tuple(storage.description(source)["input_shape"])
-    if not Path(source).is_dir():
-        return pretrained.load(source), tuple(pretrained.card(source)["input_shape"])
-    from ml_collections import ConfigDict
-
-    from lipjax import training
-    from lipjax.checkpoints import Checkpoints, load_config
-
-    config = ConfigDict(load_config(source))
-    train = training.load_data(config).train
-    with Checkpoints(source) as checkpoints:
-        network, _ = training.selected_network(checkpoints, config, train.images.shape[1:], train.classes)
-    return network, train.images.shape[1:]
 
 
 def _export_parser() -> argparse.ArgumentParser:

@@ -825,10 +825,9 @@ def _leaves(tree: Mapping[str, Any], prefix: str = ""):
             yield prefix + name, value
 
 
-def check_command(workdir: str, file: str, *more: str) -> str:
+def check_command(file, *flags: str) -> str:
     """The command that checks one certificate file of a run."""
-    path = os.path.join(workdir, "certification", file)
-    return shlex.join(["python", "-m", "lipjax.check", path, f"--workdir={workdir}", *more])
+    return shlex.join(["python", "-m", "lipjax.check", os.fspath(file), *flags])
 
 
 _FOOTER = (

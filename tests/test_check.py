@@ -454,7 +454,7 @@ def test_a_networks_hash_depends_on_every_parameter_and_setting():
 
 
 def test_the_commands_exit_codes(file, monkeypatch, capsys):
-    monkeypatch.setattr(check, "load_run", lambda *_: (file.layers, file.images, file.labels))
+    monkeypatch.setattr(check, "load_subject", lambda *_: (file.layers, file.images, file.labels))
     arguments = [str(file.path), "--workdir=somewhere", "--seed=0"]
     assert check.main(arguments) == 0
     out = capsys.readouterr().out
