@@ -91,7 +91,7 @@ def region() -> None:
             axis.add_patch(Circle(center, whole, fill=False, color=BALL, linestyle=":"))
             for line, threshold in zip((axis.axvline, axis.axhline), (0.7, 0.55), strict=True):
                 line(threshold, color=MASK, linestyle="--", linewidth=1, zorder=0)
-            axis.set_xlabel(f"radius {radius:.2f}, not {whole:.2f}: the second neuron is constant")
+            axis.set_xlabel(f"radius {radius:.2f}, not {whole:.2f}: one neuron is constant")
         axis.plot(*center, "k+")
         axis.set(title=title, aspect="equal")
         axis.autoscale_view()
