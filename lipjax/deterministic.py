@@ -12,12 +12,12 @@ results are multiplied out and what is left over is added to the bound.
 
 The ways to a bound, and what one costs (k: the smaller side of the matrix, N: the larger):
 
-=================================  ==============================================  =====================================
-`schur_bound`, `frobenius_bound`   closed forms in ``|W|``; loose                  2 products with W
-`convolution_norm_bound`           unmasked, once per network                      8 STEPS C^3 flops per frequency
-`dense_norm_bound`                 masked, within a per mille or two               2 k^2 N + 7/3 k^3 flops per attempt
-`masked_convolution_norm_bound`    masked, within a per mille or two               `masked_convolution_cost`
-=================================  ==============================================  =====================================
+| bound | what it knows | cost |
+|---|---|---|
+| `schur_bound`, `frobenius_bound` | closed forms in ``abs(W)``; loose | 2 products with W |
+| `convolution_norm_bound` | unmasked, once per network | 8 STEPS C^3 flops per frequency |
+| `dense_norm_bound` | masked, within a per mille or two | 2 k^2 N + 7/3 k^3 flops per attempt |
+| `masked_convolution_norm_bound` | masked, within a per mille or two | `masked_convolution_cost` |
 
 All work on one example and go through `jit` and `vmap`. Where one example fills the device, `vmap` takes one after the
 other (as `jax.lax.map` does), so that memory is that of one example and no example waits for another's attempts.
