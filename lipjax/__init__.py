@@ -23,7 +23,7 @@ from lipjax.operators import AveragePool, Flatten, LinearOperator, Normalize, Re
 from lipjax.orthogonal import AOLConv, CayleyLinear
 from lipjax.regions import Bound, Region, bound, initial_vectors
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "AOLConv",
