@@ -176,7 +176,6 @@ def test_certified_norms_are_at_least_converged_estimates_and_close(tier, mode, 
     assert c.arithmetic == "float32" and np.all(c.allowance > 0)
 
 
-@pytest.mark.core
 def test_the_statement_names_tier_delta_epsilon_and_arithmetic():
     net, x = linear_net(), np.array([[0.9, 0.1]], np.float32)
     chance = lipjax.certify(net, x, None, 0.25, failure_probability=1e-3)
@@ -213,7 +212,6 @@ def test_degenerate_networks_images_and_radii(tier):
     assert found.certified.all() and np.all(found.lipschitz < 1e-100)
 
 
-@pytest.mark.core
 def test_wrong_predictions_are_not_certified():
     x = np.array([[0.9, 0.1]], np.float32)
     c = lipjax.certify(linear_net(), x, np.array([1]), 0.01)

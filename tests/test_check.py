@@ -435,7 +435,6 @@ def test_files_that_cannot_be_read_are_errors_that_say_why(file, tmp_path):
         refused((tmp_path / "x.npz").read_bytes(), name)
 
 
-@pytest.mark.core
 def test_a_networks_hash_depends_on_every_parameter_and_setting():
     net = tiny_net("clipped_relu")
     layers = certificate_files.describe(net)

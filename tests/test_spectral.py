@@ -86,7 +86,6 @@ class Hidden:
 jax.tree_util.register_pytree_node(Hidden, lambda h: ((), h), lambda h, _: h)
 
 
-@pytest.mark.core
 @pytest.mark.parametrize("n", [512, 3072, 8192])
 @pytest.mark.parametrize("s", [2.0, 1.01])
 def test_hidden_direction_deceives_the_estimate_and_not_the_bound(x64, n, s):

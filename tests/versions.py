@@ -66,7 +66,7 @@ def run(environment: Path, python: str, constraints: list[str]) -> tuple[int, st
             "-m",
             "pip",
             "install",
-            "-q",
+            "-qq",
             "--no-compile",
             "--disable-pip-version-check",
             *constraints,
