@@ -31,7 +31,7 @@ from lipjax.pretrained import load
 from lipjax.regions import Bound, Region, bound, initial_vectors
 from lipjax.storage import save
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "AOLConv",

@@ -1,15 +1,21 @@
 """What the tests share: real data beside the checkout, small nets, dense and exact oracles."""
 
 import gc
+import importlib.metadata
 import os
+import shutil
+import tempfile
 from fractions import Fraction
 from pathlib import Path
 
 # Before JAX starts: eight CPU devices would slow every test down, so the sharding tests ask for them in a process of
 # their own.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# The tests compile much and compute little.
+# The tests compile much and compute little. XLA's older way to emit fused loops takes half as long to compile; from 0.11 on
+# there is none, and the flag would be an error.
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"
+if importlib.metadata.version("jaxlib").startswith("0.10."):
+    os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
 
 import hypothesis
 import jax
@@ -34,9 +40,26 @@ ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"
 
 
+def pytest_configure(config):
+    """What was compiled once need not be again, neither by a test nor by the processes that it starts.
+
+    A folder for each of xdist's workers, since JAX writes an entry while another process may read it.
+    """
+    folder = tempfile.mkdtemp(prefix="lipjax-compiled-")
+    config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
+    settings = {"jax_compilation_cache_dir": folder, "jax_persistent_cache_min_compile_time_secs": 0}
+    for name, value in settings.items():
+        jax.config.update(name, value)
+        os.environ[name.upper()] = str(value)
+
+
+LONGEST = ("training", "hosts", "certificates", "plan", "slopes", "attacks", "devices", "lowering")
+
+
 def pytest_collection_modifyitems(items):
-    """The longest tests first, so that no worker is left with them alone at the end."""
-    items.sort(key=lambda item: item.path.name not in ("test_training.py", "test_devices.py"))
+    """The longest files first, so that no worker is left with one of them alone at the end."""
+    rank = {f"test_{name}.py": i for i, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: rank.get(item.path.name, len(rank)))
 
 
 @pytest.fixture(autouse=True, scope="module")

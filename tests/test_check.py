@@ -93,7 +93,7 @@ LINEAR = {"tier": "deterministic", "mode": "linear"}
 ROWS = {"tier": "deterministic", "mode": "rows"}
 
 
-@pytest.mark.parametrize("which", [{}, GLOBAL, LINEAR, ROWS], ids=str)
+@pytest.mark.parametrize("which", [pytest.param({}, marks=pytest.mark.core), GLOBAL, LINEAR, ROWS], ids=str)
 def test_certificates_of_the_tool_are_confirmed(tmp_path, which):
     file = File(tmp_path, **which)
     report = file.check()
@@ -260,6 +260,7 @@ def test_a_naive_edit_is_found_by_a_hash(file, edit):
     assert "digest" in found or "about the network" in found or "about the data" in found
 
 
+@pytest.mark.core
 @pytest.mark.parametrize(("edit", "said"), list(EDITS.items()), ids=lambda x: getattr(x, "__name__", ""))
 def test_an_edit_with_all_hashes_made_to_fit_is_found_by_derivation(file, edit, said):
     edit(file)
@@ -338,6 +339,7 @@ def test_a_file_of_another_network_or_another_number_of_norms_is_rejected(file):
 # ---------------------------------------------------------------------------------------------------- files
 
 
+@pytest.mark.core
 def test_a_file_returns_what_was_saved(file):
     net, images, labels, certificate = certified()
     for name in ("predicted", "correct", "certified", "margin", "allowance", "lipschitz", "norms"):

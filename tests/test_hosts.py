@@ -32,28 +32,21 @@ SMALL = [
 CERTIFY = ["--pgd_steps=5", "--pgd_restarts=1", "--nocurve", "--modes=global,local", "--epsilon=0.1", "--examples=60"]
 
 
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    """What was compiled once need not be again."""
-    folder = str(tmp_path_factory.mktemp("cache"))
-    return {"JAX_COMPILATION_CACHE_DIR": folder, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
-
-
-def start(count, devices, script, *flags, **environment):
+def start(count, devices, script, *flags):
     """A job of so many local processes, or the script alone."""
     launcher = ["-m", "lipjax.hosts", str(count)] if count > 1 else []
     return subprocess.Popen(
         [sys.executable, *launcher, script, *flags],
         cwd=ROOT,
-        env={**os.environ, "JAX_NUM_CPU_DEVICES": str(devices), **environment},
+        env={**os.environ, "JAX_NUM_CPU_DEVICES": str(devices)},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
     )
 
 
-def run(*arguments, **environment):
-    process = start(*arguments, **environment)
+def run(*arguments):
+    process = start(*arguments)
     out, errors = process.communicate(timeout=300)
     assert process.returncode == 0, errors
     return out
@@ -85,12 +78,12 @@ def mnist_subset(path):
 
 
 @pytest.fixture(scope="module", params=["digits", pytest.param("mnist", marks=pytest.mark.slow)])
-def trained(request, tmp_path_factory, cache):
+def trained(request, tmp_path_factory):
     """The same run by one process with one device, and by two processes with four devices each."""
     folder = tmp_path_factory.mktemp("runs")
     flags = [*SMALL] if request.param == "digits" else [*SMALL, f"--config.data.name={mnist_subset(folder / 'm.npz')}"]
     for name, count, devices in (("one", 1, 1), ("two", 2, 4)):
-        out = run(count, devices, "train.py", *flags, f"--workdir={folder / name}", **cache)
+        out = run(count, devices, "train.py", *flags, f"--workdir={folder / name}")
         assert out.count("done: 6 epochs") == 1  # process 0 alone speaks
     assert "8 cpu device(s) of 2 processes" in out
     return folder
@@ -103,11 +96,11 @@ def test_two_processes_of_four_devices_train_as_one_of_one_does(trained):
 
 
 @pytest.fixture(scope="module")
-def certified(trained, cache):
+def certified(trained):
     """What certify.py says of one run, by one process, by two, and early: per-image results, summary, verdicts by file."""
     folder, found = trained / "two" / "certification", {}
     for name, count, more in (("one", 1, []), ("two", 2, []), ("early", 1, ["--early"])):
-        run(count, 1, "certify.py", f"--workdir={trained / 'two'}", *CERTIFY, *more, **cache)
+        run(count, 1, "certify.py", f"--workdir={trained / 'two'}", *CERTIFY, *more)
         files = {path.name: np.load(path)["certified"] for path in folder.glob("certificate*.npz")}
         with np.load(folder / "examples.npz") as examples:
             found[name] = dict(examples), json.loads((folder / "summary.json").read_text()), files
@@ -166,26 +159,26 @@ LONG = [*SMALL, "--config.schedule.epochs=2000", "--config.evaluation.every=2000
 
 @pytest.mark.slow
 @pytest.mark.parametrize("victim", [0, 1])
-def test_when_one_of_two_processes_is_killed_the_job_ends_with_an_error_and_resumes(tmp_path, cache, victim):
-    process = start(2, 1, "train.py", *LONG, f"--workdir={tmp_path}", **cache)
+def test_when_one_of_two_processes_is_killed_the_job_ends_with_an_error_and_resumes(tmp_path, victim):
+    process = start(2, 1, "train.py", *LONG, f"--workdir={tmp_path}")
     until(lambda: len(read_metrics(tmp_path / "metrics.jsonl")) > 3, process)
     os.kill(processes_of(process)[victim], signal.SIGKILL)
     process.communicate(timeout=hosts.SILENCE_SECONDS + hosts.GRACE_SECONDS)
     assert process.returncode not in (0, None)
     before = len(read_metrics(tmp_path / "metrics.jsonl"))
     # On another number of devices: one process, one device.
-    out = run(1, 1, "train.py", *LONG, f"--stop_after={before + 2}", f"--workdir={tmp_path}", **cache)
+    out = run(1, 1, "train.py", *LONG, f"--stop_after={before + 2}", f"--workdir={tmp_path}")
     assert "continuing after epoch" in out and f"done: {before + 2} epochs" in out
     assert [line["epoch"] for line in read_metrics(tmp_path / "metrics.jsonl")] == list(range(1, before + 3))
 
 
 @pytest.mark.parametrize("count", [1, pytest.param(2, marks=pytest.mark.slow)])
-def test_sigterm_saves_in_the_middle_of_an_epoch_and_the_run_ends_as_one_never_stopped(tmp_path, cache, count):
+def test_sigterm_saves_in_the_middle_of_an_epoch_and_the_run_ends_as_one_never_stopped(tmp_path, count):
     flags = [*SMALL, "--config.batch_size=2", "--config.schedule.epochs=2", "--config.evaluation.every=2"]
     flags += ["--config.data.train_examples=1200", "--config.schedule.ramp=1.0", "--config.optimizer.decay_start=1.0"]
     straight, stopped = tmp_path / "straight", tmp_path / "stopped"
-    run(count, 1, "train.py", *flags, f"--workdir={straight}", **cache)
-    process = start(count, 1, "train.py", *flags, f"--workdir={stopped}", **cache)
+    run(count, 1, "train.py", *flags, f"--workdir={straight}")
+    process = start(count, 1, "train.py", *flags, f"--workdir={stopped}")
     for line in process.stdout:
         if line.startswith("compiled"):
             break
@@ -196,15 +189,15 @@ def test_sigterm_saves_in_the_middle_of_an_epoch_and_the_run_ends_as_one_never_s
     assert "SIGTERM: saved after step" in out
     step = int(out.split("saved after step ")[1].split(";")[0])
     assert 0 < step < 1200 and step % 600 != 0
-    out = run(count, 1, "train.py", *flags, f"--workdir={stopped}", **cache)
+    out = run(count, 1, "train.py", *flags, f"--workdir={stopped}")
     assert f"step {step}" in out
     assert metrics_of(stopped) == metrics_of(straight)  # bit for bit
 
 
-def test_a_state_saved_with_the_last_step_of_an_epoch_writes_its_line_once(trained, tmp_path, cache):
+def test_a_state_saved_with_the_last_step_of_an_epoch_writes_its_line_once(trained, tmp_path):
     flags = [*SMALL, "--config.checkpoints.minutes=1e-9", f"--workdir={tmp_path}"]  # saves after every call
     for last in (2, 3):
-        run(1, 1, "train.py", *flags, f"--stop_after={last}", **cache)
+        run(1, 1, "train.py", *flags, f"--stop_after={last}")
     lines = [line for line in metrics_of(trained / "one") if line["epoch"] <= 3]
     assert metrics_of(tmp_path) == lines
 
@@ -243,13 +236,13 @@ def test_a_local_job_ends_with_the_status_of_the_first_that_fails_also_if_the_ot
 
 
 @pytest.mark.slow
-def test_processes_go_back_together_to_the_checkpoint_before_when_one_of_them_cannot_read_the_newest(tmp_path, cache):
-    run(2, 1, "train.py", *SMALL, "--stop_after=4", f"--workdir={tmp_path}", **cache)
+def test_processes_go_back_together_to_the_checkpoint_before_when_one_of_them_cannot_read_the_newest(tmp_path):
+    run(2, 1, "train.py", *SMALL, "--stop_after=4", f"--workdir={tmp_path}")
     newest = tmp_path / "checkpoints" / "last" / "12"  # three steps an epoch
     files = [path for path in (newest / "state" / "ocdbt.process_1").rglob("*") if path.is_file()]
     largest = max(files, key=lambda path: path.stat().st_size)
     os.truncate(largest, largest.stat().st_size // 3)
-    process = start(2, 1, "train.py", *SMALL, f"--workdir={tmp_path}", **cache)
+    process = start(2, 1, "train.py", *SMALL, f"--workdir={tmp_path}")
     out, errors = process.communicate(timeout=200)
     assert process.returncode == 0, errors
     assert "is damaged and skipped" in errors and "continuing after epoch 3, step 9" in out

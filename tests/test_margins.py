@@ -32,6 +32,7 @@ def test_ascent_is_the_maximum_and_never_below_a_sample(seed, radius, constant):
     assert found - np.max(np.clip(t, low, high) @ d) >= -1e-12
 
 
+@pytest.mark.core
 def test_no_cancellation_where_nearly_all_weight_is_clipped():
     """float32: live weight 1e-4 of the dead; a difference of squares would lose the live part."""
     n, live = 100, 1e-4
@@ -61,6 +62,7 @@ def test_degenerate_regions_and_directions_have_finite_values_and_gradients():
                     np.testing.assert_allclose(result, 0, atol=1e-9)
 
 
+@pytest.mark.core
 def test_a_nan_in_the_region_gives_a_nan():
     good = jnp.ones(3)
     for region in (
@@ -71,6 +73,7 @@ def test_a_nan_in_the_region_gives_a_nan():
         assert np.isnan(ascent(good, region))
 
 
+@pytest.mark.core
 def test_margin_is_positive_only_for_a_strict_winner():
     assert margin(jnp.array([1.0, 2.0, 0.0]), 1) == 1
     assert margin(jnp.array([2.0, 2.0, 0.0]), 1) == 0

@@ -179,6 +179,7 @@ def test_value_and_gradient_are_finite_in_degenerate_cases(activation, mode):
             assert bound.lipschitz == 0, case
 
 
+@pytest.mark.core
 def test_bound_goes_through_jit_vmap_and_grad():
     net, batch = tiny_net("clipped_maxmin"), jnp.asarray(images(3), jnp.float32)
     together = jax.jit(jax.vmap(lambda x: lipjax.bound(net, x, 0.1)))(batch)
@@ -206,6 +207,7 @@ def golden_values(net, bound, label):
     }
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("case", ["tiny_relux", "tiny_clmaxmin", "tiny_standrelu"])
 def test_paper_mode_equals_the_golden_cases_of_the_papers_code(x64, shared, case):
     for suffix in ("", "_scaled"):
@@ -333,6 +335,7 @@ def test_bad_arguments_are_errors_that_name_the_value():
         lipjax.bound(nnx.Sequential(nnx.Linear(3, 3, rngs=nnx.Rngs(0)), lipjax.ReLU()), jnp.ones(3), 0.1)
 
 
+@pytest.mark.core
 def test_a_nan_in_the_input_spreads_and_is_never_masked_away():
     net = tiny_net("clipped_relu")
     bound = lipjax.bound(net, jnp.full((6, 6, 2), jnp.nan), 0.1)

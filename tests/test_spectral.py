@@ -120,6 +120,7 @@ def test_a_vector_without_weight_on_the_opened_coordinates_recovers():
     assert estimate > 2.99
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("function", ["estimate", "certified"])
 def test_degenerate_maps(x64, function):
     zero = lipjax.LinearOperator.from_matrix(jnp.zeros((3, 4)), (4,), (3,))
@@ -151,6 +152,7 @@ def test_failure_probability_must_be_one():
             spectral.probabilistic_norm_bound(operator, jax.random.key(0), jnp.ones(()), 5, delta, jnp.zeros(2))
 
 
+@pytest.mark.core
 def test_the_stated_failure_probability_is_an_upper_bound_of_the_observed_one(x64):
     """With delta = 0.9 and few steps, failures must be seen, and at most that often."""
     matrix = jnp.diag(jnp.array([1.0, 0.2, 0.1]))
@@ -170,6 +172,7 @@ def test_a_start_block_is_as_small_as_stated_with_at_most_the_stated_probability
         assert 0.3 * delta <= seen <= delta + 3 * np.sqrt(delta / len(draws))
 
 
+@pytest.mark.core
 def test_rounding_that_could_hide_the_top_direction_makes_the_bound_infinite():
     """In float32, at a probability that asks for more digits than it has: refused, not guessed."""
     operator = lipjax.LinearOperator.from_matrix(jnp.eye(64), (64,), (64,))
