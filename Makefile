@@ -3,14 +3,15 @@ PYTHON ?= python3
 VENV ?= .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: help demo test test-slow test-versions clean
+.PHONY: help demo test test-slow test-versions docs clean
 
 help:
-	@echo "make demo   set up, train on scikit-learn's digits, certify; shows where the picture is"
+	@echo "make demo   set up, train on scikit-learn's digits, certify; says which page to open"
 	@echo "make test   set up, lint, check types, run the tests"
 	@echo "make test-slow   the tests that take a minute or more each"
 	@echo "make test-versions   the core tests on the oldest supported versions, and on the newest if there is a newer Python"
-	@echo "make clean  remove the environment and the demo's run"
+	@echo "make docs   the documents as a site, in site/index.html"
+	@echo "make clean  remove the environment, the demo's run and the site"
 	@echo "VENV=DIR and PYTHON=python3.12 choose the environment and the interpreter (Python >= 3.11)."
 
 $(VENV)/.scripts: requirements.txt pyproject.toml
@@ -26,7 +27,7 @@ $(VENV)/.tests: $(VENV)/.scripts tests/requirements.txt
 demo: $(VENV)/.scripts
 	$(RUN) train.py --config=configs/digits.py --workdir=runs/digits
 	$(RUN) certify.py --workdir=runs/digits
-	@echo "The picture: runs/digits/certification/curve.png"
+	@echo "The page to open: runs/digits/certification/report.html"
 
 test: $(VENV)/.tests
 	$(RUN) -m ruff check .
@@ -41,5 +42,8 @@ test-versions: $(VENV)/.tests
 	rm -rf $(VENV)/versions
 	$(RUN) tests/versions.py $(VENV)/versions
 
+docs: $(VENV)/.tests
+	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict
+
 clean:
-	rm -rf $(VENV) runs/digits
+	rm -rf $(VENV) runs/digits site
