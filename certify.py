@@ -217,10 +217,12 @@ def main(argv):
     chosen = report.select(columns, modes[-1], modes)
     steps = {"steps": GALLERY_STEPS, "restarts": GALLERY_RESTARTS}
     gallery = report.gallery(network, images, labels, chosen, seed=_SEED.value, **steps)
-    near = gallery["row"][gallery["distance"] <= report.proved_radii(columns, run)[gallery["row"]]]
-    refuse_contradictions("certified radius", test.indices[near[tightest.correct[near]]])
+    proved = report.proved_radii(columns, run)[gallery["row"]]
+    nearer = (proved > 0) & (gallery["distance"] <= proved)
+    refuse_contradictions(f"{modes[-1]} (certified radius)", test.indices[gallery["row"][nearer]])
     folder = Path(_WORKDIR.value) / "certification"
     folder.mkdir(exist_ok=True)
+    (folder / report.NAME).unlink(missing_ok=True)  # no page of other files, whatever happens now
     if _CURVE.value:
         points = {mode: float(np.mean(verdicts)) for mode, verdicts in certified.items()}
         reporting.plot_curve(folder / "curve.png", run, radii, pgd_curve, points)

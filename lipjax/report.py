@@ -11,6 +11,8 @@ import io
 import json
 import os
 import shlex
+import zipfile
+import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -153,14 +155,14 @@ def build(folder) -> Path:
         summary = json.loads((folder / SOURCES[0]).read_text())
         arrays = []
         for name in SOURCES[1:]:
-            with np.load(folder / name, allow_pickle=False) as file:
+            with open(folder / name, "rb") as raw, np.load(raw, allow_pickle=False) as file:
                 arrays.append({key: file[key] for key in file.files})
     except FileNotFoundError as error:
         raise ReportError(
             f"{Path(error.filename).absolute()} is not there: a report is made of {', '.join(SOURCES)}, which certify.py "
             "writes to workdir/certification. Give that folder, or certify (again, if it was by an earlier version)."
         ) from None
-    except (OSError, ValueError, EOFError, KeyError) as error:
+    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
         raise ReportError(f"{folder}: a file of the certification is damaged, certify again: {error}") from error
     missing = [name for name in FIELDS if name not in summary]
     if missing:
@@ -449,7 +451,7 @@ def _radii(run, columns) -> Element:
     epsilon, most = run["epsilon"], float(np.max(radii))
     # Epsilon is an edge, so that the bars behind it are what is certified at epsilon.
     width = epsilon / max(1, round(24 * epsilon / max(most, epsilon))) if epsilon else most / 24
-    edges = np.arange(int(most // width) + 2) * width
+    edges = np.arange(int(max(most, epsilon) // width) + 2) * width
     if epsilon:
         edges[round(epsilon / width)] = epsilon
     counts, _ = np.histogram(positive, edges)
@@ -563,11 +565,11 @@ _SAME_CONSTANT = {
 
 def _neurons(summary) -> Element:
     run, layers, title = summary["run"], summary["activations"], "Neurons that cannot change much"
-    modes = [mode for mode in summary["modes"] if mode != "global"]
+    modes = [mode for mode in reversed(summary["modes"]) if mode != "global"]
     if not layers or not modes:
         why = "The network has no activation." if not layers else "The global bound knows nothing of single neurons."
         return _section(title, _note(why))
-    mode = modes[-1]
+    mode = modes[0]
     bars, rows = [], []
     for i, layer in enumerate(layers):
         name = f"{i + 1} · {layer['kind']}, {'×'.join(map(str, layer['shape']))}"

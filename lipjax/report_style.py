@@ -151,6 +151,10 @@ code { font-family: ui-monospace, SFMono-Regular, Menlo, Consolas, "DejaVu Sans 
   .card, .example, .chart, tr { break-inside: avoid; }
   .wide { break-inside: auto; }
   .scroll, .scroll.long, pre { overflow: visible; max-height: none; white-space: pre-wrap; }
-  .cards { grid-template-columns: repeat(3, 1fr); }
+  .cards { grid-template-columns: repeat(4, 1fr); gap: .5rem; }
+  .example { padding: .5rem .6rem; }
+  .title { font-size: .8rem; } .badge { font-size: .62rem; padding: .05rem .35rem; }
+  .pair { grid-template-columns: minmax(0, 1fr) minmax(0, 1fr); break-inside: avoid; }
+  h2, h3 { break-after: avoid; }
 }
 """
