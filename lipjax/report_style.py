@@ -101,7 +101,7 @@ span.rest { background: var(--rule); }
 /* gallery */
 .cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(228px, 1fr)); gap: 1rem; }
 .example { border: 1px solid var(--rule); border-radius: 10px; padding: .8rem .9rem .9rem; }
-.title { display: flex; justify-content: space-between; align-items: center; gap: .5rem; margin: 0 0 .6rem; font-size: .93rem; }
+.title { display: flex; justify-content: space-between; align-items: center; gap: .5rem; margin: 0 0 .6rem; font-size: .88rem; }
 .badge { font-size: .75rem; font-weight: 600; padding: .1rem .55rem; border-radius: 99px; border: 1.5px solid;
   white-space: nowrap; }
 .title .badge { background: none; }
