@@ -318,7 +318,7 @@ def _header(summary, certified) -> Element:
     }
     return element(
         "header",
-        element("p", "lipjax · certification report", class_="kicker"),
+        element("p", f"lipjax · certification report · {_proof(run)}", class_="kicker"),
         element("h1", headline),
         element("dl", [element("div", element("dt", k), element("dd", v)) for k, v in facts.items()], class_="facts"),
         element("blockquote", statement(run)[:1].upper() + statement(run)[1:]),
@@ -690,7 +690,7 @@ def _card(run, columns, examples, i, proved, scale) -> Element:
     more = "" if "certified_radius" in columns else " (nothing larger was tried)"
     lines = [
         element("li", "≥ ", _number(radius, rounded(radius, ROUND_FLOOR), f"{key}.radius"), f", certified{more}")
-        if radius
+        if radius or certified
         else element("li", "≥ ", _number(radius, "0", f"{key}.radius"), ", nothing is certified")
     ]
     bar = []

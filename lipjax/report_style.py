@@ -26,7 +26,7 @@ h1 data { color: var(--proved); white-space: nowrap; }
 h2 { font-size: 1.15rem; line-height: 1.3; margin: 0 0 .9rem; font-weight: 650; }
 h3 { font-size: 1rem; margin: 1.6rem 0 .7rem; font-weight: 650; }
 p { margin: .5rem 0; }
-.kicker { text-transform: uppercase; letter-spacing: .09em; font-size: .78rem; color: var(--soft); margin: 0; font-weight: 600; }
+.kicker { letter-spacing: .04em; font-size: .78rem; color: var(--soft); margin: 0; font-weight: 600; }
 .soft, .note { color: var(--soft); }
 .note { font-size: .86rem; margin: .8rem 0 0; }
 .warning { background: var(--warning); padding: .7rem 1rem; border-radius: 8px; }

@@ -233,6 +233,10 @@ def test_the_headline_names_share_data_epsilon_and_the_facts_tier_delta_arithmet
     assert "With probability >= 1 - 1e-06 over the tool's own draws (seed 7), all certificates" in page.text
     certain = built(tmp_path, tier="deterministic", failure_probability=0.0)
     assert "0: no probability of failure" in certain.text and "δ =" not in certain.text
+    nothing_larger = built(tmp_path, epsilon=0.0, curve=False, certified=1)
+    assert (
+        nothing_larger.numbers["gallery.0.radius"] == (0.0, "0") and "nothing is certified" not in nothing_larger.text
+    )
 
 
 def test_curve_and_histograms_draw_what_is_stored(tmp_path):
