@@ -205,7 +205,8 @@ def main(_):
         top = max(1.6 * epsilon, float(np.quantile(radii, 0.98)), 1e-3)
         pgd_curve = {0.0: float(np.mean(tightest.correct))}
         standing = tightest.correct.copy()
-        for point in sorted({*np.linspace(0, top, CURVE_POINTS)[1:].tolist(), epsilon} - {0.0}):
+        points = {float(f"{point:.3g}") for point in np.linspace(0, top, CURVE_POINTS)}
+        for point in sorted((points | {epsilon}) - {0.0}):
             if point >= epsilon:
                 standing &= ~broken
             if point != epsilon:  # what broke within a smaller radius is broken
@@ -220,13 +221,15 @@ def main(_):
     chosen = report.select(columns, modes[-1], modes)
     steps = {"steps": GALLERY_STEPS, "restarts": GALLERY_RESTARTS}
     gallery = report.gallery(network, images, labels, chosen, seed=_SEED.value, **steps)
-    near = gallery["row"][gallery["distance"] <= report.proved_radii(columns, run)[gallery["row"]]]
-    refuse_contradictions("certified radius", test.indices[near[tightest.correct[near]]])
+    proved = report.proved_radii(columns, run)[gallery["row"]]
+    nearer = (proved > 0) & (gallery["distance"] <= proved)
+    refuse_contradictions(f"{modes[-1]} (certified radius)", test.indices[gallery["row"][nearer]])
     folder = Path(workdir) / "certification"
     folder.mkdir(parents=True, exist_ok=True)
+    (folder / report.NAME).unlink(missing_ok=True)  # no page of other files, whatever happens now
     if _CURVE.value:
-        points = {mode: float(np.mean(verdicts)) for mode, verdicts in certified.items()}
-        reporting.plot_curve(folder / "curve.png", run, radii, pgd_curve, points)
+        at_epsilon = {mode: float(np.mean(verdicts)) for mode, verdicts in certified.items()}
+        reporting.plot_curve(folder / "curve.png", run, radii, pgd_curve, at_epsilon)
     # Early, the verdicts are those of all bounds together, each in a file of its own.
     files = {modes[-1]: "certificate.npz"}
     if _EARLY.value:

@@ -6,6 +6,7 @@ the page's style sheet (light, dark, print) and its width.
 """
 
 import dataclasses
+import decimal
 import math
 from collections.abc import Callable, Sequence
 from xml.etree.ElementTree import Element
@@ -142,11 +143,16 @@ def histogram(values: np.ndarray, low: float, high: float, count: int) -> tuple[
     return counts, edges
 
 
-def rounded(value: float, digits: int = 4) -> str:
-    """A number as people read it, with so many significant digits; its sign is a minus, not a hyphen."""
+def rounded(value: float, toward: str = decimal.ROUND_HALF_EVEN, digits: int = 4) -> str:
+    """A number with so many significant digits (at most six), as people read it.
+
+    Args:
+        toward: ROUND_FLOOR for what is proved from below, ROUND_CEILING for upper bounds: what is shown holds too.
+    """
     if not math.isfinite(value):
         return "∞" if value > 0 else "−∞" if value < 0 else "not a number"
-    return f"{value:.{digits}g}".replace("-", "−")
+    shown = decimal.Context(prec=digits, rounding=toward).create_decimal(repr(float(value)))
+    return f"{float(shown):g}".replace("-", "−")
 
 
 def _path(x: Axis, y: Axis, points) -> str:

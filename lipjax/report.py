@@ -11,7 +11,10 @@ import io
 import json
 import os
 import shlex
+import zipfile
+import zlib
 from collections.abc import Mapping, Sequence
+from decimal import ROUND_CEILING, ROUND_FLOOR
 from pathlib import Path
 from typing import Any
 from xml.etree.ElementTree import Element, tostring
@@ -153,14 +156,14 @@ def build(folder) -> Path:
         summary = json.loads((folder / SOURCES[0]).read_text())
         arrays = []
         for name in SOURCES[1:]:
-            with np.load(folder / name, allow_pickle=False) as file:
+            with open(folder / name, "rb") as raw, np.load(raw, allow_pickle=False) as file:
                 arrays.append({key: file[key] for key in file.files})
     except FileNotFoundError as error:
         raise ReportError(
             f"{Path(error.filename).absolute()} is not there: a report is made of {', '.join(SOURCES)}, which certify.py "
             "writes to workdir/certification. Give that folder, or certify (again, if it was by an earlier version)."
         ) from None
-    except (OSError, ValueError, EOFError, KeyError) as error:
+    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
         raise ReportError(f"{folder}: a file of the certification is damaged, certify again: {error}") from error
     missing = [name for name in FIELDS if name not in summary]
     if missing:
@@ -197,7 +200,7 @@ def page(summary: Mapping[str, Any], columns: Mapping[str, np.ndarray], examples
     head = element(
         "head",
         element("meta", charset="utf-8"),
-        element("title", f"{run['data']}, ε = {run['epsilon']:g}: certification report"),
+        element("title", f"{run['data']}, ε = {_epsilon(run)}: certification report"),
         element("meta", name="viewport", content="width=device-width, initial-scale=1"),
         element("meta", name="color-scheme", content="light dark"),
         # Whatever text slipped through: the browser loads and runs nothing.
@@ -240,6 +243,11 @@ def _number(value, shown: str, key: str) -> Element:
 
 def _percent(value: float, key: str) -> Element:
     return _number(value, f"{100 * value:.2f} %", key)
+
+
+def _epsilon(run) -> str:
+    """Epsilon, or what is a hair below it: it is proved up to there, too."""
+    return rounded(run["epsilon"], ROUND_FLOOR, 6)
 
 
 def _proof(run) -> str:
@@ -290,14 +298,14 @@ def _header(summary, certified) -> Element:
         summary["modes"][run["curve_mode"]]["certified_accuracy"], f"modes.{run['curve_mode']}.certified_accuracy"
     )
     images = f"{run['split']} image{'s' if count > 1 else ''} of {run['data']}"
-    claim = f"no change of ℓ2 norm up to {run['epsilon']:g} makes the network answer anything but the right class."
+    claim = f"no change of ℓ2 norm up to {_epsilon(run)} makes the network answer anything but the right class."
     if not proved:
-        headline = [f"Nothing is proved of the {count} {images} at ε = {run['epsilon']:g} (", share, " certified)."]
+        headline = [f"Nothing is proved of the {count} {images} at ε = {_epsilon(run)} (", share, " certified)."]
     else:
         headline = [share, f" of {count} {images} {'are' if count > 1 else 'is'} proved safe: {claim}"]
     model = summary["config"].get("model", {})
     facts = {
-        "ε": f"{run['epsilon']:g} (ℓ2, pixels in [0, 1])",
+        "ε": f"{run['epsilon']!r} (ℓ2, pixels in [0, 1])",
         "tier": run["tier"],
         "δ": f"{run['failure_probability']:g}, of all certificates of this run together"
         if run["tier"] == "probabilistic"
@@ -310,7 +318,7 @@ def _header(summary, certified) -> Element:
     }
     return element(
         "header",
-        element("p", "lipjax · certification report", class_="kicker"),
+        element("p", f"lipjax · certification report · {_proof(run)}", class_="kicker"),
         element("h1", headline),
         element("dl", [element("div", element("dt", k), element("dd", v)) for k, v in facts.items()], class_="facts"),
         element("blockquote", statement(run)[:1].upper() + statement(run)[1:]),
@@ -357,7 +365,7 @@ def _verdicts(columns, certified) -> Element:
 
 def _accuracies(summary, columns) -> Element:
     run, count = summary["run"], len(columns["label"])
-    attack = f"{run['pgd_steps']} steps, {run['pgd_restarts']} restarts, ε = {run['epsilon']:g}"
+    attack = f"{run['pgd_steps']} steps, {run['pgd_restarts']} restarts, ε = {_epsilon(run)}"
     rows: list[list] = [
         ["clean", _percent(summary["clean_accuracy"], "clean_accuracy"), "measured", "–"],
         [
@@ -374,7 +382,7 @@ def _accuracies(summary, columns) -> Element:
             [
                 f"certified, {mode}{looser}",
                 _percent(row["certified_accuracy"], f"modes.{mode}.certified_accuracy"),
-                f"proved at ε = {run['epsilon']:g}, {_proof(run)}{examined}",
+                f"proved at ε = {_epsilon(run)}, {_proof(run)}{examined}",
                 str(run["seed"]),
             ]
         )
@@ -407,13 +415,13 @@ def _curve(summary, columns) -> Element:
         charts.line(x, y, steps, "proved"),
         charts.line(x, y, pgd, "attacked"),
         charts.dots(x, y, pgd, "attacked"),
-        charts.marker(x, y, run["epsilon"], f"ε = {run['epsilon']:g}"),
+        charts.marker(x, y, run["epsilon"], f"ε = {_epsilon(run)}"),
     ]
     description = "Accuracy against epsilon. " + " ".join(
-        f"At {e:.3g}: certified {100 * at[e]:.1f} %, PGD {100 * a:.1f} %." for e, a in pgd
+        f"At {rounded(e, ROUND_FLOOR, 6)}: certified {100 * at[e]:.1f} %, PGD {100 * a:.1f} %." for e, a in pgd
     )
     rows = [
-        [f"{e:.4g}", _percent(a, f"pgd_curve.{i}"), _percent(at[e], f"certified_curve.{i}")]
+        [rounded(e, ROUND_FLOOR, 6), _percent(a, f"pgd_curve.{i}"), _percent(at[e], f"certified_curve.{i}")]
         for i, (e, a) in enumerate(pgd)
     ]
     return _section(
@@ -428,7 +436,7 @@ def _curve(summary, columns) -> Element:
         ),
         _table(f"The same in numbers; {run['split']} split, seed {run['seed']}", ["ε", "PGD", "certified"], rows),
         _note(
-            f"PGD at ε = {run['epsilon']:g}: {run['pgd_restarts']} restarts; at the other points one restart. At ε = 0: the "
+            f"PGD at ε = {_epsilon(run)}: {run['pgd_restarts']} restarts; at the other points one restart. At ε = 0: the "
             "clean accuracy, and the share that is certified at any radius at all."
         ),
     )
@@ -449,7 +457,7 @@ def _radii(run, columns) -> Element:
     epsilon, most = run["epsilon"], float(np.max(radii))
     # Epsilon is an edge, so that the bars behind it are what is certified at epsilon.
     width = epsilon / max(1, round(24 * epsilon / max(most, epsilon))) if epsilon else most / 24
-    edges = np.arange(int(most // width) + 2) * width
+    edges = np.arange(int(max(most, epsilon) // width) + 2) * width
     if epsilon:
         edges[round(epsilon / width)] = epsilon
     counts, _ = np.histogram(positive, edges)
@@ -460,11 +468,12 @@ def _radii(run, columns) -> Element:
         return f"{count} images with a radius from {left:.3g} to {right:.3g}"
 
     median = float(np.median(radii))
-    marks = [charts.bars(x, y, edges, counts, names, hint), charts.marker(x, y, epsilon, f"ε = {epsilon:g}")]
+    marks = [charts.bars(x, y, edges, counts, names, hint), charts.marker(x, y, epsilon, f"ε = {_epsilon(run)}")]
     return _section(
         title,
         charts.chart(
-            f"Histogram of {len(positive)} positive certified radii, the largest {most:.3g}; {none} images have none.",
+            f"Histogram of {len(positive)} positive certified radii, the largest {rounded(most, ROUND_FLOOR)}; {none} "
+            "images have none.",
             x,
             y,
             "certified radius (ℓ2, pixels in [0, 1])",
@@ -483,7 +492,7 @@ def _radii(run, columns) -> Element:
             "Median of all images ",
             _number(median, rounded(median), "radii.median"),
             ", largest ",
-            _number(most, rounded(most), "radii.largest"),
+            _number(most, rounded(most, ROUND_FLOOR), "radii.largest"),
             ".",
         ),
         _note(
@@ -514,13 +523,17 @@ def _lipschitz(summary, columns) -> Element:
             own = charts.Axis(0.0, float(np.max(counts)), bottom, bottom - row_height + 26)
             median = summary["modes"][mode]["median_lipschitz"]
             alike = bool(np.min(found) == np.max(found))
-            text = f"{mode}: {'all' if alike else 'median'} {median:.4g}"
+            text = f"{mode}: {'all' if alike else 'median'} {rounded(median, ROUND_CEILING)}"
 
             def hint(left, right, count, mode=mode):
                 return f"{mode}: {count} images from {left:.4g} to {right:.4g}"
 
             parts += charts.bars(x, own, edges, counts, ["proved"] * len(counts), hint)
-            facts.append(element("li", f"{mode} ", _number(median, rounded(median), f"modes.{mode}.median_lipschitz")))
+            facts.append(
+                element(
+                    "li", f"{mode} ", _number(median, rounded(median, ROUND_CEILING), f"modes.{mode}.median_lipschitz")
+                )
+            )
         parts.append(element("text", text, x=f"{x.start + 4}", y=f"{bottom - row_height + 18}", class_="label halo"))
     bottom_axis = charts.Axis(0.0, 1.0, height - charts.BOTTOM, charts.TOP)
     for value in x.ticks():
@@ -536,7 +549,9 @@ def _lipschitz(summary, columns) -> Element:
         )
     )
     said = "Histograms of Lipschitz constants, one row for each bound. " + " ".join(
-        f"{mode}: median {np.median(found):.4g}." for mode, found in values.items() if len(found)
+        f"{mode}: median {rounded(float(np.median(found)), ROUND_CEILING)}."
+        for mode, found in values.items()
+        if len(found)
     )
     svg = element(
         "svg", element("title", said), parts, viewBox=f"0 0 {charts.WIDTH} {height}", role="img", class_="chart"
@@ -547,7 +562,7 @@ def _lipschitz(summary, columns) -> Element:
         svg,
         element("ul", element("li", "Medians:"), facts, class_="legend inline"),
         _note(
-            f"Proved upper bounds on the ball of radius ε = {run['epsilon']:g} around each image ({_proof(run)}, seed "
+            f"Proved upper bounds on the ball of radius ε = {_epsilon(run)} around each image ({_proof(run)}, seed "
             f"{run['seed']}); the height of a row is its own.",
             *(_SAME_CONSTANT[mode] for mode in values if mode in _SAME_CONSTANT),
         ),
@@ -563,11 +578,11 @@ _SAME_CONSTANT = {
 
 def _neurons(summary) -> Element:
     run, layers, title = summary["run"], summary["activations"], "Neurons that cannot change much"
-    modes = [mode for mode in summary["modes"] if mode != "global"]
+    modes = [mode for mode in reversed(summary["modes"]) if mode != "global"]
     if not layers or not modes:
         why = "The network has no activation." if not layers else "The global bound knows nothing of single neurons."
         return _section(title, _note(why))
-    mode = modes[-1]
+    mode = modes[0]
     bars, rows = [], []
     for i, layer in enumerate(layers):
         name = f"{i + 1} · {layer['kind']}, {'×'.join(map(str, layer['shape']))}"
@@ -602,7 +617,7 @@ def _neurons(summary) -> Element:
             class_="legend inline",
         ),
         _table(
-            f"The same in numbers, on the ball of radius ε = {run['epsilon']:g}",
+            f"The same in numbers, on the ball of radius ε = {_epsilon(run)}",
             ["layer", *(f"{m}, {kind}" for m in modes for kind in ("constant", "stable"))],
             rows,
         ),
@@ -634,7 +649,7 @@ def _gallery(run, columns, examples) -> Element:
             _key("proved", "proved: the class stays"),
             _key("undecided", "open"),
             _key("attacked", "an adversarial image is here"),
-            element("li", element("span", class_="swatch tick"), f"ε = {run['epsilon']:g}, of which the badge speaks"),
+            element("li", element("span", class_="swatch tick"), f"ε = {_epsilon(run)}, of which the badge speaks"),
             class_="legend inline",
         ),
         children,
@@ -659,7 +674,7 @@ def _card(run, columns, examples, i, proved, scale) -> Element:
         if not right
         else ("proved", "certified")
         if certified
-        else ("attacked", "broken by PGD")
+        else ("attacked", "broken")
         if broken
         else ("undecided", "undecided")
     )
@@ -674,8 +689,8 @@ def _card(run, columns, examples, i, proved, scale) -> Element:
     key = f"gallery.{i}"
     more = "" if "certified_radius" in columns else " (nothing larger was tried)"
     lines = [
-        element("li", "≥ ", _number(radius, rounded(radius), f"{key}.radius"), f", certified{more}")
-        if radius
+        element("li", "≥ ", _number(radius, rounded(radius, ROUND_FLOOR), f"{key}.radius"), f", certified{more}")
+        if radius or certified
         else element("li", "≥ ", _number(radius, "0", f"{key}.radius"), ", nothing is certified")
     ]
     bar = []
@@ -683,7 +698,12 @@ def _card(run, columns, examples, i, proved, scale) -> Element:
         bar.append(element("span", class_="proved", style=f"left:0;width:{100 * radius / scale:.2f}%"))
     if found:
         lines.append(
-            element("li", "≤ ", _number(distance, rounded(distance), f"{key}.distance"), f", there it is {became}")
+            element(
+                "li",
+                "≤ ",
+                _number(distance, rounded(distance, ROUND_CEILING), f"{key}.distance"),
+                f", there it is {became}",
+            )
         )
         bar.append(
             element(
@@ -698,7 +718,9 @@ def _card(run, columns, examples, i, proved, scale) -> Element:
     else:
         lines.append(element("li", "no adversarial image was found at any distance"))
     bar.append(element("span", class_="tick", style=f"left:{100 * run['epsilon'] / scale:.2f}%"))
-    said = f"Proved up to {radius:.3g}" + (f", adversarial at {distance:.3g}" if found else "")
+    said = f"Proved up to {rounded(radius, ROUND_FLOOR)}" + (
+        f", adversarial at {rounded(distance, ROUND_CEILING)}" if found else ""
+    )
     return element(
         "article",
         element(
@@ -708,7 +730,7 @@ def _card(run, columns, examples, i, proved, scale) -> Element:
             class_="title",
         ),
         element("div", pictures, class_="pictures"),
-        element("div", bar, class_="bracket", role="img", aria_label=f"{said}; ε is {run['epsilon']:g}."),
+        element("div", bar, class_="bracket", role="img", aria_label=f"{said}; ε is {_epsilon(run)}."),
         element("ul", lines, class_="plain"),
         class_="example",
     )
@@ -745,7 +767,7 @@ def _classes(summary, columns, certified) -> Element:
     return _section(
         "Class by class",
         _table(
-            f"By the images’ label; certified: {_proof(run)}, {_by(run)}, ε = {run['epsilon']:g}, seed {run['seed']}",
+            f"By the images’ label; certified: {_proof(run)}, {_by(run)}, ε = {_epsilon(run)}, seed {run['seed']}",
             ["class", "images", "clean", "PGD", "certified"],
             rows,
             "long",

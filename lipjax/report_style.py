@@ -26,7 +26,7 @@ h1 data { color: var(--proved); white-space: nowrap; }
 h2 { font-size: 1.15rem; line-height: 1.3; margin: 0 0 .9rem; font-weight: 650; }
 h3 { font-size: 1rem; margin: 1.6rem 0 .7rem; font-weight: 650; }
 p { margin: .5rem 0; }
-.kicker { text-transform: uppercase; letter-spacing: .09em; font-size: .78rem; color: var(--soft); margin: 0; font-weight: 600; }
+.kicker { letter-spacing: .04em; font-size: .78rem; color: var(--soft); margin: 0; font-weight: 600; }
 .soft, .note { color: var(--soft); }
 .note { font-size: .86rem; margin: .8rem 0 0; }
 .warning { background: var(--warning); padding: .7rem 1rem; border-radius: 8px; }
@@ -101,7 +101,7 @@ span.rest { background: var(--rule); }
 /* gallery */
 .cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(228px, 1fr)); gap: 1rem; }
 .example { border: 1px solid var(--rule); border-radius: 10px; padding: .8rem .9rem .9rem; }
-.title { display: flex; justify-content: space-between; align-items: center; gap: .5rem; margin: 0 0 .6rem; font-size: .93rem; }
+.title { display: flex; justify-content: space-between; align-items: center; gap: .5rem; margin: 0 0 .6rem; font-size: .88rem; }
 .badge { font-size: .75rem; font-weight: 600; padding: .1rem .55rem; border-radius: 99px; border: 1.5px solid;
   white-space: nowrap; }
 .title .badge { background: none; }
@@ -151,6 +151,10 @@ code { font-family: ui-monospace, SFMono-Regular, Menlo, Consolas, "DejaVu Sans 
   .card, .example, .chart, tr { break-inside: avoid; }
   .wide { break-inside: auto; }
   .scroll, .scroll.long, pre { overflow: visible; max-height: none; white-space: pre-wrap; }
-  .cards { grid-template-columns: repeat(3, 1fr); }
+  .cards { grid-template-columns: repeat(4, 1fr); gap: .5rem; }
+  .example { padding: .5rem .6rem; }
+  .title { font-size: .8rem; } .badge { font-size: .62rem; padding: .05rem .35rem; }
+  .pair { grid-template-columns: minmax(0, 1fr) minmax(0, 1fr); break-inside: avoid; }
+  h2, h3 { break-after: avoid; }
 }
 """

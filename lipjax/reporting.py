@@ -121,12 +121,13 @@ def plot_metrics(path, lines: list[dict]) -> None:
         "learning rate": {"learning_rate": "learning rate at the end of the epoch"},
     }
     # Told apart by dash and marker as well as by colour.
-    styles = [("#0072b2", "-", ""), ("#555555", "--", "o"), ("#d55e00", "-", "s")]
+    styles = [("#0072b2", "-"), ("#555555", "--"), ("#d55e00", "-")]
     figure, grid = plt.subplots(2, 2, figsize=(10, 6.5), layout="constrained", sharex=True)
     for axes, (title, curves) in zip(grid.flat, panels.items(), strict=True):
-        for (name, label), (color, dash, marker) in zip(curves.items(), styles, strict=False):
+        for (name, label), (color, dash) in zip(curves.items(), styles, strict=False):
             points = [(line["epoch"], line[name]) for line in lines if line.get(name) is not None]
             if points:
+                marker = "o" if name.startswith("validation") else ""
                 axes.plot(*zip(*points, strict=True), dash, color=color, marker=marker, markersize=3, label=label)
         axes.set_ylabel(title)
         axes.grid(color="0.9")
@@ -185,7 +186,7 @@ class TensorBoard:
         tier = line.get("tier", "estimate")
         for name, value in line.items():
             if name not in ("step", "seed", "tier") and value is not None:
-                self._writer.add_scalar(f"{tier}, seed {line.get('seed')}/{name}", value, global_step=line["step"])
+                self._writer.add_scalar(f"{tier}_seed_{line.get('seed')}/{name}", value, global_step=line["step"])
         self._writer.flush()
 
     def __enter__(self):

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from conftest import ROOT, SHARED
 
-from lipjax import checkpoints, hosts
+from lipjax import checkpoints, hosts, report
 from lipjax.reporting import read_metrics
 
 SMALL = [
@@ -101,6 +101,8 @@ def certified(trained):
     folder, found = trained / "two" / "certification", {}
     for name, count, more in (("one", 1, []), ("two", 2, []), ("early", 1, ["--early"])):
         run(count, 1, "certify.py", f"--workdir={trained / 'two'}", *CERTIFY, *more)
+        page = (folder / "report.html").read_text()
+        assert report.build(folder).read_text() == page and ("Decided early" in page) == (name == "early")
         files = {path.name: np.load(path)["certified"] for path in folder.glob("certificate*.npz")}
         with np.load(folder / "examples.npz") as examples:
             found[name] = dict(examples), json.loads((folder / "summary.json").read_text()), files

@@ -20,7 +20,7 @@ from conftest import ROOT
 from flax import nnx
 
 import lipjax
-from lipjax import data, feeding, training
+from lipjax import data, feeding, report, training
 from lipjax.configs import baselines, digits
 from lipjax.regions import vector_shapes
 from lipjax.reporting import read_metrics
@@ -142,6 +142,10 @@ def test_a_run_killed_again_and_again_ends_bit_for_bit_as_one_never_stopped(tmp_
     file = np.load(broken / "certification" / "examples.npz")
     assert len(file["certified_local"]) == 16 and not np.any(file["certified_local"] & file["broken_by_pgd"])
     assert (broken / "certification" / "curve.png").stat().st_size > 10_000
+    page = (broken / "certification" / "report.html").read_text()
+    assert "16 test images of digits" in page and "python train.py --config=configs/mnist_small.py" in page
+    assert report.build(broken / "certification").read_text() == page
+    assert (broken / "curves.png").read_bytes().startswith(b"\x89PNG")
     certificate = broken / "certification" / "certificate.npz"
     confirmed = run("-m", "lipjax.check", str(certificate), f"--workdir={broken}").stdout
     assert "CONFIRMED: certificates of 16 images, digits, test split" in confirmed
