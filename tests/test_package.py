@@ -14,6 +14,7 @@ import pytest
 import yaml
 from conftest import ROOT
 from packaging.requirements import Requirement
+from packaging.version import Version
 
 import lipjax
 
@@ -97,6 +98,17 @@ def test_the_wheels_metadata_are_those_of_the_requirement_files(wheel):
 def test_what_the_library_needs_is_part_of_what_the_scripts_need():
     needed = {Requirement(line) for line in PROJECT["project"]["dependencies"]}
     assert needed <= listed("requirements.txt")
+
+
+def test_the_oldest_versions_that_are_tried_are_the_oldest_that_are_allowed():
+    pinned = {found.name: str(found.specifier).removeprefix("==") for found in listed("tests/oldest.txt")}
+    for requirement in listed("requirements.txt"):
+        if requirement.marker is None or requirement.marker.evaluate(
+            {"sys_platform": "linux", "platform_machine": "x86_64"}
+        ):
+            assert Version(pinned[requirement.name]) == Version(str(requirement.specifier).removeprefix(">=")), (
+                requirement
+            )
 
 
 def test_the_wheel_is_imported_with_nothing_but_jax_and_flax(wheel, tmp_path):
