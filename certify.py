@@ -15,7 +15,6 @@ one of --modes, and certificate_<bound>.npz has the other bounds' certificates.
 import dataclasses
 import os
 import platform
-import shlex
 import sys
 import time
 from pathlib import Path
@@ -175,7 +174,7 @@ def main(_):
         "gallery_restarts": GALLERY_RESTARTS,
         "versions": {**lipjax.certificate_files.versions(), "python": platform.python_version()},
         "device": f"{jax.device_count()} × {jax.devices()[0].device_kind}",
-        "command": shlex.join(["python", "certify.py", *sys.argv[1:]]),
+        "command": commands.line("certify", sys.argv[1:]),
     }
     columns = {
         "index": test.indices,

@@ -15,7 +15,6 @@ import dataclasses
 import functools
 import io
 import os
-import shlex
 import sys
 import time
 from pathlib import Path
@@ -132,7 +131,7 @@ def main(_):
         if hosts.is_writer():
             open_workdir(workdir, config.to_dict(), volatile=VOLATILE)
             stack.enter_context(locked(workdir))
-            write_atomically(workdir / "command.txt", shlex.join(["python", "train.py", *sys.argv[1:]]) + "\n")
+            write_atomically(workdir / "command.txt", commands.line("train", sys.argv[1:]) + "\n")
         hosts.wait("workdir")
         say(f"{workdir}: {config.model.name} on {config.data.name}, seed {config.seed}")
 
@@ -237,7 +236,8 @@ def main(_):
                 checkpoints.save_last(step, keeper.whole(state), {"epoch": epoch, "sums": sums})
                 saved = time.monotonic()
         checkpoints.wait()
-    say(f"done: {epoch} epochs. Next: python certify.py --workdir={os.path.relpath(workdir)}")
+    then = commands.line("certify", [f"--workdir={os.path.relpath(workdir)}"])
+    say(f"done: {epoch} epochs. Next: {then}")
 
 
 def say(message: str) -> None:

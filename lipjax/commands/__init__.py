@@ -6,6 +6,7 @@ that an installation has what a checkout has. Exit codes are in `EXIT_CODES`.
 
 import difflib
 import os
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -84,6 +85,12 @@ def run(main: Callable[[Sequence[str]], None], errors: tuple[type[Exception], ..
         if jax.process_count() == 1:
             raise
         hosts.give_up(f"{program}: another process is gone, or a device failed: {str(error).splitlines()[0]}")
+
+
+def line(name: str, arguments: Sequence[str]) -> str:
+    """How a script is called as this one was: ``python NAME.py ...`` or ``lipjax NAME ...``, quoted for a shell."""
+    script = os.path.basename(sys.argv[0]).endswith(".py")
+    return shlex.join([*(["python", f"{name}.py"] if script else ["lipjax", name]), *arguments])
 
 
 def _parsed(argv: list[str], module: ModuleType) -> list[str]:
