@@ -94,7 +94,7 @@ GALLERY_STEPS, GALLERY_RESTARTS = 200, 4
 def main(_):
     hosts.join(_HOSTS.value)
     lipjax.lowering.keep_compiled()
-    logging.set_verbosity(logging.WARNING)
+    logging.set_verbosity(logging.ERROR)
     started = time.monotonic()
 
     # ------------------------------------------------------------------ run, data, network
@@ -105,6 +105,12 @@ def main(_):
     if epsilon is None:
         raise ValueError("--network needs --epsilon, the l2 radius on pixels in [0, 1]: a file says nothing of it.")
     lipjax.regions.check_epsilon(epsilon)
+    diameter = float(np.sqrt(np.prod(test.images.shape[1:])))
+    if epsilon >= diameter:
+        raise ValueError(
+            f"epsilon {epsilon:g} is a radius on pixels in [0, 1], where no two images of {tuple(test.images.shape[1:])} are "
+            f"further apart than {diameter:g}: divide one that is meant for pixels in [0, 255] by 255."
+        )
     if not 0 < _DELTA.value < 1:
         raise ValueError(f"failure_probability must lie in (0, 1), got {_DELTA.value}.")
     modes = [mode for mode in lipjax.regions.MODES if mode in _MODES.value]

@@ -185,7 +185,9 @@ def load(path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     except CertificateFileError:
         raise
     except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
-        raise CertificateFileError(f"{path} is damaged, cut short, or no certificate file: {error}") from error
+        # NumPy takes what it does not know for a pickle and advises to load it unsafely: nobody should.
+        reason = "it is no npz file" if "pickle" in str(error) else str(error)
+        raise CertificateFileError(f"{path} is damaged, cut short, or no certificate file: {reason}") from error
     if "header" not in members:
         raise CertificateFileError(f"{path} is no certificate file: it has no header, but {', '.join(members)}.")
     try:

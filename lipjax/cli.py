@@ -56,7 +56,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return _RUN[name](rest)
     except ImportError as error:
-        if error.name is None or error.name.partition(".")[0] == "lipjax":
+        if error.name is None:  # one of lipjax's own, which says what to install
+            return _fail(name, str(error))
+        if error.name.partition(".")[0] == "lipjax":
             raise
         return _fail(name, f'{error.name} is not installed: pip install "lipjax[scripts]" brings it.')
     except KeyboardInterrupt:

@@ -65,6 +65,7 @@ def test_a_configuration_is_a_file_or_a_name_with_an_argument():
 WRONG = {
     ("--config=digts",): "Did you mean digits?",
     ("--config=digits", "--config.sed=3"): 'Did you mean "seed"',
+    ("--config=digits", "--config.optimiser.learning_rate=1"): 'Did you mean "optimizer"',
     ("--config=digits", "--config.seed=a"): "--config.seed=a",
     ("--config=baselines:foo",): "no method is called 'foo'",
     ("--confg=digits",): "Did you mean: config",
@@ -105,6 +106,17 @@ def test_train_runs_through_the_command_and_its_errors_are_exit_code_1(tmp_path)
 def test_plan_takes_short_names_of_its_flags():
     text = run("plan", "--config=digits", "--device=h200", "--devices=8")
     assert "H200" in text
+
+
+def test_a_package_that_is_missing_is_named_with_what_installs_it(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "onnx", None)
+    assert cli.main(["export", "digits-maxmin", "--out=net.onnx"]) == 1
+    assert "pip install" in (text := capsys.readouterr().err) and "onnx" in text and text.startswith("lipjax export: ")
+    monkeypatch.setitem(sys.modules, "shtab", None)
+    assert cli.main(["completion", "bash"]) == 1
+    assert 'shtab is not installed: pip install "lipjax[scripts]"' in capsys.readouterr().err
+    assert cli.main(["export", "digits-maxmin", "--out=net.txt"]) == 2
+    assert "must end in .safetensors or .onnx" in capsys.readouterr().err
 
 
 def test_data_info_describes_all_splits_and_the_range(capsys):

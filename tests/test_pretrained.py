@@ -107,6 +107,7 @@ def test_a_file_is_certified_and_checked_without_a_run(tmp_path, capsys):
     source = [f"--network={file}", "--data=digits"]
     quick = ["--examples=12", "--modes=global", "--nocurve", "--pgd_steps=5", "--pgd_restarts=1", f"--workdir={folder}"]
     assert "--network needs --epsilon" in run("certify", *source, *quick, code=1)
+    assert "divide one that is meant for pixels in [0, 255]" in run("certify", *source, *quick, "--epsilon=40", code=1)
     said = run("certify", *source, *quick, "--epsilon=0.25")
     assert "epsilon 0.25" in said and "training seed 0" in said
     summary = json.loads((folder / "certification" / "summary.json").read_text())

@@ -107,7 +107,7 @@ def _parsed(argv: list[str], module: ModuleType) -> list[str]:
         message = str(error)
         if "Traceback" in message:  # of get_config(): what it says itself is in the last line
             message = message.strip().splitlines()[-1].partition(": ")[2]
-    except AttributeError as error:  # ml_collections: a misspelt field, and which one may be meant
+    except (AttributeError, KeyError) as error:  # ml_collections: a misspelt field or group, and which one may be meant
         reason: BaseException = error
         while isinstance(reason.args[0], Exception):
             reason = reason.args[0]
