@@ -38,7 +38,7 @@ def wheel(tmp_path_factory):
     tree, out = tmp_path_factory.mktemp("tree"), tmp_path_factory.mktemp("wheel")
     shutil.copytree(ROOT / "lipjax", tree / "lipjax", ignore=shutil.ignore_patterns("__pycache__"))
     # These must not be taken for packages.
-    for folder in ("tests", "benchmarks", "requirements", "configs"):
+    for folder in ("tests", "benchmarks", "requirements", "configs", "docs"):
         shutil.copytree(ROOT / folder, tree / folder, ignore=shutil.ignore_patterns("__pycache__"))
     for path in ROOT.iterdir():
         if path.is_file():
