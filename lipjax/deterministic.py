@@ -287,8 +287,9 @@ def _ritz_value(gram: Callable, shape: tuple[int, ...], steps: int = RITZ_STEPS)
     first = spectral.normalize(start)
     begin = jnp.zeros(shape), first, jnp.zeros((), jnp.float64)
     _, (diagonal, off) = lax.scan(step, begin, length=min(steps, size))
-    tridiagonal = jnp.diag(diagonal) + jnp.diag(off[:-1], 1) + jnp.diag(off[:-1], -1)
-    value = jnp.linalg.eigvalsh(tridiagonal)[-1]
+    last = (len(diagonal) - 1,) * 2
+    # By bisection, in JAX: no routine of LAPACK (`_one_by_one`).
+    (value,) = jax.scipy.linalg.eigh_tridiagonal(diagonal, off[:-1], eigvals_only=True, select="i", select_range=last)
     return jnp.where(jnp.isfinite(value) & (value > 0), value, 0.0)
 
 
@@ -322,6 +323,16 @@ def _first_success(attempt: Callable[[jax.Array], jax.Array], estimate: jax.Arra
     return lax.while_loop(unfinished, body, (jnp.zeros((), int), jnp.asarray(jnp.inf)))[1]
 
 
+def _one_by_one(routine: Callable) -> Callable:
+    """A routine of LAPACK that `vmap` calls for one matrix after the other on CPU.
+
+    For a batch of them jaxlib 0.10 hands the matrices to the pool of threads that the program itself runs in, and waits: as
+    many such calls at once as there are threads (two layers on two cores) wait for each other for ever. From 0.11 on
+    it goes through a batch like this by itself.
+    """
+    return jax.custom_batching.sequential_vmap(routine) if jax.default_backend() == "cpu" else routine
+
+
 def _factor(block: jax.Array, update: jax.Array, update_size: jax.Array) -> tuple[jax.Array, jax.Array]:
     """A factor L of ``block - update``, and a bound of ``||block - X X^T - L L^T||_F`` for ``update = fl(X X^T)``.
 
@@ -329,7 +340,7 @@ def _factor(block: jax.Array, update: jax.Array, update_size: jax.Array) -> tupl
     """
     schur = block - update
     # Whatever the routine returns is checked: NaN where the matrix is not positive definite.
-    factor = lax.linalg.cholesky(schur, symmetrize_input=False)
+    factor = _one_by_one(functools.partial(lax.linalg.cholesky, symmetrize_input=False))(schur)
     left_over = _norm(schur - factor @ factor.T)
     sizes = _norm(block) + _norm(schur) + jnp.square(_norm(factor)) + update_size
     return factor, (left_over + gamma(block.shape[0] + 16) * sizes) * _ROUND_UP
@@ -793,7 +804,8 @@ def _banded_attempt(entries: Callable, indices: jax.Array, valid: jax.Array, tau
         here, following = pair
         factor, error = _factor(tau * identity - block(here, here), update, update_size)
         beside = -block(following, here)
-        below = lax.linalg.triangular_solve(factor, beside, left_side=False, lower=True, transpose_a=True)
+        solve = functools.partial(lax.linalg.triangular_solve, left_side=False, lower=True, transpose_a=True)
+        below = _one_by_one(solve)(factor, beside)
         sizes = _norm(beside) + _norm(below) * _norm(factor)
         error_beside = (_norm(beside - below @ factor.T) + gamma(capacity + 16) * sizes) * _ROUND_UP
         return (below @ below.T, jnp.square(_norm(below)) * _ROUND_UP), (error, error_beside)

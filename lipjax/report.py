@@ -313,7 +313,9 @@ def _header(summary, certified) -> Element:
         "bound": _by(run),
         "arithmetic": f"executed in {run['arithmetic']}; proved in {run['precision']}, rounding counted",
         "data": f"{run['data']}, {run['split']} split, {count} image{'s' if count > 1 else ''}",
-        "network": f"{model.get('name', 'network')}, epoch {run['epoch']}, trained with {run['trained_with']}",
+        "network": f"{model['name']}, epoch {run['epoch']}, trained with {run['trained_with']}"
+        if model
+        else f"{os.path.basename(run.get('network', 'network'))}, training not recorded",
         "seeds": f"{run['seed']} (certificates, attacks), {run['training_seed']} (training)",
     }
     return element(

@@ -71,9 +71,11 @@ def notes(subject: Subject) -> dict[str, Any]:
 
 def _facts(notes) -> dict[str, Any]:
     config = notes.get("config")
-    bound = config["bound"] if config else {"mode": UNKNOWN, "loss": UNKNOWN}
+    if not config:
+        return dict.fromkeys(("training_seed", "trained_with", "epoch"), UNKNOWN)
+    bound = config["bound"]
     return {
-        "training_seed": config["seed"] if config else UNKNOWN,
+        "training_seed": config["seed"],
         "trained_with": f"mode {bound['mode']}, loss {bound['loss']}",
         "epoch": notes.get("epoch", UNKNOWN),
     }

@@ -5,12 +5,15 @@ where it does: ``bound >= ||M||_2`` iff ``bound^2 I - M^T M`` is positive semide
 decides.
 """
 
+import subprocess
+import sys
 from fractions import Fraction
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import ROOT
 from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -520,3 +523,30 @@ def test_the_global_bound_is_tight_within_the_budget_and_circular_beyond_it(x64)
     )(operator)
     assert truth <= whole <= ATTEMPT * truth < circular
     np.testing.assert_allclose(circular, expected, rtol=1e-12)
+
+
+def test_batches_of_several_layers_at_once_do_not_wait_for_each_other_for_ever():
+    """jaxlib 0.10's batched LAPACK calls did, on as many threads as there are calls (`deterministic._one_by_one`)."""
+    program = """
+import os
+if hasattr(os, "sched_setaffinity"):
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:2])
+import jax, jax.numpy as jnp
+from lipjax import deterministic
+jax.config.update("jax_enable_x64", True)
+factors = [jax.random.normal(jax.random.key(i), (64, 30, 30)) for i in range(4)]
+
+def layer(factor):
+    gram = factor @ factor.T
+    return deterministic._attempt(gram, jnp.asarray(200.0)), deterministic._ritz_value(lambda x: gram @ x, (30,))
+
+run = jax.jit(lambda factors: [jax.vmap(layer)(factor) for factor in factors])
+for _ in range(300):
+    found = jax.block_until_ready(run(factors))
+for (bound, value), factor in zip(found, factors):
+    truth = jnp.linalg.eigvalsh(factor @ factor.swapaxes(1, 2))[:, -1]
+    assert jnp.all(bound >= truth) and jnp.all(value <= truth * (1 + 1e-9)) and jnp.all(value > 0.999 * truth)
+print("ended")
+"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.stdout == "ended\n", done.stderr
