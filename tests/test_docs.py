@@ -178,8 +178,11 @@ def shell_lines(text: str) -> list[str]:
     blocks = []
 
     def taken(match):
-        if match["info"].strip() in ("", "sh", "bash", "shell", "console"):
-            blocks.append(textwrap.dedent(match["code"]))
+        code = textwrap.dedent(match["code"])
+        if match["info"].strip() in ("", "sh", "bash", "shell"):
+            blocks.append(code)
+        if match["info"].strip() == "console":  # what was typed, and what came
+            blocks.append("\n".join(line for line in code.splitlines() if line.startswith("$ ")))
         return ""
 
     rest = FENCE.sub(taken, text)
