@@ -28,7 +28,8 @@ from jax.sharding import PartitionSpec
 from ml_collections import config_flags
 
 from lipjax import commands, data, feeding, hosts, lowering, plan, training
-from lipjax.checkpoints import CheckpointError, Checkpoints, locked, open_workdir, write_atomically
+from lipjax.checkpoints import CheckpointError, Checkpoints, locked, open_workdir
+from lipjax.files import replaced
 from lipjax.reporting import Curves, Metrics, Progress, TensorBoard, read_metrics, tensorboard_writer
 
 _CONFIG = config_flags.DEFINE_config_file(
@@ -131,7 +132,8 @@ def main(_):
         if hosts.is_writer():
             open_workdir(workdir, config.to_dict(), volatile=VOLATILE)
             stack.enter_context(locked(workdir))
-            write_atomically(workdir / "command.txt", commands.line("train", sys.argv[1:]) + "\n")
+            with replaced(workdir / "command.txt", "w") as file:
+                file.write(commands.line("train", sys.argv[1:]) + "\n")
         hosts.wait("workdir")
         say(f"{workdir}: {config.model.name} on {config.data.name}, seed {config.seed}")
 

@@ -15,7 +15,6 @@ This module imports nothing of the bounds, so that the checker can use it and st
 import hashlib
 import inspect
 import json
-import os
 import sys
 import zipfile
 import zlib
@@ -24,6 +23,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from lipjax.files import replaced
 
 FORMAT = "lipjax certificate"
 VERSION = 1
@@ -152,19 +153,10 @@ def save(
 
 def write(path, header: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> None:
     """Writes a header (its digest is computed here) and arrays as they are; `save` is the way to write a certificate."""
-    path = Path(path)
     header = {**header, "digest": digest(header, arrays)}
     text = json.dumps(header, sort_keys=True, allow_nan=False)
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with open(temporary, "wb") as file:
-            np.savez_compressed(file, header=np.array(text), **arrays)  # type: ignore[arg-type]
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    with replaced(path) as file:
+        np.savez_compressed(file, header=np.array(text), **arrays)  # type: ignore[arg-type]
 
 
 def load(path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:

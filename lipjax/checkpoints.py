@@ -22,6 +22,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from lipjax import hosts
+from lipjax.files import replaced
 
 
 class CheckpointError(RuntimeError):
@@ -55,7 +56,8 @@ def open_workdir(workdir, config: dict, *, volatile: tuple[str, ...] = ()) -> Pa
     try:
         path.mkdir(parents=True, exist_ok=True)
         if not (path / "config.json").exists():
-            write_atomically(path / "config.json", json.dumps(config, indent=2) + "\n")
+            with replaced(path / "config.json", "w") as file:
+                file.write(json.dumps(config, indent=2) + "\n")
     except OSError as error:
         raise CheckpointError(f"cannot write to {path}: {_reason(error)}.") from error
     stored, now = _flat(load_config(path)), _flat(config)
@@ -120,16 +122,6 @@ def load_config(workdir) -> dict:
         ) from None
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}.") from error
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Writes a small text file so that a kill leaves the old content or the new, never a part."""
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
 
 
 def _flat(tree, prefix="") -> dict[str, Any]:

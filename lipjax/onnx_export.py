@@ -18,9 +18,7 @@ each of these, and depends on a viewer with a web server, a client of a model hu
 """
 
 import functools
-import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -30,6 +28,7 @@ from flax import nnx
 
 from lipjax import certificate_files, operators, orthogonal, regions
 from lipjax.activations import ClippedMaxMin, ClippedReLU, MaxMin, ReLU
+from lipjax.files import replaced
 from lipjax.operators import AveragePool, Flatten, Normalize
 
 OPSET = 17
@@ -101,14 +100,8 @@ def to_onnx(network: nnx.Sequential, path, *, input_shape: Sequence[int]) -> Non
     graph.add("Identity", name, output="logits")
     model = graph.model(onnx, input_shape, shape)
     onnx.checker.check_model(model, full_check=True)
-    path = Path(path)
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        temporary.write_bytes(model.SerializeToString())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    with replaced(path) as file:
+        file.write(model.SerializeToString())
 
 
 class Graph:

@@ -24,6 +24,7 @@ import numpy as np
 from lipjax import charts
 from lipjax.certificate_files import statement
 from lipjax.charts import element, rounded
+from lipjax.files import replaced
 from lipjax.report_style import STYLE
 
 NAME = "report.html"
@@ -179,10 +180,8 @@ def build(folder) -> Path:
                 f"{folder / name} is of another run than {SOURCES[0]} ({other[0]} differs): certify again."
             )
     path = folder / NAME
-    temporary = path.with_name(path.name + ".tmp")
-    # Names of files may hold what is no Unicode.
-    temporary.write_bytes(page(summary, columns, examples).encode("utf-8", "replace"))
-    os.replace(temporary, path)
+    with replaced(path) as file:  # names of files may hold what is no Unicode
+        file.write(page(summary, columns, examples).encode("utf-8", "replace"))
     return path
 
 

@@ -6,7 +6,6 @@ import hashlib
 import importlib
 import json
 import math
-import os
 import sys
 import time
 from pathlib import Path
@@ -19,6 +18,7 @@ from rich.table import Table
 
 from lipjax import certificate_files
 from lipjax.certificate_files import statement
+from lipjax.files import replaced
 
 # ---------------------------------------------------------------------------------------------------- training
 
@@ -49,9 +49,8 @@ class Metrics:
     def __init__(self, path, *, after_step: int):
         self.path = Path(path)
         kept = [line for line in read_metrics(self.path) if line.get("step", 0) <= after_step]
-        temporary = self.path.with_name(self.path.name + ".tmp")
-        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        os.replace(temporary, self.path)
+        with replaced(self.path, "w") as file:
+            file.writelines(json.dumps(line) + "\n" for line in kept)
 
     def write(self, **fields) -> dict:
         """Writes and returns one line. Numbers that are not finite become null; NumPy and JAX scalars are accepted."""
@@ -139,10 +138,9 @@ def plot_metrics(path, lines: list[dict]) -> None:
     for axes in grid[1]:
         axes.set_xlabel("epoch")
     figure.suptitle(f"after epoch {facts['epoch']}: tier {facts.get('tier', 'estimate')}, seed {facts.get('seed')}")
-    temporary = Path(path).with_name(Path(path).name + ".tmp")
-    figure.savefig(temporary, dpi=110, format="png")
+    with replaced(path) as file:
+        figure.savefig(file, dpi=110, format="png")
     plt.close(figure)
-    os.replace(temporary, path)
 
 
 def tensorboard_writer():

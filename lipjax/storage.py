@@ -10,7 +10,6 @@ their last bits. `lipjax.orthogonal.plain` writes the kernels down; that network
 """
 
 import json
-import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,6 +21,7 @@ from flax import nnx
 
 from lipjax import certificate_files, orthogonal, regions
 from lipjax.activations import ClippedMaxMin, ClippedReLU, MaxMin, ReLU
+from lipjax.files import replaced
 from lipjax.operators import AveragePool, Flatten, Normalize, Residual
 
 FORMAT = "lipjax network"
@@ -66,17 +66,8 @@ def save(network: nnx.Sequential, path, *, input_shape: Sequence[int], notes: Ma
     header |= {"input_shape": shape, "notes": kept, "layers": layers}
     header["digest"] = certificate_files.digest(header, arrays)
     text = json.dumps(header, sort_keys=True, allow_nan=False)
-    path = Path(path)
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(safetensors.numpy.save(arrays, metadata={"lipjax": text}))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    with replaced(path) as file:
+        file.write(safetensors.numpy.save(arrays, metadata={"lipjax": text}))
 
 
 def load(path) -> nnx.Sequential:

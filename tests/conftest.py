@@ -4,6 +4,8 @@ import gc
 import importlib.metadata
 import os
 import shutil
+import subprocess
+import sys
 import tempfile
 from fractions import Fraction
 from pathlib import Path
@@ -186,3 +188,17 @@ def largest_by_bisection(d, radius, low, high):
         t = np.clip(d * np.exp(middle), low, high)
         left, right = (middle, right) if np.linalg.norm(t) <= radius else (left, middle)
     return float(d @ np.clip(d * np.exp(left), low, high))
+
+
+def run_lipjax(*arguments, code=0) -> str:
+    """The command `lipjax` in a process of its own; what it said."""
+    done = subprocess.run(
+        [sys.executable, "-m", "lipjax.cli", *arguments],
+        cwd=ROOT,
+        env={**os.environ, "JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == code and "Traceback" not in done.stderr, done.stdout + done.stderr
+    return done.stdout + done.stderr

@@ -854,7 +854,7 @@ MODULES = ("certificate_files", "check", "check_layers", "check_norms", "check_s
 
 
 def test_nothing_of_the_bounds_is_imported():
-    allowed = {f"lipjax.{name}" for name in MODULES} | {"lipjax", "lipjax.subjects"}
+    allowed = {f"lipjax.{name}" for name in MODULES} | {"lipjax", "lipjax.files", "lipjax.subjects"}
     for module in MODULES:
         for node in ast.walk(ast.parse((ROOT / "lipjax" / f"{module}.py").read_text())):
             names = []

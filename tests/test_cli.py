@@ -1,29 +1,13 @@
 """The command `lipjax`, as a user meets it: help, exit codes, errors that say what to do, completion."""
 
 import json
-import os
 import subprocess
 import sys
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, run_lipjax
 
 from lipjax import __version__, cli, commands
-
-
-def run(*arguments, code=0):
-    """The command in a process of its own; its output."""
-    done = subprocess.run(
-        [sys.executable, "-m", "lipjax.cli", *arguments],
-        cwd=ROOT,
-        env={**os.environ, "JAX_PLATFORMS": "cpu"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == code, done.stdout + done.stderr
-    assert "Traceback" not in done.stderr, done.stderr
-    return done.stdout + done.stderr
 
 
 def test_help_names_every_command_and_every_exit_code(capsys):
@@ -99,12 +83,12 @@ for arguments in json.loads(sys.argv[1]):
 
 
 def test_train_runs_through_the_command_and_its_errors_are_exit_code_1(tmp_path):
-    text = run("train", "--config=digits", "--config.batch_size=0", f"--workdir={tmp_path}", code=1)
+    text = run_lipjax("train", "--config=digits", "--config.batch_size=0", f"--workdir={tmp_path}", code=1)
     assert "lipjax train: batch_size must be" in text
 
 
 def test_plan_takes_short_names_of_its_flags():
-    text = run("plan", "--config=digits", "--device=h200", "--devices=8")
+    text = run_lipjax("plan", "--config=digits", "--device=h200", "--devices=8")
     assert "H200" in text
 
 

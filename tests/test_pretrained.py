@@ -1,13 +1,12 @@
 """Networks that come with lipjax are what their cards say, and a network from a file is certified and checked as a run is."""
 
 import json
-import os
 import subprocess
 import sys
 
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import ROOT, run_lipjax
 
 import lipjax
 from lipjax import cli, data, pretrained, storage, subjects
@@ -88,27 +87,16 @@ def test_a_network_and_data_that_do_not_fit_are_refused(tmp_path):
             subjects.of_network("digits-maxmin", f"npz:{tmp_path}/train.npz,{tmp_path}/test.npz")
 
 
-def run(*arguments, code=0):
-    done = subprocess.run(
-        [sys.executable, "-m", "lipjax.cli", *arguments],
-        cwd=ROOT,
-        env={**os.environ, "JAX_PLATFORMS": "cpu"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == code and "Traceback" not in done.stderr, done.stdout + done.stderr
-    return done.stdout + done.stderr
-
-
 def test_a_file_is_certified_and_checked_without_a_run(tmp_path, capsys):
     file, folder = tmp_path / "own.safetensors", tmp_path / "run"
     assert cli.main(["export", "digits-maxmin", f"--out={file}"]) == 0
     source = [f"--network={file}", "--data=digits"]
     quick = ["--examples=12", "--modes=global", "--nocurve", "--pgd_steps=5", "--pgd_restarts=1", f"--workdir={folder}"]
-    assert "--network needs --epsilon" in run("certify", *source, *quick, code=1)
-    assert "divide one that is meant for pixels in [0, 255]" in run("certify", *source, *quick, "--epsilon=40", code=1)
-    said = run("certify", *source, *quick, "--epsilon=0.25")
+    assert "--network needs --epsilon" in run_lipjax("certify", *source, *quick, code=1)
+    assert "divide one that is meant for pixels in [0, 255]" in run_lipjax(
+        "certify", *source, *quick, "--epsilon=40", code=1
+    )
+    said = run_lipjax("certify", *source, *quick, "--epsilon=0.25")
     assert "epsilon 0.25" in said and "training seed 0" in said
     summary = json.loads((folder / "certification" / "summary.json").read_text())
     assert summary["run"]["data"] == "digits" and summary["run"]["trained_with"] == "mode local, loss bcp"
