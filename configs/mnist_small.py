@@ -9,8 +9,8 @@ Measured (seed 0, first 500 images of the test set's fixed shuffle, bound local,
 26.0 %; at 0.5 PGD 80.4, certified 70.8 %. 0.17 s a step on two CPU cores, 154 s in all; each certification about a minute
 and a half.
 
-Twenty epochs, which is `lipjax.load("mnist-maxmin")` (seed 0, the same 500 images, tier and attack): clean 93.8 %; at epsilon 1.58 PGD
-61.8, certified 36.0 %; at 0.5 PGD 87.0, certified 82.8 %:
+Twenty epochs, which is `lipjax.load("mnist-maxmin")` (seed 0, the same 500 images, tier and attack): clean 93.8 %; at
+epsilon 1.58 PGD 61.8, certified 36.0 %; at 0.5 PGD 87.0, certified 82.8 %:
 
     python train.py --config=configs/mnist_small.py --config.schedule.epochs=20 --config.schedule.ramp=10.0 \
         --config.optimizer.learning_rate=2e-3 --config.optimizer.decay_start=12.0 --workdir=runs/mnist
