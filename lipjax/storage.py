@@ -86,7 +86,9 @@ def load(path) -> nnx.Sequential:
         if problem:
             raise StorageError(f"{path}: {name} {problem}.")
         if array.dtype == np.float64 and not jax.config.jax_enable_x64:  # type: ignore[attr-defined]
-            raise StorageError(f"{path}: {name} is float64, which needs jax.config.update('jax_enable_x64', True).")
+            raise StorageError(
+                f"{path}: {name} is float64, which needs jax.config.update('jax_enable_x64', True), or JAX_ENABLE_X64=1."
+            )
     left = dict(arrays)
     try:
         network = _built(header["layers"], "layers", left)

@@ -57,7 +57,11 @@ def of_run(workdir, *, examples: int | None = None, data_dir: str | None = None)
 
 
 def selected(workdir, input_shape, classes: int) -> tuple[nnx.Sequential, int]:
-    """The network that a run of train.py selected, for images of that shape, and of which epoch; no data is needed."""
+    """The network that a run of train.py selected, for images of that shape, and of which epoch; no data is needed.
+
+    Raises:
+        CheckpointError: no run there, nothing selected yet, or a network of another shape.
+    """
     with Checkpoints(workdir) as checkpoints:
         config = ConfigDict(load_config(workdir))
         network, known = training.selected_network(checkpoints, config, input_shape, classes)
@@ -112,8 +116,11 @@ def of_network(
 
 
 def opened(name: str) -> tuple[nnx.Sequential, tuple[int, ...], dict[str, Any]]:
-    """The network of a file or of a name, the shape of its images, and what was noted of its training."""
-    network = pretrained.load(name)
+    """The network of a file or of a name, the shape ``(H, W, C)`` of its images, and what was noted of its training.
+
+    Raises:
+        ValueError: as `lipjax.load`.
+    """
     path = name if name.endswith(".safetensors") else pretrained.path(name)
     description = storage.description(path)
-    return network, description["input_shape"], description["notes"]
+    return storage.load(path), description["input_shape"], description["notes"]

@@ -101,6 +101,7 @@ def state_dict(path) -> dict[str, np.ndarray]:
             arrays = {str(name): _array(path, archive, str(name), entry) for name, entry in dict.items(found)}
     except FileNotFoundError:
         raise TorchFileError(f"{path.absolute()} is not there.") from None
+    # NotImplementedError is zipfile's, of a member in a way of packing that it does not know.
     except (OSError, EOFError, zipfile.BadZipFile, NotImplementedError) as error:
         raise TorchFileError(f"{path} is {_no_zip(path)}: {error}") from error
     if arrays and all(name.startswith("module.") for name in arrays):
