@@ -104,7 +104,7 @@ def main(_):
     epsilon = subject.epsilon if _EPSILON.value is None else _EPSILON.value
     if epsilon is None:
         raise ValueError("--network needs --epsilon, the l2 radius on pixels in [0, 1]: a file says nothing of it.")
-    lipjax.regions.check_epsilon(epsilon)
+    lipjax.bounds.check_epsilon(epsilon)
     diameter = float(np.sqrt(np.prod(test.images.shape[1:])))
     if epsilon >= diameter:
         raise ValueError(
@@ -113,9 +113,9 @@ def main(_):
         )
     if not 0 < _DELTA.value < 1:
         raise ValueError(f"failure_probability must lie in (0, 1), got {_DELTA.value}.")
-    modes = [mode for mode in lipjax.regions.MODES if mode in _MODES.value]
+    modes = [mode for mode in lipjax.bounds.MODES if mode in _MODES.value]
     if not modes or len(modes) < len(_MODES.value):
-        raise ValueError(f"modes must be some of {', '.join(lipjax.regions.MODES)}, got {', '.join(_MODES.value)}.")
+        raise ValueError(f"modes must be some of {', '.join(lipjax.bounds.MODES)}, got {', '.join(_MODES.value)}.")
     images, labels = test.unit_images(slice(None)), test.labels
     say(f"{subject.facts['network']}: epoch {subject.facts['epoch']}; {len(labels)} test images of {test.name}")
 

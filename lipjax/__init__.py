@@ -3,19 +3,19 @@
 from lipjax import (
     activations,
     attacks,
+    bounds,
     bridges,
     certificate_files,
     deterministic,
     folding,
+    graph,
+    layers,
     losses,
     lowering,
-    margins,
     models,
     onnx_export,
-    operators,
     orthogonal,
     pretrained,
-    regions,
     rounding,
     spectral,
     storage,
@@ -24,11 +24,11 @@ from lipjax import (
 from lipjax.activations import ClippedMaxMin, ClippedReLU, MaxMin, ReLU
 from lipjax.certificates import Certificate, CertifiedRadius, Estimate, certified_radius, certify, estimate
 from lipjax.lowering import for_cpu
-from lipjax.margins import worst_logits
-from lipjax.operators import AveragePool, Flatten, LinearOperator, Normalize, Residual, linear_operator
+from lipjax.graph import Graph, TraceError, trace
+from lipjax.layers import AveragePool, Flatten, Normalize, Residual
 from lipjax.orthogonal import AOLConv, CayleyLinear
 from lipjax.pretrained import load
-from lipjax.regions import Bound, Region, bound, initial_vectors
+from lipjax.bounds import Bound, Region, bound, worst_logits
 from lipjax.storage import save
 
 __version__ = "0.2.0"
@@ -44,15 +44,17 @@ __all__ = [
     "ClippedReLU",
     "Estimate",
     "Flatten",
-    "LinearOperator",
+    "Graph",
     "MaxMin",
     "Normalize",
     "ReLU",
     "Region",
     "Residual",
+    "TraceError",
     "activations",
     "attacks",
     "bound",
+    "bounds",
     "bridges",
     "certificate_files",
     "certified_radius",
@@ -61,22 +63,20 @@ __all__ = [
     "estimate",
     "folding",
     "for_cpu",
-    "initial_vectors",
-    "linear_operator",
+    "graph",
+    "layers",
     "load",
     "losses",
     "lowering",
-    "margins",
     "models",
     "onnx_export",
-    "operators",
     "orthogonal",
     "pretrained",
-    "regions",
     "rounding",
     "save",
     "spectral",
     "storage",
     "torch_files",
+    "trace",
     "worst_logits",
 ]

@@ -18,7 +18,7 @@ import numpy as np
 from flax import nnx
 
 from lipjax import lowering
-from lipjax.regions import check_epsilon
+from lipjax.bounds import check_epsilon
 
 # How the length of a step falls, as a function of the share of the steps that is done.
 SCHEDULES: dict[str, Callable[[jax.Array], jax.Array]] = {

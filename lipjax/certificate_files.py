@@ -349,7 +349,7 @@ def describe(network) -> list[dict[str, Any]]:
     for layer in network.layers:
         if type(layer) is nnx.Sequential:
             layers += describe(layer)
-        elif _name(layer) == "lipjax.operators.Residual":
+        elif _name(layer) == "lipjax.layers.Residual":
             layers += [{"kind": "fork"}, *describe(layer.branch), {"kind": "join"}]  # type: ignore[attr-defined]
         else:
             layers.append(_describe_layer(layer))
@@ -376,20 +376,20 @@ def _describe_layer(layer) -> dict[str, Any]:
     if hasattr(layer, "__qualname__"):
         return {"kind": f"function {layer.__module__}.{layer.__qualname__}"}
     match name := _name(layer):
-        case "lipjax.activations.ReLU":
+        case "lipjax.activations.clip.ReLU":
             return {"kind": "relu"}
-        case "lipjax.activations.ClippedReLU":
+        case "lipjax.activations.clip.ClippedReLU":
             return {"kind": "clipped_relu", "threshold": np.asarray(layer.threshold[...])}
-        case "lipjax.activations.MaxMin":
+        case "lipjax.activations.maxmin.MaxMin":
             return {"kind": "maxmin"}
-        case "lipjax.activations.ClippedMaxMin":
+        case "lipjax.activations.maxmin.ClippedMaxMin":
             upper, lower = np.asarray(layer.upper[...]), np.asarray(layer.lower[...])
             return {"kind": "clipped_maxmin", "upper": upper, "lower": lower}
-        case "lipjax.operators.Flatten":
+        case "lipjax.layers.Flatten":
             return {"kind": "flatten", "ndim": int(layer.ndim)}
-        case "lipjax.operators.AveragePool":
+        case "lipjax.layers.AveragePool":
             return {"kind": "average_pool", "window": _spread(layer.window, 2), "strides": _spread(layer.strides, 2)}
-        case "lipjax.operators.Normalize":
+        case "lipjax.layers.Normalize":
             return {"kind": "normalize", "scale": list(layer.scale), "shift": list(layer.shift)}
     return {"kind": name, **_all_parameters(layer)}
 

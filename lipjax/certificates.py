@@ -19,18 +19,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from lipjax import (
-    activations,
-    certificate_files,
-    deterministic,
-    lowering,
-    margins,
-    operators,
-    orthogonal,
-    regions,
-    rounding,
-    spectral,
-)
+from lipjax import bounds, certificate_files, deterministic, lowering, rounding, spectral
+from lipjax.graph import Activation, Graph, trace
 
 TIERS = ("probabilistic", "deterministic")
 # Inflation of each norm that the probabilistic bound aims at, and the part of it by which the scale is raised.
@@ -160,11 +150,13 @@ def estimate(
 
     Arguments and errors as in `certify`; works at the default precision and in float32, for use during training.
     """
-    images, labels = _check(network, images, labels)
-    regions.check_epsilon(epsilon)
+    images = _check_images(images)
+    graph = bounds.graph_of(network, _example(images, None))
+    labels = _check_labels(graph, images, labels)
+    bounds.check_epsilon(epsilon)
     options = {"mode": mode, "iterations": iterations}
     compiled = _compiled(_estimate_batch, *options, optimize=images.size > FEW_PIXELS)
-    run = functools.partial(compiled, (network, jnp.float32(epsilon)), **options)
+    run = functools.partial(compiled, (graph, jnp.float32(epsilon)), **options)
     out = _batched(run, min(batch_size, len(images)), images.astype(np.float32), labels)
     ok = out.pop("ok")
     del out["allowance"]
@@ -230,10 +222,12 @@ def certify(
     Raises:
         TypeError, ValueError: as the table and `bound` say, naming the value.
     """
-    regions.check_epsilon(epsilon)
-    images, labels = _check(network, images, labels)
+    bounds.check_epsilon(epsilon)
+    images = _check_images(images)
+    graph = _certifiable(network, images, tier, failure_probability, arithmetic)
+    labels = _check_labels(graph, images, labels)
     rows = _examined(examine, len(images))
-    with _Prover(network, images, tier, failure_probability, mode, arithmetic, budget, seed, batch_size) as prover:
+    with _Prover(graph, images, tier, failure_probability, mode, arithmetic, budget, seed, batch_size) as prover:
         if len(rows) == len(images):
             out = prover.verdicts(images, labels, np.full(len(images), float(epsilon)))
         else:
@@ -271,11 +265,13 @@ def certified_radius(
     """
     if not (max_radius > 0 and math.isfinite(max_radius)):
         raise ValueError(f"max_radius must be positive and finite, got {max_radius}.")
-    images, labels = _check(network, images, labels)
+    images = _check_images(images)
+    graph = _certifiable(network, images, tier, failure_probability, arithmetic)
+    labels = _check_labels(graph, images, labels)
     examined = _examined(examine, len(images))
     attempts = len(RADIUS_SHARES)
     with _Prover(
-        network, images, tier, failure_probability, mode, arithmetic, budget, seed, batch_size, attempts
+        graph, images, tier, failure_probability, mode, arithmetic, budget, seed, batch_size, attempts
     ) as prover:
         out, candidate = prover.nothing(images, labels), np.zeros(len(images))
         if len(examined):
@@ -299,17 +295,16 @@ class _Prover:
     """What certificates of one network share: checks, the split of delta, arithmetic, global norms. A context."""
 
     def __init__(
-        self, network, images, tier, failure_probability, mode, arithmetic, budget, seed, batch_size, attempts=1
+        self, graph: Graph, images, tier, failure_probability, mode, arithmetic, budget, seed, batch_size, attempts=1
     ):
-        layers = _check_certifiable(network, tier, failure_probability)
         if not budget >= 0:
             raise ValueError(f"budget must be >= 0 floating-point operations, got {budget}.")
-        arithmetics = rounding.arithmetics_of(layers, arithmetic)
-        self.network, self.shape, self.seed = network, images.shape[1:], seed
+        arithmetics = rounding.arithmetics_of(graph, arithmetic)
+        self.graph, self.seed = graph, seed
         self._size = min(batch_size, len(images))
         self._optimize = images.size > FEW_PIXELS
-        self.norms = sum(operators.is_affine(layer) for layer in layers) - 1
-        self.activations = sum(activations.is_activation(layer) for layer in layers)
+        self.norms = len(graph.linear) - 1
+        self.activations = sum(isinstance(node, Activation) for node in graph.nodes)
         # One share more than images: for the global norms, which all images use.
         share = failure_probability / (max(1, self.norms) * (len(images) + 1) * attempts)
         self._options = {
@@ -330,14 +325,9 @@ class _Prover:
     def __enter__(self):
         self._context = _exact()
         self._context.__enter__()
-        self.network = jax.tree.map(
-            lambda leaf: (
-                jnp.asarray(np.asarray(leaf).astype(np.float64)) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
-            ),
-            self.network,
-        )
+        self.graph = jax.tree.map(_in_float64, self.graph)
         self._key = jax.random.key(self.seed)
-        self._global = _global_norms(self.network, self.shape)
+        self._global = _global_norms(self.graph)
         return self
 
     def __exit__(self, *error):
@@ -348,7 +338,7 @@ class _Prover:
         indices = np.arange(len(images)) if indices is None else indices
         key = self._key if attempt is None else jax.random.fold_in(self._key, attempt)
         compiled = _compiled(_certify_batch, *self._options, optimize=self._optimize)
-        run = functools.partial(compiled, (self.network, self._global, key), **self._options)
+        run = functools.partial(compiled, (self.graph, self._global, key), **self._options)
         return self._batched(run, images, labels, radii, indices)
 
     def _batched(self, run, images, *columns):
@@ -357,7 +347,7 @@ class _Prover:
     def nothing(self, images, labels) -> dict[str, np.ndarray]:
         """What is reported of images that are not examined: predictions, and no claim."""
         count = len(images)
-        predicted = self._batched(lambda columns: {"predicted": _predict(self.network, *columns)}, images)["predicted"]
+        predicted = self._batched(lambda columns: {"predicted": _predict(self.graph, *columns)}, images)["predicted"]
         unknown = np.full(count, np.inf)
         return {
             "predicted": predicted,
@@ -375,26 +365,26 @@ class _Prover:
         """For each image the largest radius at which its verdict would be positive if estimates were norms."""
         options = {name: self._options[name] for name in ("mode", "arithmetics")}
         compiled = _compiled(_radius_batch, *options, optimize=self._optimize)
-        run = functools.partial(compiled, (self.network, self._global, jnp.float64(max_radius)), **options)
+        run = functools.partial(compiled, (self.graph, self._global, jnp.float64(max_radius)), **options)
         return self._batched(run, images, labels)
 
 
 # ---------------------------------------------------------------------------------------------------- one example
 
 
-def _facts(network, bound, label, worst, extra):
+def _facts(bound, label, worst, extra):
     """Verdict and figures of one example; `worst` with everything taken off that is known of rounding."""
-    margin = margins.margin(worst, label)
+    margin = bounds.margin(worst, label)
     predicted = jnp.argmax(bound.logits)
     # An overflow or NaN anywhere, even one that a mask or a minimum hides later, is a reason not to certify.
     largest = min(rounding.LARGEST, float(jnp.finfo(margin.dtype).max))
     sound = jnp.array([jnp.all(jnp.abs(leaf) < largest) for leaf in jax.tree.leaves((bound.regions, bound.norms))])
-    layers, known = regions.layers_of(network), (bound.input, *bound.regions)
-    behind = [i for i, layer in enumerate(layers) if activations.is_activation(layer)]
-    constant = [~known[i + 1].varies for i in behind]
-    stable = [
-        activations.passes_through(layers[i], known[i].lower, known[i].upper) & known[i + 1].varies for i in behind
-    ]
+    constant, stable = [], []
+    for node, after in zip(bound.graph.nodes, bound.regions, strict=True):
+        if isinstance(node, Activation):
+            before = bound.regions[node.inputs[0]]
+            constant.append(~after.varies)
+            stable.append(node.rule.stable(before.lower, before.upper) & after.varies)
     return {
         "predicted": predicted,
         "correct": predicted == label,
@@ -413,16 +403,18 @@ def _shares(masks, dtype):
     return jnp.stack([jnp.mean(mask.astype(dtype)) for mask in masks]) if masks else jnp.zeros((0,), dtype)
 
 
-def _verdict(network, x, label, epsilon, mode, arithmetics, global_norms, local_norm, global_norm):
+def _verdict(graph, x, label, epsilon, mode, arithmetics, global_norms, local_norm, global_norm):
     """The verdict by bounds in float64, rounded outwards: a proof iff the norm functions bound from above."""
-    layers = regions.layers_of(network)
     outward = rounding.OUTWARD
-    bound = regions.walk(layers, x, epsilon, mode, local_norm, global_norm, _view, outward)
-    boxes = [outward.widened(x - epsilon, x + epsilon, 0.0), *((r.lower, r.upper) for r in bound.regions)]
-    executed = rounding.forward_error(layers, boxes, arithmetics, global_norms, _view)
-    last = max(i for i, layer in enumerate(layers) if operators.is_affine(layer))
-    own = outward.slack(_view(layers[last], boxes[last][0]), *boxes[last]).reshape(executed.shape)
-    worst = margins.worst_logits(network, bound, label, outward, _view)
+    walk = bounds.Walk(graph, bounds.mode_of(mode), local_norm, global_norm, _view, outward)
+    bound = walk(x, epsilon)
+    boxes = [outward.widened(x - epsilon, x + epsilon, 0.0)]
+    boxes += [(region.lower, region.upper) for region in bound.regions[1:]]
+    executed = rounding.forward_error(graph, boxes, arithmetics, global_norms, _view)
+    head = graph.nodes[-1]
+    lower, upper = boxes[head.inputs[0]]
+    own = outward.slack(_view(head.operator, lower), lower, upper)
+    worst = bounds.worst_logits(bound, label, outward, _view)
     # The two sums below round once more each.
     own = own + 8 * rounding.DOUBLE * (jnp.abs(worst) + own + executed)
 
@@ -430,12 +422,11 @@ def _verdict(network, x, label, epsilon, mode, arithmetics, global_norms, local_
         return jnp.where(jnp.arange(worst.shape[0]) == label, worst - allowance, worst + allowance)
 
     ideal, real = taken_off(own), taken_off(own + executed)
-    return _facts(network, bound, label, real, margins.margin(ideal, label) - margins.margin(real, label))
+    return _facts(bound, label, real, bounds.margin(ideal, label) - bounds.margin(real, label))
 
 
-def _view(layer, like):
-    """The layer's linear view; as an explicit matrix, which compiles and runs quickly, where that is small."""
-    operator = operators.linear_operator(layer)
+def _view(operator, like):
+    """The map as an explicit matrix, which compiles and runs quickly, where that is small."""
     outputs = jax.eval_shape(operator, like).size
     return operator.materialized(like) if like.size * outputs <= SMALL_MATRIX else operator
 
@@ -467,31 +458,24 @@ def _devices() -> list[jax.Device]:
 
 @lowering.for_cpu
 def _estimate_batch(shared, columns, *, mode, iterations):
-    network, epsilon = shared
+    graph, epsilon = shared
 
     def one(x, label):
-        bound = regions.bound(network, x, epsilon, mode=mode, iterations=iterations)
-        return _facts(network, bound, label, margins.worst_logits(network, bound, label), 0.0)
+        bound = bounds.bound(graph, x, epsilon, mode=mode, iterations=iterations)
+        return _facts(bound, label, bounds.worst_logits(bound, label), 0.0)
 
     return jax.vmap(one)(*columns)
 
 
-def _global_norms(network, shape):
-    """Proven upper bounds of the affine layers' unmasked norms, in order. Compiled layer by layer: nets share layers."""
-    found = []
-    for layer in regions.layers_of(network):
-        like = jax.ShapeDtypeStruct(shape, jnp.float64)
-        if operators.is_affine(layer):
-            operator = operators.linear_operator(layer)
-            found.append(_compiled(deterministic.global_norm_bound, optimize=False)(operator, jnp.zeros(shape)))
-            shape = jax.eval_shape(operator.affine, like).shape
-        elif layer is not operators.FORK and layer is not operators.JOIN:
-            shape = jax.eval_shape(layer, like).shape
-    return tuple(found)
+def _global_norms(graph: Graph):
+    """Proven upper bounds of the linear nodes' whole norms, in order. Compiled one by one: nets share them."""
+    compiled = _compiled(deterministic.global_norm_bound, optimize=False)
+    nodes = [graph.nodes[i] for i in graph.linear]
+    return tuple(compiled(node.operator, jnp.zeros(graph.nodes[node.inputs[0]].shape)) for node in nodes)
 
 
 def _certify_batch(shared, columns, *, mode, tier, failure_probability, arithmetics, budget):
-    network, global_norms, key = shared
+    graph, global_norms, key = shared
     # Global norms are drawn once and shared, so their key must not depend on the example; indices make the others
     # independent of how the images are batched.
     global_key, local_key = jax.random.split(key)
@@ -514,14 +498,14 @@ def _certify_batch(shared, columns, *, mode, tier, failure_probability, arithmet
     def one(x, label, epsilon, index):
         local_norm = norm_function(jax.random.fold_in(local_key, index))
         global_norm = norm_function(global_key)
-        return _verdict(network, x, label, epsilon, mode, arithmetics, global_norms, local_norm, global_norm)
+        return _verdict(graph, x, label, epsilon, mode, arithmetics, global_norms, local_norm, global_norm)
 
     return jax.vmap(one)(*columns)
 
 
 def _radius_batch(shared, columns, *, mode, arithmetics):
     """The largest radius, to about 1 %, at which the verdict is positive with estimates in place of norms."""
-    network, global_norms, max_radius = shared
+    graph, global_norms, max_radius = shared
 
     def norm(k, operator, like, mask_in, mask_out):
         start = jax.random.normal(jax.random.fold_in(jax.random.key(0), k), like.shape, like.dtype)
@@ -529,7 +513,7 @@ def _radius_batch(shared, columns, *, mode, arithmetics):
 
     def one(x, label):
         def robust(epsilon):
-            return _verdict(network, x, label, epsilon, mode, arithmetics, global_norms, norm, norm)["ok"]
+            return _verdict(graph, x, label, epsilon, mode, arithmetics, global_norms, norm, norm)["ok"]
 
         def halve(_, bracket):
             low, high = bracket
@@ -579,30 +563,37 @@ def _exact() -> Iterator[None]:
 # ---------------------------------------------------------------------------------------------------- bad input
 
 
-def _check_certifiable(network, tier, failure_probability):
+def _certifiable(network, images, tier, failure_probability, arithmetic) -> Graph:
+    """The graph of a network, traced in the types in which it will be executed.
+
+    Raises:
+        ValueError, TypeError: arguments that prove nothing; what has no bound; parameters that are
+            no numbers.
+    """
     if tier not in TIERS:
         raise ValueError(
             f"tier must be one of {', '.join(TIERS)}, got {tier!r}. (An estimate is no certificate: see lipjax.estimate.)"
         )
     if not 0 < failure_probability < 1:
         raise ValueError(f"failure_probability must lie in (0, 1), got {failure_probability}.")
-    layers = regions.layers_of(network)
-    for i, layer in enumerate(layers):
-        if type(layer) in orthogonal.KINDS:
-            raise TypeError(
-                f"layer {i}, {type(layer).__name__}, computes its kernel anew at each call, which may round otherwise than "
-                "what is certified: certify, save and execute lipjax.orthogonal.plain(network)."
-            )
-        if type(layer) is activations.ClippedReLU and np.any(np.asarray(layer.threshold[...]) < 0):
-            raise ValueError(
-                f"layer {i}, ClippedReLU, has a threshold below 0 ({np.min(np.asarray(layer.threshold[...])):g}): it must be "
-                ">= 0; apply lipjax.activations.project after each optimizer step."
-            )
-    return layers
+    graph = bounds.graph_of(network, _example(images, arithmetic))
+    for node in graph.nodes:
+        for leaf in jax.tree.leaves(node):
+            if not np.all(np.isfinite(np.asarray(leaf, np.float64))):
+                raise ValueError(f"{node.where}: a parameter holds NaN or infinity.")
+    return graph
 
 
-def _name(path) -> str:
-    return jax.tree_util.keystr(path, simple=True, separator=".")
+def _example(images: np.ndarray, arithmetic: str | None) -> jax.ShapeDtypeStruct:
+    """One image as this process gives it to the network."""
+    dtype = jax.dtypes.canonicalize_dtype(images.dtype)
+    return jax.ShapeDtypeStruct(images.shape[1:], dtype)
+
+
+def _in_float64(leaf):
+    if not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
+        return leaf
+    return jnp.asarray(np.asarray(leaf).astype(np.float64))
 
 
 def _examined(examine, count: int) -> np.ndarray:
@@ -613,10 +604,7 @@ def _examined(examine, count: int) -> np.ndarray:
     return np.flatnonzero(examine)
 
 
-def _check(network, images, labels):
-    for path, leaf in jax.tree_util.tree_leaves_with_path(network):
-        if not np.all(np.isfinite(np.asarray(leaf))):
-            raise ValueError(f"parameter {_name(path)} of the network holds NaN or infinity.")
+def _check_images(images) -> np.ndarray:
     images = np.asarray(images)
     if images.ndim < 2 or len(images) == 0:
         raise ValueError(f"images must be a non-empty batch (N, ...), got shape {images.shape}.")
@@ -628,19 +616,23 @@ def _check(network, images, labels):
             f"images must lie in [0, 1], got {low} to {high}: epsilon is an l2 radius on pixels in [0, 1]. Divide 0..255 "
             "images by 255; do not normalise before the network."
         )
+    return images
+
+
+def _check_labels(graph: Graph, images, labels) -> np.ndarray:
     if labels is None:
-        labels = np.asarray(_predict(network, jnp.asarray(images)))
+        labels = np.asarray(_predict(graph, jnp.asarray(images)))
     labels = np.asarray(labels)
     if labels.shape != (len(images),) or not np.issubdtype(labels.dtype, np.integer):
         raise ValueError(f"labels must be {len(images)} integers, got {labels.dtype} of shape {labels.shape}.")
-    classes = jax.eval_shape(regions.apply, network, jax.ShapeDtypeStruct(images.shape[1:], jnp.float32)).shape[0]
+    (classes,) = graph.shape
     if classes < 2:
         raise ValueError(f"a network of {classes} class has no rival class to exclude: nothing to certify.")
     if labels.min() < 0 or labels.max() >= classes:
         raise ValueError(f"labels must lie in 0..{classes - 1}, got {labels.min()} to {labels.max()}.")
-    return images, labels.astype(np.int32)
+    return labels.astype(np.int32)
 
 
 @jax.jit
-def _predict(network, images):
-    return jax.vmap(lambda x: jnp.argmax(regions.apply(network, x)))(images)
+def _predict(graph: Graph, images):
+    return jax.vmap(lambda x: jnp.argmax(graph(x)))(images)

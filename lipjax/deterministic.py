@@ -38,7 +38,7 @@ import numpy as np
 from jax import lax
 
 from lipjax import spectral
-from lipjax.operators import Convolution, LinearOperator
+from lipjax.graph.linear import Convolution, LinearOperator
 from lipjax.rounding import DOUBLE, gamma
 
 # Largest side of an explicit Gram matrix in `norm_bound`: 4096^2 float64 numbers are 134 MB.

@@ -17,7 +17,7 @@ import numpy as np
 from flax import nnx
 
 from lipjax import certificate_files, storage
-from lipjax.operators import AveragePool, Flatten, Normalize, Residual
+from lipjax.layers import AveragePool, Flatten, Normalize, Residual
 
 # A shift of more than so many times the scale is not divided by it.
 LARGEST_RATIO = 1e6

@@ -15,7 +15,7 @@ import jax
 from flax import nnx
 
 from lipjax.activations import ClippedMaxMin, ClippedReLU, MaxMin, ReLU
-from lipjax.operators import Flatten, Normalize, Residual
+from lipjax.layers import Flatten, Normalize, Residual
 from lipjax.orthogonal import AOLConv, CayleyLinear
 
 ACTIVATIONS = ("relu", "clipped_relu", "maxmin", "clipped_maxmin")

@@ -26,10 +26,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from lipjax import certificate_files, operators, orthogonal, regions
+from lipjax import certificate_files, orthogonal
 from lipjax.activations import ClippedMaxMin, ClippedReLU, MaxMin, ReLU
 from lipjax.files import replaced
-from lipjax.operators import AveragePool, Flatten, Normalize
+from lipjax.layers import AveragePool, Flatten, Normalize, Residual
 
 OPSET = 17
 # What the metadata says; see the module's text.
@@ -65,7 +65,7 @@ def to_onnx(network: nnx.Sequential, path, *, input_shape: Sequence[int]) -> Non
         import onnx
     except ImportError as error:
         raise ImportError("to_onnx needs the package onnx: pip install onnx") from error
-    layers = regions.layers_of(network)
+    layers = list(_spliced(network))
     types = {np.dtype(leaf.dtype).name for leaf in jax.tree.leaves(network)} or {"float32"}
     if len(types) != 1 or not types <= {"float32", "float64"}:
         raise ValueError(
@@ -75,10 +75,10 @@ def to_onnx(network: nnx.Sequential, path, *, input_shape: Sequence[int]) -> Non
     shape, name = tuple(int(n) for n in input_shape), "images"
     forks: list[str] = []
     for i, layer in enumerate(layers):
-        if layer is operators.FORK:
+        if layer is FORK:
             forks.append(name)
             continue
-        if layer is operators.JOIN:
+        if layer is JOIN:
             name = graph.add("Add", forks.pop(), name)
             continue
         kind = type(layer)
@@ -102,6 +102,24 @@ def to_onnx(network: nnx.Sequential, path, *, input_shape: Sequence[int]) -> Non
     onnx.checker.check_model(model, full_check=True)
     with replaced(path) as file:
         file.write(model.SerializeToString())
+
+
+# Where the two ways through a Residual part, and where they are added.
+FORK, JOIN = object(), object()
+
+
+def _spliced(network):
+    if type(network) is not nnx.Sequential:
+        raise TypeError(f"expected a flax.nnx.Sequential, got {type(network).__module__}.{type(network).__qualname__}.")
+    for layer in network.layers:
+        if type(layer) is nnx.Sequential:
+            yield from _spliced(layer)
+        elif type(layer) is Residual:
+            yield FORK
+            yield from _spliced(layer.branch)
+            yield JOIN
+        else:
+            yield layer
 
 
 class Graph:

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from lipjax import operators
+from lipjax import layers
 
 
 class CayleyLinear(nnx.Module):
@@ -125,12 +125,6 @@ def _with_kernel(layer, kernel):
     return nnx.merge(graph, state)
 
 
-@operators.linear_operator.register(CayleyLinear)
-@operators.linear_operator.register(AOLConv)
-def _(layer) -> operators.LinearOperator:
-    return operators.linear_operator(layer.plain())
-
-
 def plain(network: Any) -> Any:
     """The network with every layer of this module written down as an ordinary one: certify, save and execute that one.
 
@@ -141,6 +135,6 @@ def plain(network: Any) -> Any:
     """
     if type(network) is nnx.Sequential:
         return nnx.Sequential(*(plain(layer) for layer in network.layers))
-    if type(network) is operators.Residual:
-        return operators.Residual(*(plain(layer) for layer in network.branch.layers))
+    if type(network) is layers.Residual:
+        return layers.Residual(*(plain(layer) for layer in network.branch.layers))
     return network.plain() if type(network) in KINDS else network

@@ -24,7 +24,7 @@ from jax.sharding import AbstractMesh
 from rich.console import Console
 from rich.table import Table
 
-from lipjax import data, feeding, operators, regions, training
+from lipjax import bounds, data, feeding, training
 
 # The share of the floor (operations at the peak rate) that a step of 6C2F reached on two CPU cores: benchmarks/README.md.
 MEASURED_SHARE = 0.36
@@ -283,34 +283,19 @@ def counted(network, shape, mode: str, iterations: int) -> float:
 
     Of modes "linear" and "rows" without their reverse passes.
     """
-    total, x, seen = 0.0, jax.ShapeDtypeStruct(shape, jnp.float32), 0
-    layers = regions.layers_of(network)
-    affine = sum(operators.is_affine(layer) for layer in layers)
-    for layer in layers:
-        if layer is operators.FORK or layer is operators.JOIN:
-            continue
-        function = layer
-        if operators.is_affine(layer):
-            operator = operators.linear_operator(layer)
-            function = operator.affine
-            after = jax.eval_shape(function, x)
-            seen += 1
-            what = "plain" if seen == affine else mode
-            total += products(what, iterations, seen == 1) * 2 * after.size * operator.kernel.size / after.shape[-1]
-        x = jax.eval_shape(function, x)
+    graph = bounds.graph_of(network, jax.ShapeDtypeStruct(shape, jnp.float32))
+    nodes, total = [graph.nodes[i] for i in graph.linear], 0.0
+    for node in nodes:
+        what = "plain" if node is nodes[-1] else mode
+        entries = 2 * node.size * node.operator.kernel.size / node.shape[-1]
+        total += products(what, iterations, node is nodes[0]) * entries
     return total
 
 
 def affine_outputs(network, shape) -> list[int]:
     """Entries of each affine layer's output, of one example."""
-    found, x = [], jax.ShapeDtypeStruct(shape, jnp.float32)
-    for layer in regions.layers_of(network):
-        if layer is operators.FORK or layer is operators.JOIN:
-            continue
-        affine = operators.is_affine(layer)
-        x = jax.eval_shape(operators.linear_operator(layer).affine if affine else layer, x)
-        found += [x.size] if affine else []
-    return found
+    graph = bounds.graph_of(network, jax.ShapeDtypeStruct(shape, jnp.float32))
+    return [graph.nodes[i].size for i in graph.linear]
 
 
 # ---------------------------------------------------------------------------------------------------- temporary memory
@@ -358,7 +343,7 @@ def temporary_bytes(
     floats = FLOATS_PER_ENTRY[mode] + (FLOATS_PER_RIVAL * rivals if mode in ("linear", "rows") else 0)
     one = floats * entries + FLOATS_PER_MARGIN * margins
     copies = PARAMETER_COPIES
-    if "local" in regions.VECTORS_OF[mode]:
+    if "local" in bounds.mode_of(mode).vectors:
         copies += IN_PARTS * (at_once < batch) + OVER_DEVICES * (devices > 1)
     return 4 * (at_once * one + batch * image) + copies * parameters
 
@@ -720,7 +705,7 @@ class _Memory:
             "layer": "one for each layer",
             "none": "none are kept",
         }[store]
-        if "local" not in regions.VECTORS_OF[self.config.bound.mode]:
+        if "local" not in bounds.mode_of(self.config.bound.mode).vectors:
             where = f"mode {self.config.bound.mode!r} has none of single examples"
         return (
             Part("parameters", here, devices * here, True, f"float32, {on_each}"),
@@ -774,7 +759,7 @@ class _Memory:
 
     def options(self, devices, at_once):
         """Every store and dtype."""
-        if "local" in regions.VECTORS_OF[self.config.bound.mode]:
+        if "local" in bounds.mode_of(self.config.bound.mode).vectors:
             for store in training.STORES:
                 for dtype in training.VECTOR_TYPES:
                     settings = {"vectors.store": store, "vectors.dtype": dtype}
@@ -782,7 +767,7 @@ class _Memory:
 
     def suggestions(self, store, dtype, devices, at_once):
         """What fits, of: one setting changed, then vectors and parts of the batch together; the mildest change of each kind."""
-        local = "local" in regions.VECTORS_OF[self.config.bound.mode]
+        local = "local" in bounds.mode_of(self.config.bound.mode).vectors
         # From the mildest to the one that costs most accuracy.
         stores = [name for name in training.STORES if name != store] if local else []
         narrower = [name for name in training.VECTOR_TYPES if _width(name) < _width(dtype)] if local else []

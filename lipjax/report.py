@@ -62,16 +62,11 @@ def activation_layers(network, input_shape: Sequence[int]) -> list[dict[str, Any
     import jax
     import jax.numpy as jnp
 
-    from lipjax import activations, operators, regions
+    from lipjax.graph import Activation, trace
 
-    like, found = jax.ShapeDtypeStruct(tuple(input_shape), jnp.float32), []
-    for layer in regions.layers_of(network):
-        if layer is regions.FORK or layer is regions.JOIN:  # a Residual's branch keeps the shape
-            continue
-        like = jax.eval_shape(operators.linear_operator(layer).affine if operators.is_affine(layer) else layer, like)
-        if activations.is_activation(layer):
-            found.append({"kind": type(layer).__name__, "shape": list(like.shape)})
-    return found
+    graph = trace(network, jax.ShapeDtypeStruct(tuple(input_shape), jnp.float32))
+    nodes = (node for node in graph.nodes if isinstance(node, Activation))
+    return [{"kind": node.rule.kind, "shape": list(node.shape)} for node in nodes]
 
 
 def select(columns: Mapping[str, np.ndarray], mode: str, modes: Sequence[str]) -> list[tuple[str, int]]:

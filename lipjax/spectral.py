@@ -9,7 +9,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from lipjax.operators import LinearOperator, safe_norm
+from lipjax.graph.linear import LinearOperator, safe_norm
 from lipjax.rounding import gamma, terms_of, transposed_terms_of
 
 # Share of a fresh random direction in every warm start. Without it a vector that was masked to zero, or has no weight

@@ -19,10 +19,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from lipjax import certificate_files, orthogonal, regions
+from lipjax import bounds, certificate_files, orthogonal
 from lipjax.activations import ClippedMaxMin, ClippedReLU, MaxMin, ReLU
 from lipjax.files import replaced
-from lipjax.operators import AveragePool, Flatten, Normalize, Residual
+from lipjax.layers import AveragePool, Flatten, Normalize, Residual
 
 FORMAT = "lipjax network"
 VERSION = 1
@@ -159,8 +159,8 @@ def _checked_shape(network, input_shape) -> list[int]:
         raise ValueError(
             f"input_shape must be positive numbers, (height, width, channels) for images, got {input_shape}."
         )
-    regions.layers_of(network)
     try:
+        bounds.graph_of(network, jax.ShapeDtypeStruct(tuple(shape), jnp.float32))
         logits = jax.eval_shape(lambda x: network(x), jax.ShapeDtypeStruct(tuple(shape), jnp.float32))
     except (TypeError, ValueError) as error:
         raise ValueError(f"an input of shape {tuple(shape)} does not go through the network: {error}") from error

@@ -16,16 +16,15 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from lipjax import (
     activations,
+    bounds,
     data,
     feeding,
     losses,
     lowering,
-    margins,
     models,
     orthogonal,
     pipeline,
     records,
-    regions,
     spectral,
 )
 
@@ -82,11 +81,11 @@ def check_config(config) -> None:
     Data and network are checked where they are loaded and built, the optimizer's fields by `learning_rate`.
     """
     choices = {
-        "bound.mode": regions.MODES,
+        "bound.mode": tuple(bounds.MODES),
         "bound.loss": LOSSES,
         "vectors.dtype": tuple(VECTOR_TYPES),
         "vectors.store": STORES,
-        "precision.power_iteration": regions.PRODUCTS,
+        "precision.power_iteration": bounds.PRODUCTS,
         "precision.products": PRECISIONS,
     }
     at_least = {
@@ -206,12 +205,12 @@ def initial_state(network: nnx.Module, transform: optax.GradientTransformation, 
     dtype = VECTOR_TYPES[config.vectors.dtype] or jnp.dtype(config.vectors.dtype)
     # Zeros: the fresh component of the first warm start makes them a cold start, for each example once.
     vectors: dict[str, tuple[jax.Array, ...]] = {}
-    shapes = regions.vector_shapes(network, input_shape)
+    shapes = bounds.vector_shapes(network, input_shape)
     kept = {
         "global": "global",
         "local": {"example": "local", "host": "local", "layer": "layer", "none": None}[config.vectors.store],
     }
-    for name in filter(None, (kept[name] for name in regions.VECTORS_OF[config.bound.mode])):
+    for name in filter(None, (kept[name] for name in bounds.mode_of(config.bound.mode).vectors)):
         rows = (config.batch_size * -(-examples // config.batch_size),) if name == "local" else ()
         vectors[name] = tuple(jnp.zeros((*rows, *shape), dtype) for shape in shapes)
     return State(
@@ -287,19 +286,19 @@ def example_loss(network, x, label, epsilon, kappa, vectors, config):
         "rivals": options.rivals or None,
         "products": config.precision.power_iteration,
     }
-    bound = regions.bound(network, x, epsilon, vectors=vectors, **how)
+    bound = bounds.bound(network, x, epsilon, vectors=vectors, **how)
     if options.loss == "bcp":
-        loss = losses.bcp(network, bound, label, kappa)
+        loss = losses.bcp(bound, label, kappa)
     elif options.loss == "trades":
-        loss = losses.trades(network, bound, label, options.trades)
+        loss = losses.trades(bound, label, options.trades)
     elif options.loss in LOSSES:
-        loss = getattr(losses, options.loss)(network, bound, label)
+        loss = getattr(losses, options.loss)(bound, label)
     else:
         raise ValueError(f"bound.loss must be one of {', '.join(LOSSES)}, got {options.loss!r}.")
     if options.sparsity:
-        loss += (1 - kappa) * options.sparsity * losses.sparsity(network, bound)
+        loss += (1 - kappa) * options.sparsity * losses.sparsity(bound)
     if options.stability:
-        loss += (1 - kappa) * options.stability * losses.stability(network, bound)
+        loss += (1 - kappa) * options.stability * losses.stability(bound)
     correct = jnp.argmax(bound.logits) == label
     return loss, (jax.lax.stop_gradient(bound.vectors), correct, bound.lipschitz)
 
@@ -447,8 +446,8 @@ def make_steps(
             for name, stored in state.vectors.items()
             if name != "local"
         }
-        if config.vectors.store == "none" and "local" in regions.VECTORS_OF[config.bound.mode]:
-            shapes = regions.vector_shapes(network, images.shape[1:])
+        if config.vectors.store == "none" and "local" in bounds.mode_of(config.bound.mode).vectors:
+            shapes = bounds.vector_shapes(network, images.shape[1:])
             starts["local"] = tuple(
                 jax.random.normal(jax.random.fold_in(local_key, n), shape) for n, shape in enumerate(shapes)
             )
@@ -554,9 +553,9 @@ def check_finite(metrics: list[dict], first_step: int) -> None:
 @lowering.for_cpu
 def _evaluate_batch(network, images, labels, weights, epsilon, *, mode, iterations):
     def one(x, label):
-        bound = regions.bound(network, x, epsilon, mode=mode, iterations=iterations)
+        bound = bounds.bound(network, x, epsilon, mode=mode, iterations=iterations)
         correct = jnp.argmax(bound.logits) == label
-        robust = margins.margin(margins.worst_logits(network, bound, label), label) > 0
+        robust = bounds.margin(bounds.worst_logits(bound, label), label) > 0
         return correct, correct & robust, bound.lipschitz
 
     correct, robust, lipschitz = jax.vmap(one)(images, labels)

@@ -1,27 +1,15 @@
-"""The linear view of an affine layer: ``x -> W x``, its transpose, ``|W|`` and the norms of its rows.
-
-Bounds never look into a layer. They ask `linear_operator` for this view, and a layer that nobody registered is a
-`TypeError` that names it: never a guess, never a constant 1. Register a layer of your own in a few lines; its matrix
-must be linear in one array, the kernel, each entry of the matrix being 0 or one entry of the kernel::
-
-    @lipjax.linear_operator.register(MyLinear)
-    def _(layer):
-        return lipjax.LinearOperator(lambda kernel, x: kernel @ x, kernel=layer.weight, bias=layer.bias)
-
-For any other linear map, give its explicit matrix: ``LinearOperator.from_matrix(matrix, input_shape, output_shape)``.
-Registration is by *exact* type: a subclass may compute something else, so it must be registered itself.
-"""
+"""Linear maps of one example: ``x -> W x``, the transpose, ``|W|``, and the norms of the rows."""
 
 import dataclasses
 import functools
 import itertools
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
 
 @functools.partial(
@@ -128,201 +116,6 @@ def smaller(a: jax.Array, b: jax.Array) -> jax.Array:
 def larger(a: jax.Array, b: jax.Array) -> jax.Array:
     """``max(a, b)``, as `smaller`."""
     return jnp.where((b > a) | jnp.isnan(b), b, a)
-
-
-class Flatten(nnx.Module):
-    """Flattens the last `ndim` axes: one example ``(H, W, C) -> (H*W*C,)`` or a batch of them, row-major."""
-
-    def __init__(self, ndim: int = 3):
-        self.ndim = ndim
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        if x.ndim < self.ndim:
-            raise ValueError(f"Flatten(ndim={self.ndim}) needs at least {self.ndim} axes, got shape {x.shape}.")
-        return x.reshape(*x.shape[: x.ndim - self.ndim], math.prod(x.shape[x.ndim - self.ndim :]))
-
-
-class Residual(nnx.Module):
-    """``x + f(x)``, f the given layers in order, which keep the shape. Bounds go through f and through the sum.
-
-    A ball of radius r becomes one of r plus what f makes of it, a box the sum of the boxes, and in modes "linear" and "rows" a
-    row goes back through both ways at once. `regions.layers_of` writes it as `FORK`, the layers, `JOIN`.
-
-    Args:
-        layers: registered layers, activations or other Residuals; not the last affine layer of a network.
-
-    Raises:
-        ValueError: when called, if they change the shape.
-    """
-
-    def __init__(self, *layers):
-        self.branch = nnx.Sequential(*layers)
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        return joined(x, self.branch(x))
-
-
-def joined(x: jax.Array, y: jax.Array) -> jax.Array:
-    """Their sum.
-
-    Raises:
-        ValueError: if they differ in shape.
-    """
-    if x.shape != y.shape:
-        raise ValueError(f"the layers of a Residual must keep the shape: {x.shape} became {y.shape}.")
-    return x + y
-
-
-@jax.tree_util.register_static
-class _Mark:
-    """A place in a list of layers; a pytree without leaves, as a layer without parameters is."""
-
-    def __init__(self, name: str):
-        self.name = name
-
-    def __repr__(self) -> str:
-        return self.name
-
-
-# Where the two ways through a Residual part, and where they are added.
-FORK, JOIN = _Mark("FORK"), _Mark("JOIN")
-
-
-class AveragePool(nnx.Module):
-    """Mean over windows of the two axes before the channels; a linear layer of known matrix. No padding.
-
-    Args:
-        window: ``(height, width)`` or one number for both.
-        strides: likewise; the window's size by default.
-    """
-
-    def __init__(self, window: int | Sequence[int], strides: int | Sequence[int] | None = None):
-        self.window = (window, window) if isinstance(window, int) else tuple(window)
-        strides = self.window if strides is None else strides
-        self.strides = (strides, strides) if isinstance(strides, int) else tuple(strides)
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        return _window_sum(self.window, self.strides, jnp.asarray(1 / math.prod(self.window)), x)
-
-
-def _window_sum(window, strides, scale, x):
-    if x.ndim < 3 or x.shape[-3] < window[0] or x.shape[-2] < window[1]:
-        raise ValueError(f"a pooling window of {window} does not fit an input of shape {x.shape}.")
-    batch = (1,) * (x.ndim - 3)
-    zero = np.zeros((), x.dtype)  # of NumPy: under `jit` a JAX constant hides that this is a sum, which has a transpose
-    total = jax.lax.reduce_window(x, zero, jax.lax.add, (*batch, *window, 1), (*batch, *strides, 1), [(0, 0)] * x.ndim)
-    return scale.astype(x.dtype) * total
-
-
-class Normalize(nnx.Module):
-    """``(x - mean) / deviation`` per channel, inside the network: epsilon stays a radius on pixels in [0, 1].
-
-    Computed as ``x * scale + shift`` with float32 constants, so that what is certified is what is executed. No parameters:
-    nothing here is trained.
-
-    Args:
-        mean, deviation: one number per channel, or one for all of them.
-
-    Raises:
-        ValueError: numbers that are not finite, deviations that are not positive, lengths that differ.
-    """
-
-    def __init__(self, mean: Sequence[float], deviation: Sequence[float]):
-        mean, deviation = tuple(mean), tuple(deviation)
-        if len(mean) != len(deviation) or not mean:
-            raise ValueError(f"mean and deviation need one number per channel each, got {mean} and {deviation}.")
-        if not (np.all(np.isfinite(mean)) and np.all(np.isfinite(deviation)) and min(deviation) > 0):
-            raise ValueError(f"expected finite means and deviations > 0, got {mean} and {deviation}.")
-        self.scale = tuple(float(np.float32(1 / d)) for d in deviation)
-        self.shift = tuple(float(np.float32(-m / d)) for m, d in zip(mean, deviation, strict=True))
-
-    @classmethod
-    def of(cls, scale: Sequence[float], shift: Sequence[float]) -> "Normalize":
-        """``x * scale + shift``, numbers of any sign, rounded to float32: what a BatchNorm is that has stopped learning.
-
-        Raises:
-            ValueError: numbers that float32 cannot hold, lengths that differ.
-        """
-        with np.errstate(over="ignore"):
-            rounded = [tuple(float(np.float32(number)) for number in numbers) for numbers in (scale, shift)]
-        if len(rounded[0]) != len(rounded[1]) or not rounded[0] or not np.all(np.isfinite(rounded)):
-            raise ValueError(f"expected one finite scale and shift per channel, got {scale} and {shift}.")
-        layer = cls(mean=(0.0,), deviation=(1.0,))
-        layer.scale, layer.shift = rounded
-        return layer
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        scale, shift = (jnp.asarray(constants, x.dtype) for constants in (self.scale, self.shift))
-        return _scaled(scale, x) + shift
-
-
-def _scaled(scale, x):
-    if x.shape[-1] != scale.shape[0] and scale.shape[0] != 1:
-        raise ValueError(f"{scale.shape[0]} channels are normalised, got an input of shape {x.shape}.")
-    return x * jax.lax.broadcast_in_dim(scale, x.shape, (x.ndim - 1,))
-
-
-@functools.singledispatch
-def linear_operator(layer) -> LinearOperator:
-    """The linear view of an affine layer, for one example. Register your own types (see the module's text).
-
-    Raises:
-        TypeError: for a type that nobody registered.
-        ValueError: for settings of a registered type that have no exact linear view.
-    """
-    raise TypeError(
-        f"no linear view of {type(layer).__name__}: register it with lipjax.linear_operator.register, "
-        "or as an activation with lipjax.activations.box_image.register."
-    )
-
-
-def is_affine(layer) -> bool:
-    """Is this exact type registered as an affine layer?"""
-    return type(layer) in linear_operator.registry and type(layer) is not object
-
-
-@linear_operator.register(nnx.Linear)
-def _(layer: nnx.Linear) -> LinearOperator:
-    if layer.dot_general is not jax.lax.dot_general:
-        raise ValueError("nnx.Linear with a dot_general of its own has no known matrix: register the layer yourself.")
-    kernel = layer.kernel[...]
-    bias = None if layer.bias is None else layer.bias[...]
-    return LinearOperator(_apply_dense, kernel, bias)
-
-
-def _apply_dense(kernel, x):
-    # The channel axis is contracted and any other axis kept, as nnx.Linear does.
-    return jax.lax.dot_general(x, kernel, (((x.ndim - 1,), (0,)), ((), ())))
-
-
-@linear_operator.register(nnx.Conv)
-def _(layer: nnx.Conv) -> LinearOperator:
-    if layer.conv_general_dilated is not jax.lax.conv_general_dilated:
-        raise ValueError(
-            "nnx.Conv with a conv_general_dilated of its own has no known matrix: register the layer yourself."
-        )
-    rank = len(layer.kernel_size)
-    kernel = layer.kernel[...] if layer.mask is None else layer.kernel[...] * layer.mask
-    padding = layer.padding.upper() if isinstance(layer.padding, str) else layer.padding
-    dilation = _spread(layer.kernel_dilation, rank)
-    if padding == "CAUSAL":
-        padding = ((dilation[0] * (layer.kernel_size[0] - 1), 0),)
-    elif isinstance(padding, str):
-        if padding not in ("SAME", "VALID", "CIRCULAR"):
-            raise ValueError(
-                f"nnx.Conv with padding={layer.padding!r} puts several kernel entries on one input, so |W| and its row "
-                "norms are not those of the kernel: use SAME, VALID, CIRCULAR or numbers, or register the layer with "
-                "LinearOperator.from_matrix."
-            )
-    else:
-        pairs = (padding,) * rank if isinstance(padding, int) else tuple(padding)
-        padding = tuple((p, p) if isinstance(p, int) else (p[0], p[1]) for p in pairs)
-    apply = Convolution(
-        _spread(layer.strides, rank), padding, _spread(layer.input_dilation, rank), dilation, layer.feature_group_count
-    )
-    bias = None if layer.bias is None else layer.bias[...]
-    norms = safe_sqrt(jnp.sum(jnp.square(kernel), axis=tuple(range(kernel.ndim - 1))))
-    return LinearOperator(apply, kernel, bias, norms)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -453,12 +246,54 @@ def _convolve_by_products(strides, padding, input_dilation, dilation, groups, ke
     return total
 
 
-@linear_operator.register(Normalize)
-def _(layer: Normalize) -> LinearOperator:
-    return LinearOperator(_scaled, jnp.asarray(layer.scale), jnp.asarray(layer.shift))
 
 
-@linear_operator.register(AveragePool)
-def _(layer: AveragePool) -> LinearOperator:
-    scale = jnp.asarray(1 / math.prod(layer.window))
-    return LinearOperator(_Hashable(functools.partial(_window_sum, layer.window, layer.strides)), scale)
+@dataclasses.dataclass(frozen=True)
+class Product:
+    """``dot_general`` of an example and a kernel.
+
+    Attributes:
+        numbers: JAX's dimension numbers, of the operands in their order.
+        kernel_first: is the kernel the left operand?
+    """
+
+    numbers: tuple
+    kernel_first: bool = False
+
+    def __call__(self, kernel: jax.Array, x: jax.Array) -> jax.Array:
+        operands = (kernel, x) if self.kernel_first else (x, kernel)
+        return jax.lax.dot_general(*operands, self.numbers)
+
+
+@dataclasses.dataclass(frozen=True)
+class Scale:
+    """``x * kernel``, entry by entry; the kernel is broadcast."""
+
+    def __call__(self, kernel: jax.Array, x: jax.Array) -> jax.Array:
+        return x * jnp.broadcast_to(kernel, x.shape)
+
+
+@dataclasses.dataclass(frozen=True)
+class Sum:
+    """Sums of entries, over axes or windows, times one number: the kernel.
+
+    Attributes:
+        primitive, parameters: of JAX's equation.
+    """
+
+    primitive: Any
+    parameters: tuple[tuple[str, Any], ...]
+
+    def __call__(self, kernel: jax.Array, x: jax.Array) -> jax.Array:
+        return kernel.astype(x.dtype) * self.primitive.bind(x, **dict(self.parameters))
+
+
+@dataclasses.dataclass(frozen=True)
+class Reshaped:
+    """Another map, its result in another shape."""
+
+    inner: Callable[[jax.Array, jax.Array], jax.Array]
+    shape: tuple[int, ...]
+
+    def __call__(self, kernel: jax.Array, x: jax.Array) -> jax.Array:
+        return self.inner(kernel, x).reshape(self.shape)

@@ -1,0 +1,80 @@
+"""Is a traced function the same as a reference? Jaxprs are compared, names prove nothing."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
+
+# Calls that compute what their body says, and the parameter that holds it.
+BODIES = {
+    "jit": "jaxpr",
+    "pjit": "jaxpr",
+    "closed_call": "call_jaxpr",
+    "core_call": "call_jaxpr",
+    "custom_jvp_call": "call_jaxpr",
+    "custom_vjp_call": "call_jaxpr",
+    "remat": "jaxpr",
+    "remat2": "jaxpr",
+    "checkpoint": "jaxpr",
+}
+# Equations whose value is that of their operand.
+IDENTITIES = ("copy", "copy_p", "optimization_barrier", "sharding_constraint", "name")
+
+
+def body_of(equation) -> tuple[Jaxpr, Sequence[Any]] | None:
+    """The jaxpr of a call and its constants; None if the equation is no call."""
+    parameter = BODIES.get(equation.primitive.name)
+    inner = None if parameter is None else equation.params.get(parameter)
+    if inner is None and parameter == "call_jaxpr":
+        inner = equation.params.get("fun_jaxpr")
+    if isinstance(inner, ClosedJaxpr):
+        return inner.jaxpr, inner.consts
+    return (inner, ()) if isinstance(inner, Jaxpr) else None
+
+
+def fingerprint(closed: ClosedJaxpr) -> tuple | None:
+    """All that a jaxpr computes, as a value that can be compared; None if it holds an array.
+
+    Calls are replaced by their bodies. Equal fingerprints: the same primitives with the same
+    parameters on the same operands, in the same types.
+    """
+    names: dict[Any, Any] = {}
+    for i, variable in enumerate(closed.jaxpr.invars):
+        names[variable] = ("in", i, str(variable.aval))
+    for variable, value in zip(closed.jaxpr.constvars, closed.consts, strict=True):
+        if np.ndim(value):
+            return None
+        names[variable] = ("number", str(np.asarray(value).dtype), np.asarray(value).item())
+    lines: list[tuple] = []
+    for line in _flat(closed.jaxpr, names, lines):
+        lines.append(line)
+    return tuple(lines), tuple(_name(v, names) for v in closed.jaxpr.outvars)
+
+
+def _flat(jaxpr: Jaxpr, names: dict, lines: list) -> Iterator[tuple]:
+    """Its equations with calls spelled out; what each variable is goes into `names`."""
+    for equation in jaxpr.eqns:
+        operands = [_name(v, names) for v in equation.invars]
+        found = body_of(equation)
+        if found is not None and not found[1]:
+            inner = found[0]
+            local = dict(zip(inner.invars, operands, strict=True))
+            yield from _flat(inner, local, lines)
+            names.update(
+                (v, _name(w, local))
+                for v, w in zip(equation.outvars, inner.outvars, strict=True)
+            )
+            continue
+        for k, variable in enumerate(equation.outvars):
+            names[variable] = ("line", len(lines), k)
+        parameters = tuple(sorted((key, repr(value)) for key, value in equation.params.items()))
+        types = tuple(str(v.aval) for v in equation.outvars)
+        yield equation.primitive.name, parameters, tuple(operands), types
+
+
+def _name(variable, names: dict):
+    if isinstance(variable, Literal):
+        value = np.asarray(variable.val)
+        return "number", str(value.dtype), value.item()
+    return names[variable]

@@ -1,0 +1,300 @@
+"""The nodes of a graph: what a traced function does to one example.
+
+A graph is a pytree. The arrays in it (weights, biases, thresholds) are its leaves, so it goes
+through `jit`, `grad` and `vmap`; what is static is compared by value.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lipjax.graph.linear import LinearOperator, Reshaped, Scale
+
+
+@dataclasses.dataclass(frozen=True)
+class Executed:
+    """The arithmetic of one equation, as JAX has written it down.
+
+    Attributes:
+        primitive: its name, e.g. "dot_general".
+        operands: types of what goes in.
+        result: type of what comes out.
+        precision: of a product, as `repr` writes it; None for the device's default.
+        accumulate: type that a product was asked to be summed in; None if nothing was asked.
+        product: is it a sum of products (else it rounds entry by entry, or a sum once an addend)?
+    """
+
+    primitive: str
+    operands: tuple[str, ...]
+    result: str
+    precision: str | None = None
+    accumulate: str | None = None
+    product: bool = False
+
+
+def _node(*data: str):
+    """A frozen dataclass that is a pytree with these fields as children."""
+
+    def register(cls):
+        cls = dataclasses.dataclass(frozen=True, kw_only=True)(cls)
+        static = [field.name for field in dataclasses.fields(cls) if field.name not in data]
+        jax.tree_util.register_dataclass(cls, data_fields=list(data), meta_fields=static)
+        return cls
+
+    return register
+
+
+@_node()
+class Node:
+    """One step of a graph.
+
+    Attributes:
+        inputs: positions of the nodes that it reads.
+        shape: of its value, for one example.
+        dtype: of its value, as executed.
+        where: the line of the user's program that it comes from.
+        executed: the equations that it stands for and that round.
+    """
+
+    inputs: tuple[int, ...]
+    shape: tuple[int, ...]
+    dtype: str
+    where: str = ""
+    executed: tuple[Executed, ...] = ()
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+
+@_node()
+class Input(Node):
+    """The example."""
+
+
+@_node("operator")
+class Linear(Node):
+    """``W x + b`` with W and b that do not depend on the example.
+
+    Attributes:
+        operator: the map.
+        roundings: of kernel and bias: 0 if they are parameters as they stand, only moved and cast;
+            else how many units of roundoff they may differ by, entry by entry, when the program
+            computes them anew; infinity where nothing is known.
+    """
+
+    operator: LinearOperator
+    roundings: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """One JAX primitive that only moves entries, with its parameters."""
+
+    primitive: Any
+    parameters: tuple[tuple[str, Any], ...]
+
+    def __call__(self, *values: jax.Array) -> jax.Array:
+        found = self.primitive.bind(*values, **dict(self.parameters))
+        return found[0] if self.primitive.multiple_results else found
+
+    def __repr__(self) -> str:
+        return self.primitive.name
+
+
+@_node("constants")
+class Rearrange(Node):
+    """Entries of its inputs in other places, some several times, some not at all: exact.
+
+    Attributes:
+        steps: in order of application; the first takes all inputs, each other the result before it.
+        constants: per step a tuple of further operands: indices, and values that fill (of a pad).
+        copies: in how many places the most frequent entry of the inputs ends.
+    """
+
+    steps: tuple[Step, ...]
+    constants: tuple[tuple[Any, ...], ...]
+    copies: int = 1
+
+    def __call__(self, *values: jax.Array) -> jax.Array:
+        for step, constants in zip(self.steps, self.constants, strict=True):
+            values = (step(*values, *(_like(values[0], c) for c in constants)),)
+        return values[0]
+
+    @property
+    def pure(self) -> bool:
+        """Is it only another shape of its one input?"""
+        names = [step.primitive.name for step in self.steps]
+        return all(name in ("reshape", "squeeze") for name in names)
+
+    def transposed(self, values: jax.Array, *shapes: tuple[int, ...]) -> tuple[jax.Array, ...]:
+        """What values behind it add up to on each of its inputs, which have these shapes."""
+        if self.pure:
+            return (values.reshape(shapes[0]),)
+        likes = [jax.ShapeDtypeStruct(shape, values.dtype) for shape in shapes]
+        return tuple(jax.linear_transpose(self.linear, *likes)(values))
+
+    def reached(self, mask: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+        """Mask over its one input, of this shape: the entries that come to where `mask` is True."""
+        if self.pure:
+            return mask.reshape(shape)
+        return self.transposed(mask.astype(jnp.float32), shape)[0] > 0
+
+    def linear(self, *values: jax.Array) -> jax.Array:
+        """The same without what fills: only what moves."""
+        for step, constants in zip(self.steps, self.constants, strict=True):
+            zeros = (
+                jnp.zeros_like(c, values[0].dtype) if _is_float(c) else jnp.asarray(c)
+                for c in constants
+            )
+            values = (step(*values, *zeros),)
+        return values[0]
+
+
+@_node("constant")
+class Add(Node):
+    """The sum of its inputs, each with a sign, and of a constant (0 if there is none).
+
+    Attributes:
+        signs: 1 or -1, one for each input.
+        constant: broadcastable to the shape, or None.
+        roundings: of the constant, as in `Linear`.
+    """
+
+    signs: tuple[int, ...]
+    constant: Any = None
+    roundings: float = 0.0
+
+
+@_node("rule")
+class Activation(Node):
+    """A nonlinear function; `rule` holds everything that is known of it (`lipjax.activations`)."""
+
+    rule: Any
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["nodes"], meta_fields=["batched"]
+)
+@dataclasses.dataclass(frozen=True)
+class Graph:
+    """A function of one example, as nodes in the order of evaluation; the last one is its value.
+
+    Attributes:
+        nodes: the first is the `Input`.
+        batched: was the function traced with a batch axis of one?
+    """
+
+    nodes: tuple[Node, ...]
+    batched: bool = False
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """The value at x, node by node, in the types of x and of the graph's arrays."""
+        values: list[jax.Array] = []
+        for node in self.nodes:
+            values.append(evaluate(node, [values[i] for i in node.inputs], x))
+        return values[-1]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the value."""
+        return self.nodes[-1].shape
+
+    @property
+    def linear(self) -> tuple[int, ...]:
+        """Positions of the Linear nodes."""
+        return tuple(i for i, node in enumerate(self.nodes) if isinstance(node, Linear))
+
+    def with_head(self) -> "Graph":
+        """The same function as a graph whose last node is Linear, its value with one axis.
+
+        Margins are taken over what is in front of that node.
+        """
+        nodes, last = list(self.nodes), self.nodes[-1]
+        if isinstance(last, Linear) and len(last.shape) == 1:
+            return self
+        reads = [i for node in nodes for i in node.inputs]
+        if (
+            isinstance(last, Rearrange)
+            and last.pure
+            and len(last.shape) == 1
+            and isinstance(nodes[last.inputs[0]], Linear)
+            and reads.count(last.inputs[0]) == 1
+        ):
+            # Only the shape of the result differs: the linear node gives it at once.
+            head = nodes[last.inputs[0]]
+            bias = head.operator.bias
+            flat = None if bias is None else jnp.broadcast_to(bias, head.shape).reshape(last.shape)
+            operator = dataclasses.replace(
+                head.operator,
+                apply=Reshaped(head.operator.apply, last.shape),
+                bias=flat,
+                kernel_row_norms=None,
+            )
+            ended = dataclasses.replace(head, operator=operator, shape=last.shape)
+            del nodes[-1]
+            nodes[last.inputs[0]] = ended
+            if last.inputs[0] == len(nodes) - 1:
+                return dataclasses.replace(self, nodes=tuple(nodes))
+            nodes = list(self.nodes)
+        if len(last.shape) != 1:
+            raise TypeError(
+                f"the value has shape {last.shape}: expected one axis, of logits or outputs. "
+                "Flatten it."
+            )
+        identity = LinearOperator(Scale(), jnp.ones((), last.dtype))
+        head = Linear(
+            inputs=(len(nodes) - 1,), shape=last.shape, dtype=last.dtype, operator=identity
+        )
+        return dataclasses.replace(self, nodes=(*nodes, head))
+
+    def readers(self, position: int) -> Iterator[int]:
+        """Positions of the nodes that read this one."""
+        return (i for i, node in enumerate(self.nodes) if position in node.inputs)
+
+    def __str__(self) -> str:
+        from lipjax.graph.printing import table
+
+        return table(self)
+
+
+def evaluate(node: Node, inputs: Sequence[jax.Array], x: jax.Array) -> jax.Array:
+    """The value of one node, given those of its inputs; x is the example."""
+    if isinstance(node, Input):
+        return x
+    if isinstance(node, Linear):
+        return node.operator.affine(*inputs)
+    if isinstance(node, Rearrange):
+        return node(*inputs)
+    if isinstance(node, Add):
+        total = inputs[0] if node.signs[0] == 1 else -inputs[0]
+        for sign, value in zip(node.signs[1:], inputs[1:], strict=True):
+            total = total + value if sign == 1 else total - value
+        if node.constant is None:
+            return total
+        return total + jnp.broadcast_to(node.constant, total.shape).astype(total.dtype)
+    assert isinstance(node, Activation)
+    return node.rule(*inputs)
+
+
+def _is_float(constant) -> bool:
+    return jnp.issubdtype(jnp.result_type(constant), jnp.floating)
+
+
+def _like(value: jax.Array, constant):
+    """A filling value in the type of what it fills; indices as they are."""
+    return jnp.asarray(constant, value.dtype) if _is_float(constant) else jnp.asarray(constant)
+
+
+def most_copies(node: Rearrange, shapes: Sequence[tuple[int, ...]]) -> int:
+    """How often the most frequent entry of the inputs occurs in the value of a Rearrange."""
+    with jax.ensure_compile_time_eval():
+        likes = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+        counts = jax.linear_transpose(node.linear, *likes)(jnp.ones(node.shape, jnp.float32))
+        return int(max((np.max(np.asarray(count), initial=0.0) for count in counts), default=0))

@@ -1,0 +1,923 @@
+"""Reads what JAX traces: ``trace(f, example)`` is the `Graph` of a function of one example.
+
+`jax.make_jaxpr` writes the function down as equations, each with its types and its precision. What
+does not depend on the example (weights, folded statistics, kernels that are computed from free
+parameters) is computed here, by JAX as always, so `jit`, `grad` and `vmap` reach the parameters.
+What does depend on it becomes nodes. No layer object is asked anything, so nothing can be
+overlooked; an equation without a rule is an error that names it and the user's own line.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.extend import source_info_util
+from jax.extend.core import Jaxpr, Literal
+
+from lipjax.graph import linear, match
+from lipjax.graph.nodes import (
+    Activation,
+    Add,
+    Executed,
+    Graph,
+    Input,
+    Linear,
+    Node,
+    Rearrange,
+    Step,
+    most_copies,
+)
+
+# Loops of at most so many rounds are written out.
+LONGEST_LOOP = 256
+
+
+class TraceError(TypeError):
+    """The function does something of which lipjax knows no bound; the message says what and where."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Known:
+    """A value that does not depend on the example.
+
+    Attributes:
+        value: an array, or a tracer of the parameters.
+        roundings: units of roundoff by which an entry may differ from the exact value, as the
+            program computes it; 0 for parameters and numbers as they stand, moved and cast at most.
+    """
+
+    value: Any
+    roundings: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Ref:
+    """The value of a node."""
+
+    node: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Test:
+    """``node > threshold`` (or < where `above` is False), entry by entry; a tie is either."""
+
+    node: int
+    threshold: Any
+    above: bool
+
+
+Value = Known | Ref | Test
+
+
+def trace(f: Callable, example, *, batched: bool | None = None) -> Graph:
+    """The graph of a function of one example.
+
+    Args:
+        f: anything that JAX traces: an nnx, Linen (with its variables bound) or Equinox module, a
+            closure, a plain function. It takes one example, or a batch of them on its first axis.
+        example: an array, or its shape and type, as the function is given it when it is executed.
+        batched: does f want a batch axis? None: found out. Without it first, then with an axis of
+            one; the first that gives one axis of results.
+
+    Raises:
+        TraceError: an operation that has no rule, by name, with the line of the program.
+        TypeError, ValueError: what f itself raises.
+    """
+    shape, dtype = tuple(example.shape), jax.dtypes.canonicalize_dtype(example.dtype)
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise TypeError(f"the example must be floating, got {dtype}.")
+    attempts = [False, True] if batched is None else [batched]
+    failures = []
+    for with_axis in attempts:
+        like = jax.ShapeDtypeStruct((1, *shape) if with_axis else shape, dtype)
+        try:
+            jaxpr, out = jax.make_jaxpr(_callable(f), return_shape=True)(like)
+        except Exception as error:  # of whatever kind the user's function raises
+            if len(attempts) == 1:
+                raise
+            failures.append(error)
+            continue
+        if not hasattr(out, "shape"):
+            raise TypeError(f"the function must return one array, got {jax.tree.structure(out)}.")
+        if with_axis and (not out.shape or out.shape[0] != 1):
+            failures.append(ValueError(f"a batch of one became an array of shape {out.shape}."))
+            continue
+        if batched is None and not with_axis and len(out.shape) > 1:
+            failures.append(
+                ValueError(f"one example of shape {shape} became an array of shape {out.shape}.")
+            )
+            continue
+        return _Reader(shape, dtype, with_axis).read(jaxpr)
+    raise ValueError(
+        f"the function takes neither one example of shape {shape}: {failures[0]}\n"
+        f"nor a batch of one of shape {(1, *shape)}: {failures[-1]}"
+    ) from failures[0]
+
+
+def _held(value):
+    """A constant of a trace in the type in which JAX computes with it."""
+    return value if isinstance(value, jax.core.Tracer) else jnp.asarray(value)
+
+
+def _callable(f: Callable) -> Callable:
+    if not isinstance(f, nnx.Module):
+        return f
+    # A copy that belongs to the trace: a module may not be changed from inside another one.
+    definition, state = nnx.split(f)
+    return lambda x: nnx.merge(definition, state)(x)
+
+
+class _Reader:
+    """Reads one jaxpr into nodes."""
+
+    def __init__(self, shape: tuple[int, ...], dtype, batched: bool):
+        self.nodes: list[Node] = [Input(inputs=(), shape=shape, dtype=str(dtype), where="the example")]
+        self.batched = batched
+        self.where = ""
+        self.seen: dict[Any, Ref] = {}
+
+    # -------------------------------------------------------------------------------- the walk
+
+    def read(self, closed) -> Graph:
+        start: Value = Ref(0)
+        if self.batched:
+            shape = (1, *self.nodes[0].shape)
+            start = self.moved([start], shape, "reshape", new_sizes=shape)
+        (result,) = self.jaxpr(closed.jaxpr, [Known(_held(c)) for c in closed.consts], [start])
+        if isinstance(result, Known):
+            raise TraceError("the value does not depend on the example: there is nothing to bound.")
+        result = self.ref(result)
+        if self.batched:
+            shape = self.nodes[result.node].shape[1:]
+            result = self.moved([result], shape, "reshape", new_sizes=shape)
+        return _pruned(Graph(tuple(self.nodes), self.batched), result.node)
+
+    def jaxpr(self, jaxpr: Jaxpr, consts: Sequence[Value], arguments: Sequence[Value]) -> list:
+        values: dict[Any, Value] = {}
+        values.update(zip(jaxpr.constvars, consts, strict=True))
+        values.update(zip(jaxpr.invars, arguments, strict=True))
+        outside = self.where
+        for equation in jaxpr.eqns:
+            self.where = _line(equation) or outside
+            inputs = [
+                Known(v.val) if isinstance(v, Literal) else values[v] for v in equation.invars
+            ]
+            results = self.equation(equation, inputs)
+            values.update(zip(equation.outvars, results, strict=True))
+        self.where = outside
+        return [Known(v.val) if isinstance(v, Literal) else values[v] for v in jaxpr.outvars]
+
+    def equation(self, equation, inputs: list[Value]) -> list[Value]:
+        name = equation.primitive.name
+        if all(isinstance(value, Known) for value in inputs):
+            roundings = _roundings(name, inputs)
+            outputs = _bind(equation, [value.value for value in inputs])  # type: ignore[union-attr]
+            return [Known(output, roundings) for output in outputs]
+        if name in match.IDENTITIES:
+            return list(inputs)
+        if match.body_of(equation) is not None:
+            return self.call(equation, inputs)
+        if name == "cond":
+            return self.branch(equation, inputs)
+        if name == "scan":
+            return self.loop(equation, inputs)
+        rule = _RULES.get(name)
+        found = None if rule is None else rule(self, equation, inputs)
+        if found is None:
+            raise TraceError(_unknown(equation, inputs, self.where))
+        return found if isinstance(found, list) else [found]
+
+    def call(self, equation, inputs: list[Value]) -> list[Value]:
+        """A composite function that is registered, or its body."""
+        body = match.body_of(equation)
+        assert body is not None
+        inner, consts = body
+        found = _composite(inner, consts, inputs)
+        if found is not None:
+            rule, refs = found
+            (ref,) = refs
+            out = equation.outvars[0].aval
+            return [self.activation(rule, self.ref(ref), out.shape, out.dtype)]
+        return self.jaxpr(inner, [Known(c) for c in consts], inputs)
+
+    def branch(self, equation, inputs: list[Value]) -> list[Value]:
+        index, *operands = inputs
+        if not isinstance(index, Known) or isinstance(index.value, jax.core.Tracer):
+            raise TraceError(
+                f"{self.where}: a branch that depends on the example (or on traced parameters) "
+                "has no bound: which way is taken may change inside the ball."
+            )
+        branches = equation.params["branches"]
+        chosen = branches[int(np.clip(int(index.value), 0, len(branches) - 1))]
+        return self.jaxpr(chosen.jaxpr, [Known(c) for c in chosen.consts], operands)
+
+    def loop(self, equation, inputs: list[Value]) -> list[Value]:
+        params = equation.params
+        if params["length"] > LONGEST_LOOP:
+            raise TraceError(
+                f"{self.where}: a loop of {params['length']} rounds; up to {LONGEST_LOOP} are "
+                "written out."
+            )
+        fixed, carried = params["num_consts"], params["num_carry"]
+        consts, carry = inputs[:fixed], inputs[fixed : fixed + carried]
+        streams, body = inputs[fixed + carried :], params["jaxpr"]
+        outputs: list[list[Value]] = []
+        order = range(params["length"])
+        for i in reversed(order) if params["reverse"] else order:
+            rows = [self.row(stream, i) for stream in streams]
+            results = self.jaxpr(
+                body.jaxpr, [Known(c) for c in body.consts], [*consts, *carry, *rows]
+            )
+            carry = results[:carried]
+            outputs.append(results[carried:])
+        if params["reverse"]:
+            outputs.reverse()
+        stacked = [self.stack(column) for column in zip(*outputs, strict=True)]
+        return [*carry, *stacked]
+
+    def row(self, stream: Value, i: int) -> Value:
+        if isinstance(stream, Known):
+            return Known(stream.value[i], stream.roundings)
+        shape = self.shape(stream)
+        start, limit = (i, *(0 for _ in shape[1:])), (i + 1, *shape[1:])
+        sizes = {"start_indices": start, "limit_indices": limit, "strides": None}
+        part = self.moved([stream], (1, *shape[1:]), "slice", **sizes)
+        return self.moved([part], shape[1:], "reshape", new_sizes=shape[1:])
+
+    def stack(self, column: Sequence[Value]) -> Value:
+        if all(isinstance(value, Known) for value in column):
+            roundings = max(value.roundings for value in column)  # type: ignore[union-attr]
+            return Known(jnp.stack([value.value for value in column]), roundings)  # type: ignore[union-attr]
+        refs = [self.ref(value) for value in column]
+        shape = self.shape(refs[0])
+        rows = [self.moved([r], (1, *shape), "reshape", new_sizes=(1, *shape)) for r in refs]
+        return self.moved(rows, (len(rows), *shape), "concatenate", dimension=0)
+
+    # -------------------------------------------------------------------------------- nodes
+
+    def shape(self, value: Value) -> tuple[int, ...]:
+        return self.nodes[value.node].shape if not isinstance(value, Known) else value.value.shape
+
+    def dtype(self, ref: Ref) -> str:
+        return self.nodes[ref.node].dtype
+
+    def ref(self, value: Value) -> Ref:
+        """The node of a value that has to be one."""
+        if isinstance(value, Ref):
+            return value
+        if isinstance(value, Test):
+            raise TraceError(
+                f"{self.where}: a comparison is used for something else than jnp.where; the "
+                "result may jump inside the ball, so it has no bound."
+            )
+        raise TraceError(f"{self.where}: a constant stands where a value of the example should.")
+
+    def add(self, node: Node) -> Ref:
+        self.nodes.append(node)
+        return Ref(len(self.nodes) - 1)
+
+    def linear(self, ref: Ref, operator, shape, dtype, executed=(), roundings=0.0) -> Ref:
+        return self.add(
+            Linear(
+                inputs=(ref.node,),
+                shape=tuple(shape),
+                dtype=str(dtype),
+                where=self.where,
+                executed=tuple(executed),
+                operator=operator,
+                roundings=roundings,
+            )
+        )
+
+    def activation(self, rule, ref: Ref, shape, dtype, executed=()) -> Ref:
+        before = self.nodes[ref.node]
+        joined = None
+        if isinstance(before, Activation):
+            joined = before.rule.then(rule)
+        if joined is not None:  # two clips in a row are one
+            rule, ref = joined, Ref(before.inputs[0])
+        return self.add(
+            Activation(
+                inputs=(ref.node,),
+                shape=tuple(shape),
+                dtype=str(dtype),
+                where=self.where,
+                executed=tuple(executed),
+                rule=rule,
+            )
+        )
+
+    def moved(self, refs: Sequence[Value], shape, primitive, constants=(), **parameters) -> Ref:
+        """A Rearrange by one primitive; joined with the one in front, where that is read once."""
+        nodes = [self.ref(value).node for value in refs]
+        if isinstance(primitive, str):
+            defaults = {"reshape": {"dimensions": None, "sharding": None}}.get(primitive, {})
+            parameters = {**defaults, **parameters}
+            primitive = _primitive(primitive)
+        step = Step(primitive, tuple(sorted(parameters.items())))
+        like = self.nodes[nodes[0]]
+        inputs, steps, extra = tuple(nodes), (step,), (tuple(constants),)
+        copies = 1
+        if len(nodes) == 1 and isinstance(like, Rearrange):
+            inputs, steps = like.inputs, (*like.steps, step)
+            extra = (*like.constants, tuple(constants))
+            steps, extra = _shortened(steps, extra)
+        elif primitive.name == "concatenate":
+            whole = self.whole(nodes, shape)
+            if whole is not None:
+                return whole
+        sources = [self.nodes[i].shape for i in inputs]
+        if len(inputs) == 1 and sources[0] == tuple(shape) and _only_reshapes(steps):
+            return Ref(inputs[0])
+        node = Rearrange(
+            inputs=inputs,
+            shape=tuple(shape),
+            dtype=like.dtype,
+            where=self.where,
+            steps=steps,
+            constants=extra,
+            copies=copies,
+        )
+        if not _only_reshapes(steps):
+            node = dataclasses.replace(node, copies=most_copies(node, sources))
+        return self.add(node)
+
+    def whole(self, nodes: Sequence[int], shape) -> Ref | None:
+        """The node whose parts these are, in order and complete, if there is one."""
+        parts = [self.nodes[i] for i in nodes]
+        if not all(
+            isinstance(part, Rearrange) and len(part.steps) == 1 and len(part.inputs) == 1
+            for part in parts
+        ):
+            return None
+        if len({part.inputs for part in parts}) != 1:
+            return None
+        (source,) = parts[0].inputs
+        if self.nodes[source].shape != tuple(shape):
+            return None
+        positions = np.arange(self.nodes[source].size).reshape(self.nodes[source].shape)
+        with jax.ensure_compile_time_eval():
+            seen = [np.asarray(part(jnp.asarray(positions))) for part in parts]  # type: ignore[operator]
+        for axis in range(len(shape)):
+            same = all(s.ndim == len(shape) for s in seen) and all(
+                s.shape[:axis] + s.shape[axis + 1 :] == seen[0].shape[:axis] + seen[0].shape[axis + 1 :]
+                for s in seen
+            )
+            if same and np.array_equal(np.concatenate(seen, axis), positions):
+                return Ref(source)
+        return None
+
+    def pulled(self, node: Rearrange, constant) -> Any | None:
+        """A broadcastable constant behind a Rearrange as one in front of it; None: impossible."""
+        shape = node.shape
+        value = jnp.reshape(constant, (1,) * (len(shape) - np.ndim(constant)) + np.shape(constant))
+        shapes = [self.nodes[node.inputs[0]].shape]
+        for step in node.steps:
+            like = jax.ShapeDtypeStruct(shapes[-1], jnp.float32)
+            shapes.append(jax.eval_shape(step, like).shape)
+        for step, before, after in zip(
+            reversed(node.steps), reversed(shapes[:-1]), reversed(shapes[1:]), strict=True
+        ):
+            name, parameters = step.primitive.name, dict(step.parameters)
+            if name == "transpose":
+                value = jnp.transpose(value, np.argsort(parameters["permutation"]))
+            elif name in ("reshape", "squeeze", "broadcast_in_dim"):
+                if [n for n in before if n != 1] != [n for n in after if n != 1]:
+                    return None
+                sizes = iter(size for size, n in zip(value.shape, after, strict=True) if n != 1)
+                value = value.reshape([1 if n == 1 else next(sizes) for n in before])
+            else:
+                return None
+        return value
+
+    def shifted(self, ref: Ref, constant, shape, dtype, executed, roundings) -> Ref:
+        """``value + constant``: into the bias of a Linear node in front, else a node of its own."""
+        node, value = self.nodes[ref.node], constant
+        position, moves = ref.node, None
+        if isinstance(node, Rearrange) and len(node.inputs) == 1 and tuple(shape) == node.shape:
+            value, moves = self.pulled(node, constant), node
+            position = node.inputs[0]
+            node = self.nodes[position]
+        if (
+            isinstance(node, Linear)
+            and value is not None
+            and node.operator.bias is None
+            and tuple(shape) == (node.shape if moves is None else moves.shape)
+            and node.dtype == str(dtype)
+        ):
+            bias = jnp.reshape(value, np.shape(value)[_units(np.shape(value)) :])
+            operator = dataclasses.replace(node.operator, bias=bias)
+            joined = self.add(
+                dataclasses.replace(
+                    node,
+                    operator=operator,
+                    executed=(*node.executed, *executed),
+                    roundings=max(node.roundings, roundings),
+                )
+            )
+            if moves is None:
+                return joined
+            return self.add(dataclasses.replace(moves, inputs=(joined.node,)))
+        return self.add(
+            Add(
+                inputs=(ref.node,),
+                shape=tuple(shape),
+                dtype=str(dtype),
+                where=self.where,
+                executed=tuple(executed),
+                signs=(1,),
+                constant=constant,
+                roundings=roundings,
+            )
+        )
+
+
+def _units(shape) -> int:
+    """Leading axes of one."""
+    count = 0
+    while count < len(shape) - 1 and shape[count] == 1:
+        count += 1
+    return count
+
+
+# ------------------------------------------------------------------------------------ the rules
+
+_RULES: dict[str, Callable] = {}
+_COMPOSITES: list[tuple[Callable, Callable]] = []
+
+
+def register_primitive(*names: str):
+    """Says how an equation becomes nodes: ``rule(reader, equation, inputs)``, None if it cannot."""
+
+    def register(rule: Callable) -> Callable:
+        _RULES.update(dict.fromkeys(names, rule))
+        return rule
+
+    return register
+
+
+def register_composite(reference: Callable, build: Callable) -> None:
+    """Makes a function known as an activation: calls whose jaxpr equals that of `reference`.
+
+    Args:
+        reference: ``reference(z, *parameters)``, elementwise or on pairs; what users call.
+        build: ``build(*parameters) -> rule``.
+    """
+    _COMPOSITES[:] = [pair for pair in _COMPOSITES if pair[0] is not reference]
+    _COMPOSITES.append((reference, build))
+
+
+def _composite(inner: Jaxpr, consts, inputs: Sequence[Value]):
+    """The registered rule of a call and its operands; None if nobody registered its jaxpr."""
+    if not isinstance(inputs[0], Ref) or len(inner.outvars) != 1 or consts:
+        return None
+    if not all(isinstance(value, Known) for value in inputs[1:]):
+        return None
+    own = None
+    for reference, build in _COMPOSITES:
+        if _arity(reference) != len(inputs):
+            continue
+        own = match.fingerprint(_closed(inner)) if own is None else own
+        if own is not None and own == _reference(reference, tuple(map(_aval, inner.invars))):
+            return build(*(value.value for value in inputs[1:])), [inputs[0]]
+    return None
+
+
+def _closed(inner: Jaxpr):
+    from jax.extend.core import ClosedJaxpr
+
+    return ClosedJaxpr(inner, ())
+
+
+def _aval(variable) -> tuple:
+    return variable.aval.shape, str(variable.aval.dtype), bool(variable.aval.weak_type)
+
+
+@functools.cache
+def _arity(reference: Callable) -> int:
+    code = getattr(reference, "__wrapped__", reference).__code__
+    return code.co_argcount
+
+
+@functools.cache
+def _reference(reference: Callable, avals) -> tuple | None:
+    likes = [
+        jax.ShapeDtypeStruct(shape, jnp.dtype(dtype), weak_type=weak)
+        for shape, dtype, weak in avals
+    ]
+    try:
+        return match.fingerprint(jax.make_jaxpr(reference)(*likes))
+    except (TypeError, ValueError):  # shapes that it does not take
+        return None
+
+
+def _bind(equation, inputs) -> list:
+    bound = equation.primitive.get_bind_params(equation.params)
+    functions, named = bound if isinstance(bound, tuple) else ((), bound)
+    results = equation.primitive.bind(*functions, *inputs, **named)
+    return list(results) if equation.primitive.multiple_results else [results]
+
+
+def _primitive(name: str):
+    return getattr(jax.lax, f"{name}_p")
+
+
+def _line(equation) -> str:
+    summary = source_info_util.summarize(equation.source_info)
+    return "" if summary in ("unknown", "") else summary
+
+
+def _unknown(equation, inputs: Sequence[Value], where: str) -> str:
+    name = equation.primitive.name
+    varying = sum(not isinstance(value, Known) for value in inputs)
+    what = f"{where or 'unknown line'}: lipjax knows no bound for `{name}`"
+    if varying > 1 and name in ("mul", "div", "dot_general", "conv_general_dilated"):
+        return (
+            f"{what} of two quantities that both depend on the example. (A BatchNorm in training "
+            "mode divides by statistics of the batch: put it into inference, network.eval().)"
+        )
+    if name.startswith(("random", "threefry")):
+        return f"{what}: a random number that depends on the example."
+    return (
+        f"{what} of a quantity that depends on the example. Write it with operations that have one "
+        "(linear maps, relu, clip, where, max pooling, ...) or register it: "
+        "lipjax.activations.register."
+    )
+
+
+def _executed(equation, product: bool = False) -> Executed:
+    accumulate = equation.params.get("preferred_element_type")
+    precision = equation.params.get("precision")
+    return Executed(
+        primitive=equation.primitive.name,
+        operands=tuple(str(v.aval.dtype) for v in equation.invars),
+        result=str(equation.outvars[0].aval.dtype),
+        precision=None if precision is None else str(precision),
+        accumulate=None if accumulate is None else str(jnp.dtype(accumulate)),
+        product=product,
+    )
+
+
+def _shortened(steps, constants):
+    """Reshapes in a row as one."""
+    kept: list = []
+    for step, constant in zip(steps, constants, strict=True):
+        if step.primitive.name == "reshape" and kept and kept[-1][0].primitive.name == "reshape":
+            kept.pop()
+        kept.append((step, constant))
+    return tuple(step for step, _ in kept), tuple(constant for _, constant in kept)
+
+
+def _only_reshapes(steps) -> bool:
+    return all(step.primitive.name in ("reshape", "squeeze") for step in steps)
+
+
+def _pruned(graph: Graph, last: int) -> Graph:
+    """Without the nodes that nothing reads."""
+    needed = {0}
+    stack = [last]
+    while stack:
+        position = stack.pop()
+        if position not in needed or position == last:
+            needed.add(position)
+            stack += [i for i in graph.nodes[position].inputs if i not in needed]
+    order = sorted(needed)
+    place = {old: new for new, old in enumerate(order)}
+    nodes = [
+        dataclasses.replace(graph.nodes[i], inputs=tuple(place[j] for j in graph.nodes[i].inputs))
+        for i in order
+    ]
+    return dataclasses.replace(graph, nodes=tuple(nodes))
+
+
+# Equations that only move or cast what they are given.
+_MOVES = frozenset(
+    (
+        *("reshape", "transpose", "squeeze", "broadcast_in_dim", "slice", "rev", "concatenate"),
+        *("pad", "convert_element_type", "copy", "split", "neg", "gather", "expand_dims"),
+        *("dynamic_slice", "iota", "select_n", "stop_gradient", "reduce_precision"),
+    )
+)
+
+
+def _roundings(name: str, inputs: Sequence[Known]) -> float:
+    """Units of roundoff in the value of an equation on known operands; infinity: not known.
+
+    Operands that err by a share of themselves: products and quotients add up; a root halves; a sum
+    of numbers >= 0 keeps the larger. A reciprocal root may be off by a few units on some devices.
+    """
+    own = [value.roundings for value in inputs]
+    if name in _MOVES:
+        return max(own, default=0.0)
+    if name in ("mul", "div"):
+        return sum(own) + 1
+    if name in ("sqrt", "rsqrt"):
+        return own[0] / 2 + 4
+    if name == "add" and all(_not_negative(value.value) for value in inputs):
+        return max(own) + 1
+    return math.inf
+
+
+def _not_negative(value) -> bool:
+    return not isinstance(value, jax.core.Tracer) and bool(np.all(np.asarray(value) >= 0))
+
+
+@register_primitive("reshape", "transpose", "squeeze", "slice", "rev", "broadcast_in_dim")
+def _move(reader: _Reader, equation, inputs):
+    value, *rest = inputs
+    if rest or not isinstance(value, Ref):
+        return None
+    out = equation.outvars[0].aval
+    return reader.moved([value], out.shape, equation.primitive, **equation.params)
+
+
+@register_primitive("split")
+def _split(reader: _Reader, equation, inputs):
+    (value,), axis = inputs, equation.params["axis"]
+    found, start, shape = [], 0, reader.shape(value)
+    for variable in equation.outvars:
+        size = variable.aval.shape[axis]
+        first = tuple(start if k == axis else 0 for k in range(len(shape)))
+        last = tuple(start + size if k == axis else n for k, n in enumerate(shape))
+        bounds = {"start_indices": first, "limit_indices": last, "strides": None}
+        found.append(reader.moved([value], variable.aval.shape, "slice", **bounds))
+        start += size
+    return found
+
+
+@register_primitive("pad")
+def _pad(reader: _Reader, equation, inputs):
+    value, filling = inputs
+    if not (isinstance(value, Ref) and isinstance(filling, Known)):
+        return None
+    out = equation.outvars[0].aval
+    constants = (filling.value,)
+    return reader.moved([value], out.shape, equation.primitive, constants, **equation.params)
+
+
+@register_primitive("gather", "dynamic_slice")
+def _gather(reader: _Reader, equation, inputs):
+    value, *indices = inputs
+    if not isinstance(value, Ref) or not all(isinstance(i, Known) for i in indices):
+        return None
+    if any(isinstance(i.value, jax.core.Tracer) for i in indices):
+        return None
+    constants = tuple(np.asarray(i.value) for i in indices)
+    out = equation.outvars[0].aval
+    return reader.moved([value], out.shape, equation.primitive, constants, **equation.params)
+
+
+@register_primitive("concatenate")
+def _concatenate(reader: _Reader, equation, inputs):
+    out = equation.outvars[0].aval
+    refs = []
+    for value in inputs:
+        if isinstance(value, Known):
+            value = _constant(reader, value, out.dtype)
+        refs.append(value)
+    return reader.moved(refs, out.shape, equation.primitive, **equation.params)
+
+
+def _constant(reader: _Reader, known: Known, dtype) -> Ref:
+    """A constant as a node: the constant plus nothing of the example."""
+    size = reader.nodes[0].size
+    nothing = reader.moved([Ref(0)], (size,), "reshape", new_sizes=(size,))
+    bounds = {"start_indices": (0,), "limit_indices": (0,), "strides": None}
+    empty = reader.moved([nothing], (0,), "slice", **bounds)
+    value = jnp.asarray(known.value)
+    config = ((0, value.size, 0),)
+    zeros = reader.moved(
+        [empty], (value.size,), "pad", (np.zeros((), dtype),), padding_config=config
+    )
+    shaped = reader.moved([zeros], value.shape, "reshape", new_sizes=value.shape)
+    return reader.add(
+        Add(
+            inputs=(shaped.node,),
+            shape=tuple(value.shape),
+            dtype=str(dtype),
+            where=reader.where,
+            signs=(1,),
+            constant=value,
+            roundings=known.roundings,
+        )
+    )
+
+
+@register_primitive("convert_element_type", "reduce_precision")
+def _cast(reader: _Reader, equation, inputs):
+    (value,) = inputs
+    out = equation.outvars[0].aval
+    if not isinstance(value, Ref) or not jnp.issubdtype(out.dtype, jnp.floating):
+        return None
+    if equation.primitive.name == "reduce_precision":
+        return None
+    if reader.dtype(value) == str(out.dtype):
+        return value
+    # The same real number, rounded where the type is narrower.
+    return reader.add(
+        Add(
+            inputs=(value.node,),
+            shape=tuple(out.shape),
+            dtype=str(out.dtype),
+            where=reader.where,
+            executed=(_executed(equation),),
+            signs=(1,),
+        )
+    )
+
+
+@register_primitive("neg")
+def _negated(reader: _Reader, equation, inputs):
+    return _sum(reader, equation, [(-1, inputs[0])])
+
+
+@register_primitive("add", "add_any")
+def _added(reader: _Reader, equation, inputs):
+    return _sum(reader, equation, [(1, inputs[0]), (1, inputs[1])])
+
+
+@register_primitive("sub")
+def _subtracted(reader: _Reader, equation, inputs):
+    return _sum(reader, equation, [(1, inputs[0]), (-1, inputs[1])])
+
+
+def _sum(reader: _Reader, equation, terms):
+    out = equation.outvars[0].aval
+    executed = () if equation.primitive.name == "neg" else (_executed(equation),)
+    known = [(sign, value) for sign, value in terms if isinstance(value, Known)]
+    refs = [
+        (sign, _broadcast(reader, reader.ref(value), out.shape))
+        for sign, value in terms
+        if not isinstance(value, Known)
+    ]
+    if known:
+        ((sign, constant),) = known
+        value = constant.value if sign == 1 else -jnp.asarray(constant.value)
+        ((own, ref),) = refs
+        if own == 1:
+            return reader.shifted(ref, value, out.shape, out.dtype, executed, constant.roundings)
+        constant_of_node, roundings = value, constant.roundings
+    else:
+        constant_of_node, roundings = None, 0.0
+    return reader.add(
+        Add(
+            inputs=tuple(ref.node for _, ref in refs),
+            shape=tuple(out.shape),
+            dtype=str(out.dtype),
+            where=reader.where,
+            executed=executed,
+            signs=tuple(sign for sign, _ in refs),
+            constant=constant_of_node,
+            roundings=roundings,
+        )
+    )
+
+
+def _broadcast(reader: _Reader, ref: Ref, shape) -> Ref:
+    """The value with axes of one spread out to this shape."""
+    own = reader.shape(ref)
+    if tuple(own) == tuple(shape):
+        return ref
+    dimensions = tuple(range(len(shape) - len(own), len(shape)))
+    parameters = {"shape": tuple(shape), "broadcast_dimensions": dimensions, "sharding": None}
+    return reader.moved([ref], shape, "broadcast_in_dim", **parameters)
+
+
+@register_primitive("mul", "div")
+def _scaled(reader: _Reader, equation, inputs):
+    first, second = inputs
+    if isinstance(first, Known) and equation.primitive.name == "mul":
+        first, second = second, first
+    if not (isinstance(first, Ref) and isinstance(second, Known)):
+        return None
+    out = equation.outvars[0].aval
+    first = _broadcast(reader, first, out.shape)
+    scale = jnp.asarray(second.value, reader.dtype(first))
+    roundings = second.roundings
+    if equation.primitive.name == "div":
+        scale = 1 / scale
+        roundings += 0 if _power_of_two(second.value) else 1
+    before = reader.nodes[first.node]
+    executed = _executed(equation)
+    if isinstance(before, Linear) and before.operator.bias is None and _is_one(before.operator):
+        # A sum that is scaled, as in average pooling, is one map with one number as its kernel.
+        if np.ndim(scale) == 0 or np.size(scale) == 1:
+            kernel = jnp.reshape(scale, ()).astype(out.dtype)
+            operator = dataclasses.replace(before.operator, kernel=kernel)
+            return reader.add(
+                dataclasses.replace(
+                    before,
+                    operator=operator,
+                    executed=(*before.executed, executed),
+                    roundings=roundings,
+                )
+            )
+    operator = linear.LinearOperator(linear.Scale(), scale)
+    return reader.linear(first, operator, out.shape, out.dtype, [executed], roundings)
+
+
+def _power_of_two(value) -> bool:
+    if isinstance(value, jax.core.Tracer):
+        return False
+    mantissa, _ = np.frexp(np.abs(np.asarray(value, np.float64)))
+    return bool(np.all(mantissa == 0.5))
+
+
+def _is_one(operator) -> bool:
+    return isinstance(operator.apply, linear.Sum)
+
+
+@register_primitive("dot_general")
+def _product(reader: _Reader, equation, inputs):
+    left, right = inputs
+    out = equation.outvars[0].aval
+    numbers = _hashable(equation.params["dimension_numbers"])
+    if isinstance(left, Ref) and isinstance(right, Known):
+        ref, known, first = left, right, False
+    elif isinstance(left, Known) and isinstance(right, Ref):
+        ref, known, first = right, left, True
+    else:
+        return None
+    apply = linear.Product(numbers, kernel_first=first)
+    operator = linear.LinearOperator(apply, jnp.asarray(known.value))
+    executed = [_executed(equation, product=True)]
+    return reader.linear(ref, operator, out.shape, out.dtype, executed, known.roundings)
+
+
+def _hashable(value):
+    return tuple(map(_hashable, value)) if isinstance(value, tuple | list) else int(value)
+
+
+@register_primitive("conv_general_dilated")
+def _convolution(reader: _Reader, equation, inputs):
+    image, kernel = inputs
+    params, out = equation.params, equation.outvars[0].aval
+    if not (isinstance(image, Ref) and isinstance(kernel, Known)):
+        return None
+    if params["batch_group_count"] != 1:
+        return None
+    numbers = params["dimension_numbers"]
+    shape = reader.shape(image)
+    batch, channel, *spatial = numbers.lhs_spec
+    if shape[batch] != 1:
+        return None
+
+    # To one example, channels last; the kernel to (window, inputs, outputs); and back.
+    order = (batch, *spatial, channel)
+    ref = _transposed(reader, image, order)
+    inner = tuple(shape[axis] for axis in order[1:])
+    ref = reader.moved([ref], inner, "reshape", new_sizes=inner)
+    outputs, inputs_, *window = numbers.rhs_spec
+    weights = jnp.transpose(jnp.asarray(kernel.value), (*window, inputs_, outputs))
+    apply = linear.Convolution(
+        tuple(params["window_strides"]),
+        tuple((int(low), int(high)) for low, high in params["padding"]),
+        tuple(params["lhs_dilation"]),
+        tuple(params["rhs_dilation"]),
+        params["feature_group_count"],
+    )
+    norms = linear.safe_sqrt(jnp.sum(jnp.square(weights), axis=tuple(range(weights.ndim - 1))))
+    operator = linear.LinearOperator(apply, weights, None, norms)
+    batch_out, channel_out, *spatial_out = numbers.out_spec
+    found = tuple(out.shape[axis] for axis in (*spatial_out, channel_out))
+    executed = [_executed(equation, product=True)]
+    ref = reader.linear(ref, operator, found, out.dtype, executed, kernel.roundings)
+    ref = reader.moved([ref], (1, *found), "reshape", new_sizes=(1, *found))
+    back = np.argsort((batch_out, *spatial_out, channel_out))
+    return _transposed(reader, ref, tuple(int(axis) for axis in back))
+
+
+def _transposed(reader: _Reader, ref: Ref, order) -> Ref:
+    if tuple(order) == tuple(range(len(order))):
+        return ref
+    shape = tuple(reader.shape(ref)[axis] for axis in order)
+    return reader.moved([ref], shape, "transpose", permutation=tuple(order))
+
+
+@register_primitive("reduce_sum", "reduce_window_sum")
+def _summed(reader: _Reader, equation, inputs):
+    (value,) = inputs
+    if not isinstance(value, Ref):
+        return None
+    out = equation.outvars[0].aval
+    parameters = tuple(sorted((k, v) for k, v in equation.params.items()))
+    apply = linear.Sum(equation.primitive, parameters)
+    operator = linear.LinearOperator(apply, jnp.ones((), reader.dtype(value)))
+    return reader.linear(value, operator, out.shape, out.dtype, [_executed(equation, product=True)])
+
+
+@register_primitive("gt", "ge", "lt", "le")
+def _compared(reader: _Reader, equation, inputs):
+    above = equation.primitive.name in ("gt", "ge")
+    first, second = inputs
+    if isinstance(first, Ref) and isinstance(second, Known):
+        return Test(first.node, second.value, above)
+    if isinstance(first, Known) and isinstance(second, Ref):
+        return Test(second.node, first.value, not above)
+    return None

@@ -1,0 +1,256 @@
+"""The function as executed: how far its own arithmetic can be from the real-number function.
+
+The arithmetic is read from the equations of the graph (`graph.Executed`), each with its types and
+its precision; nothing is guessed from parameters. See `rounding.outward` for the error model.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+
+from lipjax.graph import Activation, Add, Executed, Graph, Input, Linear, Node, Rearrange
+from lipjax.rounding.outward import OUTWARD, gamma, terms_of
+
+
+@dataclasses.dataclass(frozen=True)
+class Arithmetic:
+    """How an equation computes.
+
+    Attributes:
+        name: as results carry it.
+        input: relative error of converting an operand before it is multiplied.
+        accumulate: unit roundoff of products and sums.
+        output: unit roundoff of the result's format.
+        smallest: what underflow can do to one operation, for operands of size up to 1.
+        largest: numbers above it overflow.
+    """
+
+    name: str
+    input: float
+    accumulate: float
+    output: float
+    smallest: float
+    largest: float
+
+
+ARITHMETICS = {
+    a.name: a
+    for a in (
+        Arithmetic("float64", 0.0, 2.0**-53, 2.0**-53, 2.0**-1020, 1e300),
+        Arithmetic("float32", 0.0, 2.0**-24, 2.0**-24, 2.0**-125, 3e38),
+        Arithmetic("tf32", 2.0**-10, 2.0**-22, 2.0**-24, 2.0**-125, 3e38),
+        # float32 products at a TPU's default precision
+        Arithmetic("bfloat16_products", 2.0**-8, 2.0**-22, 2.0**-24, 2.0**-125, 3e38),
+        # products in bfloat16; partial sums in float32, as every matrix unit keeps them
+        Arithmetic("bfloat16", 2.0**-8, 2.0**-22, 2.0**-8, 2.0**-125, 3e38),
+    )
+}
+KNOWN_TYPES = ("float64", "float32", "bfloat16")
+
+
+def arithmetics_of(graph: Graph, declared: str | None = None) -> tuple[tuple[Arithmetic, ...], ...]:
+    """The arithmetic of each node: of all the equations that it stands for.
+
+    Args:
+        graph: as traced in the types in which it will be executed.
+        declared: a name in `ARITHMETICS`: how products and sums of float32 (of float64, for
+            "float64") will be executed; None: as this process's default device executes them.
+
+    Raises:
+        ValueError: unknown name; an equation that rounds more than was declared.
+        TypeError: a type that the model does not know, or parameters that are computed anew at each
+            call by more than a few roundings; with the line of the program.
+    """
+    if declared is not None and declared not in ARITHMETICS:
+        names = ", ".join(ARITHMETICS)
+        raise ValueError(f"arithmetic must be one of {names}, got {declared!r}.")
+    for node in graph.nodes:
+        if node.dtype not in KNOWN_TYPES:
+            raise TypeError(
+                f"{node.where}: a value of type {node.dtype}; what rounding does there is not in "
+                f"the error model (known: {', '.join(KNOWN_TYPES)}). Compute in float32."
+            )
+        if isinstance(node, Linear | Add) and not math.isfinite(node.roundings):
+            raise TypeError(
+                f"{node.where}: parameters that are computed anew at every call (by more than a "
+                "few multiplications) may be rounded otherwise than those that are certified. "
+                "Write them down once: lipjax.orthogonal.plain(network), or compute them outside "
+                "of the function."
+            )
+    return tuple(tuple(_arithmetic(node, e, declared) for e in node.executed) for node in graph.nodes)
+
+
+def _arithmetic(node: Node, equation: Executed, declared: str | None) -> Arithmetic:
+    """Of one equation."""
+    types = {*equation.operands, equation.result}
+    if equation.accumulate is not None:
+        types.add(equation.accumulate)
+    floats = {t for t in types if "float" in t}
+    if not floats <= set(KNOWN_TYPES):
+        strange = ", ".join(sorted(floats - set(KNOWN_TYPES)))
+        raise TypeError(
+            f"{node.where}: `{equation.primitive}` in {strange}; what rounding does there is not in "
+            f"the error model (known: {', '.join(KNOWN_TYPES)}). Compute in float32."
+        )
+    name = _own(equation, floats)
+    if declared is not None and declared != name:
+        if ARITHMETICS[declared].output < ARITHMETICS[name].output:
+            raise ValueError(
+                f"{node.where}: `{equation.primitive}` computes in {name}, which rounds more than "
+                f"the declared {declared}: declare {name} or give the layer another dtype."
+            )
+        name = declared
+    found = ARITHMETICS[name]
+    if equation.primitive.startswith("reduce"):
+        # Plain sums are kept in their own type, also where products would be summed in a wider one.
+        unit = max(found.output, found.accumulate)
+        return dataclasses.replace(found, accumulate=unit)
+    if not equation.product:
+        return dataclasses.replace(found, input=0.0, accumulate=found.output)
+    return found
+
+
+def _own(equation: Executed, floats: set[str]) -> str:
+    """The arithmetic of an equation on this process's default device."""
+    if "bfloat16" in floats:
+        return "bfloat16"
+    if floats == {"float64"}:
+        return "float64"
+    if not equation.product or equation.primitive.startswith("reduce"):
+        return "float32"
+    platform = jax.default_backend()
+    if equation.precision is not None and "Preset" in equation.precision:
+        raise TypeError(f"`{equation.primitive}` with {equation.precision} is not in the error model.")
+    if platform == "tpu":
+        return "bfloat16_products"
+    if platform != "cpu" and "HIGHEST" not in (equation.precision or ""):
+        return "tf32"
+    return "float32"
+
+
+def least_precise(arithmetics: Sequence[Sequence[Arithmetic]]) -> str:
+    """The name of the arithmetic that rounds most."""
+    found = [a for each in arithmetics for a in each]
+    if not found:
+        return "float32"
+    return max(found, key=lambda a: (a.output, a.input, a.accumulate)).name
+
+
+def relative(arithmetics: Sequence[Arithmetic], terms: int, roundings: float = 0.0) -> float:
+    """A linear node errs by at most this share of ``|W| |x| + |b|``.
+
+    Args:
+        arithmetics: of its equations: the product first, then what is added or scaled.
+        terms: of its longest inner product.
+        roundings: of the computation of its parameters.
+    """
+    first = arithmetics[0]
+    output = max(a.output for a in arithmetics)
+    conversions = (1 + first.input) ** 2 * (1 + output) ** (len(arithmetics) + 2 + roundings)
+    return conversions * (1 + gamma(terms + 2, first.accumulate)) - 1
+
+
+def forward_error(
+    graph: Graph,
+    boxes: Sequence[tuple[jax.Array, jax.Array]],
+    arithmetics: Sequence[Sequence[Arithmetic]],
+    global_norms: Sequence[jax.Array],
+    view: Callable = lambda operator, like: operator,
+) -> jax.Array:
+    """How far each output of the function as executed can be from the real-number function,
+    anywhere in the ball.
+
+    Carried forward: e, a bound of ``|computed - exact|`` for each coordinate, and rho, a bound of
+    its l2 norm. At a linear node, with ``m = max(|lower|, |upper|)`` of the exact value in front,
+
+        local = relative(n) (|W| (m + e) + |b|) + underflow,
+        e' = min(|W| e, ||row_i(W)|| rho) + local,    rho' = min(||W|| rho + ||local||, ||e'||).
+
+    At a sum the errors add up, with the rounding of the sum. All coordinates count, also those that
+    are constant in exact arithmetic: rounding may move them. Computed in float64, rounded up.
+
+    Args:
+        graph: its arrays in float64.
+        boxes: ``boxes[i]`` contains the exact value of node i.
+        arithmetics: as `arithmetics_of` returns them.
+        global_norms: proven upper bounds of the whole norms, one per linear node.
+        view: of the walk.
+
+    Returns:
+        Of the shape of the last node, float64; infinity where a number may overflow.
+    """
+    errors: list[jax.Array] = []
+    totals: list[jax.Array] = []
+    norm_of = dict(zip(graph.linear, global_norms, strict=True))
+    for i, node in enumerate(graph.nodes):
+        sources = [errors[j] for j in node.inputs]
+        lengths = [totals[j] for j in node.inputs]
+        if isinstance(node, Input):
+            error, total = jnp.zeros(node.shape), jnp.zeros(())
+        elif isinstance(node, Rearrange):
+            error = node.linear(*sources)
+            spread = math.sqrt(node.copies)
+            length = OUTWARD.up(jnp.sqrt(sum(t**2 for t in lengths)) * spread, len(lengths))
+            total = jnp.minimum(length, OUTWARD.norm(error))
+        elif isinstance(node, Activation):
+            error = node.rule.rounding(sources[0])
+            total = jnp.minimum(lengths[0], OUTWARD.norm(error))
+        elif isinstance(node, Add):
+            error, total = _sum_error(node, boxes[i], sources, lengths, arithmetics[i])
+        else:
+            assert isinstance(node, Linear)
+            before = boxes[node.inputs[0]]
+            error, total = _linear_error(
+                node, before, sources[0], lengths[0], arithmetics[i], norm_of[i], view
+            )
+        errors.append(error)
+        totals.append(total)
+    return errors[-1]
+
+
+def _linear_error(node: Linear, box, error, total, arithmetics, whole, view):
+    if not arithmetics:  # the identity that stands behind a function without a last linear node
+        return error, total
+    lower, upper = box
+    operator = view(node.operator, lower)
+    size = jnp.maximum(jnp.abs(lower), jnp.abs(upper)) + error
+    # The program's own inner products: a view may spell them out as longer ones, with zeros.
+    terms = terms_of(node.operator, lower)
+    magnitude = operator.absolute(size)
+    if operator.bias is not None:
+        magnitude = magnitude + jnp.abs(jnp.broadcast_to(operator.bias, magnitude.shape))
+    smallest = max(a.smallest for a in arithmetics)
+    largest_entry = jnp.max(jnp.abs(operator.kernel))
+    underflow = smallest * (terms + 2) * (1 + largest_entry + jnp.max(size))
+    local = relative(arithmetics, terms, node.roundings) * magnitude + underflow
+    rows = operator.row_norms(jnp.ones(lower.shape, bool))
+    carried = jnp.minimum(operator.absolute(error), rows * total)
+    grown = OUTWARD.up(carried + local, lower.size)
+    length = OUTWARD.up(whole * total + OUTWARD.norm(local), lower.size)
+    length = jnp.minimum(length, OUTWARD.norm(grown))
+    largest = min(a.largest for a in arithmetics)
+    fits = OUTWARD.up(magnitude + grown, lower.size) < largest
+    return jnp.where(fits, grown, jnp.inf), length
+
+
+def _sum_error(node: Add, box, sources, lengths, arithmetics):
+    past, length = sources[0], lengths[0]
+    for error, other in zip(sources[1:], lengths[1:], strict=True):
+        past, length = past + error, length + other
+    if not arithmetics:  # a change of sign, or a widening cast: exact
+        return past, length
+    unit = sum(a.output for a in arithmetics) + node.roundings * arithmetics[0].output
+    smallest = max(a.smallest for a in arithmetics)
+    lower, upper = box
+    size = jnp.maximum(jnp.abs(lower), jnp.abs(upper)) + past
+    constant = 0.0
+    if node.constant is not None:
+        constant = jnp.abs(jnp.broadcast_to(node.constant, node.shape))
+    local = unit * (1 + unit) * (size + 2 * node.roundings * constant) + 4 * smallest
+    grown = OUTWARD.up(past + local, 2)
+    total = OUTWARD.up(length + OUTWARD.norm(local), 2)
+    fits = OUTWARD.up(size + grown, 2) < min(a.largest for a in arithmetics)
+    return jnp.where(fits, grown, jnp.inf), jnp.minimum(total, OUTWARD.norm(grown))
