@@ -8,13 +8,14 @@ Medians over the images:
 
 - *Lipschitz, global / local*: bound from the input to the penultimate activation, over the largest norm of its Jacobian
   found in the ball by gradient ascent (`lower bound`). ("bcp" has the constant of "global", "linear" that of "local".)
-- *linear part*: norm of P_0 (`lipjax.slopes`, mode "local"), the network with every activation replaced by its mean slope,
+- *linear part*: norm of P_0 (`lipjax.bounds.relaxed`, mode "local"), the network with every activation replaced by its mean slope,
   over the product of the layers' norms: no norm of products of layers, plus what the activations' errors add, is smaller.
 - *margin, by bound*: how far the bound lets a rival gain on the label, over the largest gain found by projected gradient
   ascent from the center and random starts; mean over the rivals. 1 would be a bound that nothing can improve.
 """
 
 import argparse
+import dataclasses
 import functools
 
 import jax
@@ -23,7 +24,8 @@ import numpy as np
 from ml_collections import ConfigDict
 
 import lipjax
-from lipjax import operators, regions, rounding, slopes, spectral, training
+from lipjax import bounds, spectral, training
+from lipjax.graph.linear import LinearOperator
 from lipjax.checkpoints import Checkpoints, load_config
 
 STEPS, STARTS, ITERATIONS = 40, 4, 60
@@ -40,7 +42,7 @@ def main(arguments: list[str] | None = None) -> None:
     head += (
         [f"Lipschitz, {mode}" for mode in ("global", "local")]
         + ["linear part"]
-        + [f"margin, {mode}" for mode in regions.MODES]
+        + [f"margin, {mode}" for mode in bounds.MODES]
     )
     print(f"{options.examples} test images, estimates, seed {options.seed}\n")
     print("| " + " | ".join(head) + " |\n|" + "---|" * len(head))
@@ -63,7 +65,7 @@ def gaps(network, images, labels, epsilon: float, key) -> dict[str, float]:
     columns = {"lower bound": _lower_bounds(network, images, epsilon, keys)}
     found = _found_gains(network, images, labels, epsilon, keys)
     margins = {}
-    for mode in regions.MODES:
+    for mode in bounds.MODES:
         lipschitz, gains, linear_part = _bounds(network, images, labels, epsilon, mode=mode)
         if mode == "local":
             product = {"linear part": linear_part / lipschitz}
@@ -76,20 +78,16 @@ def gaps(network, images, labels, epsilon: float, key) -> dict[str, float]:
 @functools.partial(jax.jit, static_argnames="mode")
 def _bounds(network, images, labels, epsilon, *, mode):
     """Lipschitz bounds ``(N,)``, what each rival can gain on the label, ``(N, classes)``, and the norms of P_0, ``(N,)``."""
-    layers = regions.layers_of(network)
-    last = max(i for i, layer in enumerate(layers) if operators.is_affine(layer))
 
     def one(x, label):
         bound = lipjax.bound(network, x, epsilon, mode=mode, iterations=ITERATIONS)
-        inputs, like = (bound.input, *bound.regions[:last]), bound.penultimate.center
-        stages = slopes.stages_of(
-            layers[:last], inputs, bound.norms, rounding.EXACT, lambda layer, _: operators.linear_operator(layer)
-        )
+        like = bound.penultimate.center
+        reverse = bounds.margins.reverse_of(bound)
         # The map whose matrix is P_0^T; its norm is that of P_0.
-        back = operators.LinearOperator(lambda _, d: slopes.carried_back(stages, d, rounding.EXACT)[0], jnp.ones(()))
+        back = LinearOperator(lambda _, d: reverse.carried(d)[0], jnp.ones(()))
         start = jax.random.normal(jax.random.key(0), like.shape)
         linear_part, _ = spectral.power_iteration(back, start, ITERATIONS)
-        return bound.lipschitz, lipjax.worst_logits(network, bound, label) - bound.logits, linear_part
+        return bound.lipschitz, lipjax.worst_logits(bound, label) - bound.logits, linear_part
 
     return jax.vmap(one)(images, labels)
 
@@ -136,11 +134,8 @@ def _found_gains(network, images, labels, epsilon, keys):
 @jax.jit
 def _lower_bounds(network, images, epsilon, keys):
     """The largest ``||J(x')||`` met in the ball, J the Jacobian of the penultimate activation; ``(N,)``."""
-    layers = regions.layers_of(network)
-    last = max(i for i, layer in enumerate(layers) if operators.is_affine(layer))
-
-    def features(z):
-        return regions.through(layers[:last], z)
+    graph = bounds.graph_of(network, images[0])
+    features = dataclasses.replace(graph, nodes=graph.nodes[:-1])
 
     def one(arguments):
         x, key = arguments

@@ -120,7 +120,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--data_dir", help="where TFDS keeps its sets, if not where training found them")
     parser.add_argument("--examples", type=int, help="images per network; default 32")
     parser.add_argument("--tiers", default=",".join(lipjax.certificates.TIERS))
-    parser.add_argument("--mode", default="local", choices=lipjax.regions.MODES, help="bound of the certificates")
+    parser.add_argument("--mode", default="local", choices=lipjax.bounds.MODES, help="bound of the certificates")
     parser.add_argument("--failure_probability", type=float, default=1e-6, help="of each row of a probabilistic tier")
     parser.add_argument("--batch_size", type=int, default=16, help="of certification; no influence on the result")
     parser.add_argument("--seed", type=int, default=0, help="of networks, images, draws and attacks")

@@ -576,7 +576,8 @@ def _certifiable(network, images, tier, failure_probability, arithmetic) -> Grap
         )
     if not 0 < failure_probability < 1:
         raise ValueError(f"failure_probability must lie in (0, 1), got {failure_probability}.")
-    graph = bounds.graph_of(network, _example(images, arithmetic))
+    with jax.enable_x64(arithmetic == "float64" or jax.config.jax_enable_x64):  # type: ignore[attr-defined]
+        graph = bounds.graph_of(network, _example(images, arithmetic))
     for node in graph.nodes:
         for leaf in jax.tree.leaves(node):
             if not np.all(np.isfinite(np.asarray(leaf, np.float64))):
@@ -585,8 +586,8 @@ def _certifiable(network, images, tier, failure_probability, arithmetic) -> Grap
 
 
 def _example(images: np.ndarray, arithmetic: str | None) -> jax.ShapeDtypeStruct:
-    """One image as this process gives it to the network."""
-    dtype = jax.dtypes.canonicalize_dtype(images.dtype)
+    """One image as it is given to the network: by this process, or in the arithmetic that is declared."""
+    dtype = np.dtype(arithmetic) if arithmetic == "float64" else jax.dtypes.canonicalize_dtype(images.dtype)
     return jax.ShapeDtypeStruct(images.shape[1:], dtype)
 
 

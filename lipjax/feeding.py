@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from lipjax import data, pipeline, regions
+from lipjax import bounds, data, pipeline
 
 # Steps in one call of the device, at most.
 CALL = 32
@@ -181,7 +181,7 @@ class Keeper:
     """
 
     def __init__(self, config, examples: int, mesh: Mesh, most: int):
-        self.host = config.vectors.store == "host" and "local" in regions.VECTORS_OF[config.bound.mode]
+        self.host = config.vectors.store == "host" and "local" in bounds.mode_of(config.bound.mode).vectors
         if self.host and jax.process_count() > 1:
             raise ValueError(
                 "vectors.store 'host' is for one process: with several give 'example', which splits the vectors over all "

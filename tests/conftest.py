@@ -26,6 +26,8 @@ import pytest
 from flax import nnx
 
 import lipjax
+from lipjax import bounds, rounding
+from lipjax.graph import trace
 
 # The same examples every time on one installation (hypothesis takes some constants from what is imported), as everything
 # here is reproducible; no shrinking, which compiles for many minutes: a test prints what failed.
@@ -175,6 +177,30 @@ def proven_norm(k, operator, like, mask_in, mask_out):
     if mask_out is not None:
         matrix = matrix * np.asarray(mask_out).reshape(-1, 1)
     return jax.numpy.asarray(np.linalg.norm(matrix, 2) * (1 + 1e-12)), None
+
+
+def operator_of(layer, shape=None):
+    """The linear map of one layer, for an example of this shape (8 along each axis of space)."""
+    if shape is None and isinstance(layer, nnx.Conv):
+        shape = (*(8 for _ in layer.kernel_size), layer.in_features)
+    dtypes = [leaf.dtype for leaf in jax.tree.leaves(layer)] or [jax.numpy.zeros(()).dtype]
+    like = jax.ShapeDtypeStruct(shape or (layer.in_features,), dtypes[0])
+    graph = trace(layer, like, batched=False)
+    (found,) = (graph.nodes[i] for i in graph.linear)
+    return found.operator
+
+
+def proven_norms(graph) -> list:
+    """`proven_norm` of each linear node, whole."""
+    nodes = [graph.nodes[i] for i in graph.linear]
+    likes = [jax.ShapeDtypeStruct(graph.nodes[n.inputs[0]].shape, jax.numpy.float64) for n in nodes]
+    return [proven_norm(0, n.operator, like, None, None)[0] for n, like in zip(nodes, likes, strict=True)]
+
+
+def outward_bound(graph, x, epsilon, mode, arithmetic=rounding.OUTWARD):
+    """The bound of a graph in float64 by proven norms, rounded outwards unless said otherwise."""
+    walk = bounds.Walk(graph, bounds.mode_of(mode), proven_norm, proven_norm, arithmetic=arithmetic)
+    return walk(jax.numpy.asarray(x, jax.numpy.float64), epsilon)
 
 
 def largest_by_bisection(d, radius, low, high):

@@ -17,12 +17,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import ROOT, SHARED, dense_matrix
+from conftest import ROOT, SHARED, dense_matrix, operator_of
 from flax import linen, nnx
 from test_regions import golden_net, jitted_bound, nhwc
 
 import lipjax
-from lipjax import bridges, regions, storage
+from lipjax import bridges, storage
 
 GOLDEN = SHARED / "golden"
 
@@ -427,7 +427,7 @@ def test_a_folded_network_has_the_same_logits_on_the_same_pixels(case):
     images = np.random.default_rng(0).uniform(0, 1, (4, 6, 6, 2)).astype(np.float32)
     ours, theirs = (np.asarray(jitted(n, images)) for n in (folded, network))
     np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=2e-6 * np.abs(theirs).max())
-    regions.layers_of(folded)  # every layer is known to the bounds
+    lipjax.trace(folded, jnp.zeros((6, 6, 2)))  # every layer is known to the bounds
 
 
 def test_what_is_left_of_a_normalisation_before_zero_padding_has_norm_1():
@@ -439,7 +439,7 @@ def test_what_is_left_of_a_normalisation_before_zero_padding_has_norm_1():
 
 def test_the_view_of_a_scale_of_any_sign_is_its_matrix():
     layer = lipjax.Normalize.of([-2.0, 0.0, 0.5], [1.0, 2.0, 3.0])
-    view, mask = lipjax.linear_operator(layer), np.arange(12).reshape(2, 2, 3) % 5 != 0
+    view, mask = operator_of(layer, (2, 2, 3)), np.arange(12).reshape(2, 2, 3) % 5 != 0
     matrix = dense_matrix(lambda x: layer(x) - layer(jnp.zeros((2, 2, 3))), (2, 2, 3))
     np.testing.assert_array_equal(dense_matrix(view, (2, 2, 3)), matrix)
     np.testing.assert_array_equal(dense_matrix(view.absolute, (2, 2, 3)), np.abs(matrix))

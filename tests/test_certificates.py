@@ -61,7 +61,7 @@ ARCHITECTURES = dict(
     channels=st.sampled_from([2, 4]),
     activation=st.sampled_from(ACTIVATIONS),
     tier=st.sampled_from(TIERS),
-    mode=st.sampled_from(lipjax.regions.MODES),
+    mode=st.sampled_from(lipjax.bounds.MODES),
     hidden=st.booleans(),
 )
 # A net whose neurons are all off for most images: ties.

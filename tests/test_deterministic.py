@@ -13,13 +13,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import ROOT, operator_of
 from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import lipjax
 from lipjax import deterministic
+from lipjax.graph.linear import Convolution, LinearOperator
 
 # What an accepted first attempt inflates the norm by, and what Gram iteration may.
 ATTEMPT = deterministic.INFLATIONS[0] ** 0.5 + 1e-6
@@ -40,18 +40,18 @@ def convolution(settings, shape, features=4):
     zeros = nnx.initializers.zeros
     layer = nnx.Conv(shape[-1], features, rngs=nnx.Rngs(0), param_dtype=jnp.float64, kernel_init=zeros, **settings)
     kernel = np.random.default_rng(0).normal(size=layer.kernel.shape)
-    return with_kernel(lipjax.linear_operator(layer), kernel), jax.ShapeDtypeStruct(shape, jnp.float64)
+    return with_kernel(operator_of(layer, shape), kernel), jax.ShapeDtypeStruct(shape, jnp.float64)
 
 
 def with_kernel(operator, kernel):
-    return lipjax.LinearOperator(operator.apply, jnp.asarray(kernel))
+    return LinearOperator(operator.apply, jnp.asarray(kernel))
 
 
 def explicit(matrix):
     """A map with this matrix."""
     rows, columns = matrix.shape
     like = jax.ShapeDtypeStruct((columns,), jnp.float64)
-    return lipjax.LinearOperator.from_matrix(jnp.asarray(matrix), (columns,), (rows,)), like
+    return LinearOperator.from_matrix(jnp.asarray(matrix), (columns,), (rows,)), like
 
 
 @jax.jit
@@ -221,14 +221,14 @@ def test_the_circular_bound_is_the_norm_of_the_circle_that_contains_the_convolut
         -(-((n - 1) * spread + 1 + e) // s) * s
         for n, spread, e, s in zip(shape, apply.input_dilation, extents, apply.strides, strict=False)
     ]
-    circle = lipjax.operators.Convolution(
+    circle = Convolution(
         apply.strides, "CIRCULAR", (1,) * len(grid), apply.dilation, groups=apply.groups
     )
     on_circle = jax.ShapeDtypeStruct((*grid, shape[-1]), jnp.float64)
     for seed in range(3):
         kernel = np.random.default_rng(seed).normal(size=operator.kernel.shape)
         found = bound(with_kernel(operator, kernel))
-        around = matrix_of(lipjax.LinearOperator(circle, jnp.asarray(kernel)), on_circle)
+        around = matrix_of(LinearOperator(circle, jnp.asarray(kernel)), on_circle)
         inside = matrix_of(with_kernel(operator, kernel), like)
         truth = np.linalg.norm(around, 2)
         assert np.linalg.norm(inside, 2) * (1 - 1e-12) <= found <= GRAM * truth
@@ -431,7 +431,7 @@ def test_degenerate_kernels_and_masks_never_give_a_number_too_small(x64):
 @pytest.mark.parametrize("function", ["schur_bound", "dense_norm_bound", "masked_convolution_norm_bound", "norm_bound"])
 def test_unsuitable_arguments_are_errors(function):
     bound = getattr(deterministic, function)
-    single = lipjax.linear_operator(nnx.Conv(1, 1, (3,), rngs=nnx.Rngs(0)))
+    single = operator_of(nnx.Conv(1, 1, (3,), rngs=nnx.Rngs(0)))
     with pytest.raises(ValueError, match=r"float32.*enable x64"):
         bound(single, jnp.zeros((5, 1)))
     with jax.enable_x64(True):

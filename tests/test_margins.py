@@ -8,9 +8,8 @@ from conftest import largest_by_bisection
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lipjax import rounding, slopes
-from lipjax.margins import ascent, margin
-from lipjax.regions import Region
+from lipjax import rounding
+from lipjax.bounds import Region, ascent, margin, relaxed
 
 
 @settings(max_examples=60, deadline=None)
@@ -85,7 +84,7 @@ def of_ascent(d, reach, radius):
 
 
 def of_largest_product(d, reach, radius):
-    return slopes.largest_product(d, reach, radius, rounding.EXACT)
+    return relaxed.largest_product(d, reach, radius, rounding.EXACT)
 
 
 @pytest.mark.parametrize("function", [of_ascent, of_largest_product])

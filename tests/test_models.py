@@ -10,7 +10,7 @@ from conftest import ACTIVATIONS
 from flax import nnx
 
 import lipjax
-from lipjax import models, regions
+from lipjax import bounds, models
 
 # (channels, kernel, stride, padding) of the convolutions, widths of the hidden dense layers, and the initial thresholds
 # of each activation: as METHOD 6 lists them, written out again here and not taken from the code.
@@ -137,13 +137,15 @@ def test_published_networks_start_with_the_published_variance_and_thresholds(nam
 def test_the_other_small_networks_have_their_layers_behind_a_normalisation(name, orthogonal):
     settings = {"mean": (0.2, 0.4), "deviation": (0.5,) * 2, "orthogonal": orthogonal, "activation": "maxmin"}
     network = models.build(name, classes=3, input_shape=(6, 4, 2), rngs=nnx.Rngs(0), **settings)
-    first, *layers = lipjax.regions.layers_of(network)
+    first, *layers = network.layers
     assert type(first) is lipjax.Normalize
     dense, conv = (lipjax.CayleyLinear, lipjax.AOLConv) if orthogonal else (nnx.Linear, nnx.Conv)
     kinds = [lipjax.Flatten, *[dense, lipjax.MaxMin] * 2, nnx.Linear]
     if name == "small_residual":
-        marks = [type(lipjax.operators.FORK), conv, lipjax.MaxMin, conv, type(lipjax.operators.JOIN), lipjax.MaxMin]
-        kinds = [conv, lipjax.MaxMin, *marks * 2, lipjax.Flatten, dense, lipjax.MaxMin, nnx.Linear]
+        block = [lipjax.Residual, lipjax.MaxMin]
+        kinds = [conv, lipjax.MaxMin, *block * 2, lipjax.Flatten, dense, lipjax.MaxMin, nnx.Linear]
+        inside = [type(layer) for layer in layers[2].branch.layers]
+        assert inside == [conv, lipjax.MaxMin, conv]
     assert [type(layer) for layer in layers] == kinds
     assert jax.eval_shape(call, network, jax.ShapeDtypeStruct((5, 6, 4, 2), jnp.float32)).shape == (5, 3)
 
@@ -179,7 +181,7 @@ def test_a_stem_takes_patches_apart_in_front_of_the_pairs():
     convs = [layer for layer in network.layers if type(layer) is nnx.Conv]
     assert convs[0].kernel_size == (5, 5) and convs[0].strides in (5, (5, 5))
     assert [conv.out_features for conv in convs] == [2, 2, 2, 4, 4]
-    assert regions.vector_shapes(network, (30, 30, 3))[:3] == ((30, 30, 3), (6, 6, 2), (6, 6, 2))
+    assert bounds.vector_shapes(network, (30, 30, 3))[:3] == ((30, 30, 3), (6, 6, 2), (6, 6, 2))
     assert len([layer for layer in without.layers if type(layer) is nnx.Conv]) == 4
     with pytest.raises(ValueError, match="stem must be the side of a patch, or 0 for none, got -1"):
         make(stem=-1)

@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 
 import lipjax
-from lipjax import onnx_export, operators, storage
+from lipjax import layers, onnx_export, storage
 
 SHAPE = (7, 6, 4)
 
@@ -59,7 +59,7 @@ def computed(path, images):
 
 
 def test_every_layer_that_is_stored_has_a_rule_and_is_compared_here():
-    kinds = {type(layer()) for layer in LAYERS.values()} - {operators.Residual}
+    kinds = {type(layer()) for layer in LAYERS.values()} - {layers.Residual}
     own = {kind for kind in onnx_export.nodes.registry if kind.__module__.partition(".")[0] in ("lipjax", "flax")}
     assert kinds == own  # whatever other tests have registered
     assert kinds == {kind.type for kind in storage.KINDS.values()}

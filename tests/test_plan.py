@@ -12,7 +12,7 @@ import optax
 import pytest
 from conftest import ROOT
 
-from lipjax import data, feeding, plan, regions, training
+from lipjax import bounds, data, feeding, plan, training
 from lipjax.configs import baselines, cifar10_maxmin, digits, imagenet, tiny_imagenet_maxmin
 
 SHAPE, CLASSES, EXAMPLES = (8, 8, 1), 10, 100
@@ -73,7 +73,7 @@ def test_rows_are_equal_stripes_and_images_and_vectors_have_so_many():
 
 
 def _shapes(config):
-    return regions.vector_shapes(training.build_network(config, SHAPE, CLASSES), SHAPE)
+    return bounds.vector_shapes(training.build_network(config, SHAPE, CLASSES), SHAPE)
 
 
 def test_a_store_on_the_host_keeps_all_rows_there_and_those_of_one_call_on_the_devices():

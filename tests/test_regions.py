@@ -12,7 +12,8 @@ from conftest import ACTIVATIONS, cast64, dense_matrix, tiny_net
 from flax import nnx
 
 import lipjax
-from lipjax import losses, operators, regions
+from lipjax import bounds, losses
+from lipjax.graph import Activation, Linear, TraceError
 
 CONVERGED = 400
 # Each mode with the activations whose rules it treats in its own way; compiling is what these tests cost.
@@ -41,20 +42,17 @@ def images(count, seed=0, shape=(6, 6, 2)):
 def test_each_norm_is_the_spectral_norm_of_the_explicit_masked_matrix(x64, activation, mode):
     net, x, epsilon = cast64(tiny_net(activation)), jnp.asarray(images(1)[0]), 0.15
     bound = jitted_bound(net, x, epsilon, mode=mode, iterations=4000)
-    layers = regions.layers_of(net)
-    before = regions.Region(x, epsilon, x - epsilon, x + epsilon)
-    k = 0
-    for i, layer in enumerate(layers[:-1]):
-        if operators.is_affine(layer):
-            matrix = dense_matrix(operators.linear_operator(layer), before.center.shape)
-            if mode not in ("global", "bcp"):
-                columns = np.asarray(before.varies).reshape(-1)
-                rows = naive_rows(activation, bound.regions[i], layers[i + 1], mode)
-                matrix = matrix[rows][:, columns]
-            expected = np.linalg.svd(matrix, compute_uv=False)[0] if matrix.size else 0.0
-            np.testing.assert_allclose(bound.norms[k], expected, rtol=1e-6)
-            k += 1
-        before = bound.regions[i]
+    nodes = bound.graph.nodes
+    for k, i in enumerate(bound.graph.linear[:-1]):
+        before = bound.regions[nodes[i].inputs[0]]
+        matrix = dense_matrix(nodes[i].operator, before.center.shape)
+        if mode not in ("global", "bcp"):
+            columns = np.asarray(before.varies).reshape(-1)
+            assert isinstance(nodes[i + 1], Activation)
+            rows = naive_rows(activation, bound.regions[i], nodes[i + 1].rule, mode)
+            matrix = matrix[rows][:, columns]
+        expected = np.linalg.svd(matrix, compute_uv=False)[0] if matrix.size else 0.0
+        np.testing.assert_allclose(bound.norms[k], expected, rtol=1e-6)
     np.testing.assert_allclose(bound.lipschitz, np.prod(bound.norms), rtol=1e-12)
 
 
@@ -87,7 +85,7 @@ def test_every_region_contains_what_sampling_reaches(x64, activation, mode):
         directions = rng.normal(size=(300, *x.shape))
         directions *= epsilon / np.linalg.norm(directions.reshape(300, -1), axis=1)[:, None, None, None]
         h = x + jnp.asarray(directions)
-        for layer, region in zip(net.layers, bound.regions, strict=True):
+        for layer, region in zip(net.layers, bound.regions[1:], strict=True):
             h = jax.vmap(layer)(h)
             moved = np.linalg.norm(np.asarray(h - region.center).reshape(300, -1), axis=1)
             assert np.all(region.radius * (1 + 1e-6) - moved >= 0)
@@ -100,7 +98,7 @@ def test_local_is_at_most_paper_is_at_most_bcp_is_at_most_global(x64, activation
     net = cast64(tiny_net(activation, seed=3))
     for x, epsilon in itertools.product(jnp.asarray(images(4, seed=4)), [0.01, 0.1, 0.5, 2.0]):
         found = [jitted_bound(net, x, epsilon, mode=m) for m in ("local", "paper", "bcp", "global")]
-        margins = [jitted_worst(net, b, 0) for b in found]
+        margins = [jitted_worst(b, 0) for b in found]
         for smaller, larger, tight, loose in zip(found, found[1:], margins, margins[1:], strict=False):
             assert smaller.lipschitz <= larger.lipschitz * (1 + 1e-6)
             assert smaller.penultimate.radius <= larger.penultimate.radius * (1 + 1e-6)
@@ -122,7 +120,7 @@ def test_gradient_of_the_bound_is_that_of_finite_differences(x64, mode):
     @jax.jit
     def objective(net):
         bound = lipjax.bound(net, x, 0.1, mode=mode, iterations=800)
-        return jnp.max(lipjax.worst_logits(net, bound, 1)) + bound.lipschitz + losses.sparsity(net, bound)
+        return jnp.max(lipjax.worst_logits(bound, 1)) + bound.lipschitz + losses.sparsity(bound)
 
     gradient = jax.grad(objective)(net)
     leaves, structure = jax.tree.flatten(net)
@@ -158,8 +156,8 @@ def test_value_and_gradient_are_finite_in_degenerate_cases(activation, mode):
 
     def objective(net, epsilon):
         bound = lipjax.bound(net, x, epsilon, mode=mode, iterations=2)
-        loss = losses.bcp(net, bound, 0, 0.3) + losses.gloro(net, bound, 1) + losses.sparsity(net, bound)
-        return loss, (bound, lipjax.worst_logits(net, bound, 0))
+        loss = losses.bcp(bound, 0, 0.3) + losses.gloro(bound, 1) + losses.sparsity(bound)
+        return loss, (bound, lipjax.worst_logits(bound, 0))
 
     run = jax.jit(jax.value_and_grad(objective, has_aux=True))
     for case, net, epsilon in (
@@ -196,14 +194,14 @@ def batch_of_bounds(net, x, epsilon, mode, iterations):
 
 
 @jax.jit
-@functools.partial(jax.vmap, in_axes=(None, 0, 0))
-def golden_values(net, bound, label):
+@jax.vmap
+def golden_values(bound, label):
     return {
-        "worst_bcp": lipjax.worst_logits(net, bound, label),
-        "worst_gloro": losses.gloro_logits(net, bound, label),
-        "loss_bcp": losses.bcp(net, bound, label, 0.0),
-        "loss_gloro": losses.gloro(net, bound, label),
-        "sparse": losses.sparsity(net, bound),
+        "worst_bcp": lipjax.worst_logits(bound, label),
+        "worst_gloro": losses.gloro_logits(bound, label),
+        "loss_bcp": losses.bcp(bound, label, 0.0),
+        "loss_gloro": losses.gloro(bound, label),
+        "sparse": losses.sparsity(bound),
     }
 
 
@@ -236,16 +234,16 @@ def equals_golden(file):
         i = entry["i"]
         if f"ibpmu{i}" not in file:
             continue
-        region = bound.regions[i]
+        region = bound.regions[i + 1]
         equal((region.lower + region.upper) / 2, nhwc(file[f"ibpmu{i}"]))
         equal((region.upper - region.lower) / 2, nhwc(file[f"ibpr{i}"]))
         equal(bound.norms[k], file[f"lsn{i}"])
         equal(glob.norms[k], file[f"gsn{i}"])
         mask = next(name for name in (f"mask{i}", f"mask{i + 1}") if name in file)
-        assert np.array_equal(bound.regions[position + 1].varies, nhwc(file[mask]).astype(bool))
+        assert np.array_equal(bound.regions[position + 2].varies, nhwc(file[mask]).astype(bool))
         k += 1
 
-    for name, values in golden_values(net, bound, y).items():
+    for name, values in golden_values(bound, y).items():
         if name in file:
             equal(jnp.mean(values) if name.startswith(("loss", "sparse")) else values, file[name])
     assert {"worst_bcp", "worst_gloro", "loss_bcp", "loss_gloro"} <= set(file)
@@ -293,23 +291,25 @@ def golden_net(file) -> nnx.Sequential:
     return nnx.Sequential(*layers)
 
 
-class Unknown(nnx.Module):
-    def __call__(self, x):
-        return 3 * x
-
-
 class Doubled(nnx.Linear):
-    """A subclass that computes something else: its parent's view would be wrong by a factor."""
+    """A subclass that computes something else than its parent."""
 
     def __call__(self, x, **kwargs):
         return 2 * super().__call__(x, **kwargs)
 
 
-@pytest.mark.parametrize("layer", [Unknown(), nnx.relu, Doubled(3, 3, rngs=nnx.Rngs(0)), nnx.Dropout(0.1)])
-def test_an_unregistered_layer_is_an_error_that_names_it(layer):
-    net = nnx.Sequential(nnx.Linear(3, 3, rngs=nnx.Rngs(0)), layer, nnx.Linear(3, 2, rngs=nnx.Rngs(0)))
-    name = getattr(layer, "__name__", type(layer).__name__)
-    with pytest.raises(TypeError, match=f"layer 1.*{name}.*not known"):
+def test_what_is_bounded_is_what_is_computed_whatever_its_class_is(x64):
+    layer = cast64(Doubled(3, 3, use_bias=False, rngs=nnx.Rngs(0)))
+    last = cast64(nnx.Linear(3, 2, rngs=nnx.Rngs(0)))
+    bound = lipjax.bound(nnx.Sequential(layer, lipjax.ReLU(), last), jnp.ones(3), 0.1, mode="global", iterations=300)
+    truth = 2 * np.linalg.norm(np.asarray(layer.kernel[...]), 2)
+    np.testing.assert_allclose(np.prod(bound.norms), truth, rtol=1e-9)
+
+
+@pytest.mark.parametrize("function", [jnp.sin, lambda x: x * x, lambda x: x / jnp.sum(x), jnp.argsort])
+def test_what_has_no_bound_is_an_error_that_names_it_and_the_line(function):
+    net = nnx.Sequential(nnx.Linear(3, 3, rngs=nnx.Rngs(0)), function, nnx.Linear(3, 2, rngs=nnx.Rngs(0)))
+    with pytest.raises(TraceError, match=r"no bound for `(sin|mul|div|iota|sort|integer_pow|square)`"):
         lipjax.bound(net, jnp.ones(3), 0.1)
 
 
@@ -318,9 +318,9 @@ def test_bad_arguments_are_errors_that_name_the_value():
     for epsilon in (-0.1, float("nan"), float("inf")):
         with pytest.raises(ValueError, match=str(epsilon)):
             lipjax.bound(net, x, epsilon)
-    with pytest.raises(ValueError, match=r"layer 0, Conv.*shape"):
+    with pytest.raises(ValueError, match=r"neither one example of shape \(6, 6, 3\)"):
         lipjax.bound(net, jnp.ones((6, 6, 3)), 0.1)
-    with pytest.raises(ValueError, match="layer 0, Conv"):
+    with pytest.raises(ValueError, match="shape"):
         lipjax.bound(net, jnp.ones((5, 6, 6, 2)), 0.1)
     with pytest.raises(ValueError, match="'locale'"):
         lipjax.bound(net, x, 0.1, mode="locale")
@@ -329,17 +329,13 @@ def test_bad_arguments_are_errors_that_name_the_value():
     with pytest.raises(TypeError, match="int32"):
         lipjax.bound(net, jnp.ones((6, 6, 2), jnp.int32), 0.1)
     with pytest.raises(ValueError, match=r"0\.\.3"):
-        lipjax.worst_logits(net, lipjax.bound(net, x, 0.1), 4)
-    with pytest.raises(TypeError, match=r"nnx.Sequential.*Linear"):
-        lipjax.bound(nnx.Linear(3, 3, rngs=nnx.Rngs(0)), jnp.ones(3), 0.1)
-    with pytest.raises(TypeError, match="end in an affine layer"):
-        lipjax.bound(nnx.Sequential(nnx.Linear(3, 3, rngs=nnx.Rngs(0)), lipjax.ReLU()), jnp.ones(3), 0.1)
+        lipjax.worst_logits(lipjax.bound(net, x, 0.1), 4)
 
 
 def test_a_nan_in_the_input_spreads_and_is_never_masked_away():
     net = tiny_net("clipped_relu")
     bound = lipjax.bound(net, jnp.full((6, 6, 2), jnp.nan), 0.1)
-    assert np.isnan(lipjax.worst_logits(net, bound, 0)[1:]).all()
+    assert np.isnan(lipjax.worst_logits(bound, 0)[1:]).all()
     assert all(np.all(region.varies) for region in bound.regions)  # so nothing was removed from any norm
 
 
@@ -353,7 +349,7 @@ def test_nested_sequences_and_a_flatten_in_front_of_the_activation_change_nothin
     for mode in ("paper", "local", "linear"):
         ours, theirs = (jitted_bound(n, x, 0.2, mode=mode) for n in (other, cast64(short)))
         np.testing.assert_allclose(ours.norms, theirs.norms, rtol=1e-9)
-        np.testing.assert_allclose(jitted_worst(other, ours, 0), jitted_worst(cast64(short), theirs, 0), rtol=1e-9)
+        np.testing.assert_allclose(jitted_worst(ours, 0), jitted_worst(theirs, 0), rtol=1e-9)
 
 
 @pytest.mark.parametrize("mode", ["paper", "local"])
@@ -365,7 +361,7 @@ def test_two_affine_layers_in_a_row_are_bounded(x64, mode):
     bound = jitted_bound(net, x, epsilon, mode=mode)
     steps = np.random.default_rng(1).normal(size=(500, 5))
     h = x + jnp.asarray(epsilon * steps / np.linalg.norm(steps, axis=1, keepdims=True))
-    for layer, region in zip(net.layers, bound.regions, strict=True):
+    for layer, region in zip(net.layers, bound.regions[1:], strict=True):
         h = layer(h)
         moved = np.linalg.norm(np.asarray(h - region.center), axis=1)
         assert np.all(region.radius * (1 + 1e-9) - moved >= 0)
@@ -378,9 +374,7 @@ def test_logits_with_more_than_one_axis_are_an_error():
     net = nnx.Sequential(
         nnx.Conv(2, 3, (3, 3), rngs=nnx.Rngs(0)), lipjax.ReLU(), nnx.Conv(3, 4, (1, 1), rngs=nnx.Rngs(0))
     )
-    with pytest.raises(ValueError, match=r"one axis.*\(6, 6, 4\).*Flatten"):
+    with pytest.raises((TypeError, ValueError), match=r"\(6, 6, 4\)"):
         lipjax.bound(net, jnp.ones((6, 6, 2)), 0.1)
     with pytest.raises(ValueError, match="'locale'"):
-        regions.initial_vectors(tiny_net("relu"), (6, 6, 2), mode="locale")
-    with pytest.raises(ValueError, match="'locale'"):
-        regions.walk(regions.layers_of(net), jnp.ones((6, 6, 2)), 0.1, "locale", None, None)
+        bounds.mode_of("locale")

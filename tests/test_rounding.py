@@ -9,15 +9,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import ACTIVATIONS, cast64, exact_layers, make_activation, proven_norm, rational
+from conftest import (
+    ACTIVATIONS,
+    cast64,
+    exact_layers,
+    make_activation,
+    outward_bound,
+    proven_norms,
+    rational,
+)
 from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import lipjax
-from lipjax import operators, regions, rounding
-from lipjax.margins import ascent
-from lipjax.regions import Region
+from lipjax import activations, bounds, rounding
+from lipjax.bounds import Region, ascent
+from lipjax.graph import trace
 
 
 def dense_net(activation, sizes=(6, 8, 8, 3), seed=0, spread=1.0) -> nnx.Sequential:
@@ -37,6 +45,11 @@ def dense_net(activation, sizes=(6, 8, 8, 3), seed=0, spread=1.0) -> nnx.Sequent
     return nnx.Sequential(*layers)
 
 
+def traced64(net, size):
+    """The graph of a net as it is executed in float32, its arrays in float64."""
+    return cast64(trace(net, jax.ShapeDtypeStruct((size,), jnp.float32)))
+
+
 def points(x, epsilon, count, seed):
     """float32 points of the ball, near its surface, checked exactly."""
     rng, found = np.random.default_rng(seed), []
@@ -48,25 +61,17 @@ def points(x, epsilon, count, seed):
     return found
 
 
-@pytest.mark.parametrize("mode", [mode for mode in regions.MODES if mode != "linear"])  # which walks as "local" does
+@pytest.mark.parametrize("mode", [mode for mode in bounds.MODES if mode != "linear"])  # which walks as "local" does
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("spread", [1.0, 1e4])
 def test_exact_activations_lie_in_boxes_and_balls_rounded_outwards(x64, activation, mode, spread):
     net, rng = dense_net(activation, spread=spread), np.random.default_rng(1)
-    wide = cast64(net)
+    graph = traced64(net, 6)
     for epsilon in (1e-9, 0.05):
         x = rng.uniform(0, 1, 6).astype(np.float32)
-        bound = regions.walk(
-            regions.layers_of(wide),
-            jnp.asarray(x, jnp.float64),
-            epsilon,
-            mode,
-            proven_norm,
-            proven_norm,
-            arithmetic=rounding.OUTWARD,
-        )
+        bound = outward_bound(graph, x, epsilon, mode)
         for point in [x, *points(x, epsilon, 6, seed=2)]:
-            for h, region in zip(exact_layers(net, rational(point)), bound.regions, strict=True):
+            for h, region in zip(exact_layers(net, rational(point)), bound.regions[1:], strict=True):
                 assert np.all(rational(region.lower) <= h) and np.all(h <= rational(region.upper))
                 away = sum((h - rational(region.center)) ** 2)
                 assert away <= Fraction(float(region.radius)) ** 2
@@ -75,20 +80,13 @@ def test_exact_activations_lie_in_boxes_and_balls_rounded_outwards(x64, activati
 def test_without_outward_rounding_the_boxes_do_fail(x64):
     """Else the test above would say nothing: a net of pure cancellation, at radius 0."""
     net = cast64(dense_net("relu", spread=1e6, seed=3))
+    graph = trace(net, jax.ShapeDtypeStruct((6,), jnp.float64))
     failed = 0
     for seed in range(20):
         x = np.random.default_rng(seed).uniform(0, 1, 6).astype(np.float32)
         for arithmetic in (rounding.EXACT, rounding.OUTWARD):
-            bound = regions.walk(
-                regions.layers_of(net),
-                jnp.asarray(x, jnp.float64),
-                0.0,
-                "local",
-                proven_norm,
-                proven_norm,
-                arithmetic=arithmetic,
-            )
-            h, region = exact_layers(net, rational(x))[0], bound.regions[0]
+            bound = outward_bound(graph, x, 0.0, "local", arithmetic)
+            h, region = exact_layers(net, rational(x))[0], bound.regions[1]
             inside = np.all(rational(region.lower) <= h) and np.all(h <= rational(region.upper))
             if arithmetic is rounding.OUTWARD:
                 assert inside
@@ -133,14 +131,11 @@ def test_executed_logits_are_within_the_forward_error_of_the_exact_ones(activati
     net, epsilon = dense_net(activation, sizes=(24, 32, 16, 3), spread=spread, seed=4), 0.02
     x = np.random.default_rng(5).uniform(0, 1, 24).astype(np.float32)
     with jax.enable_x64(True):
-        wide = cast64(net)
-        layers = regions.layers_of(wide)
-        start = jnp.asarray(x, jnp.float64)
-        bound = regions.walk(layers, start, epsilon, "local", proven_norm, proven_norm, arithmetic=rounding.OUTWARD)
-        boxes = [(start - 1.001 * epsilon, start + 1.001 * epsilon), *((r.lower, r.upper) for r in bound.regions)]
-        arithmetics = rounding.arithmetics_of(regions.layers_of(net), arithmetic)
-        norms = [np.linalg.norm(np.asarray(w.kernel[...]), 2) * (1 + 1e-12) for w in layers if operators.is_affine(w)]
-        error = np.asarray(rounding.forward_error(layers, boxes, arithmetics, norms))
+        graph = traced64(net, 24)
+        bound = outward_bound(graph, x, epsilon, "local")
+        boxes = [(r.lower, r.upper) for r in bound.regions]
+        arithmetics = rounding.arithmetics_of(graph, arithmetic)
+        error = np.asarray(rounding.forward_error(graph, boxes, arithmetics, proven_norms(graph)))
     worst = 0.0
     for point in [x, *points(x, epsilon, 5, seed=6)]:
         exact = exact_layers(net, rational(point))[-1]
@@ -217,9 +212,10 @@ def test_a_length_whose_squares_underflow_is_not_zero(x64):
 
 def test_terms_are_the_entries_of_the_fullest_row_and_column():
     def counts(layer, shape):
-        operator = lipjax.linear_operator(layer)
-        like = jax.ShapeDtypeStruct(shape, jnp.float32)
-        return rounding.terms_of(operator, like), rounding.transposed_terms_of(operator, like)
+        graph = trace(layer, jax.ShapeDtypeStruct(shape, jnp.float32), batched=False)
+        (node,) = (graph.nodes[i] for i in graph.linear)
+        like = jax.ShapeDtypeStruct(graph.nodes[node.inputs[0]].shape, jnp.float32)
+        return rounding.terms_of(node.operator, like), rounding.transposed_terms_of(node.operator, like)
 
     rngs = nnx.Rngs(0)
     assert counts(nnx.Linear(7, 3, rngs=rngs), (7,)) == (7, 3)
@@ -236,31 +232,35 @@ def test_gamma_is_the_worst_growth_of_rounding_errors():
     assert rounding.gamma(2**24, 2.0**-24) == math.inf
 
 
-def test_arithmetic_is_read_from_layers_and_device_and_unknown_ones_are_errors():
-    def names(**arguments):
-        net = nnx.Sequential(nnx.Linear(2, 2, rngs=nnx.Rngs(0), **arguments))
-        return [a.name for a in rounding.arithmetics_of(net.layers)]
+def arithmetics(layer, declared=None, dtype=jnp.float32):
+    """Of the equations of one layer of two inputs."""
+    graph = trace(layer, jax.ShapeDtypeStruct((2,), dtype))
+    return [a for each in rounding.arithmetics_of(graph, declared) for a in each]
 
-    assert names() == ["float32"]
-    assert names(dtype=jnp.bfloat16) == names(param_dtype=jnp.bfloat16) == ["bfloat16"]
-    with pytest.raises(ValueError, match="float16"):
-        names(dtype=jnp.float16)
-    net = nnx.Sequential(nnx.Linear(2, 2, dtype=jnp.bfloat16, rngs=nnx.Rngs(0)))
-    with pytest.raises(ValueError, match=r"layer 0.*bfloat16.*float32"):
-        rounding.arithmetics_of(net.layers, "float32")
-    single = nnx.Sequential(nnx.Linear(2, 2, dtype=jnp.float32, rngs=nnx.Rngs(0)))
-    with pytest.raises(ValueError, match=r"layer 0.*float32.*float64"):
-        rounding.arithmetics_of(single.layers, "float64")
+
+def test_arithmetic_is_read_from_equations_and_device_and_unknown_ones_are_errors():
+    def dense(**arguments):
+        return nnx.Linear(2, 2, rngs=nnx.Rngs(0), **arguments)
+
+    assert {a.name for a in arithmetics(dense())} == {"float32"}
+    assert {a.name for a in arithmetics(dense(dtype=jnp.bfloat16))} == {"bfloat16"}
+    # Parameters of bfloat16 meet an input of float32 in float32.
+    assert {a.name for a in arithmetics(dense(param_dtype=jnp.bfloat16))} == {"float32"}
+    with pytest.raises(TypeError, match="float16"):
+        arithmetics(dense(dtype=jnp.float16))
+    with pytest.raises(ValueError, match=r"computes in bfloat16.*declared float32"):
+        arithmetics(dense(dtype=jnp.bfloat16), "float32")
     with pytest.raises(ValueError, match="'float8'"):
-        rounding.arithmetics_of(net.layers, "float8")
-    assert rounding.least_precise(rounding.arithmetics_of(net.layers)) == "bfloat16"
+        arithmetics(dense(), "float8")
+    graph = trace(dense(dtype=jnp.bfloat16), jax.ShapeDtypeStruct((2,), jnp.float32))
+    assert rounding.least_precise(rounding.arithmetics_of(graph)) == "bfloat16"
 
 
-def test_float64_parameters_compute_in_float64_and_their_thresholds_in_nothing_less(x64):
-    layers = [cast64(nnx.Linear(2, 2, rngs=nnx.Rngs(0))), cast64(lipjax.ClippedReLU(2))]
-    assert [a.name for a in rounding.arithmetics_of(layers)] == ["float64"]
-    with pytest.raises(ValueError, match=r"layer 1, ClippedReLU.*float64 thresholds.*float32"):
-        rounding.arithmetics_of(layers, "float32")
+def test_float64_parameters_compute_in_float64_and_are_not_rounded_to_less(x64):
+    layer = cast64(nnx.Linear(2, 2, rngs=nnx.Rngs(0)))
+    assert {a.name for a in arithmetics(layer, dtype=jnp.float64)} == {"float64"}
+    with pytest.raises(ValueError, match=r"float64.*float32.*rounded"):
+        arithmetics(layer, "float32", jnp.float64)
 
 
 @pytest.mark.parametrize("platform, precision, expected", [
@@ -272,28 +272,39 @@ def test_float64_parameters_compute_in_float64_and_their_thresholds_in_nothing_l
 def test_accelerators_round_their_products_unless_told_otherwise(monkeypatch, platform, precision, expected):
     monkeypatch.setattr(jax, "default_backend", lambda: platform)
     layer = nnx.Linear(2, 2, rngs=nnx.Rngs(0), precision=precision)
-    assert [a.name for a in rounding.arithmetics_of([layer])] == [expected]
+    assert arithmetics(layer)[0].name == expected
+
+
+def test_sums_are_kept_in_their_own_type():
+    """A pool in bfloat16 adds up in bfloat16, where a product would be summed in float32."""
+    (pooled,) = arithmetics(jnp.sum, dtype=jnp.bfloat16)[:1]
+    assert pooled.accumulate == 2.0**-8
 
 
 def test_overflow_of_the_executed_network_is_an_infinite_error(x64):
-    net = cast64(dense_net("relu"))
-    net.layers[0].kernel[...] = net.layers[0].kernel[...] * 1e39
-    layers, x = regions.layers_of(net), jnp.full(6, 0.5)
-    bound = regions.walk(layers, x, 0.1, "local", proven_norm, proven_norm, arithmetic=rounding.OUTWARD)
-    boxes = [(x - 0.11, x + 0.11), *((r.lower, r.upper) for r in bound.regions)]
-    error = rounding.forward_error(layers, boxes, rounding.arithmetics_of(layers, "float32"), [jnp.inf] * 3)
+    net = dense_net("relu")
+    net.layers[0].kernel[...] = net.layers[0].kernel[...] * 1e38
+    net.layers[2].kernel[...] = net.layers[2].kernel[...] * 1e2
+    graph = traced64(net, 6)
+    bound = outward_bound(graph, np.full(6, 0.5), 0.1, "local")
+    boxes = [(r.lower, r.upper) for r in bound.regions]
+    error = rounding.forward_error(graph, boxes, rounding.arithmetics_of(graph), [jnp.inf] * 3)
     assert np.all(np.isinf(error))
 
 
 def test_an_activation_without_a_rounding_rule_cannot_be_certified():
-    class Halved(nnx.Module):
-        def __call__(self, z):
-            return z / 2
+    @jax.jit
+    def halved(z):
+        return z / 2 * jnp.tanh(1e9 * z)
 
-    lipjax.activations.box_image.register(Halved)(lambda layer, lower, upper: (layer(lower), layer(upper)))
-    lipjax.activations.live_rows.register(Halved)(lambda layer, lower, upper, mode: jnp.ones(lower.shape, bool))
+    @activations.rule()
+    class Halved(activations.Rule):
+        def __call__(self, z):
+            return halved(z)
+
+    activations.register(halved, Halved)
     rngs = nnx.Rngs(0)
-    net = nnx.Sequential(nnx.Linear(2, 2, rngs=rngs), Halved(), nnx.Linear(2, 2, rngs=rngs))
+    net = nnx.Sequential(nnx.Linear(2, 2, rngs=rngs), halved, nnx.Linear(2, 2, rngs=rngs))
     lipjax.bound(net, jnp.ones(2), 0.1)
     with pytest.raises(TypeError, match=r"rounding rule for Halved"):
         lipjax.certify(net, np.ones((1, 2), np.float32), None, 0.1)
@@ -301,6 +312,7 @@ def test_an_activation_without_a_rounding_rule_cannot_be_certified():
 
 def test_the_model_is_data():
     for arithmetic in rounding.ARITHMETICS.values():
-        assert arithmetic.relative(1) < arithmetic.relative(1000)
+        few, many = (rounding.executed.relative([arithmetic], terms) for terms in (1, 1000))
+        assert few < many
         with pytest.raises(dataclasses.FrozenInstanceError):
             arithmetic.name = "other"

@@ -6,13 +6,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import dense_matrix
+from conftest import dense_matrix, operator_of
 from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import lipjax
 from lipjax import spectral
+from lipjax.graph.linear import LinearOperator
 
 DELTA = 1e-9
 estimated = jax.jit(spectral.power_iteration, static_argnames="iterations")
@@ -31,7 +32,7 @@ def certified(operator, shape, scale, mask_in=None, mask_out=None, seed=0, steps
 def test_estimate_is_at_most_and_certified_bound_at_least_the_norm_of_the_masked_matrix(seed, stride, share, guess):
     with jax.enable_x64(True):
         layer = nnx.Conv(2, 3, (3, 3), strides=stride, padding=1, rngs=nnx.Rngs(seed))
-        operator = lipjax.linear_operator(jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float64), layer))
+        operator = operator_of(jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float64), layer))
         rng = np.random.default_rng(seed)
         shape = (5, 5, 2)
         out = operator(jnp.zeros(shape)).shape
@@ -54,7 +55,7 @@ def test_the_norms_gradient_is_that_of_the_singular_vectors(x64):
     start = jnp.asarray(np.random.default_rng(1).normal(size=5))
 
     def sigma(matrix):
-        operator = lipjax.LinearOperator.from_matrix(matrix, (5,), (6,))
+        operator = LinearOperator.from_matrix(matrix, (5,), (6,))
         return spectral.power_iteration(operator, start, 500)[0]
 
     u, s, vt = np.linalg.svd(matrix)
@@ -98,7 +99,7 @@ def test_hidden_direction_deceives_the_estimate_and_not_the_bound(x64, n, s):
 
 def test_an_absorbed_zero_recovers_when_the_masks_open():
     matrix = jnp.diag(jnp.array([0.5, 0.5, 3.0]))
-    operator = lipjax.LinearOperator.from_matrix(matrix, (3,), (3,))
+    operator = LinearOperator.from_matrix(matrix, (3,), (3,))
     nothing = jnp.zeros(3, bool)
     estimate, stored = spectral.power_iteration(operator, jnp.ones(3), 2, nothing)
     assert estimate == 0 and np.all(stored == 0)
@@ -110,7 +111,7 @@ def test_an_absorbed_zero_recovers_when_the_masks_open():
 
 
 def test_a_vector_without_weight_on_the_opened_coordinates_recovers():
-    operator = lipjax.LinearOperator.from_matrix(jnp.diag(jnp.array([0.5, 3.0])), (2,), (2,))
+    operator = LinearOperator.from_matrix(jnp.diag(jnp.array([0.5, 3.0])), (2,), (2,))
     stored = jnp.array([1.0, 0.0])
     assert spectral.power_iteration(operator, stored, 50)[0] == 0.5
     vector, estimate = stored, 0.0
@@ -123,9 +124,9 @@ def test_a_vector_without_weight_on_the_opened_coordinates_recovers():
 @pytest.mark.core
 @pytest.mark.parametrize("function", ["estimate", "certified"])
 def test_degenerate_maps(x64, function):
-    zero = lipjax.LinearOperator.from_matrix(jnp.zeros((3, 4)), (4,), (3,))
-    one = lipjax.LinearOperator.from_matrix(jnp.ones((3, 4)), (4,), (3,))
-    bad = lipjax.LinearOperator.from_matrix(jnp.full((3, 4), jnp.nan), (4,), (3,))
+    zero = LinearOperator.from_matrix(jnp.zeros((3, 4)), (4,), (3,))
+    one = LinearOperator.from_matrix(jnp.ones((3, 4)), (4,), (3,))
+    bad = LinearOperator.from_matrix(jnp.full((3, 4), jnp.nan), (4,), (3,))
 
     def norm(operator, mask_in=None, mask_out=None):
         if function == "estimate":
@@ -140,13 +141,13 @@ def test_degenerate_maps(x64, function):
 
 
 def test_a_scale_that_is_no_number_only_loosens_the_bound(x64):
-    operator = lipjax.LinearOperator.from_matrix(jnp.diag(jnp.array([0.5, 0.9])), (2,), (2,))
+    operator = LinearOperator.from_matrix(jnp.diag(jnp.array([0.5, 0.9])), (2,), (2,))
     for scale in (jnp.nan, -1.0, 0.0, 1e-30, 1e30):
         assert not certified(operator, (2,), scale) < 0.9  # a NaN, which certifies nothing, is as good
 
 
 def test_failure_probability_must_be_one():
-    operator = lipjax.LinearOperator.from_matrix(jnp.eye(2), (2,), (2,))
+    operator = LinearOperator.from_matrix(jnp.eye(2), (2,), (2,))
     for delta in (0.0, 1.0, -1.0):
         with pytest.raises(ValueError, match=str(delta)):
             spectral.probabilistic_norm_bound(operator, jax.random.key(0), jnp.ones(()), 5, delta, jnp.zeros(2))
@@ -156,7 +157,7 @@ def test_failure_probability_must_be_one():
 def test_the_stated_failure_probability_is_an_upper_bound_of_the_observed_one(x64):
     """With delta = 0.9 and few steps, failures must be seen, and at most that often."""
     matrix = jnp.diag(jnp.array([1.0, 0.2, 0.1]))
-    operator = lipjax.LinearOperator.from_matrix(matrix, (3,), (3,))
+    operator = LinearOperator.from_matrix(matrix, (3,), (3,))
 
     def one(key):
         return spectral.probabilistic_norm_bound(operator, key, jnp.asarray(0.3), 8, 0.9, jnp.zeros(3))
@@ -175,7 +176,7 @@ def test_a_start_block_is_as_small_as_stated_with_at_most_the_stated_probability
 @pytest.mark.core
 def test_rounding_that_could_hide_the_top_direction_makes_the_bound_infinite():
     """In float32, at a probability that asks for more digits than it has: refused, not guessed."""
-    operator = lipjax.LinearOperator.from_matrix(jnp.eye(64), (64,), (64,))
+    operator = LinearOperator.from_matrix(jnp.eye(64), (64,), (64,))
     steps = spectral.chebyshev_steps(64, 1e-30, 0.01)
     found = spectral.probabilistic_norm_bound(
         operator, jax.random.key(0), jnp.float32(1.001), steps, 1e-30, jnp.zeros(64)
@@ -194,7 +195,7 @@ def test_the_estimate_of_a_tiny_norm_is_not_lost_to_underflow():
     matrix = jnp.asarray(np.random.default_rng(0).normal(size=(6, 8)), jnp.float32)
     estimates = []
     for scale in (1.0, 1e-15):
-        operator = lipjax.LinearOperator.from_matrix(scale * matrix, (8,), (6,))
+        operator = LinearOperator.from_matrix(scale * matrix, (8,), (6,))
         estimates.append(float(spectral.power_iteration(operator, jnp.ones(8, jnp.float32), 50)[0]) / scale)
     assert estimates[1] == pytest.approx(estimates[0], rel=1e-4) and estimates[0] > 1
 
@@ -202,7 +203,7 @@ def test_the_estimate_of_a_tiny_norm_is_not_lost_to_underflow():
 @settings(max_examples=15, deadline=None)
 @given(seed=st.integers(0, 10**6), share=st.floats(0.2, 1.0))
 def test_iterating_in_bfloat16_is_still_from_below_and_hardly_worse(seed, share):
-    operator = lipjax.linear_operator(nnx.Conv(3, 4, (3, 3), padding=1, rngs=nnx.Rngs(seed)))
+    operator = operator_of(nnx.Conv(3, 4, (3, 3), padding=1, rngs=nnx.Rngs(seed)))
     rng = np.random.default_rng(seed)
     mask_in, mask_out = rng.uniform(size=(6, 6, 3)) < share, rng.uniform(size=(6, 6, 4)) < share
     truth = np.linalg.norm(dense_matrix(operator, (6, 6, 3)) * mask_in.reshape(-1) * mask_out.reshape(-1, 1), 2)
@@ -219,7 +220,7 @@ def test_only_the_iteration_is_in_bfloat16_and_the_gradient_is_not():
 
     def norm(kernel, products):
         layer = nnx.merge(graph, {"kernel": nnx.Param(kernel)})
-        return spectral.power_iteration(lipjax.linear_operator(layer), start, 20, products=products)[0]
+        return spectral.power_iteration(operator_of(layer), start, 20, products=products)[0]
 
     graph = nnx.graphdef(layer)
     kernel = layer.kernel[...]

@@ -122,11 +122,6 @@ class Linear(nnx.Linear):
     """A subclass may compute something else."""
 
 
-@lipjax.linear_operator.register(Linear)
-def _(layer):
-    return lipjax.LinearOperator(lambda kernel, x: x @ kernel, layer.kernel[...], layer.bias[...])
-
-
 def with_nan() -> nnx.Sequential:
     network = dense()
     network.layers[0].kernel[...] = network.layers[0].kernel[...].at[0, 0].set(jnp.nan)

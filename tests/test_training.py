@@ -22,7 +22,7 @@ from flax import nnx
 import lipjax
 from lipjax import data, feeding, report, training
 from lipjax.configs import baselines, digits
-from lipjax.regions import vector_shapes
+from lipjax.bounds import vector_shapes
 from lipjax.reporting import read_metrics
 
 SMALL = [

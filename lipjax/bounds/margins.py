@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from lipjax import rounding
 from lipjax.bounds import relaxed
 from lipjax.bounds.modes import mode_of
-from lipjax.bounds.regions import Bound, Region, Walk
+from lipjax.bounds.regions import Bound, Region
 from lipjax.graph import Graph, Linear
 from lipjax.graph.linear import safe_norm
 
@@ -111,13 +111,18 @@ def relaxed_gains(
     Returns:
         ``(n,)``, at most `gains`.
     """
-    walk = Walk(bound.graph, mode_of(bound.mode), _none, _none, view, arithmetic)
-    reverse = relaxed.Reverse(walk, bound.regions, bound.norms, bound.graph.nodes[-1].inputs[0])
+    reverse = reverse_of(bound, arithmetic, view)
     return jnp.minimum(gains, jax.vmap(reverse.gain)(rows))
 
 
-def _none(*_):
-    raise AssertionError("a reverse pass takes no norms")
+def reverse_of(
+    bound: Bound,
+    arithmetic: rounding.Rounding = rounding.EXACT,
+    view: Callable = lambda operator, like: operator,
+) -> relaxed.Reverse:
+    """The pass that carries rows back from what is in front of the last node."""
+    (end,) = bound.graph.nodes[-1].inputs
+    return relaxed.Reverse(bound.graph, view, arithmetic, bound.regions, bound.norms, end)
 
 
 def worst_logits(

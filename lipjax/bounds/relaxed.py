@@ -16,7 +16,7 @@ Source: METHOD 5 (docs/method.md); the idea is LipLT's (Fazlyab et al. 2023, arX
 takes the slopes globally, in [0, 1]; only slopes *from the center* count here.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -69,16 +69,24 @@ class Reverse:
     """Carries rows back from a node of a graph to the example.
 
     Args:
-        walk: says graph, view and arithmetic.
-        known: what the walk knows of each node, up to the one that rows begin at.
+        graph: of the function.
+        view, arithmetic: of the walk.
+        regions: of the nodes, up to the one that rows begin at at least.
         norms: of the linear nodes, in order.
         end: the node that rows begin at.
     """
 
-    def __init__(self, walk: Walk, known: Sequence, norms: Sequence[jax.Array], end: int):
-        self.graph: Graph = walk.graph
-        self.arithmetic, self.view, self.end = walk.arithmetic, walk.view, end
-        self.regions: list[Region] = [getattr(k, "region", k) for k in known[: end + 1]]
+    def __init__(
+        self,
+        graph: Graph,
+        view: Callable,
+        arithmetic: rounding.Rounding,
+        regions: Sequence[Region],
+        norms: Sequence[jax.Array],
+        end: int,
+    ):
+        self.graph, self.view, self.arithmetic = graph, view, arithmetic
+        self.regions, self.end = regions[: end + 1], end
         self.norm_of = dict(zip(self.graph.linear, norms, strict=False))
         self.relaxations = {
             i: self._relaxed(i) for i in range(end + 1) if isinstance(self.graph.nodes[i], Activation)
@@ -209,8 +217,9 @@ def row_bounds(
     center does is not in it.
     """
     (end,) = node.inputs
-    reverse = Reverse(walk, known, norms, end)
-    like = known[end].region.center
+    regions = [k.region for k in known]
+    reverse = Reverse(walk.graph, walk.view, walk.arithmetic, regions, norms, end)
+    like = regions[end].center
     transposed = operator.transpose(like)
     shape, count = node.shape, node.size
 

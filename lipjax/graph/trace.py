@@ -10,14 +10,15 @@ overlooked; an equation without a rule is an error that names it and the user's 
 import dataclasses
 import functools
 import math
+import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.extend import source_info_util
 from jax.extend.core import Jaxpr, Literal
 
 from lipjax.graph import linear, match
@@ -528,9 +529,32 @@ def _primitive(name: str):
     return getattr(jax.lax, f"{name}_p")
 
 
+# Code that is between the user's line and the equation.
+_LIBRARIES = tuple(os.path.dirname(module.__file__) + os.sep for module in (jax, flax))
+_OWN = os.path.dirname(os.path.dirname(__file__)) + os.sep
+
+
 def _line(equation) -> str:
-    summary = source_info_util.summarize(equation.source_info)
-    return "" if summary in ("unknown", "") else summary
+    """The innermost line of the user's program that an equation comes from, else of a library."""
+    traceback = equation.source_info.traceback
+    library = ""
+    for frame in traceback.frames if traceback is not None else ():
+        if frame.file_name == __file__:
+            break  # what is further out called `trace`
+        if frame.file_name.startswith("<"):
+            continue
+        if not frame.file_name.startswith((*_LIBRARIES, _OWN)):
+            return _place(frame)
+        if frame.function_name.endswith("__call__"):
+            library = library or frame.function_name
+    return library
+
+
+def _place(frame) -> str:
+    path = os.path.relpath(frame.file_name)
+    if path.startswith(".." + os.sep + ".."):
+        path = frame.file_name
+    return f"{path}:{frame.line_num} ({frame.function_name})"
 
 
 def _unknown(equation, inputs: Sequence[Value], where: str) -> str:
@@ -720,13 +744,14 @@ def _cast(reader: _Reader, equation, inputs):
     if reader.dtype(value) == str(out.dtype):
         return value
     # The same real number, rounded where the type is narrower.
+    widens = jnp.promote_types(reader.dtype(value), out.dtype) == out.dtype
     return reader.add(
         Add(
             inputs=(value.node,),
             shape=tuple(out.shape),
             dtype=str(out.dtype),
             where=reader.where,
-            executed=(_executed(equation),),
+            executed=() if widens else (_executed(equation),),
             signs=(1,),
         )
     )
@@ -866,7 +891,10 @@ def _convolution(reader: _Reader, equation, inputs):
     shape = reader.shape(image)
     batch, channel, *spatial = numbers.lhs_spec
     if shape[batch] != 1:
-        return None
+        raise ValueError(
+            f"{reader.where}: a convolution over a batch of {shape[batch]}: give one example; "
+            "jax.vmap makes the batch."
+        )
 
     # To one example, channels last; the kernel to (window, inputs, outputs); and back.
     order = (batch, *spatial, channel)

@@ -97,6 +97,12 @@ def _arithmetic(node: Node, equation: Executed, declared: str | None) -> Arithme
         )
     name = _own(equation, floats)
     if declared is not None and declared != name:
+        if name == "float64":
+            raise ValueError(
+                f"{node.where}: `{equation.primitive}` computes in float64; to execute it in "
+                f"{declared} its parameters would be rounded, which is not in the error model: "
+                "give the network float32 parameters."
+            )
         if ARITHMETICS[declared].output < ARITHMETICS[name].output:
             raise ValueError(
                 f"{node.where}: `{equation.primitive}` computes in {name}, which rounds more than "

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 import lipjax
 from benchmarks import gap
-from lipjax import margins, regions, rounding, slopes
+from lipjax import activations, bounds, rounding
+from lipjax.bounds import relaxed
 
 N = 6
 
@@ -23,11 +24,17 @@ def activation(kind):
     return cast64(make_activation(kind, N, threshold=0.5))
 
 
+def rule(kind):
+    """What is known of that activation."""
+    (_, node) = lipjax.trace(activation(kind), jax.ShapeDtypeStruct((N,), jnp.float64)).nodes
+    return node.rule
+
+
 @functools.partial(jax.jit, static_argnames="outward")
 def chords(act, center, lower, upper, radius, outward=False):
-    after = regions.Region(act(center), radius, act(lower), act(upper))
+    after = bounds.Region(act(center), radius, *act.interval(lower, upper))
     arithmetic = rounding.OUTWARD if outward else rounding.EXACT
-    return slopes.chords_of(act, center, lower, upper, radius, after, arithmetic)
+    return act.relaxations(center, lower, upper, radius, after, arithmetic)
 
 
 def errors(act, found, center, points):
@@ -38,7 +45,7 @@ def errors(act, found, center, points):
         # The clipped MaxMin is the identity on what a MaxMin has put in order, but for its clipping.
         out, out0 = jax.vmap(function)(z), function(z0)
         e = (out - out0) - jax.vmap(chord.transposed)(z - z0)
-        along = jax.vmap(chord.along)(e)
+        along = jax.vmap(chord.error_weights)(e)
         back = along if not chord.paired else jnp.concatenate([along, -along], axis=-1) / np.sqrt(2)
         np.testing.assert_allclose(back, e, atol=1e-12)
         result.append(np.asarray(along))
@@ -56,7 +63,7 @@ def test_no_chord_of_the_box_is_further_from_the_slope_than_the_width_and_one_is
     with jax.enable_x64(True):
         lower, center, upper = (jnp.asarray(end) for end in np.sort(np.array(ends), axis=1).T)
         farthest = jnp.linalg.norm(jnp.maximum(upper - center, center - lower))
-        found = chords(activation(kind), center, lower, upper, farthest)
+        found = chords(rule(kind), center, lower, upper, farthest)
         steps = np.random.default_rng(0).choice([0.0, 0.02, 0.3, 0.5, 0.77, 1.0], (400, N))
         points = lower + jnp.asarray(steps) * (upper - lower)
         pieces = errors(activation(kind), found, center, points)
@@ -83,7 +90,7 @@ def test_the_quick_largest_product_is_never_below_the_maximum_nor_above_ball_and
     rng = np.random.default_rng(seed)
     d, reach = rng.normal(size=12), rng.uniform(0, 1, 12) * (rng.uniform(size=12) < 0.7)
     with jax.enable_x64(True):
-        found = float(slopes.largest_product(jnp.asarray(d), jnp.asarray(reach), radius, rounding.EXACT))
+        found = float(relaxed.largest_product(jnp.asarray(d), jnp.asarray(reach), radius, rounding.EXACT))
     least = largest_by_bisection(d, radius, -reach, reach)
     most = min(radius * np.linalg.norm(d), np.abs(d) @ reach)
     assert least * (1 - 1e-9) <= found <= most * (1 + 1e-9)
@@ -91,7 +98,7 @@ def test_the_quick_largest_product_is_never_below_the_maximum_nor_above_ball_and
 
 def test_a_chord_from_the_flat_part_is_steepest_at_the_far_corner(x64):
     z, lower, upper = (jnp.full(N, value) for value in (-0.25, -0.5, 2.0))
-    (chord,) = chords(activation("clipped_relu"), z, lower, upper, 10.0)
+    (chord,) = chords(rule("clipped_relu"), z, lower, upper, 10.0)
     # To 0.5, the corner: 0.5 / 0.75; to 2: 0.5 / 2.25; to the left: 0.
     np.testing.assert_allclose(chord.slope, 1 / 3)
     np.testing.assert_allclose(chord.width, 1 / 3)
@@ -99,17 +106,21 @@ def test_a_chord_from_the_flat_part_is_steepest_at_the_far_corner(x64):
 
 
 def test_of_an_activation_that_only_has_a_box_rule_all_is_error(x64):
-    class Tanh(nnx.Module):
+    @jax.jit
+    def my_tanh(z):
+        return jnp.tanh(z)
+
+    @activations.rule()
+    class Tanh(activations.Rule):
         def __call__(self, z):
             return jnp.tanh(z)
 
-    lipjax.activations.box_image.register(Tanh, lambda layer, lower, upper: (layer(lower), layer(upper)))
-    lipjax.activations.live_rows.register(Tanh, lambda layer, lower, upper, mode: jnp.ones(lower.shape, bool))
+    activations.register(my_tanh, Tanh)
     rngs = nnx.Rngs(0)
-    net = cast64(nnx.Sequential(nnx.Linear(4, 5, rngs=rngs), Tanh(), nnx.Linear(5, 3, rngs=rngs)))
+    net = cast64(nnx.Sequential(nnx.Linear(4, 5, rngs=rngs), my_tanh, nnx.Linear(5, 3, rngs=rngs)))
     x = jnp.asarray([0.1, 0.5, 0.3, 0.9])
     found = {mode: lipjax.bound(net, x, 0.1, mode=mode, iterations=200) for mode in ("local", "linear")}
-    worst = {mode: lipjax.worst_logits(net, bound, 1) for mode, bound in found.items()}
+    worst = {mode: lipjax.worst_logits(bound, 1) for mode, bound in found.items()}
     np.testing.assert_allclose(worst["linear"], worst["local"], rtol=1e-9)
 
 
@@ -118,7 +129,7 @@ def test_of_an_activation_that_only_has_a_box_rule_all_is_error(x64):
 
 def gains(net, x, epsilon, label, *, mode="linear", iterations=400, arithmetic=rounding.EXACT):
     bound = lipjax.bound(net, x, epsilon, mode=mode, iterations=iterations)
-    return lipjax.worst_logits(net, bound, label, arithmetic) - bound.logits
+    return lipjax.worst_logits(bound, label, arithmetic) - bound.logits
 
 
 @functools.cache
@@ -155,7 +166,7 @@ def test_with_few_rivals_the_strongest_are_tightened_and_the_others_left(x64):
     @functools.partial(jax.jit, static_argnums=(0, 1))
     def worst(mode, rivals=None):
         bound = lipjax.bound(net, x, 0.05, mode=mode, iterations=100, rivals=rivals)
-        return lipjax.worst_logits(net, bound, 2)
+        return lipjax.worst_logits(bound, 2)
 
     every, some, none = (np.asarray(worst(*which)) for which in (("linear",), ("linear", 2), ("local",)))
     strongest = np.argsort(np.where(np.arange(4) == 2, -np.inf, none))[-2:]
@@ -208,7 +219,7 @@ def test_no_neuron_leaves_the_box_that_its_own_row_has_cut(x64, kind):
             for slope in np.asarray(slopes_).reshape(-1, 6, 6, 2):
                 h += [x + side * epsilon * slope / max(np.linalg.norm(slope), 1e-9) for side in (-1, 1)]
         h = jnp.stack(h)
-        for layer, wide, cut in zip(net.layers[:-1], local.regions, rows.regions, strict=False):
+        for layer, wide, cut in zip(net.layers[:-1], local.regions[1:], rows.regions[1:], strict=False):
             h = jax.vmap(layer)(h)
             assert np.all(cut.lower - 1e-9 <= h) and np.all(h <= cut.upper + 1e-9)
             assert np.all(cut.upper - cut.lower <= wide.upper - wide.lower + 1e-12)
@@ -248,8 +259,8 @@ def test_no_bound_is_below_what_an_attack_finds_and_the_linear_part_is_at_most_t
     )
     x = np.random.default_rng(5).uniform(0, 1, (6, 5)).astype(np.float32)
     found = gap.gaps(net, x, np.zeros(6, np.int32), 0.1, jax.random.key(0))
-    bounds = [value for name, value in found.items() if name.startswith(("Lipschitz", "margin"))]
-    assert len(bounds) == 2 + len(regions.MODES) and min(bounds) >= 1 - 1e-3 and found["lower bound"] > 0
+    ratios = [value for name, value in found.items() if name.startswith(("Lipschitz", "margin"))]
+    assert len(ratios) == 2 + len(bounds.MODES) and min(ratios) >= 1 - 1e-3 and found["lower bound"] > 0
     assert found["linear part"] <= 1 + 1e-3
     assert found["margin, global"] > found["margin, local"] > found["margin, rows"]
 
@@ -258,4 +269,4 @@ def test_a_nan_spreads_to_the_margin_and_epsilon_zero_is_exact(x64):
     net, x = cast64(tiny_net("clipped_relu")), jnp.asarray(np.random.default_rng(5).uniform(0, 1, (6, 6, 2)))
     assert np.all(np.asarray(compiled("linear")(net, x, 0.0, 0)) == 0)
     assert np.all(np.isnan(np.asarray(compiled("linear")(net, x.at[0, 0, 0].set(jnp.nan), 0.1, 0))[1:]))
-    assert np.isnan(margins.margin(jnp.array([1.0, jnp.nan]), 0))
+    assert np.isnan(bounds.margin(jnp.array([1.0, jnp.nan]), 0))

@@ -7,19 +7,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import dense_matrix
+from conftest import dense_matrix, operator_of
 from flax import nnx
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 import lipjax
-from lipjax import operators
+from lipjax.graph import linear
+from lipjax.graph.linear import LinearOperator
 
 
 def check(layer, shape):
     """apply, transpose, |W| and row norms of a layer's view against its explicit matrix."""
     layer = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float64), layer)
-    view = lipjax.linear_operator(layer)
+    view = operator_of(layer, shape)
     x = jnp.asarray(np.random.default_rng(0).normal(size=shape))
     zero = layer(jnp.zeros(shape))
     matrix = dense_matrix(lambda e: layer(e) - zero, shape)
@@ -44,7 +45,7 @@ def check(layer, shape):
 @given(
     kernel=st.tuples(st.integers(1, 3), st.integers(1, 4)),
     strides=st.sampled_from([1, 2, (1, 2), None]),
-    padding=st.sampled_from(["SAME", "VALID", 0, 1, (1, 2), ((0, 1), (2, 0)), "CIRCULAR"]),
+    padding=st.sampled_from(["SAME", "VALID", 0, 1, (1, 2), ((0, 1), (2, 0))]),
     dilation=st.sampled_from([1, (2, 1)]),
     input_dilation=st.sampled_from([1, 2]),
     groups=st.sampled_from([1, 2]),
@@ -75,7 +76,6 @@ def test_dense_and_pooling_views_equal_their_explicit_matrices(x64):
     check(nnx.Linear(5, 3, use_bias=False, rngs=nnx.Rngs(0)), (2, 5))
     check(lipjax.AveragePool(2), (4, 6, 3))
     check(lipjax.AveragePool((3, 2), strides=1), (4, 4, 2))
-    check(nnx.Conv(2, 3, (3,), padding="CAUSAL", rngs=nnx.Rngs(0)), (7, 2))
     check(lipjax.Normalize((0.1, 0.2, 0.7), (0.5, 0.25, 0.3)), (4, 6, 3))
     check(lipjax.Normalize((0.1,), (0.3,)), (5,))
 
@@ -94,7 +94,7 @@ def test_epsilon_is_a_radius_on_the_pixels_and_not_on_what_a_first_layer_makes_o
         @jax.jit
         @functools.partial(jax.vmap, in_axes=(None, 0))
         def worst(net, x, mode=mode):
-            return lipjax.worst_logits(net, lipjax.bound(net, x, 0.1, mode=mode, iterations=50), 1)
+            return lipjax.worst_logits(lipjax.bound(net, x, 0.1, mode=mode, iterations=50), 1)
 
         apart, together = worst(inside, x), worst(nnx.Sequential(folded), x)
         if mode == "linear":  # its rows go through both layers at once
@@ -123,28 +123,29 @@ def test_a_network_with_pooling_is_bounded_and_certified_under_jit():
 def test_float32_and_float64_views_agree():
     layer = nnx.Conv(3, 4, (3, 3), strides=2, padding="SAME", rngs=nnx.Rngs(0))
     x = np.random.default_rng(0).normal(size=(7, 6, 3))
-    single = lipjax.linear_operator(layer).affine(jnp.asarray(x, jnp.float32))
+    single = operator_of(layer, x.shape).affine(jnp.asarray(x, jnp.float32))
     with jax.enable_x64(True):
         wide = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float64), layer)
-        double = lipjax.linear_operator(wide).affine(jnp.asarray(x))
+        double = operator_of(wide, x.shape).affine(jnp.asarray(x))
         np.testing.assert_allclose(single, double, rtol=1e-5, atol=1e-5)
 
 
-def test_paddings_that_repeat_an_input_in_a_row_are_errors():
-    with pytest.raises(ValueError, match="REFLECT"):
-        lipjax.linear_operator(nnx.Conv(1, 1, (3, 3), padding="REFLECT", rngs=nnx.Rngs(0)))
-    view = lipjax.linear_operator(nnx.Conv(1, 1, (5, 5), padding="CIRCULAR", rngs=nnx.Rngs(0)))
-    with pytest.raises(ValueError, match="circular"):
-        view(jnp.ones((4, 4, 1)))
+@pytest.mark.parametrize("padding", ["CIRCULAR", "REFLECT", "CAUSAL"])
+def test_what_a_padding_repeats_is_counted(x64, padding):
+    """Copies of an entry make a difference longer: the bound is above the norm of the whole map."""
+    window, shape = ((3,), (7, 2)) if padding == "CAUSAL" else ((3, 3), (5, 4, 2))
+    conv = nnx.Conv(2, 3, window, padding=padding, use_bias=False, rngs=nnx.Rngs(0), param_dtype=jnp.float64)
+    net = nnx.Sequential(conv, lipjax.ReLU(), jnp.ravel)
+    bound = lipjax.bound(net, jnp.ones(shape), 0.1, mode="global", iterations=400)
+    truth = np.linalg.norm(dense_matrix(conv, shape), 2)
+    assert truth * (1 - 1e-9) <= bound.lipschitz <= 3 * truth
 
 
-def test_layers_with_arithmetic_of_their_own_are_errors():
+def test_layers_with_arithmetic_of_their_own_are_bounded_as_they_compute(x64):
     own = lambda *a, **k: 2 * jax.lax.dot_general(*a, **k)  # noqa: E731
-    with pytest.raises(ValueError, match="dot_general"):
-        lipjax.linear_operator(nnx.Linear(2, 2, dot_general=own, rngs=nnx.Rngs(0)))
-    twice = lambda *a, **k: 2 * jax.lax.conv_general_dilated(*a, **k)  # noqa: E731
-    with pytest.raises(ValueError, match="conv_general_dilated"):
-        lipjax.linear_operator(nnx.Conv(1, 1, (1, 1), conv_general_dilated=twice, rngs=nnx.Rngs(0)))
+    layer = nnx.Linear(3, 3, dot_general=own, use_bias=False, rngs=nnx.Rngs(0), param_dtype=jnp.float64)
+    bound = lipjax.bound(nnx.Sequential(layer, lipjax.ReLU()), jnp.ones(3), 0.1, mode="global", iterations=400)
+    np.testing.assert_allclose(bound.lipschitz, 2 * np.linalg.norm(np.asarray(layer.kernel[...]), 2), rtol=1e-9)
 
 
 class Raw(nnx.Module):
@@ -157,48 +158,43 @@ class Raw(nnx.Module):
         return self.weight[...] @ x
 
 
-def test_a_registered_layer_of_ones_own_is_bounded(x64):
+def test_a_layer_of_ones_own_is_bounded_without_a_word(x64):
     raw = Raw(jnp.asarray(np.random.default_rng(0).normal(size=(3, 4))))
     net = nnx.Sequential(raw, lipjax.ReLU(), nnx.Linear(3, 2, rngs=nnx.Rngs(0), param_dtype=jnp.float64))
-    with pytest.raises(TypeError, match="Raw"):
-        lipjax.bound(net, jnp.ones(4), 0.1)
-    lipjax.linear_operator.register(Raw)(lambda layer: lipjax.LinearOperator(jnp.matmul, layer.weight[...]))
     bound = lipjax.bound(net, jnp.ones(4), 0.1, mode="global", iterations=500)
     np.testing.assert_allclose(bound.lipschitz, np.linalg.norm(np.asarray(raw.weight[...]), 2), rtol=1e-9)
 
 
 def test_from_matrix_refuses_a_wrong_shape():
     with pytest.raises(ValueError, match=r"\(6, 4\)"):
-        lipjax.LinearOperator.from_matrix(jnp.ones((4, 6)), (2, 2), (6,))
+        LinearOperator.from_matrix(jnp.ones((4, 6)), (2, 2), (6,))
 
 
 def test_square_roots_have_gradient_zero_at_zero():
-    assert jax.grad(operators.safe_sqrt)(0.0) == 0
-    assert np.all(jax.grad(operators.safe_norm)(jnp.zeros(3)) == 0)
-    assert np.isnan(operators.safe_sqrt(jnp.nan))
+    assert jax.grad(linear.safe_sqrt)(0.0) == 0
+    assert np.all(jax.grad(linear.safe_norm)(jnp.zeros(3)) == 0)
+    assert np.isnan(linear.safe_sqrt(jnp.nan))
     for value in itertools.chain([1e-20, 1.0, 4.0]):
-        np.testing.assert_allclose(operators.safe_sqrt(value), value**0.5, rtol=1e-6)
+        np.testing.assert_allclose(linear.safe_sqrt(value), value**0.5, rtol=1e-6)
 
 
 def test_inputs_that_do_not_fit_are_errors_that_name_the_shape(x64):
     with pytest.raises(ValueError, match=r"\(2,\).*\(3,\)"):
-        lipjax.LinearOperator.from_matrix(jnp.eye(2), (2,), (2,))(jnp.ones(3))
+        LinearOperator.from_matrix(jnp.eye(2), (2,), (2,))(jnp.ones(3))
     with pytest.raises(ValueError, match=r"at least 3 axes.*\(4,\)"):
         lipjax.Flatten()(jnp.ones(4))
     with pytest.raises(ValueError, match=r"window of \(3, 3\).*\(2, 2, 1\)"):
         lipjax.AveragePool(3)(jnp.ones((2, 2, 1)))
-    view = lipjax.linear_operator(nnx.Conv(2, 4, (3, 3), padding="VALID", rngs=nnx.Rngs(0)))
+    view = operator_of(nnx.Conv(2, 4, (3, 3), padding="VALID", rngs=nnx.Rngs(0)))
     with pytest.raises(ValueError, match=r"\(3, 3\) does not fit.*\(2, 5, 2\)"):
         view(jnp.ones((2, 5, 2)))
     with pytest.raises(ValueError, match=r"spatial axes.*\(5, 2\)"):
         view(jnp.ones((5, 2)))
     with pytest.raises(ValueError, match="takes 2 channels, got 3"):
         view(jnp.ones((5, 5, 3)))
-    with pytest.raises(TypeError, match="no linear view of ReLU"):
-        lipjax.linear_operator(lipjax.ReLU())
 
 
-def test_activations_refuse_what_does_not_fit_and_unknown_types_have_no_rules():
+def test_activations_refuse_what_does_not_fit():
     acts = lipjax.activations
     with pytest.raises(ValueError, match="threshold >= 0, got -1"):
         acts.ClippedReLU(3, threshold=-1)
@@ -208,22 +204,14 @@ def test_activations_refuse_what_does_not_fit_and_unknown_types_have_no_rules():
         acts.MaxMin()(jnp.ones(3))
     with pytest.raises(ValueError, match=r"\(3,\) do not fit.*\(4,\)"):
         acts.ClippedReLU(3)(jnp.ones(4))
-    for rule, arguments in (
-        (acts.box_image, (1, 2)),
-        (acts.live_rows, (1, 2, "local")),
-        (acts.error_image, (1,)),
-        (lipjax.losses.sparsity_of, (1, 2)),
-    ):
-        with pytest.raises(TypeError, match=r"for object: .*register"):
-            rule(object(), *arguments)
 
 
 def test_smaller_and_larger_keep_a_nan_and_have_the_gradient_of_the_one_that_is_taken():
     nan = jnp.nan
     a, b = jnp.asarray([1.0, 2.0, nan, 1.0, 3.0]), jnp.asarray([2.0, 1.0, 1.0, nan, 3.0])
-    np.testing.assert_array_equal(operators.smaller(a, b), jnp.minimum(a, b))
-    np.testing.assert_array_equal(operators.larger(a, b), jnp.maximum(a, b))
-    to_a, to_b = jax.grad(lambda a, b: jnp.sum(operators.smaller(a, b)), argnums=(0, 1))(a[::2], b[::2])
+    np.testing.assert_array_equal(linear.smaller(a, b), jnp.minimum(a, b))
+    np.testing.assert_array_equal(linear.larger(a, b), jnp.maximum(a, b))
+    to_a, to_b = jax.grad(lambda a, b: jnp.sum(linear.smaller(a, b)), argnums=(0, 1))(a[::2], b[::2])
     assert to_a.tolist() == [1, 1, 1] and to_b.tolist() == [0, 0, 0]
-    to_a, to_b = jax.grad(lambda a, b: jnp.sum(operators.larger(a, b)), argnums=(0, 1))(a[:2], b[:2])
+    to_a, to_b = jax.grad(lambda a, b: jnp.sum(linear.larger(a, b)), argnums=(0, 1))(a[:2], b[:2])
     assert to_a.tolist() == [0, 1] and to_b.tolist() == [1, 0]
