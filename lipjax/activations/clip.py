@@ -191,7 +191,7 @@ def _extreme(reader, equation, inputs):
             made = Clip(None, None, rectifies=True)
         else:
             made = Clip(second.value, None) if largest else Clip(None, second.value)
-        return reader.activation(made, first, out.shape, out.dtype)
+        return reader.activation(made, first, out.shape, out.dtype, second.roundings)
     if not (isinstance(first, Ref) and isinstance(second, Ref)) or not out.shape:
         return None
     size = out.shape[-1]
@@ -228,7 +228,7 @@ def _selected(reader, equation, inputs):
         made = Clip(None, None, rectifies=True)
     else:
         made = Clip(constant.value, None) if largest else Clip(None, constant.value)
-    return reader.activation(made, node, out.shape, out.dtype)
+    return reader.activation(made, node, out.shape, out.dtype, constant.roundings)
 
 
 def _same(first, second) -> bool:

@@ -174,9 +174,15 @@ class Add(Node):
 
 @_node("rule")
 class Activation(Node):
-    """A nonlinear function; `rule` holds everything that is known of it (`lipjax.activations`)."""
+    """A nonlinear function.
+
+    Attributes:
+        rule: everything that is known of it (`lipjax.activations`).
+        roundings: of its parameters, as in `Linear`.
+    """
 
     rule: Any
+    roundings: float = 0.0
 
 
 @functools.partial(

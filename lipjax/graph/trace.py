@@ -201,10 +201,9 @@ class _Reader:
         inner, consts = body
         found = _composite(inner, consts, inputs)
         if found is not None:
-            rule, refs = found
-            (ref,) = refs
+            rule, ref, roundings = found
             out = equation.outvars[0].aval
-            return [self.activation(rule, self.ref(ref), out.shape, out.dtype)]
+            return [self.activation(rule, self.ref(ref), out.shape, out.dtype, roundings)]
         return self.jaxpr(inner, [Known(c) for c in consts], inputs)
 
     def branch(self, equation, inputs: list[Value]) -> list[Value]:
@@ -296,21 +295,20 @@ class _Reader:
             )
         )
 
-    def activation(self, rule, ref: Ref, shape, dtype, executed=()) -> Ref:
+    def activation(self, rule, ref: Ref, shape, dtype, roundings: float = 0.0) -> Ref:
         before = self.nodes[ref.node]
-        joined = None
-        if isinstance(before, Activation):
-            joined = before.rule.then(rule)
-        if joined is not None:  # two clips in a row are one
-            rule, ref = joined, Ref(before.inputs[0])
+        if isinstance(before, Activation) and before.rule.then(rule) is not None:
+            rule = before.rule.then(rule)  # two clips in a row are one
+            roundings = max(roundings, before.roundings)
+            ref = Ref(before.inputs[0])
         return self.add(
             Activation(
                 inputs=(ref.node,),
                 shape=tuple(shape),
                 dtype=str(dtype),
                 where=self.where,
-                executed=tuple(executed),
                 rule=rule,
+                roundings=roundings,
             )
         )
 
@@ -481,12 +479,13 @@ def _composite(inner: Jaxpr, consts, inputs: Sequence[Value]):
     if not all(isinstance(value, Known) for value in inputs[1:]):
         return None
     own = None
-    for reference, build in _COMPOSITES:
+    for reference, build in reversed(_COMPOSITES):  # a function that is defined anew is the last
         if _arity(reference) != len(inputs):
             continue
         own = match.fingerprint(_closed(inner)) if own is None else own
         if own is not None and own == _reference(reference, tuple(map(_aval, inner.invars))):
-            return build(*(value.value for value in inputs[1:])), [inputs[0]]
+            rule = build(*(value.value for value in inputs[1:]))
+            return rule, inputs[0], max((value.roundings for value in inputs[1:]), default=0.0)
     return None
 
 
@@ -582,10 +581,20 @@ def _executed(equation, product: bool = False) -> Executed:
         primitive=equation.primitive.name,
         operands=tuple(str(v.aval.dtype) for v in equation.invars),
         result=str(equation.outvars[0].aval.dtype),
-        precision=None if precision is None else str(precision),
+        precision=_precision(precision),
         accumulate=None if accumulate is None else str(jnp.dtype(accumulate)),
         product=product,
     )
+
+
+def _precision(value) -> str | None:
+    """A precision by name; anything but JAX's own levels is an algorithm."""
+    if value is None:
+        return None
+    both = value if isinstance(value, tuple) else (value,)
+    if all(isinstance(each, jax.lax.Precision) for each in both):
+        return "/".join(sorted({each.name for each in both}))
+    return f"algorithm {value}"
 
 
 def _shortened(steps, constants):
