@@ -350,7 +350,9 @@ def test_no_way_to_differentiate_gets_around_that_error(way):
 
 
 def test_starts_come_from_the_key_and_none_that_one_can_train_with_is_that_of_a_plain_call():
-    net, x = tiny_net("clipped_relu"), jnp.full((6, 6, 2), 0.4)
+    rngs, x = nnx.Rngs(0), jnp.full(8, 0.4)
+    layers = [nnx.Linear(n, m, rngs=rngs) for n, m in itertools.pairwise((8, 9, 7, 3))]
+    net = nnx.Sequential(layers[0], lipjax.ReLU(), layers[1], lipjax.ReLU(), layers[2])
 
     @functools.partial(jax.jit, static_argnames="iterations")
     def norms(iterations=0, **how):
