@@ -28,7 +28,7 @@ from lipjax.graph import Graph, TraceError, trace
 from lipjax.layers import AveragePool, Flatten, Normalize, Residual
 from lipjax.orthogonal import AOLConv, CayleyLinear
 from lipjax.pretrained import load
-from lipjax.bounds import Bound, Region, bound, worst_logits
+from lipjax.bounds import Bound, Region, bound, initial_vectors, worst_logits
 from lipjax.storage import save
 
 __version__ = "0.2.0"
@@ -64,6 +64,7 @@ __all__ = [
     "folding",
     "for_cpu",
     "graph",
+    "initial_vectors",
     "layers",
     "load",
     "losses",

@@ -148,6 +148,8 @@ def estimate(
 ) -> Estimate:
     """Monitors robustness with power-iteration estimates from fixed fresh starts. **Not a certificate.**
 
+    They are the starts of `bound` without a key, which refuses to be trained with them.
+
     Arguments and errors as in `certify`; works at the default precision and in float32, for use during training.
     """
     images = _check_images(images)

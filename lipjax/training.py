@@ -566,7 +566,8 @@ def evaluate(network, dataset: data.Dataset, config, mesh: Mesh) -> dict[str, fl
     """Accuracy and *estimated* robust accuracy at ``config.epsilon.test``; every example exactly once.
 
     Power iteration starts afresh here and runs `config.evaluation.iterations` times: a stored vector that has gone
-    wrong in training cannot flatter the selection.
+    wrong in training cannot flatter the selection. The starts are the same in each evaluation, which
+    makes epochs comparable, and nothing is trained with them: weights cannot hide norms from them.
     """
     size, split, count = config.batch_size, PartitionSpec("data"), len(dataset.labels)
     positions = np.arange(-(-count // size) * size).reshape(-1, size)

@@ -39,7 +39,7 @@ def image():
 @functools.partial(jax.jit, static_argnames="iterations")
 def everything(net, x, epsilon, kappa, label, iterations=30):
     """The losses as one vector, and what the naive formulas start from."""
-    bound = lipjax.bound(net, x, epsilon, mode="local", iterations=iterations)
+    bound = lipjax.bound(net, x, epsilon, iterations=iterations, key=jax.random.key(1))
     found = [
         losses.bcp(bound, label, kappa),
         losses.gloro(bound, label),
@@ -207,13 +207,13 @@ def test_emma_raises_each_rival_to_the_label_and_no_further_with_the_share_held_
     @jax.jit
     @functools.partial(jax.value_and_grad, has_aux=True)
     def emma(net, label):
-        bound = lipjax.bound(net, x, 3 * EPSILON, iterations=30)
+        bound = lipjax.bound(net, x, 3 * EPSILON, iterations=30, key=jax.random.key(1))
         return losses.emma(bound, label), (bound.logits, lipjax.worst_logits(bound, label))
 
     @jax.jit
     @jax.grad
     def fixed(net, label, share):
-        bound = lipjax.bound(net, x, 3 * EPSILON, iterations=30)
+        bound = lipjax.bound(net, x, 3 * EPSILON, iterations=30, key=jax.random.key(1))
         worst = lipjax.worst_logits(bound, label)
         return losses.cross_entropy(bound.logits + share * (worst - bound.logits), label)
 

@@ -71,7 +71,7 @@ def test_training_moves_the_free_parameters_and_keeps_the_norms():
     @jax.jit
     @jax.value_and_grad
     def loss(net):
-        bound = lipjax.bound(net, x, 0.1, mode="global", iterations=30)
+        bound = lipjax.bound(net, x, 0.1, mode="global", iterations=30, key=jax.random.key(1))
         return lipjax.losses.bcp(bound, 3, 0.0)
 
     before, slope = loss(net)

@@ -16,6 +16,7 @@ from lipjax import bounds, losses
 from lipjax.graph import Activation, Linear, TraceError
 
 CONVERGED = 400
+KEY = jax.random.key(5)
 # Each mode with the activations whose rules it treats in its own way; compiling is what these tests cost.
 CASES = [
     *((a, "local") for a in ACTIVATIONS),
@@ -119,7 +120,7 @@ def test_gradient_of_the_bound_is_that_of_finite_differences(x64, mode):
 
     @jax.jit
     def objective(net):
-        bound = lipjax.bound(net, x, 0.1, mode=mode, iterations=800)
+        bound = lipjax.bound(net, x, 0.1, mode=mode, iterations=800, key=KEY)
         return jnp.max(lipjax.worst_logits(bound, 1)) + bound.lipschitz + losses.sparsity(bound)
 
     gradient = jax.grad(objective)(net)
@@ -155,7 +156,7 @@ def test_value_and_gradient_are_finite_in_degenerate_cases(activation, mode):
     zero = jax.tree.map(jnp.zeros_like, plain)
 
     def objective(net, epsilon):
-        bound = lipjax.bound(net, x, epsilon, mode=mode, iterations=2)
+        bound = lipjax.bound(net, x, epsilon, mode=mode, iterations=2, key=KEY)
         loss = losses.bcp(bound, 0, 0.3) + losses.gloro(bound, 1) + losses.sparsity(bound)
         return loss, (bound, lipjax.worst_logits(bound, 0))
 
@@ -289,6 +290,146 @@ def golden_net(file) -> nnx.Sequential:
             layer.bias = nnx.Param(jnp.asarray(file[f"b{i}"].astype(np.float64)))
         layers.append(layer)
     return nnx.Sequential(*layers)
+
+
+# ----------------------------------------------------------------------------- training with bounds
+
+
+def rise(net, x, epsilon=0.1, **how):
+    """Everything of a bound that one trains with."""
+    bound = lipjax.bound(net, x, epsilon, **how)
+    return bound.lipschitz + jnp.sum(lipjax.worst_logits(bound, 1))
+
+
+def batch_rise(net, batch):
+    return jnp.sum(jax.vmap(rise, (None, 0))(net, batch))
+
+
+@pytest.mark.parametrize("mode", bounds.MODES)
+def test_to_train_with_norms_from_the_same_starts_in_every_step_is_an_error(mode):
+    net, x = tiny_net("clipped_relu"), jnp.full((6, 6, 2), 0.4)
+    alone = functools.partial(rise, mode=mode)
+    with pytest.raises(ValueError, match=r"key=.*vectors=.*docs/regulariser\.md"):
+        jax.eval_shape(jax.grad(alone), net, x)
+    slopes = jax.eval_shape(jax.grad(functools.partial(alone, key=KEY)), net, x)
+    assert jax.tree.structure(slopes) == jax.tree.structure(net)
+    vectors = lipjax.initial_vectors(net, x.shape, mode)
+    for how in ({"vectors": vectors}, {"vectors": vectors, "key": KEY}):
+        jax.eval_shape(jax.grad(functools.partial(alone, **how)), net, x)
+    # Where no norm is differentiated, in x and epsilon, there is nothing to hide.
+    jax.eval_shape(jax.jit(jax.grad(alone, argnums=(1, 2))), net, x, 0.1)
+
+
+@pytest.mark.parametrize(
+    "way",
+    [
+        lambda net, batch: jax.jit(jax.value_and_grad(batch_rise))(net, batch),
+        lambda net, batch: jax.grad(jax.jit(batch_rise))(net, batch),
+        lambda net, batch: jax.vmap(jax.grad(rise), (None, 0))(net, batch),
+        lambda net, batch: jax.grad(jax.checkpoint(batch_rise))(net, batch),
+        lambda net, batch: jax.jvp(lambda n: batch_rise(n, batch), (net,), (net,)),
+        lambda net, batch: jax.jit(lipjax.for_cpu(jax.grad(batch_rise)))(net, batch),
+        lambda net, batch: jax.grad(lipjax.for_cpu(batch_rise))(net, batch),
+        lambda net, batch: nnx.grad(batch_rise)(net, batch),
+        lambda net, batch: jax.grad(lambda n: jax.lax.scan(lambda total, x: (total + rise(n, x), None), 0.0, batch)[0])(
+            net
+        ),
+    ],
+)
+def test_no_way_to_differentiate_gets_around_that_error(way):
+    net, batch = tiny_net("clipped_relu"), jnp.full((2, 6, 6, 2), 0.4)
+    with pytest.raises(ValueError, match="neither key= nor vectors="):
+        jax.eval_shape(way, net, batch)
+
+    def watched(net):
+        return jnp.sum(net(batch[0])), batch_rise(jax.lax.stop_gradient(net), batch)
+
+    jax.eval_shape(jax.grad(watched, has_aux=True), net)
+
+
+def test_starts_come_from_the_key_and_none_that_one_can_train_with_is_that_of_a_plain_call():
+    rngs, x = nnx.Rngs(0), jnp.full(8, 0.4)
+    layers = [nnx.Linear(n, m, rngs=rngs) for n, m in itertools.pairwise((8, 9, 7, 3))]
+    net = nnx.Sequential(layers[0], lipjax.ReLU(), layers[1], lipjax.ReLU(), layers[2])
+
+    @functools.partial(jax.jit, static_argnames="iterations")
+    def norms(iterations=0, **how):
+        how |= {"mode": "paper", "iterations": iterations}
+        return jnp.stack(lipjax.bound(net, x, 0.2, **how).norms)
+
+    vectors = lipjax.initial_vectors(net, x.shape, "paper", KEY)
+    np.testing.assert_allclose(norms(key=KEY), norms(vectors=vectors), rtol=1e-6)
+    # With both, the vectors that were kept get a fresh part: zeros start to move.
+    zeros = jax.tree.map(jnp.zeros_like, vectors)
+    assert not np.any(norms(vectors=zeros)) and np.all(norms(vectors=zeros, key=KEY) > 0)
+    nearly = norms(vectors=vectors, key=KEY)
+    np.testing.assert_allclose(nearly, norms(vectors=vectors), rtol=0.1)
+    plain = norms()
+    begun = {"vectors": lipjax.initial_vectors(net, x.shape, "paper")}
+    for how in ({"key": KEY}, {"key": jax.random.key(0)}, begun):
+        assert np.all(np.abs(norms(**how) / plain - 1) > 1e-3)
+    # By default there are so many iterations as each start needs.
+    few, many = bounds.estimate.WARM_ITERATIONS, bounds.estimate.FRESH_ITERATIONS
+    for how, iterations in (({}, many), ({"key": KEY}, many), ({"vectors": vectors}, few)):
+        np.testing.assert_array_equal(norms(None, **how), norms(iterations, **how))
+
+
+RATE = 0.3
+WEIGHT = 0.05
+
+
+def trained_with(kind, steps=1000):
+    """The mean estimate of the last steps of training with it, and the mean of the true norms then.
+
+    16 inputs, 24 hidden neurons, 48 examples; cross-entropy plus the local Lipschitz estimate.
+    """
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.uniform(0, 1, (48, 16)), jnp.float32)
+    y = jnp.argmax(x @ rng.normal(size=(16, 3)), axis=1)
+    rngs = nnx.Rngs(0)
+    net = nnx.Sequential(nnx.Linear(16, 24, rngs=rngs), lipjax.ReLU(), nnx.Linear(24, 3, rngs=rngs))
+    fixed = lipjax.initial_vectors(net, (16,))
+    vectors = jax.tree.map(lambda v: jnp.tile(v, (48, 1)), fixed)
+
+    def step(carried, number):
+        net, vectors = carried
+        key = jax.random.fold_in(KEY, number)
+        how = {"key": key, "iterations": 10 if kind == "key" else 2}
+        if kind == "fixed":
+            del how["key"]
+
+        def mean(net):
+            def one(x, y, start):
+                start = None if kind == "key" else start
+                bound = lipjax.bound(net, x, 0.1, vectors=start, **how)
+                loss = losses.cross_entropy(bound.logits, y) + WEIGHT * bound.lipschitz
+                return loss, (bound.lipschitz, bound.vectors)
+
+            each, (estimate, after) = jax.vmap(one)(x, y, vectors)
+            return each.mean(), (estimate.mean(), after)
+
+        (_, (estimate, after)), slopes = jax.value_and_grad(mean, has_aux=True)(net)
+        net = jax.tree.map(lambda leaf, slope: leaf - RATE * slope, net, slopes)
+        return (net, vectors if kind == "fixed" else after), estimate
+
+    run = jax.jit(lambda carried: jax.lax.scan(step, carried, jnp.arange(steps)))
+    (net, _), estimates = run((net, vectors))
+    varies = jax.jit(jax.vmap(lambda x: lipjax.bound(net, x, 0.1).regions[2].varies))(x)
+    kernel = np.asarray(net.layers[0].kernel[...])
+    norms = [np.linalg.norm(kernel[:, row], 2) for row in np.asarray(varies)]
+    return float(estimates[-10:].mean()), float(np.mean(norms))
+
+
+@pytest.mark.parametrize("kind", ["key", "kept"])
+def test_a_net_trained_with_fresh_keys_or_kept_vectors_cannot_hide_its_norm(kind):
+    estimate, truth = trained_with(kind)
+    assert truth == pytest.approx(estimate, rel=0.05)
+
+
+def test_a_net_trained_from_fixed_starts_hides_its_norm():
+    """Otherwise the test above would show nothing."""
+    estimate, truth = trained_with("fixed")
+    assert truth > 1.5 * estimate, (estimate, truth)
 
 
 class Doubled(nnx.Linear):

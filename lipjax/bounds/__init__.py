@@ -1,11 +1,11 @@
 """Bounds of one example on a ball: regions, relaxations, margins, `bound`."""
 
-from lipjax.bounds.estimate import PRODUCTS, bound, graph_of, vector_shapes
+from lipjax.bounds.estimate import PRODUCTS, bound, graph_of, initial_vectors, vector_shapes
 from lipjax.bounds.margins import ascent, margin, worst_logits
 from lipjax.bounds.modes import MODES, Mode, mode_of
 from lipjax.bounds.regions import Bound, Region, Walk, check_epsilon
 
 __all__ = [
     *("MODES", "PRODUCTS", "Bound", "Mode", "Region", "Walk", "ascent", "bound"),
-    *("check_epsilon", "graph_of", "margin", "mode_of", "vector_shapes", "worst_logits"),
+    *("check_epsilon", "graph_of", "initial_vectors", "margin", "mode_of", "vector_shapes", "worst_logits"),
 ]
