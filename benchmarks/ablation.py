@@ -20,7 +20,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from lipjax import regions
+from lipjax import bounds
 
 FIELDS = {
     "modes": "bound.mode",
@@ -37,7 +37,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--configs", default="configs/digits.py", help="configurations, separated by commas")
     for name, field in FIELDS.items():
         parser.add_argument(f"--{name}", help=f"values of {field}, separated by commas; the configuration's if unset")
-    parser.add_argument("--bounds", default=",".join(regions.MODES), help="to certify with, from the loosest")
+    parser.add_argument("--bounds", default=",".join(bounds.MODES), help="to certify with, from the loosest")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--out", type=Path, default=Path("runs/ablation"))
     parser.add_argument("extra", nargs="*", help="further flags of train.py, after --")

@@ -21,7 +21,7 @@ from ml_collections import ConfigDict
 
 import lipjax
 from benchmarks.step import SHAPES, peak_memory
-from lipjax import models, regions, training
+from lipjax import bounds, models, training
 from lipjax.checkpoints import Checkpoints, load_config
 
 
@@ -30,7 +30,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--network", default="conv6_dense2", choices=models.NETWORKS)
     parser.add_argument("--activation", default="clipped_relu", choices=models.ACTIVATIONS)
     parser.add_argument("--workdir", help="a run of train.py instead: its network and test images")
-    parser.add_argument("--mode", default="local", choices=regions.MODES)
+    parser.add_argument("--mode", default="local", choices=bounds.MODES)
     parser.add_argument("--tiers", default="probabilistic,deterministic")
     parser.add_argument("--epsilon", type=float, default=36 / 255)
     parser.add_argument("--failure_probability", type=float, default=1e-6)

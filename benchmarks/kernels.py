@@ -17,7 +17,8 @@ from flax import nnx
 
 import lipjax
 from benchmarks.step import SHAPES
-from lipjax import models, operators, regions
+from lipjax import bounds, models
+from lipjax.graph.linear import Convolution
 
 REPEATS = 3
 
@@ -34,14 +35,10 @@ def main(arguments: list[str] | None = None) -> None:
     print("| input, kernel, stride | product | as it is, ms | rewritten, ms | GFlop/s as it is | rewritten |")
     print("|---|---|---|---|---|---|")
     x = jax.ShapeDtypeStruct(shape, jnp.float32)
-    for layer in regions.layers_of(network):
-        function = layer
-        if operators.is_affine(layer):
-            operator = operators.linear_operator(layer)
-            function = operator.affine
-            if isinstance(operator.apply, operators.Convolution):
-                report(operator, x.shape, options)
-        x = jax.eval_shape(function, x)
+    graph = bounds.graph_of(network, x)
+    for node in (graph.nodes[i] for i in graph.linear):
+        if isinstance(node.operator.apply, Convolution):
+            report(node.operator, graph.nodes[node.inputs[0]].shape, options)
 
 
 def report(operator, shape, options) -> None:

@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from lipjax import certificates, deterministic, models, operators, regions, spectral
+from lipjax import bounds, certificates, deterministic, models, spectral
 
 SHAPES = {
     "conv4_dense3": (28, 28, 1),
@@ -148,21 +148,15 @@ def measure(function: Callable, operator, key: jax.Array, masks: list) -> tuple[
     return values, statistics.median(times)
 
 
-def affine_layers(network: nnx.Sequential, shape: tuple[int, ...]) -> Iterator[tuple]:
-    """Label, float64 view and input of each affine layer but the last."""
-    layers = regions.layers_of(jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float64), network))
-    last = max(i for i, layer in enumerate(layers) if operators.is_affine(layer))
-    x = jnp.zeros(shape)
-    for layer in layers[:last]:
-        if not operators.is_affine(layer):
-            x = jnp.zeros(jax.eval_shape(layer, x).shape)
-            continue
-        operator = operators.linear_operator(layer)
-        out = jax.eval_shape(operator.affine, x)
-        size = "x".join(str(n) for n in operator.kernel.shape)
-        label = f"{type(layer).__name__} {size}, {'x'.join(map(str, x.shape))} to {'x'.join(map(str, out.shape))}"
-        yield label, operator, x
-        x = jnp.zeros(out.shape)
+def affine_layers(network: nnx.Module, shape: tuple[int, ...]) -> Iterator[tuple]:
+    """Label, float64 map and input of each linear node but the last."""
+    in_float64 = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float64), network)
+    graph = bounds.graph_of(in_float64, jnp.zeros(shape))
+    for i in graph.linear[:-1]:
+        node, like = graph.nodes[i], jnp.zeros(graph.nodes[graph.nodes[i].inputs[0]].shape)
+        kernel, before, after = ("x".join(map(str, s)) for s in (node.operator.kernel.shape, like.shape, node.shape))
+        kind = type(node.operator.apply).__name__
+        yield f"{kind} {kernel}, {before} to {after}", node.operator, like
 
 
 if __name__ == "__main__":

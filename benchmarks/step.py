@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from lipjax import activations, data, feeding, losses, models, regions, training
+from lipjax import activations, bounds, data, feeding, losses, models, training
 from lipjax.configs import digits
 from lipjax.plan import counted
 
@@ -39,7 +39,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--network", default="conv6_dense2", choices=models.NETWORKS)
     parser.add_argument("--activation", default="clipped_relu", choices=models.ACTIVATIONS)
-    parser.add_argument("--mode", default="local", choices=regions.MODES)
+    parser.add_argument("--mode", default="local", choices=bounds.MODES)
     parser.add_argument("--loss", default="bcp", choices=training.LOSSES)
     parser.add_argument("--iterations", type=int, default=2)
     parser.add_argument("--batch", type=int, default=256)
@@ -120,7 +120,7 @@ def configured(options):
 
 def plain_loss(network, x, label, epsilon, kappa, vectors, config):
     """Cross-entropy of the clean logits, in the form of `training.example_loss`."""
-    logits = regions.apply(network, x)
+    logits = network(x)
     return losses.cross_entropy(logits, label), ({}, jnp.argmax(logits) == label, jnp.zeros(()))
 
 
@@ -174,7 +174,7 @@ class Untuned:
             network, optimizer = carried
 
             def loss_of(network):
-                logits = jax.vmap(functools.partial(regions.apply, network))(images.astype(jnp.float32) / 255.0)
+                logits = jax.vmap(network)(images.astype(jnp.float32) / 255.0)
                 return jnp.mean(jax.vmap(losses.cross_entropy)(logits, labels))
 
             _, gradient = jax.value_and_grad(loss_of)(network)
@@ -203,10 +203,10 @@ def lowered_flops(config, shape, classes, loss) -> float:
     to it). The loops of the margin count once."""
     network = training.build_network(config, shape, classes)
     size = config.batch_size
-    shapes = regions.vector_shapes(network, shape)
+    shapes = bounds.vector_shapes(network, shape)
     vectors = {
         name: tuple(jnp.zeros(((size,) if name == "local" else ()) + s) for s in shapes)
-        for name in regions.VECTORS_OF[config.bound.mode]
+        for name in bounds.mode_of(config.bound.mode).vectors
     }
     axes = {name: 0 if name == "local" else None for name in vectors}
 

@@ -15,7 +15,7 @@ import numpy as np
 from flax import nnx
 
 import lipjax
-from lipjax import margins, regions
+from lipjax import bounds
 
 SIZE = 256
 COPIES = 4
@@ -107,14 +107,14 @@ def takes_nan_for_no_perturbation(network, images, labels, epsilon) -> np.ndarra
         return jnp.linalg.norm(image), stored
 
     def claim(bound, worst, label):
-        return margins.margin(jnp.where(jnp.isnan(worst), bound.logits, worst), label) > 0
+        return bounds.margin(jnp.where(jnp.isnan(worst), bound.logits, worst), label) > 0
 
     return _claims(network, images, labels, epsilon, norm, claim)
 
 
 def takes_a_tie_for_a_win(network, images, labels, epsilon) -> np.ndarray:
     """UNSOUND: which of two equal logits is predicted depends on their order, and on rounding."""
-    return _claims(network, images, labels, epsilon, _norm, lambda _, worst, label: margins.margin(worst, label) >= 0)
+    return _claims(network, images, labels, epsilon, _norm, lambda _, worst, label: bounds.margin(worst, label) >= 0)
 
 
 def forgets_that_tf32_rounds(network, images, labels, epsilon) -> np.ndarray:
@@ -125,7 +125,7 @@ def forgets_that_tf32_rounds(network, images, labels, epsilon) -> np.ndarray:
     )  # only products round their operands
     rounded = nnx.merge(graph, state)
     return _claims(
-        rounded, tf32(jnp.asarray(images)), labels, epsilon, _norm, lambda _, w, label: margins.margin(w, label) > 0
+        rounded, tf32(jnp.asarray(images)), labels, epsilon, _norm, lambda _, w, label: bounds.margin(w, label) > 0
     )
 
 
@@ -143,7 +143,8 @@ def _norm(k, operator, like, mask_in, mask_out):
 
 def _claims(network, images, labels, epsilon, norm, claim) -> np.ndarray:
     def one(x, label):
-        bound = regions.walk(regions.layers_of(network), x, jnp.float32(epsilon), "local", norm, norm)
-        return claim(bound, margins.worst_logits(network, bound, label), label)
+        walk = bounds.Walk(bounds.graph_of(network, x), bounds.mode_of("local"), norm, norm)
+        bound = walk(x, jnp.float32(epsilon))
+        return claim(bound, bounds.worst_logits(bound, label), label)
 
     return np.asarray(jax.jit(jax.vmap(one))(jnp.asarray(images), jnp.asarray(labels)))
