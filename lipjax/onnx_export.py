@@ -18,6 +18,7 @@ each of these, and depends on a viewer with a web server, a client of a model hu
 """
 
 import functools
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -29,6 +30,7 @@ from flax import nnx
 from lipjax import certificate_files, orthogonal
 from lipjax.activations import ClippedMaxMin, ClippedReLU, MaxMin, ReLU
 from lipjax.files import replaced
+from lipjax.graph.linear import Convolution
 from lipjax.layers import AveragePool, Flatten, Normalize, Residual
 
 OPSET = 17
@@ -82,7 +84,7 @@ def to_onnx(network: nnx.Sequential, path, *, input_shape: Sequence[int]) -> Non
             name = graph.add("Add", forks.pop(), name)
             continue
         kind = type(layer)
-        where = f"layer {i}, {kind.__name__},"
+        where = f"layer {i}, {getattr(layer, '__qualname__', kind.__name__)},"
         if kind in orthogonal.KINDS:
             raise TypeError(f"{where} computes its kernel at every call: export lipjax.orthogonal.plain(network).")
         if kind not in nodes.registry or kind is object:
@@ -194,15 +196,15 @@ def nodes(layer, graph: Graph, x: str, shape: tuple[int, ...]) -> str:
 
 @nodes.register
 def _(layer: nnx.Linear, graph, x, shape):
-    operators.linear_operator(layer)  # refuses a product of its own
+    _standard(layer)
     y = graph.add("MatMul", x, graph.constant(layer.kernel[...]))
     return y if layer.bias is None else graph.add("Add", y, graph.constant(layer.bias[...]))
 
 
 @nodes.register
 def _(layer: nnx.Conv, graph, x, shape):
-    view = operators.linear_operator(layer)
-    geometry: Any = view.apply
+    _standard(layer)
+    geometry = _geometry(layer)
     if any(d != 1 for d in geometry.input_dilation):
         raise ValueError(f"a Conv with input_dilation {geometry.input_dilation} has no rule for ONNX.")
     extents = [(k - 1) * d + 1 for k, d in zip(layer.kernel_size, geometry.dilation, strict=True)]
@@ -216,15 +218,53 @@ def _(layer: nnx.Conv, graph, x, shape):
         padding = jax.lax.padtype_to_pads(shape[:-1], extents, geometry.strides, padding)
     if any(p < 0 for pair in padding for p in pair):
         raise ValueError(f"a Conv with padding {padding} has no rule for ONNX: expected numbers >= 0.")
-    return _convolution(graph, x, view.kernel, view.bias, geometry, padding)
+    kernel = layer.kernel[...] if layer.mask is None else layer.kernel[...] * layer.mask
+    bias = None if layer.bias is None else layer.bias[...]
+    return _convolution(graph, x, kernel, bias, geometry, padding)
+
+
+def _standard(layer) -> None:
+    """Refuses a Flax layer with settings that may change what it computes, and have no nodes."""
+    (described,) = certificate_files.describe(nnx.Sequential(layer))
+    unusual = set(described["unusual"]) - {"mask"}
+    if unusual:
+        raise ValueError(
+            f"{type(layer).__name__} with a {', '.join(sorted(unusual))} of its own has no rule for ONNX."
+        )
+
+
+def _geometry(layer: nnx.Conv) -> Convolution:
+    """Strides, padding and dilations as Flax understands them."""
+
+    def each(value) -> tuple[int, ...]:
+        rank = len(layer.kernel_size)
+        value = 1 if value is None else value
+        return (value,) * rank if isinstance(value, int) else tuple(value)
+
+    dilation, padding = each(layer.kernel_dilation), layer.padding
+    if isinstance(padding, str):
+        padding = padding.upper()
+    elif isinstance(padding, int):
+        padding = ((padding, padding),) * len(layer.kernel_size)
+    else:
+        padding = tuple((p, p) if isinstance(p, int) else (p[0], p[1]) for p in padding)
+    if padding == "CAUSAL":
+        padding = ((dilation[0] * (layer.kernel_size[0] - 1), 0),)
+    if isinstance(padding, str) and padding not in ("SAME", "VALID", "CIRCULAR"):
+        raise ValueError(
+            f"a Conv with padding={layer.padding!r} has no rule for ONNX: expected SAME, VALID, "
+            "CAUSAL, CIRCULAR or numbers."
+        )
+    groups = layer.feature_group_count
+    return Convolution(each(layer.strides), padding, each(layer.input_dilation), dilation, groups)
 
 
 @nodes.register
 def _(layer: AveragePool, graph, x, shape):
     # A Conv of the very numbers that its matrix has, where ONNX's AveragePool divides by the size of the window.
-    kernel = np.full((*layer.window, 1, shape[-1]), np.asarray(operators.linear_operator(layer).kernel))
+    kernel = np.full((*layer.window, 1, shape[-1]), 1 / math.prod(layer.window))
     ones = (1, 1)
-    geometry = operators.Convolution(layer.strides, "VALID", ones, ones, shape[-1])
+    geometry = Convolution(layer.strides, "VALID", ones, ones, shape[-1])
     return _convolution(graph, x, kernel, None, geometry, ((0, 0), (0, 0)))
 
 

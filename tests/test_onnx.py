@@ -31,6 +31,7 @@ LAYERS = {
     "conv of stride 2, padding SAME": lambda: conv(strides=2),
     "conv without bias, padding in numbers": lambda: conv(padding=((0, 2), (1, 0)), use_bias=False),
     "conv with dilation and groups": lambda: conv(feature_group_count=2, kernel_dilation=(2, 1), padding="VALID"),
+    "conv with a mask": lambda: conv(mask=jnp.arange(96.0).reshape(3, 2, 4, 4) % 3),
     "circular conv": lambda: conv(window=(3, 4), padding="CIRCULAR"),
     "linear on the channels": lambda: nnx.Linear(4, 6, use_bias=False, rngs=nnx.Rngs(0)),
     "average pool": lambda: lipjax.AveragePool((3, 2), strides=(2, 1)),
@@ -93,6 +94,14 @@ def test_convolutions_of_other_ranks_and_float64(tmp_path):
     np.testing.assert_allclose(found, logits, rtol=1e-12)
 
 
+def test_a_network_that_ends_in_an_activation_is_exported_as_it_is(tmp_path):
+    network = nnx.Sequential(lipjax.Flatten(), nnx.Linear(168, 4, rngs=nnx.Rngs(0)), lipjax.ReLU())
+    path = tmp_path / "network.onnx"
+    onnx_export.to_onnx(network, path, input_shape=SHAPE)
+    images = np.random.default_rng(0).uniform(0, 1, (2, *SHAPE)).astype(np.float32)
+    np.testing.assert_allclose(computed(path, images), network(images), rtol=1e-5, atol=1e-6)
+
+
 def test_the_file_says_what_it_takes_and_what_certificates_say_of_it(tmp_path):
     path = tmp_path / "network.onnx"
     onnx_export.to_onnx(around(lipjax.ReLU()), path, input_shape=SHAPE)
@@ -113,11 +122,6 @@ class Halved(nnx.Module):
         return x / 2
 
 
-@lipjax.activations.box_image.register(Halved)
-def _(layer, lower, upper):
-    return lower / 2, upper / 2
-
-
 def test_a_layer_of_ones_own_needs_a_rule_and_is_exported_with_one(tmp_path):
     network, path = around(Halved()), tmp_path / "network.onnx"
     with pytest.raises(TypeError, match=r"layer 1, Halved, has no rule.*nodes\.register"):
@@ -131,6 +135,10 @@ def test_a_layer_of_ones_own_needs_a_rule_and_is_exported_with_one(tmp_path):
     onnx_export.to_onnx(network, path, input_shape=SHAPE)
     images = np.random.default_rng(0).uniform(0, 1, (2, *SHAPE)).astype(np.float32)
     np.testing.assert_allclose(computed(path, images), network(images), rtol=1e-5, atol=1e-6)
+
+
+def rounded_product(x, kernel, *arguments, **settings):
+    return jax.lax.dot_general(jnp.round(x), kernel, *arguments, **settings)
 
 
 class Subclass(lipjax.ReLU):
@@ -152,7 +160,16 @@ class Subclass(lipjax.ReLU):
         (lambda: around(conv(param_dtype=jnp.bfloat16)), SHAPE, "bfloat16, float32"),
         (lambda: around(lipjax.ReLU()), (7, 6, 3), r"layer 0, Conv, cannot take an input of shape \(7, 6, 3\)"),
         (lambda: nnx.Sequential(conv()), SHAPE, "one axis"),
-        (lambda: nnx.Sequential(conv(), lipjax.ReLU()), SHAPE, "end in an affine layer"),
+        (lambda: nnx.Sequential(conv(), lipjax.ReLU()), SHAPE, "one axis"),
+        (lambda: around(jax.nn.relu), SHAPE, "layer 1, relu, has no rule"),
+        (lambda: lipjax.ReLU(), SHAPE, "expected a flax.nnx.Sequential, got .*ReLU"),
+        (lambda: around(conv(padding="REFLECT")), SHAPE, "padding='REFLECT' has no rule"),
+        (lambda: around(conv(preferred_element_type=jnp.bfloat16)), SHAPE, "preferred_element_type"),
+        (
+            lambda: around(nnx.Linear(4, 4, dot_general=rounded_product, rngs=nnx.Rngs(0))),
+            SHAPE,
+            "dot_general of its own has no rule",
+        ),
     ],
 )
 def test_what_cannot_be_exported_is_an_error_and_writes_nothing(tmp_path, network, shape, expected):
