@@ -20,6 +20,7 @@ from ml_collections import ConfigDict
 import lipjax
 from lipjax import spectral, training
 from lipjax.checkpoints import Checkpoints, load_config
+from lipjax.graph.linear import LinearOperator
 
 ROOT = Path(__file__).resolve().parents[1]
 IMAGES = ROOT / "docs" / "images"
@@ -79,7 +80,7 @@ def region() -> None:
 
     figure, axes = plt.subplots(1, 3, figsize=(10, 3.6), layout="constrained")
     titles = ["the ball of inputs", "after W: ball, box, and both", "after the clipped ReLU"]
-    known = [bound.input, bound.regions[0], bound.regions[1]]
+    known = bound.regions[:3]
     for n, (axis, title, cloud, now) in enumerate(zip(axes, titles, clouds, known, strict=True)):
         axis.plot(*cloud.T, ".", color=TRUE, markersize=2.5)
         center, radius = np.asarray(now.center), whole if n == 1 else float(now.radius)
@@ -107,7 +108,7 @@ def margin() -> None:
         lipjax.Region(zero, jnp.asarray(10.0), jnp.asarray(low), jnp.asarray(high)),
         lipjax.Region(zero, jnp.asarray(radius), jnp.asarray(low), jnp.asarray(high)),
     ]
-    found = [float(lipjax.margins.ascent(jnp.asarray(d), one)) for one in made]
+    found = [float(lipjax.bounds.ascent(jnp.asarray(d), one)) for one in made]
     at = [radius * d / np.linalg.norm(d), high, np.array([np.sqrt(radius**2 - high[1] ** 2), high[1]])]
     figure, axis = plt.subplots(figsize=(6, 3.8), layout="constrained")
     axis.add_patch(Circle((0, 0), radius, fill=False, color=BALL, label="ball"))
@@ -132,7 +133,7 @@ def estimate_and_proof() -> None:
     steps_power, steps_proof = [1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 16, 20], [5, 7, 10, 14, 20, 28, 40, 56, 80, 113, 160]
     with jax.enable_x64(True):
         v = jnp.asarray(np.random.default_rng(0).choice([-1.0, 1.0], size) / np.sqrt(size))
-        operator = lipjax.LinearOperator(Hidden(), v, None)
+        operator = LinearOperator(Hidden(), v, None)
         like = jnp.zeros(size)
         starts = jax.random.normal(jax.random.key(0), (20, size))
         below = [
@@ -170,7 +171,7 @@ def masks(network, images, labels) -> None:
     epsilon, image = 0.5, 0
     bound = jax.jit(lambda x: lipjax.bound(network, x, epsilon, iterations=200))(images[image])
     weights = np.asarray(network.layers[3].kernel[...]).T  # Flatten, Linear, activation, Linear
-    inputs, outputs = np.asarray(bound.regions[2].varies), np.asarray(bound.regions[4].varies)
+    inputs, outputs = np.asarray(bound.regions[3].varies), np.asarray(bound.regions[5].varies)
     masked = weights * inputs * outputs[:, None]
     order_in, order_out = np.argsort(~inputs, kind="stable"), np.argsort(~outputs, kind="stable")
     figure, axes = plt.subplots(1, 2, figsize=(9, 4.4), layout="constrained")
@@ -197,15 +198,15 @@ def modes(network, images, labels) -> None:
 
     def gain(x, label, epsilon, mode):
         bound = lipjax.bound(network, x, epsilon, mode=mode, iterations=50)
-        rise = lipjax.worst_logits(network, bound, label) - bound.logits
+        rise = lipjax.worst_logits(bound, label) - bound.logits
         return jnp.max(rise) / epsilon
 
     def slope(x, label):
-        jacobian = jax.jacobian(lambda x: lipjax.regions.apply(network, x))(x).reshape(10, -1)
+        jacobian = jax.jacobian(network)(x).reshape(10, -1)
         return jnp.max(jnp.linalg.norm(jacobian - jacobian[label], axis=1))
 
     figure, axis = plt.subplots(figsize=(7, 4), layout="constrained")
-    for mode in lipjax.regions.MODES:
+    for mode in lipjax.bounds.MODES:
         each = jax.jit(jax.vmap(lambda x, y, e, mode=mode: gain(x, y, e, mode), (0, 0, None)))
         axis.plot(radii, [float(jnp.median(each(images, labels, radius))) for radius in radii], ".-", label=mode)
     least = float(jnp.median(jax.vmap(slope)(images, labels)))

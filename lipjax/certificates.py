@@ -57,7 +57,7 @@ class Certificate:
         norms: ``(N, affine layers - 1)``, the norm bounds.
         constant: ``(N, activations)``, share of neurons that are constant on the ball; zeros in mode "global".
         stable: ``(N, activations)``, share of neurons that vary, but are one and the same input on the whole ball
-            (`activations.passes_through`): no kink, no threshold, no change of order. As `constant` it rests on the norms.
+            (`activations.Rule.stable`): no kink, no threshold, no change of order. As `constant` it rests on the norms.
         epsilon, mode, tier, failure_probability, seed: what the verdicts are for and rest on. In tier "deterministic"
             failure_probability is 0 and the seed has no influence on what is proved.
         precision: of the bounds' own computation.

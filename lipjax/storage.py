@@ -55,9 +55,12 @@ def save(network: nnx.Sequential, path, *, input_shape: Sequence[int], notes: Ma
     """
     import safetensors.numpy
 
-    shape = _checked_shape(network, input_shape)
+    if type(network) is not nnx.Sequential:
+        kind = f"{type(network).__module__}.{type(network).__qualname__}"
+        raise TypeError(f"expected a flax.nnx.Sequential, got {kind}: of others there is no description.")
     arrays: dict[str, np.ndarray] = {}
     layers = _described(network, "layers", arrays)
+    shape = _checked_shape(network, input_shape)
     try:
         kept = json.loads(json.dumps(dict(notes or {}), allow_nan=False))
     except (TypeError, ValueError) as error:
@@ -316,8 +319,9 @@ def _described(network, prefix: str, arrays: dict[str, np.ndarray]) -> list[dict
                 "lipjax.orthogonal.plain(network), the one to certify and to run."
             )
         if type(layer) not in _NAMES:
+            kind = layer if hasattr(layer, "__qualname__") else type(layer)  # a function by its own name
             raise TypeError(
-                f"{where}, {type(layer).__module__}.{type(layer).__qualname__}, is not stored: known are {', '.join(KINDS)}, "
+                f"{where}, {kind.__module__}.{kind.__qualname__}, is not stored: known are {', '.join(KINDS)}, "
                 "Sequential and Residual, by exact type."
             )
         unusual = certificate_files.describe(nnx.Sequential(layer))[0].get("unusual")

@@ -592,7 +592,6 @@ def test_a_layer_of_equinox_that_is_not_known_is_an_error():
         ([eqx.nn.AvgPool2d(2, 2, padding=1), flat, last], "padding 0"),
         ([eqx.nn.Conv2d(3, 2, 3, key=key), flat, last], r"takes \(height, width, 3\), got \(6, 6, 2\)"),
         ([last], "Flatten missing"),
-        ([flat, last, eqx.nn.Lambda(jax.nn.relu)], "end in an affine layer"),
     ):
         with pytest.raises((TypeError, ValueError), match=expected):
             bridges.from_equinox(eqx.nn.Sequential(layers), (6, 6, 2))
@@ -600,6 +599,17 @@ def test_a_layer_of_equinox_that_is_not_known_is_an_error():
         bridges.from_equinox(last, (72,))
     with pytest.raises(ValueError, match="input_shape must be"):
         bridges.from_equinox(eqx.nn.Sequential([flat, last]), (6, 12))
+
+
+def test_a_network_that_ends_in_an_activation_is_bridged_as_it_is():
+    flat, last = eqx.nn.Lambda(jnp.ravel), eqx.nn.Linear(72, 3, key=jax.random.key(0))
+    model = eqx.nn.Sequential([flat, last, eqx.nn.Lambda(jax.nn.relu)])
+    found = bridges.from_equinox(model, (6, 6, 2))
+    assert type(found.layers[-1]) is lipjax.ReLU
+    image = np.random.default_rng(0).uniform(0, 1, (6, 6, 2)).astype(np.float32)
+    assert np.asarray(found(image)).min() == 0 and np.asarray(found(image)).max() > 0
+    graph = lipjax.trace(found, image)
+    np.testing.assert_array_equal(graph(jnp.asarray(image)), found(image))
 
 
 def test_frameworks_are_not_imported_with_the_bridges():

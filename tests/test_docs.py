@@ -22,14 +22,14 @@ import lipjax
 DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
 FENCE = re.compile(r"^(?P<indent> *)```(?P<info>[^\n`]*)\n(?P<code>.*?)^(?P=indent)``` *$", re.MULTILINE | re.DOTALL)
-# What README.md takes for granted: images, labels, and somebody's layer.
+# What README.md takes for granted: images, labels, and somebody's weights.
 README = """
+import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 images, labels = np.random.default_rng(0).uniform(size=(2, 8, 8, 1)).astype(np.float32), np.arange(2)
 x = images[0]
-class MyLinear(nnx.Module):
-    pass
+weights = [np.random.default_rng(n).normal(size=s).astype(np.float32) / 8 for n, s in enumerate([(32, 64), (10, 32)])]
+shift = np.full(32, -0.1, np.float32)
 """
 PROGRAMS = {"train.py": "train", "certify.py": "certify"}
 
@@ -115,8 +115,8 @@ def test_the_reference_has_every_public_module_and_name(site):
     package = ROOT / "lipjax"
     modules = {
         ".".join(path.relative_to(ROOT).with_suffix("").parts)
-        for path in package.glob("*.py")
-        if not path.name.startswith("_")
+        for path in package.rglob("*.py")
+        if not path.name.startswith("_") and path.parent.name not in ("commands", "configs")
     }
     missing = {module for module in modules if module not in anchors}
     for name in lipjax.__all__:

@@ -220,7 +220,7 @@ def rewritten(path, change, arrays=None):
         (lambda h: h["layers"][0].update(type="ReLU"), "layers.0, ReLU"),
         (lambda h: h["layers"][0].update(kernel_init="x"), "layers.0, Linear"),
         (lambda h: h["layers"][0].update(dtype="float16"), "float16"),
-        (lambda h: h["layers"].pop(), "logits"),
+        (lambda h: h["layers"].pop(), "no layer takes layers.2.bias"),
         (lambda h: h["layers"].insert(1, {"type": "Normalize", "scale": [1e39], "shift": [0]}), "finite scale"),
         (lambda h: h["layers"].__setitem__(1, {"type": "Flatten", "ndim": 3}), "Flatten"),
     ],
