@@ -153,8 +153,10 @@ def affine_layers(network: nnx.Module, shape: tuple[int, ...]) -> Iterator[tuple
     in_float64 = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float64), network)
     graph = bounds.graph_of(in_float64, jnp.zeros(shape))
     for i in graph.linear[:-1]:
-        node, like = graph.nodes[i], jnp.zeros(graph.nodes[graph.nodes[i].inputs[0]].shape)
-        kernel, before, after = ("x".join(map(str, s)) for s in (node.operator.kernel.shape, like.shape, node.shape))
+        node = graph.nodes[i]
+        like = jnp.zeros(graph.nodes[node.inputs[0]].shape)
+        shapes = node.operator.kernel.shape, like.shape, node.shape
+        kernel, before, after = ("x".join(map(str, shape)) for shape in shapes)
         kind = type(node.operator.apply).__name__
         yield f"{kind} {kernel}, {before} to {after}", node.operator, like
 

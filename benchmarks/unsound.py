@@ -114,7 +114,11 @@ def takes_nan_for_no_perturbation(network, images, labels, epsilon) -> np.ndarra
 
 def takes_a_tie_for_a_win(network, images, labels, epsilon) -> np.ndarray:
     """UNSOUND: which of two equal logits is predicted depends on their order, and on rounding."""
-    return _claims(network, images, labels, epsilon, _norm, lambda _, worst, label: bounds.margin(worst, label) >= 0)
+
+    def claim(_, worst, label):
+        return bounds.margin(worst, label) >= 0
+
+    return _claims(network, images, labels, epsilon, _norm, claim)
 
 
 def forgets_that_tf32_rounds(network, images, labels, epsilon) -> np.ndarray:
@@ -124,9 +128,11 @@ def forgets_that_tf32_rounds(network, images, labels, epsilon) -> np.ndarray:
         lambda leaf: tf32(leaf) if leaf.ndim == 2 else leaf, state
     )  # only products round their operands
     rounded = nnx.merge(graph, state)
-    return _claims(
-        rounded, tf32(jnp.asarray(images)), labels, epsilon, _norm, lambda _, w, label: bounds.margin(w, label) > 0
-    )
+
+    def claim(_, worst, label):
+        return bounds.margin(worst, label) > 0
+
+    return _claims(rounded, tf32(jnp.asarray(images)), labels, epsilon, _norm, claim)
 
 
 def tf32(x: jax.Array) -> jax.Array:

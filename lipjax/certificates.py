@@ -20,7 +20,7 @@ import numpy as np
 from flax import nnx
 
 from lipjax import bounds, certificate_files, deterministic, lowering, rounding, spectral
-from lipjax.graph import Activation, Graph, trace
+from lipjax.graph import Activation, Graph
 
 TIERS = ("probabilistic", "deterministic")
 # Inflation of each norm that the probabilistic bound aims at, and the part of it by which the scale is raised.

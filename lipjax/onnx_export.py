@@ -208,7 +208,7 @@ def _(layer: nnx.Conv, graph, x, shape):
     if any(d != 1 for d in geometry.input_dilation):
         raise ValueError(f"a Conv with input_dilation {geometry.input_dilation} has no rule for ONNX.")
     extents = [(k - 1) * d + 1 for k, d in zip(layer.kernel_size, geometry.dilation, strict=True)]
-    padding = geometry.padding
+    padding: Any = geometry.padding
     if padding == "CIRCULAR":
         for axis, (extent, size) in enumerate(zip(extents, shape, strict=False)):
             places = np.arange(-((extent - 1) // 2), size + extent // 2) % size
@@ -228,9 +228,8 @@ def _standard(layer) -> None:
     (described,) = certificate_files.describe(nnx.Sequential(layer))
     unusual = set(described["unusual"]) - {"mask"}
     if unusual:
-        raise ValueError(
-            f"{type(layer).__name__} with a {', '.join(sorted(unusual))} of its own has no rule for ONNX."
-        )
+        settings = ", ".join(sorted(unusual))
+        raise ValueError(f"{type(layer).__name__} with a {settings} of its own has no rule for ONNX.")
 
 
 def _geometry(layer: nnx.Conv) -> Convolution:
@@ -241,7 +240,8 @@ def _geometry(layer: nnx.Conv) -> Convolution:
         value = 1 if value is None else value
         return (value,) * rank if isinstance(value, int) else tuple(value)
 
-    dilation, padding = each(layer.kernel_dilation), layer.padding
+    dilation = each(layer.kernel_dilation)
+    padding: Any = layer.padding
     if isinstance(padding, str):
         padding = padding.upper()
     elif isinstance(padding, int):

@@ -25,6 +25,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lipjax import bounds, data, feeding, training
+from lipjax.graph import Linear
 
 # The share of the floor (operations at the peak rate) that a step of 6C2F reached on two CPU cores: benchmarks/README.md.
 MEASURED_SHARE = 0.36
@@ -284,7 +285,8 @@ def counted(network, shape, mode: str, iterations: int) -> float:
     Of modes "linear" and "rows" without their reverse passes.
     """
     graph = bounds.graph_of(network, jax.ShapeDtypeStruct(shape, jnp.float32))
-    nodes, total = [graph.nodes[i] for i in graph.linear], 0.0
+    nodes = [node for node in graph.nodes if isinstance(node, Linear)]
+    total = 0.0
     for node in nodes:
         what = "plain" if node is nodes[-1] else mode
         entries = 2 * node.size * node.operator.kernel.size / node.shape[-1]

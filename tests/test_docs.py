@@ -28,7 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 images, labels = np.random.default_rng(0).uniform(size=(2, 8, 8, 1)).astype(np.float32), np.arange(2)
 x = images[0]
-weights = [np.random.default_rng(n).normal(size=s).astype(np.float32) / 8 for n, s in enumerate([(32, 64), (10, 32)])]
+weights = [np.random.default_rng(0).normal(0, 0.1, s).astype(np.float32) for s in ((32, 64), (10, 32))]
 shift = np.full(32, -0.1, np.float32)
 """
 PROGRAMS = {"train.py": "train", "certify.py": "certify"}

@@ -164,7 +164,11 @@ class Subclass(lipjax.ReLU):
         (lambda: around(jax.nn.relu), SHAPE, "layer 1, relu, has no rule"),
         (lambda: lipjax.ReLU(), SHAPE, "expected a flax.nnx.Sequential, got .*ReLU"),
         (lambda: around(conv(padding="REFLECT")), SHAPE, "padding='REFLECT' has no rule"),
-        (lambda: around(conv(preferred_element_type=jnp.bfloat16)), SHAPE, "preferred_element_type"),
+        (
+            lambda: around(conv(preferred_element_type=jnp.bfloat16)),
+            SHAPE,
+            "preferred_element_type of its own",
+        ),
         (
             lambda: around(nnx.Linear(4, 4, dot_general=rounded_product, rngs=nnx.Rngs(0))),
             SHAPE,
