@@ -49,6 +49,14 @@ ARITHMETICS = {
     )
 }
 KNOWN_TYPES = ("float64", "float32", "bfloat16")
+# Algorithms that a product can fix, by the arithmetic that covers them. Others are refused: they sum
+# in 16 bits, multiply in 8, or take several products for one.
+ALGORITHMS = {
+    "F64_F64_F64": "float64",
+    "F32_F32_F32": "float32",
+    "TF32_TF32_F32": "tf32",
+    "BF16_BF16_F32": "bfloat16_products",
+}
 # Units of roundoff that parameters may be off by when they are computed at each call.
 FEW = 100.0
 
@@ -106,7 +114,8 @@ def _arithmetic(node: Node, equation: Executed, declared: str | None) -> Arithme
                 f"{declared} its parameters would be rounded, which is not in the error model: "
                 "give the network float32 parameters."
             )
-        if ARITHMETICS[declared].output < ARITHMETICS[name].output:
+        chosen = "bfloat16" in floats or (equation.precision or "").startswith("algorithm")
+        if _order(declared) < _order(name) and (chosen or declared == "float64"):
             raise ValueError(
                 f"{node.where}: `{equation.primitive}` computes in {name}, which rounds more than "
                 f"the declared {declared}: declare {name} or give the layer another dtype."
@@ -132,12 +141,27 @@ def _own(equation: Executed, floats: set[str]) -> str:
         return "float32"
     platform = jax.default_backend()
     if equation.precision is not None and equation.precision.startswith("algorithm"):
-        raise TypeError(f"`{equation.primitive}` with {equation.precision} is not in the error model.")
+        algorithm = equation.precision.removeprefix("algorithm ").rpartition(".")[2]
+        if algorithm not in ALGORITHMS:
+            raise TypeError(
+                f"`{equation.primitive}` by {algorithm}, which the error model does not know "
+                f"(it knows {', '.join(ALGORITHMS)})."
+            )
+        return _coarser(ALGORITHMS[algorithm], "bfloat16_products" if platform == "tpu" else "float32")
     if platform == "tpu":
         return "bfloat16_products"
     if platform != "cpu" and equation.precision != "HIGHEST":
         return "tf32"
     return "float32"
+
+
+def _order(name: str) -> int:
+    """How much it rounds: each arithmetic covers those before it."""
+    return list(ARITHMETICS).index(name)
+
+
+def _coarser(*names: str) -> str:
+    return max(names, key=_order)
 
 
 def least_precise(arithmetics: Sequence[Sequence[Arithmetic]]) -> str:
