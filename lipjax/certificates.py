@@ -23,6 +23,7 @@ from lipjax import (
     activations,
     certificate_files,
     deterministic,
+    executed,
     lowering,
     margins,
     operators,
@@ -304,7 +305,7 @@ class _Prover:
         layers = _check_certifiable(network, tier, failure_probability)
         if not budget >= 0:
             raise ValueError(f"budget must be >= 0 floating-point operations, got {budget}.")
-        arithmetics = rounding.arithmetics_of(layers, arithmetic)
+        arithmetics = executed.arithmetics_of(network, layers, arithmetic, images.shape[1:], images.dtype)
         self.network, self.shape, self.seed = network, images.shape[1:], seed
         self._size = min(batch_size, len(images))
         self._optimize = images.size > FEW_PIXELS
@@ -620,8 +621,13 @@ def _check(network, images, labels):
     images = np.asarray(images)
     if images.ndim < 2 or len(images) == 0:
         raise ValueError(f"images must be a non-empty batch (N, ...), got shape {images.shape}.")
-    if not np.issubdtype(images.dtype, np.floating):
+    if not jnp.issubdtype(images.dtype, jnp.floating):
         raise TypeError(f"images must be floats in [0, 1], got {images.dtype}: divide 0..255 integers by 255.")
+    if images.dtype not in (np.float32, np.float64):
+        raise TypeError(
+            f"images must be float32 or float64, got {images.dtype}: layers would compute in that type, and what is "
+            "certified is the network on float32 images. Give it, and execute it on, images.astype(np.float32)."
+        )
     low, high = images.min(), images.max()
     if not (low >= 0 and high <= 1):  # a NaN fails too
         raise ValueError(
