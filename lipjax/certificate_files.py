@@ -12,7 +12,6 @@ derivation leads back to, are taken on trust. If it matters who wrote a file, si
 This module imports nothing of the bounds, so that the checker can use it and stay independent.
 """
 
-import functools
 import hashlib
 import inspect
 import json
@@ -64,13 +63,13 @@ HEADER = (
     *("tier", "failure_probability", "seed", "arithmetic", "precision", "command", "statement", "digest"),
 )
 
-# Arguments and attributes of an nnx layer that `describe` writes down or `unusual` compares with the parameters, and
-# those that have no influence on what it computes.
+# Arguments and attributes of an nnx layer that `describe` writes down or `unusual` compares with the
+# parameters, and those that have no influence on what it computes.
 _UNDERSTOOD = (
-    *("self", "rngs", "in_features", "out_features", "use_bias", "kernel_size", "strides", "padding"),
-    *("input_dilation", "kernel_dilation", "feature_group_count", "dtype", "param_dtype", "precision"),
-    *("kernel_init", "bias_init", "kernel_metadata", "bias_metadata", "kernel", "bias", "kernel_shape"),
-    *("_pytree__state", "_pytree__nodes"),
+    *("self", "rngs", "in_features", "out_features", "use_bias", "kernel_size", "strides"),
+    *("padding", "input_dilation", "kernel_dilation", "feature_group_count", "dtype"),
+    *("param_dtype", "precision", "kernel_init", "bias_init", "kernel_metadata", "bias_metadata"),
+    *("kernel", "bias", "kernel_shape", "_pytree__state", "_pytree__nodes"),
 )
 
 
@@ -337,9 +336,10 @@ def describe(network) -> list[dict[str, Any]]:
     "kind" is "conv", "linear", "average_pool", "normalize", "flatten", "relu", "clipped_relu", "maxmin" or "clipped_maxmin",
     by the layer's exact type; "fork" and "join" stand around the layers of a Residual. The other entries are a layer's
     parameters (kernel, bias, threshold, upper, lower), its settings (strides, padding, dilation, groups, window, ndim), the
-    type it computes in ("dtype", None: that of its input and parameters), the algorithm that its products are fixed to
-    ("precision", absent: the device's), and under "unusual" what is not written down here and may change what it computes. A layer of any other type gets its full type name as kind and all parameters it has:
-    enough for a hash, not for the checker.
+    type it computes in ("dtype", None: that of its input and parameters), the algorithm that its products
+    are fixed to ("precision", absent: the device's), a "mask" if there is one, and under "unusual" what
+    is not written down here and may change what it computes. A layer of any other type gets its full
+    type name as kind and all parameters it has: enough for a hash, not for the checker.
 
     Raises:
         TypeError: the network is no nnx.Sequential.
@@ -402,11 +402,12 @@ def _name(layer) -> str:
 
 
 def unusual(layer) -> list[str]:
-    """What of an nnx.Linear or nnx.Conv may make it compute something else than its parameters and known settings say.
+    """What of an nnx.Linear or nnx.Conv may make it compute something else than its parameters say.
 
     Returns:
-        Names of attributes: those that nothing here knows (of a later Flax, or set by hand), those known ones that are
-        not as the constructor sets them by default, and those that contradict the parameters.
+        Names of attributes: those that nothing here knows (of a later Flax, or set by hand), those known
+        ones that are not as the constructor sets them by default, and those that contradict the
+        parameters.
     """
     defaults = _defaults(type(layer))
     found = [
@@ -433,10 +434,9 @@ def unusual(layer) -> list[str]:
 _ABSENT = object()
 
 
-@functools.cache
-def _defaults(kind: type) -> dict[str, Any]:
+def _defaults(kind) -> dict[str, Any]:
     """The constructor's arguments and their default values."""
-    parameters = inspect.signature(kind.__init__).parameters  # type: ignore[misc]
+    parameters = inspect.signature(kind.__init__).parameters
     return {name: parameter.default for name, parameter in parameters.items()}
 
 
@@ -453,7 +453,7 @@ def _affine_parameters(layer) -> dict[str, Any]:
         "dtype": None if layer.dtype is None else np.dtype(layer.dtype).name,
         "unusual": unusual(layer),
     }
-    # Entries of later versions: only where they say something, so that the hashes of other networks stay as they were.
+    # Only where they say something, so that the hashes of other networks stay as they were.
     if getattr(layer, "mask", None) is not None:
         found["mask"] = np.asarray(layer.mask)
     algorithm = _algorithm(layer.precision)
@@ -463,14 +463,15 @@ def _affine_parameters(layer) -> dict[str, Any]:
 
 
 def _algorithm(precision) -> str | None:
-    """What a layer's products are computed by, where its precision fixes that and leaves it to no device."""
+    """What a layer's products are computed by, where its precision does not leave that to the device."""
     import jax
 
-    def left_to_device(part):
-        named = isinstance(part, str) and part not in jax.lax.DotAlgorithmPreset.__members__
-        return part is None or isinstance(part, jax.lax.Precision) or named
+    fixed = {name for name in jax.lax.DotAlgorithmPreset.__members__ if name != "DEFAULT"}
 
-    parts = precision if isinstance(precision, (list, tuple)) else [precision]
+    def left_to_device(part):
+        return str(part) not in fixed and not isinstance(part, jax.lax.DotAlgorithm)
+
+    parts = precision if type(precision) in (list, tuple) else [precision]
     return None if all(map(left_to_device, parts)) else str(precision)
 
 

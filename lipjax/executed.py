@@ -1,17 +1,17 @@
-"""What a network does as executed, read from what JAX traces of each layer: a check of what certificates take for granted.
+"""What a network does as executed, read from what JAX traces of it: a check of what is taken for granted.
 
-A layer's dtype and parameters do not say in which type it computes: one without parameters computes in that of its input,
-and any layer may convert what it is given. So each layer is traced on one image of the type that the network will be
-given, and every operation that can round is looked at: what the error model of `rounding` does not cover is refused. So is
-what would make a layer another function than the one that is certified: a class whose ``__call__`` was replaced, parameters
-that change when they are read, parameters that the executed type cannot hold.
+A layer's dtype and parameters do not say in which type it computes: one without parameters computes
+in that of its input, and any layer may convert what it is given. So each layer is traced on one image
+of the type that the network will be given, and every operation that can round is looked at: what the
+error model of `rounding` does not cover is refused. So is what would make a layer another function
+than the one that is certified: a class whose ``__call__`` was replaced, parameters that change when
+they are read, parameters that the executed type cannot hold.
 """
 
 import collections
-import contextlib
 import dataclasses
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -31,30 +31,33 @@ _SINGLE = ("dot_general", "conv_general_dilated", "add", "mul")
 # Primitives that round nothing, whatever their type; conversions and sums are looked at one by one.
 _EXACT = frozenset(
     (
-        *("abs", "and", "argmax", "argmin", "broadcast_in_dim", "clamp", "concatenate", "copy", "dynamic_slice"),
-        *("dynamic_update_slice", "eq", "expand_dims", "gather", "ge", "gt", "iota", "is_finite", "le", "lt", "max"),
-        *("min", "ne", "neg", "not", "optimization_barrier", "or", "pad", "reduce_max", "reduce_min", "reshape"),
-        *("rev", "select_n", "sign", "slice", "sort", "split", "squeeze", "stop_gradient", "transpose"),
+        *("abs", "and", "argmax", "argmin", "broadcast_in_dim", "clamp", "concatenate", "copy"),
+        *("dynamic_slice", "dynamic_update_slice", "eq", "expand_dims", "gather", "ge", "gt", "iota"),
+        *("is_finite", "le", "lt", "max", "min", "ne", "neg", "not", "optimization_barrier", "or"),
+        *("pad", "reduce_max", "reduce_min", "reshape", "rev", "select_n", "sign", "slice", "sort"),
+        *("split", "squeeze", "stop_gradient", "transpose"),
     )
 )
 
-# Layers whose execution is known, and the operations in it that round, each at most once; the first is always there.
+# Layers whose execution is known, and the operations in it that round, each at most once; the first
+# is always there.
 _ROUND: dict[type, tuple[str, ...]] = {
     nnx.Linear: ("dot_general", "add"),
     nnx.Conv: ("conv_general_dilated", "add", "mul"),
     operators.AveragePool: ("reduce_window_sum", "mul"),
     operators.Normalize: ("mul", "add"),
-    **dict.fromkeys(
-        (
-            *(activations.ReLU, activations.ClippedReLU, activations.MaxMin, activations.ClippedMaxMin),
-            operators.Flatten,
-        ),
-        (),
-    ),
+    operators.Flatten: (),
+    activations.ReLU: (),
+    activations.ClippedReLU: (),
+    activations.MaxMin: (),
+    activations.ClippedMaxMin: (),
 }
 # What their classes executed when this module was imported.
-_CALLS: dict[type, Callable[..., Any]] = {kind: kind.__call__ for kind in (*_ROUND, nnx.Sequential, operators.Residual)}
-_READS = {name: getattr(nnx.Variable, name) for name in ("__getitem__", "get_value", "__jax_array__")}
+_CONTAINERS = (nnx.Sequential, operators.Residual)
+_CALLS: dict[type, Any] = {kind: kind.__call__ for kind in (*_ROUND, *_CONTAINERS)}
+# What reads a parameter.
+_NAMES = ("__getitem__", "get_value", "__jax_array__")
+_READS = {name: getattr(nnx.Variable, name) for name in _NAMES}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,22 +112,14 @@ def arithmetics_of(
     """
     _check_reads(network)
     if declared is None:
-        dtype, context = jax.dtypes.canonicalize_dtype(dtype), contextlib.nullcontext()
-    else:
+        traced = trace(layers, shape, jax.dtypes.canonicalize_dtype(dtype))
+    else:  # as another process would execute it, whatever is set here
         wide = declared == "float64"
-        dtype, context = np.dtype("float64" if wide else "float32"), _elsewhere(wide)
-    with context:
-        traced = trace(layers, shape, dtype)
+        with jax.enable_x64(wide), jax.default_matmul_precision(None):
+            traced = trace(layers, shape, np.dtype("float64" if wide else "float32"))
     found = rounding.arithmetics_of(layers, declared, traced)
     _check(layers, found, traced)
     return found
-
-
-@contextlib.contextmanager
-def _elsewhere(wide: bool) -> Iterator[None]:
-    """As another process would execute it, whatever is set here."""
-    with jax.enable_x64(wide), jax.default_matmul_precision(None):
-        yield
 
 
 def trace(layers: Sequence, shape: Sequence[int], dtype) -> list[Traced]:
@@ -139,23 +134,31 @@ def trace(layers: Sequence, shape: Sequence[int], dtype) -> list[Traced]:
             forks.append(x)
             found.append(Traced((), frozenset(), x))
             continue
-        function, inputs = (operators.joined, (forks.pop(), x)) if layer is operators.JOIN else (layer, (x,))
-        try:
-            with warnings.catch_warnings():  # float64 that becomes float32 is looked at below
-                warnings.simplefilter("ignore")
-                closed, x = jax.make_jaxpr(lambda *x, f=function: f(*x), return_shape=True)(*inputs)
-        except Exception as error:
-            raise ValueError(
-                f"layer {i}, {_name(layer)}, cannot be executed on one example of shape {inputs[-1].shape} and type "
-                f"{inputs[-1].dtype}: {error}"
-            ) from error
-        if not isinstance(x, jax.ShapeDtypeStruct) or not jnp.issubdtype(x.dtype, jnp.floating):
-            raise ValueError(f"layer {i}, {_name(layer)}, must return one floating array, got {x}.")
+        inputs = (forks.pop(), x) if layer is operators.JOIN else (x,)
+        closed, x = _traced(layer, f"layer {i}, {_name(layer)},", inputs)
         seen = list(_equations(closed.jaxpr, False))
-        operations = [operation for equation, loop in seen for operation in _operations(equation, loop)]
-        precisions = {equation.params["precision"] for equation, _ in seen if "precision" in equation.params}
+        operations = [found for equation in seen for found in _operations(*equation)]
+        precisions = {e.params["precision"] for e, _ in seen if "precision" in e.params}
         found.append(Traced(tuple(operations), frozenset(precisions), x))
     return found
+
+
+def _traced(layer, where: str, inputs):
+    """The jaxpr of a layer and the shape and type of its output."""
+    function = operators.joined if layer is operators.JOIN else layer
+    try:
+        with warnings.catch_warnings():  # float64 that becomes float32 is looked at elsewhere
+            warnings.simplefilter("ignore")
+            # In a function of its own: of one that it has seen JAX returns what it traced then.
+            closed, out = jax.make_jaxpr(lambda *x: function(*x), return_shape=True)(*inputs)
+    except Exception as error:
+        raise ValueError(
+            f"{where} cannot be executed on one example of shape {inputs[-1].shape} and type "
+            f"{inputs[-1].dtype}: {error}"
+        ) from error
+    if not isinstance(out, jax.ShapeDtypeStruct) or not jnp.issubdtype(out.dtype, jnp.floating):
+        raise ValueError(f"{where} must return one floating array, got {out}.")
+    return closed, out
 
 
 def _equations(jaxpr, loop: bool):
@@ -178,11 +181,12 @@ def _operations(equation, loop: bool):
     name = equation.primitive.name
     if name in _EXACT:
         return
-    before, after = ([getattr(v.aval, "dtype", None) for v in vs] for vs in (equation.invars, equation.outvars))
+    before = [getattr(variable.aval, "dtype", None) for variable in equation.invars]
+    after = [getattr(variable.aval, "dtype", None) for variable in equation.outvars]
     if name == _CONVERT and _holds(after[0], before[0]):
         return
     for dtype in after:
-        if any(d is not None and jnp.issubdtype(d, jnp.floating) for d in (dtype, *before)):
+        if any(d is not None and jnp.issubdtype(d, jnp.inexact) for d in (dtype, *before)):
             shown = name if name == "reduce_precision" else str(dtype)
             yield Operation(name, shown, loop or _is_sum(name))
 
@@ -195,7 +199,7 @@ def _holds(wide, narrow) -> bool:
 
 def _check(layers, arithmetics, traced) -> None:
     """Raises a ValueError for what the error model takes for granted and these layers do not do."""
-    k, sums = 0, rounding.least_precise(arithmetics)
+    k, least = 0, rounding.least_precise(arithmetics)
     for i, (layer, found) in enumerate(zip(layers, traced, strict=True)):
         where = f"layer {i}, {_name(layer)},"
         names = collections.Counter(o.name for o in found.operations if o.name != _CONVERT)
@@ -207,57 +211,69 @@ def _check(layers, arithmetics, traced) -> None:
             arithmetic, k = arithmetics[k], k + 1
             # (1 + u_out)^3 of the model: the products' result, a bias, and one more.
             single = [o.name for o in coarse if o.name != _CONVERT]
-            if len(single) > 3 or any(name not in _SINGLE for name in single) or any(o.accumulates for o in coarse):
+            sums = any(o.accumulates for o in coarse)
+            if len(single) > 3 or not set(single) <= set(_SINGLE) or sums:
                 raise ValueError(
-                    f"{where} executes {', '.join(single)} in {coarse[0].dtype}, whose rounding is not in the error "
-                    "model: compute it in float32."
+                    f"{where} executes {', '.join(single)} in {coarse[0].dtype}, whose rounding is not "
+                    "in the error model: compute it in float32."
                 )
             _check_parameters(where, layer, arithmetic)
         elif layer is operators.JOIN:
-            if dtype not in KNOWN or rounding.coarsest((sums, dtype)) != sums:
+            if dtype not in KNOWN or rounding.coarsest((least, dtype)) != least:
                 raise ValueError(
-                    f"{where} the sum of a Residual, is computed in {dtype}, which rounds more than {sums}: "
-                    f"give images of type {sums}, or declare arithmetic={dtype!r}."
+                    f"{where} the sum of a Residual, is computed in {dtype}, which rounds more than "
+                    f"{least}: give images of type {least}, or declare arithmetic={dtype!r}."
                 )
-        elif layer is not operators.FORK and (
-            coarse or any(o.name == _CONVERT for o in found.operations) or dtype not in KNOWN
-        ):
-            raise ValueError(
-                f"{where} rounds to {', '.join(sorted({dtype} | found.types))}, and what that does to its outputs is "
-                "not in the error model: return numbers of a type that holds those of the input."
-            )
+        elif layer is not operators.FORK:
+            converts = any(o.name == _CONVERT for o in found.operations)
+            if coarse or converts or dtype not in KNOWN:
+                raise ValueError(
+                    f"{where} rounds to {', '.join(sorted({dtype} | found.types))}, and what that does to "
+                    "its outputs is not in the error model: return a type that holds the input's numbers."
+                )
 
 
 def _check_kind(where: str, layer, names: collections.Counter) -> None:
     kind = type(layer)
-    if kind.__call__ is not _CALLS.get(kind, kind.__call__):
-        raise ValueError(f"{where} has another __call__ than its class was imported with: register a type of your own.")
+    if kind in _CALLS and kind.__call__ is not _CALLS[kind]:
+        raise ValueError(
+            f"{where} has another __call__ than its class was imported with: register a type of "
+            "your own, or restore it."
+        )
     expected = _ROUND.get(kind)
     if expected is None:
         return
-    if set(names) - set(expected) or any(count > 1 for count in names.values()) or not set(expected[:1]) <= set(names):
+    once = all(count == 1 for count in names.values())
+    if not (set(expected[:1]) <= set(names) <= set(expected) and once):
         raise ValueError(
-            f"{where} executes {', '.join(names) or 'nothing'} that rounds, expected {', '.join(expected) or 'nothing'}: "
-            "what it computes is not what its type says."
+            f"{where} executes {', '.join(names) or 'nothing'} that rounds, expected "
+            f"{', '.join(expected) or 'nothing'}: what it computes is not what its type says."
         )
 
 
 def _check_parameters(where: str, layer, arithmetic: rounding.Arithmetic) -> None:
-    """What is certified is the function of the parameters as they are executed, so those must be the same numbers."""
+    """What is certified is the function of the parameters as executed: those must be the same numbers."""
     for path, leaf in jax.tree_util.tree_leaves_with_path(layer):
         if arithmetic.name == "float64" or leaf.dtype != np.float64:
             continue
         if not _are_single(leaf):
             name = jax.tree_util.keystr(path, simple=True, separator=".")
             raise ValueError(
-                f"{where} has a {name} of float64 numbers that {arithmetic.name} arithmetic rounds: give the network "
-                "float32 parameters, or execute and certify it where JAX has 64 bits (jax_enable_x64)."
+                f"{where} has a {name} of float64 numbers that {arithmetic.name} arithmetic rounds: give "
+                "the network float32 parameters, or execute and certify it where JAX has 64 bits "
+                "(jax_enable_x64)."
             )
     if type(layer) is operators.Normalize and not _are_single((layer.scale, layer.shift)):
-        raise ValueError(f"{where} has constants that are no float32 numbers: make it by its constructor or Normalize.of.")
+        raise ValueError(
+            f"{where} has constants that are no float32 numbers: make it by its constructor or "
+            "Normalize.of, which round them."
+        )
     mask = getattr(layer, "mask", None) if type(layer) is nnx.Conv else None
     if mask is not None and not np.all(np.isin(np.asarray(mask), (0, 1))):
-        raise ValueError(f"{where} has a mask with other numbers than 0 and 1: multiply its kernel with it once.")
+        raise ValueError(
+            f"{where} has a mask with other numbers than 0 and 1, and its product with the kernel is "
+            "rounded: multiply the kernel with it once."
+        )
 
 
 def _are_single(numbers) -> bool:
@@ -267,18 +283,18 @@ def _are_single(numbers) -> bool:
 
 
 def _check_reads(network) -> None:
-    """Raises a ValueError for parameters that are other numbers when a layer reads them, and for replaced containers."""
+    """Raises a ValueError for parameters that change when they are read, and for replaced containers."""
     for path, node in nnx.iter_graph(network):
         kind = type(node)
-        if kind in (nnx.Sequential, operators.Residual) and kind.__call__ is not _CALLS[kind]:
+        if kind in _CONTAINERS and kind.__call__ is not _CALLS[kind]:
             raise ValueError(f"{kind.__name__} has another __call__ than it was imported with.")
-        if isinstance(node, nnx.Variable) and (
-            node.get_metadata().get("on_get_value")
-            or any(getattr(kind, name) is not method for name, method in _READS.items())
-        ):
+        if not isinstance(node, nnx.Variable):
+            continue
+        replaced = any(getattr(kind, name) is not method for name, method in _READS.items())
+        if replaced or node.get_metadata().get("on_get_value"):
             raise ValueError(
-                f"parameter {'.'.join(map(str, path))}, {kind.__name__}, changes when it is read: write down the numbers "
-                "that are executed as an nnx.Param."
+                f"parameter {'.'.join(map(str, path))}, {kind.__name__}, changes when it is read: write "
+                "down the numbers that are executed as an nnx.Param."
             )
 
 

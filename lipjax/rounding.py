@@ -190,8 +190,8 @@ ARITHMETICS = {
 }
 
 
-# Algorithms that a layer's or JAX's matmul precision can fix, by the arithmetic that covers them. Those that are not here
-# are refused: they sum in 16 bits, multiply in 8, or take several products in place of one.
+# Algorithms that a layer's or JAX's matmul precision can fix, by the arithmetic that covers them. Those
+# that are not here are refused: they sum in 16 bits, multiply in 8, or take several products for one.
 ALGORITHMS = {
     "F64_F64_F64": "float64",
     "F32_F32_F32": "float32",
@@ -209,17 +209,17 @@ def arithmetics_of(
         layers: as `regions.layers_of` returns them.
         declared: a name in `ARITHMETICS`, for all layers; None: as this process's default device executes them, from
             each layer's dtype and precision, JAX's default matmul precision, and `traced`.
-        traced: of each layer, what `executed.trace` found: in which types and precisions it computes. None: that
-            is guessed from its parameters and settings, and a layer without them is taken for float32. No certificate
-            rests on a guess.
+        traced: of each layer, what `executed.trace` found: in which types and precisions it computes.
+            None: that is guessed from its parameters and settings, and a layer without them is taken
+            for float32. No certificate rests on a guess.
 
     Raises:
-        ValueError: unknown name; a layer that computes in a dtype or by an algorithm that the model does not know, or in
-            a narrower one than was declared; thresholds that would be rounded.
+        ValueError: unknown name; a layer that computes in a dtype or by an algorithm that the model does
+            not know, or in a narrower one than was declared; thresholds that would be rounded.
     """
     if declared is not None and declared not in ARITHMETICS:
         raise ValueError(f"arithmetic must be one of {', '.join(ARITHMETICS)}, got {declared!r}.")
-    wide = declared == "float64" or (declared is None and jax.config.jax_enable_x64)  # type: ignore[attr-defined]
+    wide = jax.config.jax_enable_x64 if declared is None else declared == "float64"  # type: ignore[attr-defined]
     found = []
     for i, layer in enumerate(layers):
         if not operators.is_affine(layer):
@@ -229,14 +229,17 @@ def arithmetics_of(
                     "arithmetic would round: give the network float32 parameters."
                 )
             continue
-        fixed, own = _own_arithmetic(i, layer, wide, None if traced is None else traced[i])
-        if declared is not None:
-            if coarsest((declared, fixed)) != declared:
-                raise ValueError(
-                    f"layer {i}, {type(layer).__name__}, computes in {fixed}, which rounds more than the declared "
-                    f"{declared}: declare {fixed} or give the layer another dtype or precision."
-                )
+        seen = None if traced is None else traced[i]
+        fixed = _fixed(i, layer, seen)
+        if declared is None:
+            own = coarsest((fixed, _of_device(i, layer, wide, seen)))
+        elif coarsest((declared, fixed)) == declared:
             own = declared
+        else:
+            raise ValueError(
+                f"layer {i}, {type(layer).__name__}, computes in {fixed}, which rounds more than the "
+                f"declared {declared}: declare {fixed} or give the layer another dtype or precision."
+            )
         found.append(ARITHMETICS[own])
     return tuple(found)
 
@@ -251,59 +254,72 @@ def _dtypes_of(layer) -> set:
     return {jnp.dtype(leaf.dtype) for leaf in jax.tree.leaves(layer) if jnp.issubdtype(leaf.dtype, jnp.floating)}
 
 
-def _own_arithmetic(i: int, layer, wide: bool, traced) -> tuple[str, str]:
-    """What the layer itself fixes, on any device, and what this process's default device makes of it."""
-    settings = (getattr(layer, name, None) for name in ("dtype", "preferred_element_type"))
-    chosen = {jnp.dtype(setting).name for setting in settings if setting is not None}
-    parameters = {dtype.name for dtype in _dtypes_of(layer)}
-    computes = set() if traced is None else traced.types
-    used = parameters | chosen | computes
+def _fixed(i: int, layer, traced) -> str:
+    """What the layer computes in by its own settings, wherever it runs."""
+    chosen, computes = _chosen(layer), set() if traced is None else traced.types
+    used = {dtype.name for dtype in _dtypes_of(layer)} | chosen | computes
     strange = used - {"float64", "float32", "bfloat16"}
     if strange:
         raise ValueError(
-            f"layer {i}, {type(layer).__name__}, uses {', '.join(sorted(strange))}: what rounding does there is not in "
-            "the error model (float32, float64 and bfloat16 are). Give the layer dtype float32."
+            f"layer {i}, {type(layer).__name__}, uses {', '.join(sorted(strange))}: what rounding does "
+            "there is not in the error model (float32, float64 and bfloat16 are). Give the layer dtype "
+            "float32."
         )
-    set_here = {getattr(layer, "precision", None)} | (set() if traced is None else traced.precisions)
-    fixed = [algorithm for precision in set_here for algorithm in _algorithms(i, layer, precision)]
+    found = _algorithms(i, layer, _precisions(layer, traced))
     if "bfloat16" in used:
-        fixed.append("bfloat16")
+        found.append("bfloat16")
     elif "float32" in chosen | computes:
-        fixed.append("float32")
+        found.append("float32")
+    return coarsest(found)
+
+
+def _of_device(i: int, layer, wide: bool, traced) -> str:
+    """What this process's default device and settings make of it; `wide`: JAX has 64 bits."""
     default = jax.config.jax_default_matmul_precision  # type: ignore[attr-defined]
-    left = {default if precision is None else precision for precision in set_here}
-    device = [algorithm for precision in left for algorithm in _algorithms(i, layer, precision)]
+    own = _precisions(layer, traced)
+    precisions = [default if precision is None else precision for precision in own]
+    found = _algorithms(i, layer, precisions)
+    computes = {dtype.name for dtype in _dtypes_of(layer)} if traced is None else traced.types
     platform = jax.default_backend()
     if platform == "tpu":
-        device.append("bfloat16_products")
-    elif not wide or chosen or (computes or parameters) != {"float64"}:
-        device.append("float32")
-        if platform != "cpu" and not all(map(_full, left)):
-            device.append("tf32")
-    return coarsest(["float64", *fixed]), coarsest(["float64", *fixed, *device])
+        found.append("bfloat16_products")
+    elif not wide or _chosen(layer) or computes != {"float64"}:
+        found.append("float32" if platform == "cpu" or all(map(_full, precisions)) else "tf32")
+    return coarsest(found)
+
+
+def _chosen(layer) -> set[str]:
+    settings = (getattr(layer, name, None) for name in ("dtype", "preferred_element_type"))
+    return {jnp.dtype(setting).name for setting in settings if setting is not None}
+
+
+def _precisions(layer, traced) -> set:
+    own = getattr(layer, "precision", None)
+    return {tuple(own) if type(own) is list else own} | (set() if traced is None else traced.precisions)
 
 
 def _full(precision) -> bool:
     """Does this matmul precision keep float32 products on a GPU?"""
     parts = precision if isinstance(precision, (list, tuple)) else [precision]
-    return all(str(part).lower() in ("highest", "float32", "precision.highest", "f32_f32_f32") for part in parts)
+    full = ("highest", "float32", "precision.highest", "f32_f32_f32")
+    return all(str(part).lower() in full for part in parts)
 
 
-def _algorithms(i: int, layer, precision) -> list[str]:
-    """The arithmetic that a matmul precision fixes: none where it leaves the algorithm to the device."""
-    names = jax.lax.DotAlgorithmPreset.__members__
-    named = isinstance(precision, str) and precision in names
-    if isinstance(precision, jax.lax.DotAlgorithm | jax.lax.DotAlgorithmPreset) or named:
+def _algorithms(i: int, layer, precisions) -> list[str]:
+    """The arithmetics that matmul precisions fix, float64 where they leave the algorithm to the device."""
+    named, found = jax.lax.DotAlgorithmPreset.__members__, ["float64"]
+    for precision in precisions:
         name = str(precision)
-        if name == "DEFAULT":
-            return []
+        if name == "DEFAULT" or not (name in named or isinstance(precision, jax.lax.DotAlgorithm)):
+            continue
         if name not in ALGORITHMS:
             raise ValueError(
-                f"layer {i}, {type(layer).__name__}, computes its products by the algorithm {name}, whose rounding is not "
-                f"in the error model ({', '.join(ALGORITHMS)} are): choose one of them, or precision='highest'."
+                f"layer {i}, {type(layer).__name__}, computes its products by the algorithm {name}, whose "
+                f"rounding is not in the error model ({', '.join(ALGORITHMS)} are): choose one of them, "
+                "or precision='highest'."
             )
-        return [ALGORITHMS[name]]
-    return []
+        found.append(ALGORITHMS[name])
+    return found
 
 
 def least_precise(arithmetics: Sequence[Arithmetic]) -> str:
