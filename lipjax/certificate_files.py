@@ -63,8 +63,8 @@ HEADER = (
     *("tier", "failure_probability", "seed", "arithmetic", "precision", "command", "statement", "digest"),
 )
 
-# Arguments and attributes of an nnx layer that `describe` writes down or `unusual` compares with the
-# parameters, and those that have no influence on what it computes.
+# Arguments and attributes of an nnx layer that `describe` writes down or `unusual` compares with
+# the parameters, and those that have no influence on what it computes.
 _UNDERSTOOD = (
     *("self", "rngs", "in_features", "out_features", "use_bias", "kernel_size", "strides"),
     *("padding", "input_dilation", "kernel_dilation", "feature_group_count", "dtype"),
@@ -336,10 +336,11 @@ def describe(network) -> list[dict[str, Any]]:
     "kind" is "conv", "linear", "average_pool", "normalize", "flatten", "relu", "clipped_relu", "maxmin" or "clipped_maxmin",
     by the layer's exact type; "fork" and "join" stand around the layers of a Residual. The other entries are a layer's
     parameters (kernel, bias, threshold, upper, lower), its settings (strides, padding, dilation, groups, window, ndim), the
-    type it computes in ("dtype", None: that of its input and parameters), the algorithm that its products
-    are fixed to ("precision", absent: the device's), a "mask" if there is one, and under "unusual" what
-    is not written down here and may change what it computes. A layer of any other type gets its full
-    type name as kind and all parameters it has: enough for a hash, not for the checker.
+    type it computes in ("dtype", None: that of its input and parameters), the algorithm that its
+    products are fixed to ("precision", absent: the device's), a "mask" if there is one, and under
+    "unusual" what is not written down here and may change what it computes. A layer of any other
+    type gets its full type name as kind and all parameters it has: enough for a hash, not for the
+    checker.
 
     Raises:
         TypeError: the network is no nnx.Sequential.
@@ -405,9 +406,9 @@ def unusual(layer) -> list[str]:
     """What of an nnx.Linear or nnx.Conv may make it compute something else than its parameters say.
 
     Returns:
-        Names of attributes: those that nothing here knows (of a later Flax, or set by hand), those known
-        ones that are not as the constructor sets them by default, and those that contradict the
-        parameters.
+        Names of attributes: those that nothing here knows (of a later Flax, or set by hand), those
+        known ones that are not as the constructor sets them by default, and those that contradict
+        the parameters.
     """
     defaults = _defaults(type(layer))
     found = [
@@ -463,7 +464,7 @@ def _affine_parameters(layer) -> dict[str, Any]:
 
 
 def _algorithm(precision) -> str | None:
-    """What a layer's products are computed by, where its precision does not leave that to the device."""
+    """What a layer's products are computed by, where its precision leaves that to no device."""
     import jax
 
     fixed = {name for name in jax.lax.DotAlgorithmPreset.__members__ if name != "DEFAULT"}

@@ -361,8 +361,11 @@ class _Prover:
         """What is reported of images that are not examined: predictions, and no claim."""
         count = len(images)
         program = self._compiled(_predict)
-        found = self._batched(lambda columns: {"predicted": program(self.network, *columns)}, images)
-        predicted = found["predicted"]
+
+        def predict(columns):
+            return {"predicted": program(self.network, *columns)}
+
+        predicted = self._batched(predict, images)["predicted"]
         unknown = np.full(count, np.inf)
         return {
             "predicted": predicted,
@@ -380,7 +383,8 @@ class _Prover:
         """For each image the largest radius at which its verdict would be positive if estimates were norms."""
         options = {name: self._options[name] for name in ("mode", "arithmetics")}
         program = self._compiled(_radius_batch, *options, optimize=self._optimize)
-        run = functools.partial(program, (self.network, self._global, jnp.float64(max_radius)), **options)
+        shared = self.network, self._global, jnp.float64(max_radius)
+        run = functools.partial(program, shared, **options)
         return self._batched(run, images, labels)
 
 
@@ -472,10 +476,10 @@ _compiled = functools.cache(_compile)
 
 
 def _programs(network) -> Callable:
-    """`_compile`, its results kept; from call to call if all layers and rules are lipjax's or Flax's own.
+    """`_compile`, its results kept; from call to call if layers and rules are lipjax's or Flax's.
 
-    What a layer or rule of somebody else's computes may have changed since the call before (a notebook's
-    cell that was run once more), and a compiled program would not know.
+    What a layer or rule of somebody else's computes may have changed since the call before (a
+    notebook's cell that was run once more), and a compiled program would not know.
     """
     rules = (operators.linear_operator, *activations.RULES)
     for layer in regions.layers_of(network):
@@ -651,8 +655,8 @@ def _check(network, images, labels):
         raise TypeError(f"images must be floats in [0, 1], got {images.dtype}: divide 0..255 integers by 255.")
     if images.dtype not in (np.float32, np.float64):
         raise TypeError(
-            f"images must be float32 or float64, got {images.dtype}: layers would compute in that type, and "
-            "what is certified is the network on float32 images. Give it, and execute it on, "
+            f"images must be float32 or float64, got {images.dtype}: layers would compute in "
+            "that type, and what is certified is the network on float32 images. Give it, and execute it on, "
             "images.astype(np.float32)."
         )
     low, high = images.min(), images.max()

@@ -153,8 +153,8 @@ def check(
         return Report(tuple(problems), header, nothing, np.zeros(0), 0, 0, 0, 0.0)
     if images.dtype not in (np.float32, np.float64):
         raise CannotCheck(
-            f"the images are {images.dtype}: a network would compute in that type. A certificate is about "
-            "float32 images (float64 in float64 arithmetic): give images.astype(np.float32)."
+            f"the images are {images.dtype}: a network would compute in that type. A certificate "
+            "is about float32 images (float64 in float64 arithmetic): give images.astype(np.float32)."
         )
     chosen = np.arange(count) if examples is None else np.sort(rng.choice(count, examples, replace=False))
     steps = steps_of(layers, images.shape[1:])
@@ -250,9 +250,9 @@ ALGORITHMS = {
 def _check_precision(layers, arithmetic: str) -> None:
     """Refuses a layer that rounds more than the recorded arithmetic says.
 
-    Images are float32, in float64 arithmetic float64, so a narrower type can only come from a layer's
-    dtype or parameters; all layers, those without either too, are taken to compute in the recorded
-    arithmetic, and so does what is behind a layer of a narrower type.
+    Images are float32, in float64 arithmetic float64, so a narrower type can only come from a
+    layer's dtype or parameters; all layers are taken to compute in the recorded arithmetic, also
+    those without either, which compute in the type of what is in front of them.
     """
     order = list(ARITHMETICS)
     for i, layer in enumerate(layers):
@@ -264,15 +264,15 @@ def _check_precision(layers, arithmetic: str) -> None:
         coarser = "bfloat16" in used and arithmetic != "bfloat16"
         if coarser or (layer.get("dtype") == "float32" and arithmetic == "float64"):
             raise CannotCheck(
-                f"{where} computes in {'bfloat16' if coarser else 'float32'}, which rounds more than the "
-                f"recorded arithmetic, {arithmetic}."
+                f"{where} computes in {'bfloat16' if coarser else 'float32'}, which rounds more "
+                f"than the recorded arithmetic, {arithmetic}."
             )
         algorithm = layer.get("precision")
         covered = order[: order.index(arithmetic) + 1]
         if algorithm is not None and ALGORITHMS.get(algorithm) not in covered:
             raise CannotCheck(
-                f"{where} computes its products by {algorithm}, whose rounding is not known to be that of "
-                f"the recorded arithmetic, {arithmetic}."
+                f"{where} computes its products by {algorithm}, whose rounding is not known to be "
+                f"that of the recorded arithmetic, {arithmetic}."
             )
         for name in ("kernel", "bias", "threshold", "upper", "lower", "scale", "shift"):
             value = layer.get(name)
@@ -283,8 +283,8 @@ def _check_precision(layers, arithmetic: str) -> None:
                 single = exact.astype(np.float32)
             if not np.array_equal(exact, single):
                 raise CannotCheck(
-                    f"{where} has float64 numbers as {name}: {arithmetic} would round them, so what is "
-                    "executed is another function."
+                    f"{where} has float64 numbers as {name}: {arithmetic} would round them, so "
+                    "what is executed is another function."
                 )
 
 

@@ -1,11 +1,11 @@
-"""What a network does as executed, read from what JAX traces of it: a check of what is taken for granted.
+"""What a network does as executed, as JAX traces it: a check of what is taken for granted.
 
 A layer's dtype and parameters do not say in which type it computes: one without parameters computes
-in that of its input, and any layer may convert what it is given. So each layer is traced on one image
-of the type that the network will be given, and every operation that can round is looked at: what the
-error model of `rounding` does not cover is refused. So is what would make a layer another function
-than the one that is certified: a class whose ``__call__`` was replaced, parameters that change when
-they are read, parameters that the executed type cannot hold.
+in that of its input, and any layer may convert what it is given. So each layer is traced on one
+image of the type that the network will be given, and every operation that can round is looked at:
+what the error model of `rounding` does not cover is refused. So is what would make a layer another
+function than the one that is certified: a class whose ``__call__`` was replaced, parameters that
+change when they are read, parameters that the executed type cannot hold.
 """
 
 import collections
@@ -32,9 +32,20 @@ _SINGLE = ("dot_general", "conv_general_dilated", "add", "mul")
 _EXACT = frozenset(
     (
         *("abs", "and", "argmax", "argmin", "broadcast_in_dim", "clamp", "concatenate", "copy"),
-        *("dynamic_slice", "dynamic_update_slice", "eq", "expand_dims", "gather", "ge", "gt", "iota"),
-        *("is_finite", "le", "lt", "max", "min", "ne", "neg", "not", "optimization_barrier", "or"),
-        *("pad", "reduce_max", "reduce_min", "reshape", "rev", "select_n", "sign", "slice", "sort"),
+        *("dynamic_slice", "dynamic_update_slice", "eq", "expand_dims", "gather", "ge", "gt"),
+        *("iota", "is_finite", "le", "lt", "max", "min", "ne", "neg", "not", "or"),
+        *(
+            "optimization_barrier",
+            "pad",
+            "reduce_max",
+            "reduce_min",
+            "reshape",
+            "rev",
+            "select_n",
+            "sign",
+            "slice",
+            "sort",
+        ),
         *("split", "squeeze", "stop_gradient", "transpose"),
     )
 )
@@ -104,8 +115,8 @@ def arithmetics_of(
         network: with its parameters as they will be executed.
         layers: of it, as `regions.layers_of` returns them.
         declared: a name in `rounding.ARITHMETICS`, or None: as this process executes it.
-        shape, dtype: of one image. Where an arithmetic is declared, images are of type float64 for float64 and
-            float32 otherwise.
+        shape, dtype: of one image. Where an arithmetic is declared, images are of type float64 for
+            float64 and float32 otherwise.
 
     Raises:
         ValueError: what the error model does not cover, by layer.
@@ -214,22 +225,23 @@ def _check(layers, arithmetics, traced) -> None:
             sums = any(o.accumulates for o in coarse)
             if len(single) > 3 or not set(single) <= set(_SINGLE) or sums:
                 raise ValueError(
-                    f"{where} executes {', '.join(single)} in {coarse[0].dtype}, whose rounding is not "
-                    "in the error model: compute it in float32."
+                    f"{where} executes {', '.join(single)} in {coarse[0].dtype}, whose rounding is "
+                    "not in the error model: compute it in float32."
                 )
             _check_parameters(where, layer, arithmetic)
         elif layer is operators.JOIN:
             if dtype not in KNOWN or rounding.coarsest((least, dtype)) != least:
                 raise ValueError(
-                    f"{where} the sum of a Residual, is computed in {dtype}, which rounds more than "
-                    f"{least}: give images of type {least}, or declare arithmetic={dtype!r}."
+                    f"{where} the sum of a Residual, is computed in {dtype}, which rounds more "
+                    f"than {least}: give images of type {least}, or declare arithmetic={dtype!r}."
                 )
         elif layer is not operators.FORK:
             converts = any(o.name == _CONVERT for o in found.operations)
             if coarse or converts or dtype not in KNOWN:
+                types = ", ".join(sorted({dtype} | found.types))
                 raise ValueError(
-                    f"{where} rounds to {', '.join(sorted({dtype} | found.types))}, and what that does to "
-                    "its outputs is not in the error model: return a type that holds the input's numbers."
+                    f"{where} rounds to {types}, and what that does to its outputs is not in the "
+                    "error model: return a type that holds the input's numbers."
                 )
 
 
@@ -252,16 +264,16 @@ def _check_kind(where: str, layer, names: collections.Counter) -> None:
 
 
 def _check_parameters(where: str, layer, arithmetic: rounding.Arithmetic) -> None:
-    """What is certified is the function of the parameters as executed: those must be the same numbers."""
+    """What is certified is the function of the parameters as executed: they must be the same."""
     for path, leaf in jax.tree_util.tree_leaves_with_path(layer):
         if arithmetic.name == "float64" or leaf.dtype != np.float64:
             continue
         if not _are_single(leaf):
             name = jax.tree_util.keystr(path, simple=True, separator=".")
             raise ValueError(
-                f"{where} has a {name} of float64 numbers that {arithmetic.name} arithmetic rounds: give "
-                "the network float32 parameters, or execute and certify it where JAX has 64 bits "
-                "(jax_enable_x64)."
+                f"{where} has a {name} of float64 numbers that {arithmetic.name} arithmetic "
+                "rounds: give the network float32 parameters, or execute and certify it where JAX has "
+                "64 bits (jax_enable_x64)."
             )
     if type(layer) is operators.Normalize and not _are_single((layer.scale, layer.shift)):
         raise ValueError(
@@ -271,8 +283,8 @@ def _check_parameters(where: str, layer, arithmetic: rounding.Arithmetic) -> Non
     mask = getattr(layer, "mask", None) if type(layer) is nnx.Conv else None
     if mask is not None and not np.all(np.isin(np.asarray(mask), (0, 1))):
         raise ValueError(
-            f"{where} has a mask with other numbers than 0 and 1, and its product with the kernel is "
-            "rounded: multiply the kernel with it once."
+            f"{where} has a mask with other numbers than 0 and 1, and its product with the kernel "
+            "is rounded: multiply the kernel with it once."
         )
 
 
@@ -283,7 +295,7 @@ def _are_single(numbers) -> bool:
 
 
 def _check_reads(network) -> None:
-    """Raises a ValueError for parameters that change when they are read, and for replaced containers."""
+    """Raises a ValueError for parameters that change when read, and for replaced containers."""
     for path, node in nnx.iter_graph(network):
         kind = type(node)
         if kind in _CONTAINERS and kind.__call__ is not _CALLS[kind]:
@@ -293,10 +305,11 @@ def _check_reads(network) -> None:
         replaced = any(getattr(kind, name) is not method for name, method in _READS.items())
         if replaced or node.get_metadata().get("on_get_value"):
             raise ValueError(
-                f"parameter {'.'.join(map(str, path))}, {kind.__name__}, changes when it is read: write "
-                "down the numbers that are executed as an nnx.Param."
+                f"parameter {'.'.join(map(str, path))}, {kind.__name__}, changes when it is read: "
+                "write down the numbers that are executed as an nnx.Param."
             )
 
 
 def _name(layer) -> str:
-    return repr(layer) if layer is operators.FORK or layer is operators.JOIN else type(layer).__name__
+    mark = layer is operators.FORK or layer is operators.JOIN
+    return repr(layer) if mark else type(layer).__name__

@@ -193,8 +193,8 @@ FORK, JOIN = _Mark("FORK"), _Mark("JOIN")
 class AveragePool(nnx.Module):
     """Mean over windows of the two axes before the channels; a linear layer of known matrix. No padding.
 
-    Computed in float32 at least, whatever the input's type, and returned in that type: a sum of ones that is kept in
-    bfloat16 ends at 256.
+    Computed in float32 at least, whatever the input's type, and returned in that type: a sum of
+    ones that is kept in bfloat16 ends at 256.
 
     Args:
         window: ``(height, width)`` or one number for both.
@@ -235,8 +235,9 @@ def _window_sum(window, strides, scale, x):
 class Normalize(nnx.Module):
     """``(x - mean) / deviation`` per channel, inside the network: epsilon stays a radius on pixels in [0, 1].
 
-    Computed as ``x * scale + shift`` with float32 constants, so that what is certified is what is executed; in float32 at
-    least, and returned in the input's type. No parameters: nothing here is trained.
+    Computed as ``x * scale + shift`` with float32 constants, so that what is certified is what is
+    executed; in float32 at least, and returned in the input's type. No parameters: nothing here is
+    trained.
 
     Args:
         mean, deviation: one number per channel, or one for all of them.
@@ -271,7 +272,7 @@ class Normalize(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         wide = _widened(x)
-        scale, shift = (jnp.asarray(constants, wide.dtype) for constants in (self.scale, self.shift))
+        scale, shift = (jnp.asarray(numbers, wide.dtype) for numbers in (self.scale, self.shift))
         return (_scaled(scale, wide) + shift).astype(x.dtype)
 
 
@@ -305,13 +306,13 @@ _KNOWN_HERE = ("mask", "preferred_element_type")
 
 
 def _check_settings(layer) -> None:
-    """Raises a ValueError for a layer of Flax that may compute something else than its parameters say."""
+    """Raises a ValueError for a layer of Flax that may compute something else than it seems to."""
     unusual = [name for name in certificate_files.unusual(layer) if name not in _KNOWN_HERE]
     if unusual:
         kind = type(layer).__name__
         raise ValueError(
             f"nnx.{kind} has a {', '.join(unusual)} of its own, so what it computes is not known: "
-            f"construct it anew with what nnx.{kind} takes by default, or register a type of your own."
+            f"construct it with what nnx.{kind} takes by default, or register a type of your own."
         )
 
 

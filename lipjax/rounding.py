@@ -190,8 +190,8 @@ ARITHMETICS = {
 }
 
 
-# Algorithms that a layer's or JAX's matmul precision can fix, by the arithmetic that covers them. Those
-# that are not here are refused: they sum in 16 bits, multiply in 8, or take several products for one.
+# Algorithms that a layer's or JAX's matmul precision can fix, by the arithmetic that covers them.
+# Others are refused: they sum in 16 bits, multiply in 8, or take several products for one.
 ALGORITHMS = {
     "F64_F64_F64": "float64",
     "F32_F32_F32": "float32",
@@ -209,24 +209,27 @@ def arithmetics_of(
         layers: as `regions.layers_of` returns them.
         declared: a name in `ARITHMETICS`, for all layers; None: as this process's default device executes them, from
             each layer's dtype and precision, JAX's default matmul precision, and `traced`.
-        traced: of each layer, what `executed.trace` found: in which types and precisions it computes.
-            None: that is guessed from its parameters and settings, and a layer without them is taken
-            for float32. No certificate rests on a guess.
+        traced: of each layer, what `executed.trace` found: the types and precisions it computes in.
+            None: they are guessed from its parameters and settings, and a layer without them is
+            taken for float32. No certificate rests on a guess.
 
     Raises:
-        ValueError: unknown name; a layer that computes in a dtype or by an algorithm that the model does
-            not know, or in a narrower one than was declared; thresholds that would be rounded.
+        ValueError: unknown name; a layer that computes in a dtype or by an algorithm that the model
+            does not know, or in a narrower one than was declared; thresholds that would be rounded.
     """
     if declared is not None and declared not in ARITHMETICS:
         raise ValueError(f"arithmetic must be one of {', '.join(ARITHMETICS)}, got {declared!r}.")
-    wide = jax.config.jax_enable_x64 if declared is None else declared == "float64"  # type: ignore[attr-defined]
+    wide = declared == "float64"
+    if declared is None:
+        wide = jax.config.jax_enable_x64  # type: ignore[attr-defined]
     found = []
     for i, layer in enumerate(layers):
         if not operators.is_affine(layer):
             if not wide and _dtypes_of(layer) & {jnp.dtype(jnp.float64)}:
                 raise ValueError(
-                    f"layer {i}, {type(layer).__name__}, has float64 thresholds, which {declared or 'float32'} "
-                    "arithmetic would round: give the network float32 parameters."
+                    f"layer {i}, {type(layer).__name__}, has float64 thresholds, which "
+                    f"{declared or 'float32'} arithmetic would round: give the network float32 "
+                    "parameters."
                 )
             continue
         seen = None if traced is None else traced[i]
@@ -237,15 +240,15 @@ def arithmetics_of(
             own = declared
         else:
             raise ValueError(
-                f"layer {i}, {type(layer).__name__}, computes in {fixed}, which rounds more than the "
-                f"declared {declared}: declare {fixed} or give the layer another dtype or precision."
+                f"layer {i}, {type(layer).__name__}, computes in {fixed}, which rounds more than "
+                f"the declared {declared}: declare {fixed} or give it another dtype or precision."
             )
         found.append(ARITHMETICS[own])
     return tuple(found)
 
 
 def coarsest(names) -> str:
-    """Of names in `ARITHMETICS` the one that rounds most: each covers those that stand before it."""
+    """Of names in `ARITHMETICS` the one that rounds most: each covers those before it."""
     return max(names, key=list(ARITHMETICS).index)
 
 
@@ -261,9 +264,9 @@ def _fixed(i: int, layer, traced) -> str:
     strange = used - {"float64", "float32", "bfloat16"}
     if strange:
         raise ValueError(
-            f"layer {i}, {type(layer).__name__}, uses {', '.join(sorted(strange))}: what rounding does "
-            "there is not in the error model (float32, float64 and bfloat16 are). Give the layer dtype "
-            "float32."
+            f"layer {i}, {type(layer).__name__}, uses {', '.join(sorted(strange))}: what rounding "
+            "does there is not in the error model (float32, float64 and bfloat16 are). Give the "
+            "layer dtype float32."
         )
     found = _algorithms(i, layer, _precisions(layer, traced))
     if "bfloat16" in used:
@@ -295,7 +298,8 @@ def _chosen(layer) -> set[str]:
 
 def _precisions(layer, traced) -> set:
     own = getattr(layer, "precision", None)
-    return {tuple(own) if type(own) is list else own} | (set() if traced is None else traced.precisions)
+    seen = set() if traced is None else traced.precisions
+    return {tuple(own) if type(own) is list else own} | seen
 
 
 def _full(precision) -> bool:
@@ -306,7 +310,7 @@ def _full(precision) -> bool:
 
 
 def _algorithms(i: int, layer, precisions) -> list[str]:
-    """The arithmetics that matmul precisions fix, float64 where they leave the algorithm to the device."""
+    """The arithmetics that matmul precisions fix; float64 where they leave that to the device."""
     named, found = jax.lax.DotAlgorithmPreset.__members__, ["float64"]
     for precision in precisions:
         name = str(precision)
@@ -314,9 +318,9 @@ def _algorithms(i: int, layer, precisions) -> list[str]:
             continue
         if name not in ALGORITHMS:
             raise ValueError(
-                f"layer {i}, {type(layer).__name__}, computes its products by the algorithm {name}, whose "
-                f"rounding is not in the error model ({', '.join(ALGORITHMS)} are): choose one of them, "
-                "or precision='highest'."
+                f"layer {i}, {type(layer).__name__}, computes its products by the algorithm "
+                f"{name}, whose rounding is not in the error model ({', '.join(ALGORITHMS)} are): "
+                "choose one of them, or precision='highest'."
             )
         found.append(ALGORITHMS[name])
     return found

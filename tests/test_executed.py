@@ -1,4 +1,4 @@
-"""What is certified is what is executed: types, precisions, settings and parameters of every layer."""
+"""What is certified is what is executed: types, precisions, settings, parameters of every layer."""
 
 import contextlib
 import functools
@@ -34,17 +34,17 @@ def conv(**settings) -> nnx.Conv:
     return layer
 
 
-# ------------------------------------------------------------------------------------------- layers without parameters
+# ------------------------------------------------------------ layers without parameters
 
 
 def pooled() -> nnx.Sequential:
-    """Logits 1 and 0.5 on ones, unless the pool's sum of 1024 ones ends at 256, as it does in bfloat16."""
-    head = linear([[1.0, 0.0]], [0.0, 0.5])
-    return nnx.Sequential(conv(dtype=BF16), lipjax.ReLU(), lipjax.AveragePool(32), lipjax.Flatten(), head)
+    """Logits 1 and 0.5 on ones, unless the pool's sum of 1024 ones ends at 256, as in bfloat16."""
+    pool, head = lipjax.AveragePool(32), linear([[1.0, 0.0]], [0.0, 0.5])
+    return nnx.Sequential(conv(dtype=BF16), lipjax.ReLU(), pool, lipjax.Flatten(), head)
 
 
 def rescaled() -> nnx.Sequential:
-    """Logits 1.03 and 1.005 on ones, unless what 1 becomes is rounded to a bfloat16, which is 1, in all the steps."""
+    """Logits 1.03 and 1.005 on ones, unless all steps round what 1 becomes to a bfloat16: to 1."""
     steps = [lipjax.Normalize.of([1.0038], [0.0038]) for _ in range(4)]
     head = linear([[1.0, 0.0]], [0.0, 1.005])
     return nnx.Sequential(linear([[1.0]], dtype=BF16), *steps, head)
@@ -81,14 +81,17 @@ def test_images_of_a_type_that_layers_would_compute_in_are_errors(dtype):
             call(net, x, np.array([0]), 0.1)
 
 
+SQUARE = np.arange(16).reshape(4, 4) / 7
+UNIT = {"float64": 2.0**-53, "float32": 2.0**-24, "bfloat16": 2.0**-8}
 KINDS = {
-    "linear": lambda: linear(np.arange(16).reshape(4, 4) / 7, [0.1, 0.2, 0.3, 0.4]),
-    "linear bfloat16": lambda: linear(np.arange(16).reshape(4, 4) / 7, dtype=BF16),
-    "linear float32": lambda: linear(np.arange(16).reshape(4, 4) / 7, dtype=jnp.float32),
-    "linear of bfloat16": lambda: linear(np.arange(16).reshape(4, 4) / 7, param_dtype=BF16),
-    "linear to bfloat16": lambda: linear(np.arange(16).reshape(4, 4) / 7, [1] * 4, preferred_element_type=BF16),
+    "linear": lambda: linear(SQUARE, [0.1, 0.2, 0.3, 0.4]),
+    "linear bfloat16": lambda: linear(SQUARE, dtype=BF16),
+    "linear float32": lambda: linear(SQUARE, dtype=jnp.float32),
+    "linear of bfloat16": lambda: linear(SQUARE, param_dtype=BF16),
+    "linear to bfloat16": lambda: linear(SQUARE, [1] * 4, preferred_element_type=BF16),
     "conv": lambda: nnx.Conv(4, 4, (3, 3), rngs=nnx.Rngs(0)),
-    "conv bfloat16": lambda: nnx.Conv(4, 4, (3, 3), dtype=BF16, padding="CIRCULAR", rngs=nnx.Rngs(0)),
+    "conv bfloat16": lambda: nnx.Conv(4, 4, (3, 3), dtype=BF16, rngs=nnx.Rngs(0)),
+    "circular conv": lambda: nnx.Conv(4, 4, (3, 3), padding="CIRCULAR", rngs=nnx.Rngs(0)),
     "pool": lambda: lipjax.AveragePool(3),
     "normalize": lambda: lipjax.Normalize([0.1, 0.2, 0.3, 0.4], [0.3, 0.5, 0.7, 3.0]),
     "flatten": lipjax.Flatten,
@@ -101,13 +104,17 @@ KINDS = {
 }
 
 
-@pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16"])
+def with_head(*layers):
+    return regions.layers_of(nnx.Sequential(*layers, linear(np.eye(4))))
+
+
+@pytest.mark.parametrize("dtype", UNIT)
 @pytest.mark.parametrize("name", KINDS)
 def test_each_kind_of_layer_behind_each_type_rounds_at_most_as_its_arithmetic_says(name, dtype):
     layer, shape = KINDS[name](), (3, 3, 4)
     with jax.enable_x64(dtype == "float64"):
         x = jnp.asarray(np.random.default_rng(0).uniform(-1, 1, shape), dtype)
-        layers = regions.layers_of(nnx.Sequential(layer, linear(np.eye(4))))[:-1]
+        layers = with_head(layer)[:-1]
         traced = executed.trace(layers, shape, x.dtype)
         out = jax.eval_shape(lambda x: layer(x), x)
         assert traced[-1].output == out
@@ -124,21 +131,21 @@ def test_each_kind_of_layer_behind_each_type_rounds_at_most_as_its_arithmetic_sa
         elif len(layers) == 1:
             exact, allowed = wide(start), 0.0  # activations round nothing
         else:
-            coarse = [a.output for a in found] + [
-                {"float64": 2.0**-53, "float32": 2.0**-24, "bfloat16": 2.0**-8}[dtype]
-            ]
-            branch = regions.through(regions.layers_of(nnx.Sequential(wide, linear(np.eye(4))))[:-1], start)
-            exact, allowed = branch, 8 * max(coarse) * (jnp.abs(start) + jnp.abs(branch) + 1)
+            unit = max(UNIT[dtype], *(a.output for a in found), 0.0)
+            exact = regions.through(with_head(wide)[:-1], start)
+            allowed = 8 * unit * (jnp.abs(start) + jnp.abs(exact) + 1)
         assert np.all(np.abs(got - exact) <= allowed), (name, dtype, found)
 
 
 def test_types_that_the_model_lacks_are_errors_wherever_they_come_from():
     def names(*layers, dtype=np.float32):
         net = nnx.Sequential(*layers)
-        return [a.name for a in executed.arithmetics_of(net, regions.layers_of(net), None, (4, 4, 1), dtype)]
+        found = executed.arithmetics_of(net, regions.layers_of(net), None, (4, 4, 1), dtype)
+        return [a.name for a in found]
 
     head = lipjax.Flatten(), linear(np.ones((4, 2)))
-    assert names(conv(dtype=BF16), lipjax.AveragePool(2), *head) == ["bfloat16", "bfloat16", "float32"]
+    behind = names(conv(dtype=BF16), lipjax.AveragePool(2), *head)
+    assert behind == ["bfloat16", "bfloat16", "float32"]
     assert names(lipjax.AveragePool(2), *head) == ["float32"] * 2
     with pytest.raises(ValueError, match=r"layer 0, AveragePool, uses float16"):
         names(lipjax.AveragePool(2), *head, dtype=np.float16)
@@ -174,7 +181,11 @@ def registered(rules):
     yield kind
 
 
-IDENTITY = {operators.linear_operator: lambda layer: lipjax.LinearOperator(jnp.multiply, jnp.full(4, layer.scale))}
+def view(layer):
+    return lipjax.LinearOperator(jnp.multiply, jnp.full(4, layer.scale))
+
+
+IDENTITY = {operators.linear_operator: view}
 ONE_LIPSCHITZ = {
     lipjax.activations.box_image: lambda layer, lower, upper: (lower, upper),
     lipjax.activations.live_rows: lambda layer, lower, upper, mode: jnp.ones(lower.shape, bool),
@@ -204,15 +215,15 @@ def test_a_layer_of_ones_own_that_computes_in_bfloat16_is_counted_in_bfloat16():
         net = nnx.Sequential(kind(lambda x: x.astype(BF16)), linear(np.eye(4)))
         found = executed.arithmetics_of(net, regions.layers_of(net), None, (4,), np.float32)
         assert [a.name for a in found] == ["bfloat16", "float32"]
-        with pytest.raises(ValueError, match=r"layer 0, Own, computes in bfloat16.*declared float32"):
+        with pytest.raises(ValueError, match=r"layer 0, Own, computes in bfloat16.*d float32"):
             executed.arithmetics_of(net, regions.layers_of(net), "float32", (4,), np.float32)
 
 
-# ------------------------------------------------------------------------------------------- float64 without 64 bits
+# ------------------------------------------------------------ float64 without 64 bits
 
 
 def wide_kernels():
-    """Kernels whose second column is larger by 1e-9, of NumPy's default type and made where JAX has 64 bits."""
+    """Kernels whose second column is larger by 1e-9: NumPy's, and made where JAX has 64 bits."""
     numbers = np.array([[1.0, 1.0 + 1e-9]])
     of_numpy = linear(np.ones((1, 2)))
     of_numpy.kernel = nnx.Param(numbers)
@@ -225,7 +236,8 @@ def wide_kernels():
 @pytest.mark.parametrize("k", [0, 1])
 def test_float64_parameters_are_not_certified_as_such_where_float32_is_executed(k):
     net, x, label = wide_kernels()[k], np.array([[1.0]], np.float32), np.array([1])
-    with pytest.raises(ValueError, match=r"layer 0, Linear.*kernel.* of float64 numbers that float32.*jax_enable_x64"):
+    rounds = r"layer 0, Linear.*kernel.* of float64 numbers that float32.*jax_enable_x64"
+    with pytest.raises(ValueError, match=rounds):
         certify(net, x, label, 1e-12)
     with jax.enable_x64(True):
         assert np.argmax(net(x.astype(np.float64))) == 1
@@ -258,15 +270,16 @@ def test_float64_thresholds_are_errors_where_float32_is_executed():
         certify(net, np.array([[1.0, 0.0]], np.float32), np.array([1]), 0.0)
 
 
-# ------------------------------------------------------------------------------------------- settings of Flax's layers
+# ------------------------------------------------------------ settings of Flax's layers
 
 SIZES = {nnx.Linear: (2, 2), nnx.Conv: (2, 2, (3, 3))}
-# Arguments and attributes by what lipjax does with them; a new one in Flax belongs to none, and is refused until it does.
+# Arguments and attributes that lipjax understands or compares; a new one in Flax is refused.
 KNOWN = {
-    "self", "rngs", "in_features", "out_features", "kernel_init", "bias_init", "kernel_metadata", "bias_metadata",
-    "kernel", "bias", "use_bias", "dtype", "param_dtype", "precision", "kernel_size", "kernel_shape", "strides", "padding",
-    "input_dilation", "kernel_dilation", "feature_group_count", "mask", "preferred_element_type", "dot_general",
-    "conv_general_dilated", "promote_dtype", "_pytree__state", "_pytree__nodes",
+    "self", "rngs", "in_features", "out_features", "kernel_init", "bias_init", "kernel_metadata",
+    "bias_metadata", "kernel", "bias", "use_bias", "dtype", "param_dtype", "precision",
+    "kernel_size", "kernel_shape", "strides", "padding", "input_dilation", "kernel_dilation",
+    "feature_group_count", "mask", "preferred_element_type", "dot_general", "conv_general_dilated", "promote_dtype",
+    "_pytree__state", "_pytree__nodes",
 }  # fmt: skip
 
 
@@ -283,7 +296,8 @@ def tenth(arrays, dtype=None):
 
 
 def in_bfloat16(arrays, dtype=None):
-    return tuple(None if array is None else array.astype(BF16).astype(jnp.float32) for array in arrays)
+    rounded = [None if a is None else a.astype(BF16).astype(jnp.float32) for a in arrays]
+    return tuple(rounded)
 
 
 CHANGES = [
@@ -306,15 +320,16 @@ CHANGES = [
 
 
 @pytest.mark.parametrize("kind, name, value", CHANGES)
-def test_a_setting_that_changes_what_a_layer_computes_is_refused_everywhere(kind, name, value, tmp_path):
+def test_a_setting_that_changes_what_a_layer_computes_is_refused(kind, name, value, tmp_path):
     layer = kind(*SIZES[kind], bias_init=nnx.initializers.ones, rngs=nnx.Rngs(0))
     setattr(layer, name, nnx.data(value) if name == "bias" and value is None else value)
-    named = "use_bias" if name == "bias" and value is None else name  # Flax executes that only under python -O
+    # Flax executes a layer whose bias was taken away only under python -O.
+    named = "use_bias" if name == "bias" and value is None else name
     with pytest.raises(ValueError, match=f"{kind.__name__} has a {named} of its own"):
         lipjax.linear_operator(layer)
     assert named in certificate_files.describe(nnx.Sequential(layer))[0]["unusual"]
-    net = nnx.Sequential(layer, lipjax.Flatten(), linear(np.ones((8 if kind is nnx.Conv else 2, 2))))
     shape = (2, 2, 2) if kind is nnx.Conv else (1, 1, 2)
+    net = nnx.Sequential(layer, lipjax.Flatten(), linear(np.ones((np.prod(shape), 2))))
     with pytest.raises((ValueError, TypeError, AssertionError)):
         storage.save(net, tmp_path / "network.safetensors", input_shape=shape)
     with pytest.raises(ValueError, match=named):
@@ -333,7 +348,8 @@ def test_a_mask_belongs_to_the_network_and_has_zeros_and_ones():
 
 @pytest.mark.parametrize("kind", [nnx.Linear, nnx.Sequential, lipjax.ReLU, lipjax.AveragePool])
 def test_a_class_whose_call_was_replaced_is_an_error(monkeypatch, kind):
-    net = nnx.Sequential(lipjax.AveragePool(1), lipjax.Flatten(), linear(np.eye(2)), lipjax.ReLU(), linear(np.eye(2)))
+    front = lipjax.AveragePool(1), lipjax.Flatten(), linear(np.eye(2)), lipjax.ReLU()
+    net = nnx.Sequential(*front, linear(np.eye(2)))
     call = kind.__call__
     monkeypatch.setattr(kind, "__call__", lambda self, x: call(self, x)[..., ::-1])
     with pytest.raises(ValueError, match=f"{kind.__name__}.* has another __call__"):
@@ -369,7 +385,7 @@ def test_constants_of_a_normalize_that_float32_rounds_are_errors():
         check._check_precision(certificate_files.describe(net), "float64")
 
 
-# ------------------------------------------------------------------------------------------- precisions
+# ------------------------------------------------------------ precisions
 
 # What each algorithm of JAX's enumeration is certified as; None: refused.
 ALGORITHMS = {
@@ -379,9 +395,9 @@ ALGORITHMS = {
     "TF32_TF32_F32": "tf32",
     "BF16_BF16_F32": "bfloat16_products",
     **dict.fromkeys((
-        "ANY_F8_ANY_F8_F32", "ANY_F8_ANY_F8_F32_FAST_ACCUM", "ANY_F8_ANY_F8_ANY", "ANY_F8_ANY_F8_ANY_FAST_ACCUM",
-        "F16_F16_F16", "F16_F16_F32", "BF16_BF16_BF16", "BF16_BF16_F32_X3", "BF16_BF16_F32_X6", "BF16_BF16_F32_X9",
-        "TF32_TF32_F32_X3",
+        "ANY_F8_ANY_F8_F32", "ANY_F8_ANY_F8_F32_FAST_ACCUM", "ANY_F8_ANY_F8_ANY",
+        "ANY_F8_ANY_F8_ANY_FAST_ACCUM", "F16_F16_F16", "F16_F16_F32", "BF16_BF16_BF16",
+        "BF16_BF16_F32_X3", "BF16_BF16_F32_X6", "BF16_BF16_F32_X9", "TF32_TF32_F32_X3",
     )),
 }  # fmt: skip
 
@@ -444,7 +460,7 @@ def test_an_algorithm_of_ones_own_is_an_error():
         check._check_precision(certificate_files.describe(net), "bfloat16")
 
 
-# ------------------------------------------------------------------------------------------- rules registered anew
+# ------------------------------------------------------------ rules registered anew
 
 
 def test_a_rule_that_is_registered_anew_is_the_one_that_certifies():
@@ -454,9 +470,11 @@ def test_a_rule_that_is_registered_anew_is_the_one_that_certifies():
         assert certify(net, x, None, 0.1).certified[0]
         whole = lipjax.estimate(net, x, np.array([0]), 0.1)
         kind.__call__ = lambda self, x: 0.1 * x
-        operators.linear_operator.register(
-            kind, lambda layer: lipjax.LinearOperator(jnp.multiply, jnp.array([-1.0, 1.0, 1.0, 1.0]))
-        )
+
+        def other(layer):
+            return lipjax.LinearOperator(jnp.multiply, jnp.array([-1.0, 1.0, 1.0, 1.0]))
+
+        operators.linear_operator.register(kind, other)
         assert not certify(net, x, np.array([0]), 0.1).certified[0]
         assert certify(net, x, None, 0.1).predicted[0] == 1
         assert whole.correct[0] and not lipjax.estimate(net, x, np.array([0]), 0.1).correct[0]
@@ -466,22 +484,24 @@ def test_a_box_that_is_registered_anew_is_the_one_that_certifies():
     with registered(ONE_LIPSCHITZ) as kind:
         net = nnx.Sequential(linear(np.eye(2)), kind(lambda x: x), linear(np.eye(2)))
         x = np.array([[0.75, 0.25]], np.float32)
-        lipjax.activations.box_image.register(kind, lambda layer, lower, upper: ((lower + upper) / 2,) * 2)
+        # Wrong: constant on every box.
+        box_image = lipjax.activations.box_image
+        box_image.register(kind, lambda layer, lower, upper: ((lower + upper) / 2,) * 2)
         wrong = certify(net, x, np.array([0]), 2.0)
-        lipjax.activations.box_image.register(kind, lambda layer, lower, upper: (lower, upper))
+        box_image.register(kind, lambda layer, lower, upper: (lower, upper))
         assert wrong.certified[0] and not certify(net, x, np.array([0]), 2.0).certified[0]
 
 
-# ------------------------------------------------------------------------------------------- sums of a Residual
+# ------------------------------------------------------------ sums of a Residual
 
 
 @pytest.mark.parametrize("mode", ["global", "local"])
 def test_the_radius_behind_a_residual_covers_the_rounding_of_the_sum(x64, mode):
     net = cast64(nnx.Sequential(lipjax.Residual(linear([[1e-17]])), linear([[1.0, 0.0]])))
     kernel = net.layers[0].branch.layers[0].kernel[...]
-    bound = regions.walk(
-        regions.layers_of(net), jnp.ones(1), 0.0, mode, proven_norm, proven_norm, arithmetic=rounding.OUTWARD
-    )
+    layers, norms = regions.layers_of(net), (proven_norm, proven_norm)
+    outward = rounding.OUTWARD
+    bound = regions.walk(layers, jnp.ones(1), 0.0, mode, *norms, arithmetic=outward)
     region = bound.regions[2]  # behind the sum: one is too large for 1e-17 to be added to it
     away = 1 + rational(kernel)[0, 0] - rational(region.center)[0]
     assert 0 < away <= Fraction(float(region.radius))
