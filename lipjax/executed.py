@@ -272,8 +272,8 @@ def _check_parameters(where: str, layer, arithmetic: rounding.Arithmetic) -> Non
             name = jax.tree_util.keystr(path, simple=True, separator=".")
             raise ValueError(
                 f"{where} has a {name} of float64 numbers that {arithmetic.name} arithmetic "
-                "rounds: give the network float32 parameters, or execute and certify it where JAX has "
-                "64 bits (jax_enable_x64)."
+                "rounds: give the network float32 parameters, or execute and certify it where JAX "
+                "has 64 bits (jax_enable_x64)."
             )
     if type(layer) is operators.Normalize and not _are_single((layer.scale, layer.shift)):
         raise ValueError(

@@ -278,7 +278,8 @@ KNOWN = {
     "self", "rngs", "in_features", "out_features", "kernel_init", "bias_init", "kernel_metadata",
     "bias_metadata", "kernel", "bias", "use_bias", "dtype", "param_dtype", "precision",
     "kernel_size", "kernel_shape", "strides", "padding", "input_dilation", "kernel_dilation",
-    "feature_group_count", "mask", "preferred_element_type", "dot_general", "conv_general_dilated", "promote_dtype",
+    "feature_group_count", "mask", "preferred_element_type", "dot_general", "conv_general_dilated",
+    "promote_dtype",
     "_pytree__state", "_pytree__nodes",
 }  # fmt: skip
 
