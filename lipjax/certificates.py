@@ -656,8 +656,8 @@ def _check(network, images, labels):
     if images.dtype not in (np.float32, np.float64):
         raise TypeError(
             f"images must be float32 or float64, got {images.dtype}: layers would compute in "
-            "that type, and what is certified is the network on float32 images. Give it, and execute "
-            "it on, images.astype(np.float32)."
+            "that type, and what is certified is the network on float32 images. Give it, and "
+            "execute it on, images.astype(np.float32)."
         )
     low, high = images.min(), images.max()
     if not (low >= 0 and high <= 1):  # a NaN fails too

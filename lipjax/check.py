@@ -154,7 +154,7 @@ def check(
     if images.dtype not in (np.float32, np.float64):
         raise CannotCheck(
             f"the images are {images.dtype}: a network would compute in that type. A certificate "
-            "is about float32 images, float64 in float64 arithmetic: give images.astype(np.float32)."
+            "is about float32 images, float64 in float64 arithmetic: give images.astype('float32')."
         )
     chosen = np.arange(count) if examples is None else np.sort(rng.choice(count, examples, replace=False))
     steps = steps_of(layers, images.shape[1:])
