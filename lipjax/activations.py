@@ -167,6 +167,10 @@ def passes_through(layer, lower: jax.Array, upper: jax.Array) -> jax.Array:
     return jnp.zeros(lower.shape, bool)
 
 
+# What is registered for a type of activation.
+RULES = (box_image, live_rows, error_image, passes_through)
+
+
 def is_activation(layer) -> bool:
     """Is this exact type registered as an activation? (A subclass may compute something else, so it is not.)"""
     return type(layer) in box_image.registry and type(layer) is not object

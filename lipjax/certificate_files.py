@@ -63,11 +63,13 @@ HEADER = (
     *("tier", "failure_probability", "seed", "arithmetic", "precision", "command", "statement", "digest"),
 )
 
-# What an nnx layer is constructed with that `describe` writes down, or that has no influence on what it computes.
+# Arguments and attributes of an nnx layer that `describe` writes down or `unusual` compares with
+# the parameters, and those that have no influence on what it computes.
 _UNDERSTOOD = (
-    *("self", "rngs", "in_features", "out_features", "use_bias", "kernel_size", "strides", "padding", "input_dilation"),
-    *("kernel_dilation", "feature_group_count", "dtype", "param_dtype", "precision", "kernel_init", "bias_init"),
-    *("kernel_metadata", "bias_metadata"),
+    *("self", "rngs", "in_features", "out_features", "use_bias", "kernel_size", "strides"),
+    *("padding", "input_dilation", "kernel_dilation", "feature_group_count", "dtype"),
+    *("param_dtype", "precision", "kernel_init", "bias_init", "kernel_metadata", "bias_metadata"),
+    *("kernel", "bias", "kernel_shape", "_pytree__state", "_pytree__nodes"),
 )
 
 
@@ -334,9 +336,11 @@ def describe(network) -> list[dict[str, Any]]:
     "kind" is "conv", "linear", "average_pool", "normalize", "flatten", "relu", "clipped_relu", "maxmin" or "clipped_maxmin",
     by the layer's exact type; "fork" and "join" stand around the layers of a Residual. The other entries are a layer's
     parameters (kernel, bias, threshold, upper, lower), its settings (strides, padding, dilation, groups, window, ndim), the
-    type it computes in ("dtype", None: that of its input and parameters), and under "unusual" what is not written down here
-    and may change what it computes. A layer of any other type gets its full type name as kind and all parameters it has:
-    enough for a hash, not for the checker.
+    type it computes in ("dtype", None: that of its input and parameters), the algorithm that its
+    products are fixed to ("precision", absent: the device's), a "mask" if there is one, and under
+    "unusual" what is not written down here and may change what it computes. A layer of any other
+    type gets its full type name as kind and all parameters it has: enough for a hash, not for the
+    checker.
 
     Raises:
         TypeError: the network is no nnx.Sequential.
@@ -398,18 +402,78 @@ def _name(layer) -> str:
     return f"{type(layer).__module__}.{type(layer).__qualname__}"
 
 
-def _affine_parameters(layer) -> dict[str, Any]:
-    unusual = [
+def unusual(layer) -> list[str]:
+    """What of an nnx.Linear or nnx.Conv may make it compute something else than its parameters say.
+
+    Returns:
+        Names of attributes: those that nothing here knows (of a later Flax, or set by hand), those
+        known ones that are not as the constructor sets them by default, and those that contradict
+        the parameters.
+    """
+    defaults = _defaults(type(layer))
+    found = [
         name
-        for name, parameter in inspect.signature(type(layer).__init__).parameters.items()
-        if name not in _UNDERSTOOD and getattr(layer, name, parameter.default) is not parameter.default
+        for name in dict.fromkeys((*defaults, *vars(layer)))
+        if name not in _UNDERSTOOD and getattr(layer, name, None) is not defaults.get(name, _ABSENT)
     ]
-    return {
+    # Flax's Conv looks at use_bias alone, its Linear at both.
+    if layer.use_bias not in (True, False) or layer.use_bias != (layer.bias is not None):
+        found.append("use_bias")
+    kernel = layer.kernel[...]
+    window = tuple(kernel.shape[:-2])
+    if getattr(layer, "kernel_size", window) != window:
+        found.append("kernel_size")
+    if getattr(layer, "kernel_shape", kernel.shape) != tuple(kernel.shape):
+        found.append("kernel_shape")
+    if not _floating(kernel):
+        found.append("kernel")
+    if layer.bias is not None and not _floating(layer.bias[...]):
+        found.append("bias")
+    return found
+
+
+_ABSENT = object()
+
+
+def _defaults(kind) -> dict[str, Any]:
+    """The constructor's arguments and their default values."""
+    parameters = inspect.signature(kind.__init__).parameters
+    return {name: parameter.default for name, parameter in parameters.items()}
+
+
+def _floating(array) -> bool:
+    import jax.numpy as jnp
+
+    return jnp.issubdtype(array.dtype, jnp.floating)
+
+
+def _affine_parameters(layer) -> dict[str, Any]:
+    found = {
         "kernel": np.asarray(layer.kernel[...]),
         "bias": None if layer.bias is None else np.asarray(layer.bias[...]),
         "dtype": None if layer.dtype is None else np.dtype(layer.dtype).name,
-        "unusual": unusual,
+        "unusual": unusual(layer),
     }
+    # Only where they say something, so that the hashes of other networks stay as they were.
+    if getattr(layer, "mask", None) is not None:
+        found["mask"] = np.asarray(layer.mask)
+    algorithm = _algorithm(layer.precision)
+    if algorithm is not None:
+        found["precision"] = algorithm
+    return found
+
+
+def _algorithm(precision) -> str | None:
+    """What a layer's products are computed by, where its precision leaves that to no device."""
+    import jax
+
+    fixed = {name for name in jax.lax.DotAlgorithmPreset.__members__ if name != "DEFAULT"}
+
+    def left_to_device(part):
+        return str(part) not in fixed and not isinstance(part, jax.lax.DotAlgorithm)
+
+    parts = precision if type(precision) in (list, tuple) else [precision]
+    return None if all(map(left_to_device, parts)) else str(precision)
 
 
 def _all_parameters(layer) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import contextlib
 import dataclasses
 import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -23,6 +23,7 @@ from lipjax import (
     activations,
     certificate_files,
     deterministic,
+    executed,
     lowering,
     margins,
     operators,
@@ -165,8 +166,8 @@ def estimate(
     images, labels = _check(network, images, labels)
     regions.check_epsilon(epsilon)
     options = {"mode": mode, "iterations": iterations}
-    compiled = _compiled(_estimate_batch, *options, optimize=images.size > FEW_PIXELS)
-    run = functools.partial(compiled, (network, jnp.float32(epsilon)), **options)
+    program = _programs(network)(_estimate_batch, *options, optimize=images.size > FEW_PIXELS)
+    run = functools.partial(program, (network, jnp.float32(epsilon)), **options)
     out = _batched(run, min(batch_size, len(images)), images.astype(np.float32), labels)
     ok = out.pop("ok")
     del out["allowance"]
@@ -306,8 +307,10 @@ class _Prover:
         layers = _check_certifiable(network, tier, failure_probability)
         if not budget >= 0:
             raise ValueError(f"budget must be >= 0 floating-point operations, got {budget}.")
-        arithmetics = rounding.arithmetics_of(layers, arithmetic)
+        image = images[0]
+        arithmetics = executed.arithmetics_of(network, layers, arithmetic, image.shape, image.dtype)
         self.network, self.shape, self.seed = network, images.shape[1:], seed
+        self._compiled = _programs(network)
         self._size = min(batch_size, len(images))
         self._optimize = images.size > FEW_PIXELS
         self.norms = sum(operators.is_affine(layer) for layer in layers) - 1
@@ -339,7 +342,7 @@ class _Prover:
             self.network,
         )
         self._key = jax.random.key(self.seed)
-        self._global = _global_norms(self.network, self.shape)
+        self._global = _global_norms(self.network, self.shape, self._compiled)
         return self
 
     def __exit__(self, *error):
@@ -349,8 +352,8 @@ class _Prover:
         """`_verdict` of each image at its own radius; `indices` are the images' positions in the whole call."""
         indices = np.arange(len(images)) if indices is None else indices
         key = self._key if attempt is None else jax.random.fold_in(self._key, attempt)
-        compiled = _compiled(_certify_batch, *self._options, optimize=self._optimize)
-        run = functools.partial(compiled, (self.network, self._global, key), **self._options)
+        program = self._compiled(_certify_batch, *self._options, optimize=self._optimize)
+        run = functools.partial(program, (self.network, self._global, key), **self._options)
         return self._batched(run, images, labels, radii, indices)
 
     def _batched(self, run, images, *columns):
@@ -359,7 +362,12 @@ class _Prover:
     def nothing(self, images, labels) -> dict[str, np.ndarray]:
         """What is reported of images that are not examined: predictions, and no claim."""
         count = len(images)
-        predicted = self._batched(lambda columns: {"predicted": _predict(self.network, *columns)}, images)["predicted"]
+        program = self._compiled(_predict)
+
+        def predict(columns):
+            return {"predicted": program(self.network, *columns)}
+
+        predicted = self._batched(predict, images)["predicted"]
         unknown = np.full(count, np.inf)
         return {
             "predicted": predicted,
@@ -376,8 +384,9 @@ class _Prover:
     def candidates(self, images, labels, max_radius):
         """For each image the largest radius at which its verdict would be positive if estimates were norms."""
         options = {name: self._options[name] for name in ("mode", "arithmetics")}
-        compiled = _compiled(_radius_batch, *options, optimize=self._optimize)
-        run = functools.partial(compiled, (self.network, self._global, jnp.float64(max_radius)), **options)
+        program = self._compiled(_radius_batch, *options, optimize=self._optimize)
+        shared = self.network, self._global, jnp.float64(max_radius)
+        run = functools.partial(program, shared, **options)
         return self._batched(run, images, labels)
 
 
@@ -453,12 +462,33 @@ def probabilistic_norm(operator, key, failure_probability, like, mask_in, mask_o
 # ---------------------------------------------------------------------------------------------------- batches
 
 
-@functools.cache
-def _compiled(function, *static: str, optimize: bool = True):
+def _compile(function, *static: str, optimize: bool = True):
     """`function` under `jit`. On CPU, LLVM's optimizer takes most of the time and gains little if there is little work."""
+
+    @functools.wraps(function)
+    def anew(*arguments, **options):  # JAX keeps what it traced of a function, whatever wraps it
+        return function(*arguments, **options)
+
     level = 1 if optimize else 0
     options = {"xla_backend_optimization_level": level} if jax.default_backend() == "cpu" else None
-    return jax.jit(function, static_argnames=static, compiler_options=options)
+    return jax.jit(anew, static_argnames=static, compiler_options=options)
+
+
+_compiled = functools.cache(_compile)
+
+
+def _programs(network) -> Callable:
+    """`_compile`, its results kept; from call to call if layers and rules are lipjax's or Flax's.
+
+    What a layer or rule of somebody else's computes may have changed since the call before (a
+    notebook's cell that was run once more), and a compiled program would not know.
+    """
+    rules = (operators.linear_operator, *activations.RULES)
+    for layer in regions.layers_of(network):
+        kinds = [type(layer), *(rule.dispatch(type(layer)) for rule in rules)]
+        if not all(kind.__module__.split(".")[0] in ("lipjax", "flax") for kind in kinds):
+            return functools.cache(_compile)
+    return _compiled
 
 
 def _devices() -> list[jax.Device]:
@@ -478,17 +508,18 @@ def _estimate_batch(shared, columns, *, mode, iterations):
     return jax.vmap(one)(*columns)
 
 
-def _global_norms(network, shape):
+def _global_norms(network, shape, compiled):
     """Proven upper bounds of the affine layers' unmasked norms, in order. Compiled layer by layer: nets share layers."""
     found = []
     for layer in regions.layers_of(network):
         like = jax.ShapeDtypeStruct(shape, jnp.float64)
         if operators.is_affine(layer):
             operator = operators.linear_operator(layer)
-            found.append(_compiled(deterministic.global_norm_bound, optimize=False)(operator, jnp.zeros(shape)))
+            program = compiled(deterministic.global_norm_bound, optimize=False)
+            found.append(program(operator, jnp.zeros(shape)))
             shape = jax.eval_shape(operator.affine, like).shape
         elif layer is not operators.FORK and layer is not operators.JOIN:
-            shape = jax.eval_shape(layer, like).shape
+            shape = jax.eval_shape(lambda x, layer=layer: layer(x), like).shape
     return tuple(found)
 
 
@@ -622,8 +653,14 @@ def _check(network, images, labels):
     images = np.asarray(images)
     if images.ndim < 2 or len(images) == 0:
         raise ValueError(f"images must be a non-empty batch (N, ...), got shape {images.shape}.")
-    if not np.issubdtype(images.dtype, np.floating):
+    if not jnp.issubdtype(images.dtype, jnp.floating):
         raise TypeError(f"images must be floats in [0, 1], got {images.dtype}: divide 0..255 integers by 255.")
+    if images.dtype not in (np.float32, np.float64):
+        raise TypeError(
+            f"images must be float32 or float64, got {images.dtype}: layers would compute in "
+            "that type, and what is certified is the network on float32 images. Give it, and "
+            "execute it on, images.astype(np.float32)."
+        )
     low, high = images.min(), images.max()
     if not (low >= 0 and high <= 1):  # a NaN fails too
         raise ValueError(
@@ -631,11 +668,12 @@ def _check(network, images, labels):
             "images by 255; do not normalise before the network."
         )
     if labels is None:
-        labels = np.asarray(_predict(network, jnp.asarray(images)))
+        labels = np.asarray(_programs(network)(_predict)(network, jnp.asarray(images)))
     labels = np.asarray(labels)
     if labels.shape != (len(images),) or not np.issubdtype(labels.dtype, np.integer):
         raise ValueError(f"labels must be {len(images)} integers, got {labels.dtype} of shape {labels.shape}.")
-    classes = jax.eval_shape(regions.apply, network, jax.ShapeDtypeStruct(images.shape[1:], jnp.float32)).shape[0]
+    image = jax.ShapeDtypeStruct(images.shape[1:], jnp.float32)
+    classes = jax.eval_shape(lambda *x: regions.apply(*x), network, image).shape[0]
     if classes < 2:
         raise ValueError(f"a network of {classes} class has no rival class to exclude: nothing to certify.")
     if labels.min() < 0 or labels.max() >= classes:
@@ -643,6 +681,5 @@ def _check(network, images, labels):
     return images, labels.astype(np.int32)
 
 
-@jax.jit
 def _predict(network, images):
     return jax.vmap(lambda x: jnp.argmax(regions.apply(network, x)))(images)

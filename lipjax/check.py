@@ -151,6 +151,11 @@ def check(
     nothing = np.zeros(0, int)
     if problems:
         return Report(tuple(problems), header, nothing, np.zeros(0), 0, 0, 0, 0.0)
+    if images.dtype not in (np.float32, np.float64):
+        raise CannotCheck(
+            f"the images are {images.dtype}: a network would compute in that type. A certificate "
+            "is about float32 images, float64 in float64 arithmetic: give images.astype('float32')."
+        )
     chosen = np.arange(count) if examples is None else np.sort(rng.choice(count, examples, replace=False))
     steps = steps_of(layers, images.shape[1:])
     affine = [step for step in steps if isinstance(step, Affine)]
@@ -233,9 +238,25 @@ def _rows(wrong: np.ndarray) -> str:
     return ", ".join(map(str, rows[:10])) + (", ..." if len(rows) > 10 else "")
 
 
+# Algorithms that a layer's products can be fixed to, by the arithmetic that covers them.
+ALGORITHMS = {
+    "F64_F64_F64": "float64",
+    "F32_F32_F32": "float32",
+    "TF32_TF32_F32": "tf32",
+    "BF16_BF16_F32": "bfloat16_products",
+}
+
+
 def _check_precision(layers, arithmetic: str) -> None:
-    """Refuses a layer that rounds more than the recorded arithmetic says."""
+    """Refuses a layer that rounds more than the recorded arithmetic says.
+
+    Images are float32, in float64 arithmetic float64, so a narrower type can only come from a
+    layer's dtype or parameters; all layers are taken to compute in the recorded arithmetic, also
+    those without either, which compute in the type of what is in front of them.
+    """
+    order = list(ARITHMETICS)
     for i, layer in enumerate(layers):
+        where = f"layer {i}, {layer['kind']},"
         used = {
             layer.get("dtype"),
             *(layer[name].dtype.name for name in ("kernel", "bias") if layer.get(name) is not None),
@@ -243,15 +264,27 @@ def _check_precision(layers, arithmetic: str) -> None:
         coarser = "bfloat16" in used and arithmetic != "bfloat16"
         if coarser or (layer.get("dtype") == "float32" and arithmetic == "float64"):
             raise CannotCheck(
-                f"layer {i}, {layer['kind']}, computes in {'bfloat16' if coarser else 'float32'}, which rounds more than the "
-                f"recorded arithmetic, {arithmetic}."
+                f"{where} computes in {'bfloat16' if coarser else 'float32'}, which rounds more "
+                f"than the recorded arithmetic, {arithmetic}."
             )
-        for name in ("threshold", "upper", "lower"):
+        algorithm = layer.get("precision")
+        covered = order[: order.index(arithmetic) + 1]
+        if algorithm is not None and ALGORITHMS.get(algorithm) not in covered:
+            raise CannotCheck(
+                f"{where} computes its products by {algorithm}, whose rounding is not known to be "
+                f"that of the recorded arithmetic, {arithmetic}."
+            )
+        for name in ("kernel", "bias", "threshold", "upper", "lower", "scale", "shift"):
             value = layer.get(name)
-            if value is not None and arithmetic != "float64" and not np.array_equal(value, value.astype(np.float32)):
+            if value is None or (arithmetic == "float64" and name not in ("scale", "shift")):
+                continue
+            exact = np.asarray(value, np.float64)
+            with np.errstate(over="ignore"):
+                single = exact.astype(np.float32)
+            if not np.array_equal(exact, single):
                 raise CannotCheck(
-                    f"layer {i}, {layer['kind']}, has float64 thresholds: {arithmetic} would round them, which is not in the "
-                    "error model."
+                    f"{where} has float64 numbers as {name}: {arithmetic} would round them, so "
+                    "what is executed is another function."
                 )
 
 

@@ -23,6 +23,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from lipjax import certificate_files
+
 
 @functools.partial(
     jax.tree_util.register_dataclass, data_fields=["kernel", "bias", "kernel_row_norms"], meta_fields=["apply"]
@@ -191,6 +193,9 @@ FORK, JOIN = _Mark("FORK"), _Mark("JOIN")
 class AveragePool(nnx.Module):
     """Mean over windows of the two axes before the channels; a linear layer of known matrix. No padding.
 
+    Computed in float32 at least, whatever the input's type, and returned in that type: a sum of
+    ones that is kept in bfloat16 ends at 256.
+
     Args:
         window: ``(height, width)`` or one number for both.
         strides: likewise; the window's size by default.
@@ -202,7 +207,20 @@ class AveragePool(nnx.Module):
         self.strides = (strides, strides) if isinstance(strides, int) else tuple(strides)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return _window_sum(self.window, self.strides, jnp.asarray(1 / math.prod(self.window)), x)
+        wide = _widened(x)
+        scale = jnp.asarray(1 / math.prod(self.window), wide.dtype)
+        return _window_sum(self.window, self.strides, scale, wide).astype(x.dtype)
+
+
+def _widened(x):
+    """x in float32 at least, in which sums are kept.
+
+    Raises:
+        TypeError: x is not floating.
+    """
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise TypeError(f"expected a floating input, got {x.dtype}: divide 0..255 integers by 255.")
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
 def _window_sum(window, strides, scale, x):
@@ -217,8 +235,9 @@ def _window_sum(window, strides, scale, x):
 class Normalize(nnx.Module):
     """``(x - mean) / deviation`` per channel, inside the network: epsilon stays a radius on pixels in [0, 1].
 
-    Computed as ``x * scale + shift`` with float32 constants, so that what is certified is what is executed. No parameters:
-    nothing here is trained.
+    Computed as ``x * scale + shift`` with float32 constants, so that what is certified is what is
+    executed; in float32 at least, and returned in the input's type. No parameters: nothing here is
+    trained.
 
     Args:
         mean, deviation: one number per channel, or one for all of them.
@@ -252,8 +271,9 @@ class Normalize(nnx.Module):
         return layer
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        scale, shift = (jnp.asarray(constants, x.dtype) for constants in (self.scale, self.shift))
-        return _scaled(scale, x) + shift
+        wide = _widened(x)
+        scale, shift = (jnp.asarray(numbers, wide.dtype) for numbers in (self.scale, self.shift))
+        return (_scaled(scale, wide) + shift).astype(x.dtype)
 
 
 def _scaled(scale, x):
@@ -281,10 +301,24 @@ def is_affine(layer) -> bool:
     return type(layer) in linear_operator.registry and type(layer) is not object
 
 
+# What the checker does not know, but the linear views and the error model do.
+_KNOWN_HERE = ("mask", "preferred_element_type")
+
+
+def _check_settings(layer) -> None:
+    """Raises a ValueError for a layer of Flax that may compute something else than it seems to."""
+    unusual = [name for name in certificate_files.unusual(layer) if name not in _KNOWN_HERE]
+    if unusual:
+        kind = type(layer).__name__
+        raise ValueError(
+            f"nnx.{kind} has a {', '.join(unusual)} of its own, so what it computes is not known: "
+            f"construct it with what nnx.{kind} takes by default, or register a type of your own."
+        )
+
+
 @linear_operator.register(nnx.Linear)
 def _(layer: nnx.Linear) -> LinearOperator:
-    if layer.dot_general is not jax.lax.dot_general:
-        raise ValueError("nnx.Linear with a dot_general of its own has no known matrix: register the layer yourself.")
+    _check_settings(layer)
     kernel = layer.kernel[...]
     bias = None if layer.bias is None else layer.bias[...]
     return LinearOperator(_apply_dense, kernel, bias)
@@ -297,10 +331,7 @@ def _apply_dense(kernel, x):
 
 @linear_operator.register(nnx.Conv)
 def _(layer: nnx.Conv) -> LinearOperator:
-    if layer.conv_general_dilated is not jax.lax.conv_general_dilated:
-        raise ValueError(
-            "nnx.Conv with a conv_general_dilated of its own has no known matrix: register the layer yourself."
-        )
+    _check_settings(layer)
     rank = len(layer.kernel_size)
     kernel = layer.kernel[...] if layer.mask is None else layer.kernel[...] * layer.mask
     padding = layer.padding.upper() if isinstance(layer.padding, str) else layer.padding

@@ -190,40 +190,66 @@ ARITHMETICS = {
 }
 
 
-def arithmetics_of(layers: Sequence, declared: str | None = None) -> tuple[Arithmetic, ...]:
+# Algorithms that a layer's or JAX's matmul precision can fix, by the arithmetic that covers them.
+# Others are refused: they sum in 16 bits, multiply in 8, or take several products for one.
+ALGORITHMS = {
+    "F64_F64_F64": "float64",
+    "F32_F32_F32": "float32",
+    "TF32_TF32_F32": "tf32",
+    "BF16_BF16_F32": "bfloat16_products",
+}
+
+
+def arithmetics_of(
+    layers: Sequence, declared: str | None = None, traced: Sequence | None = None
+) -> tuple[Arithmetic, ...]:
     """The arithmetic of each affine layer, in order.
 
     Args:
         layers: as `regions.layers_of` returns them.
         declared: a name in `ARITHMETICS`, for all layers; None: as this process's default device executes them, from
-            each layer's dtype and precision and JAX's default matmul precision.
+            each layer's dtype and precision, JAX's default matmul precision, and `traced`.
+        traced: of each layer, what `executed.trace` found: the types and precisions it computes in.
+            None: they are guessed from its parameters and settings, and a layer without them is
+            taken for float32. No certificate rests on a guess.
 
     Raises:
-        ValueError: unknown name; a layer that computes in a dtype that the model does not know, or in a narrower one
-            than was declared.
+        ValueError: unknown name; a layer that computes in a dtype or by an algorithm that the model
+            does not know, or in a narrower one than was declared; thresholds that would be rounded.
     """
     if declared is not None and declared not in ARITHMETICS:
         raise ValueError(f"arithmetic must be one of {', '.join(ARITHMETICS)}, got {declared!r}.")
+    wide = declared == "float64"
+    if declared is None:
+        wide = jax.config.jax_enable_x64  # type: ignore[attr-defined]
     found = []
     for i, layer in enumerate(layers):
         if not operators.is_affine(layer):
-            if declared not in (None, "float64") and _dtypes_of(layer) & {jnp.dtype(jnp.float64)}:
+            if not wide and _dtypes_of(layer) & {jnp.dtype(jnp.float64)}:
                 raise ValueError(
-                    f"layer {i}, {type(layer).__name__}, has float64 thresholds, which {declared} arithmetic would round: "
-                    "give the network float32 parameters."
+                    f"layer {i}, {type(layer).__name__}, has float64 thresholds, which "
+                    f"{declared or 'float32'} arithmetic would round: give the network float32 "
+                    "parameters."
                 )
             continue
-        own = _own_arithmetic(i, layer)
-        if declared is not None:
-            fixed = own == "bfloat16" or getattr(layer, "dtype", None) is not None
-            if fixed and ARITHMETICS[declared].output < ARITHMETICS[own].output:
-                raise ValueError(
-                    f"layer {i}, {type(layer).__name__}, computes in {own}, which rounds more than the declared "
-                    f"{declared}: declare {own} or give the layer another dtype."
-                )
+        seen = None if traced is None else traced[i]
+        fixed = _fixed(i, layer, seen)
+        if declared is None:
+            own = coarsest((fixed, _of_device(i, layer, wide, seen)))
+        elif coarsest((declared, fixed)) == declared:
             own = declared
+        else:
+            raise ValueError(
+                f"layer {i}, {type(layer).__name__}, computes in {fixed}, which rounds more than "
+                f"the declared {declared}: declare {fixed} or give it another dtype or precision."
+            )
         found.append(ARITHMETICS[own])
     return tuple(found)
+
+
+def coarsest(names) -> str:
+    """Of names in `ARITHMETICS` the one that rounds most: each covers those before it."""
+    return max(names, key=list(ARITHMETICS).index)
 
 
 def _dtypes_of(layer) -> set:
@@ -231,36 +257,78 @@ def _dtypes_of(layer) -> set:
     return {jnp.dtype(leaf.dtype) for leaf in jax.tree.leaves(layer) if jnp.issubdtype(leaf.dtype, jnp.floating)}
 
 
-def _own_arithmetic(i: int, layer) -> str:
-    used, chosen = _dtypes_of(layer), set()
-    for name in ("dtype", "preferred_element_type"):
-        own = getattr(layer, name, None)
-        if own is not None:
-            chosen.add(jnp.dtype(own))
-    used |= chosen
-    known = {jnp.dtype(jnp.float64), jnp.dtype(jnp.float32), jnp.dtype(jnp.bfloat16)}
-    if not used <= known:
-        strange = ", ".join(sorted(d.name for d in used - known))
+def _fixed(i: int, layer, traced) -> str:
+    """What the layer computes in by its own settings, wherever it runs."""
+    chosen, computes = _chosen(layer), set() if traced is None else traced.types
+    used = {dtype.name for dtype in _dtypes_of(layer)} | chosen | computes
+    strange = used - {"float64", "float32", "bfloat16"}
+    if strange:
         raise ValueError(
-            f"layer {i}, {type(layer).__name__}, uses {strange}: what rounding does there is not in the error model "
-            "(float32, float64 and bfloat16 are). Give the layer dtype float32."
+            f"layer {i}, {type(layer).__name__}, uses {', '.join(sorted(strange))}: what rounding "
+            "does there is not in the error model (float32, float64 and bfloat16 are). Give the "
+            "layer dtype float32."
         )
-    if jnp.dtype(jnp.bfloat16) in used:
-        return "bfloat16"
-    precision = getattr(layer, "precision", None) or jax.config.jax_default_matmul_precision  # type: ignore[attr-defined]
+    found = _algorithms(i, layer, _precisions(layer, traced))
+    if "bfloat16" in used:
+        found.append("bfloat16")
+    elif "float32" in chosen | computes:
+        found.append("float32")
+    return coarsest(found)
+
+
+def _of_device(i: int, layer, wide: bool, traced) -> str:
+    """What this process's default device and settings make of it; `wide`: JAX has 64 bits."""
+    default = jax.config.jax_default_matmul_precision  # type: ignore[attr-defined]
+    own = _precisions(layer, traced)
+    precisions = [default if precision is None else precision for precision in own]
+    found = _algorithms(i, layer, precisions)
+    computes = {dtype.name for dtype in _dtypes_of(layer)} if traced is None else traced.types
     platform = jax.default_backend()
     if platform == "tpu":
-        return "bfloat16_products"
-    if jnp.dtype(jnp.float64) in used and not chosen:
-        return "float64"  # parameters of float64 exist only where JAX has 64 bits, and there they widen what they meet
-    if platform != "cpu" and str(precision).lower() not in ("highest", "float32", "precision.highest"):
-        return "tf32"
-    return "float32"
+        found.append("bfloat16_products")
+    elif not wide or _chosen(layer) or computes != {"float64"}:
+        found.append("float32" if platform == "cpu" or all(map(_full, precisions)) else "tf32")
+    return coarsest(found)
+
+
+def _chosen(layer) -> set[str]:
+    settings = (getattr(layer, name, None) for name in ("dtype", "preferred_element_type"))
+    return {jnp.dtype(setting).name for setting in settings if setting is not None}
+
+
+def _precisions(layer, traced) -> set:
+    own = getattr(layer, "precision", None)
+    seen = set() if traced is None else traced.precisions
+    return {tuple(own) if type(own) is list else own} | seen
+
+
+def _full(precision) -> bool:
+    """Does this matmul precision keep float32 products on a GPU?"""
+    parts = precision if isinstance(precision, (list, tuple)) else [precision]
+    full = ("highest", "float32", "precision.highest", "f32_f32_f32")
+    return all(str(part).lower() in full for part in parts)
+
+
+def _algorithms(i: int, layer, precisions) -> list[str]:
+    """The arithmetics that matmul precisions fix; float64 where they leave that to the device."""
+    named, found = jax.lax.DotAlgorithmPreset.__members__, ["float64"]
+    for precision in precisions:
+        name = str(precision)
+        if name == "DEFAULT" or not (name in named or isinstance(precision, jax.lax.DotAlgorithm)):
+            continue
+        if name not in ALGORITHMS:
+            raise ValueError(
+                f"layer {i}, {type(layer).__name__}, computes its products by the algorithm "
+                f"{name}, whose rounding is not in the error model ({', '.join(ALGORITHMS)} are): "
+                "choose one of them, or precision='highest'."
+            )
+        found.append(ALGORITHMS[name])
+    return found
 
 
 def least_precise(arithmetics: Sequence[Arithmetic]) -> str:
     """The name of the arithmetic that rounds most."""
-    return max(arithmetics, key=lambda a: a.relative(1)).name
+    return coarsest(arithmetic.name for arithmetic in arithmetics)
 
 
 def forward_error(
