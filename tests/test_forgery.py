@@ -7,9 +7,9 @@ import struct
 import warnings
 import zipfile
 
-import jax
 import numpy as np
 import pytest
+import scipy.sparse
 from flax import nnx
 
 import lipjax
@@ -175,7 +175,7 @@ def test_what_is_taken_on_trust_is_quoted_and_said_to_be(tmp_path):
     for said in ("tier 'probabilistic'", "delta 1e-06", "seed 77", "mode 'local'", "'x\\nCONFIRMED: all'", "'9.9'"):
         assert said in trusted
     (verified,) = (line for line in text if line.startswith("verified"))
-    assert "77" not in verified and "epsilon = 0.1" in verified and "3 images marked certified" in verified
+    assert "seed" not in verified and "epsilon = 0.1" in verified and "3 images marked certified" in verified
 
 
 def test_saving_keeps_to_the_same_table(tmp_path):
@@ -270,10 +270,10 @@ def test_a_margin_that_cannot_be_derived_is_not_let_pass():
 
 def wide(tier):
     """A layer of 1501 inputs and outputs, one more than where every norm is proved without chance."""
-    kernel = np.eye(1501, dtype=np.float32)
+    kernel = (np.random.default_rng(0).normal(size=(1501, 1501)) / 40 + 2 * np.eye(1501)).astype(np.float32)
     head = np.zeros((1501, 2), np.float32)
-    head[0] = 1, -1
-    return Forgery([linear(kernel), {"kind": "relu"}, linear(head)], np.full((1, 1501), 0.5, np.float32), tier=tier)
+    head[:9] = 1, -1
+    return Forgery([linear(kernel), linear(head)], np.full((1, 1501), 0.5, np.float32), tier=tier)
 
 
 def test_tier_deterministic_is_confirmed_without_chance_where_that_can_be_afforded():
@@ -306,15 +306,9 @@ def test_norms_that_are_guessed_by_lanczos_are_proved_all_the_same(monkeypatch, 
     norms = check_norms.Norms(1e-9, rng, patient=True)
     for _ in range(5):
         matrix = rng.normal(size=(side, side + 5))
-        lower, upper = norms(check_walk_sparse(matrix))
+        lower, upper = norms(scipy.sparse.csr_array(matrix))
         truth = np.linalg.norm(matrix, 2)
         assert lower * (1 - 1e-12) <= truth <= upper <= truth * 1.01 and norms.random == 0
-
-
-def check_walk_sparse(matrix):
-    import scipy.sparse
-
-    return scipy.sparse.csr_array(matrix)
 
 
 @pytest.mark.parametrize("claimed", [0.9999999, 5e-324])
@@ -460,7 +454,7 @@ def test_zip_files_of_other_members_methods_and_many_names_are_refused(path):
     path.write_bytes(whole)
     with zipfile.ZipFile(path, "a") as archive:
         archive.writestr("../more\nCONFIRMED", b"")
-    refused(path, r"more\\\\nCONFIRMED")
+    refused(path, r"more\\nCONFIRMED")
 
 
 @pytest.mark.parametrize("images", ["bomb", "shape", "type", "labels", "repeated", "pickle"])
