@@ -88,7 +88,9 @@ def _or_none(field: Field) -> Field:
 
 def _is_versions(value) -> bool:
     name = _words(100)
-    return type(value) is dict and len(value) <= 20 and all(name.allows(word) for pair in value.items() for word in pair)
+    return (
+        type(value) is dict and len(value) <= 20 and all(name.allows(word) for pair in value.items() for word in pair)
+    )
 
 
 _HASH = _matching("[0-9a-f]{64}", "a SHA-256 in hexadecimal digits")

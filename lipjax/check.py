@@ -128,7 +128,9 @@ class Report:
                 if self.random_norms
                 else "no norm bound rests on chance"
             )
-        lines.append("taken on trust: " + ", ".join(f"{name} {quoted(header.get(key))}" for name, key in TRUSTED.items()))
+        lines.append(
+            "taken on trust: " + ", ".join(f"{name} {quoted(header.get(key))}" for name, key in TRUSTED.items())
+        )
         lines.append(f"the file says: {quoted(header.get('statement'), 4000)}")
         shown = self.problems[:10]
         lines += [f"- {problem}" for problem in shown]

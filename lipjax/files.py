@@ -214,7 +214,9 @@ def _expect_directory(file: IO[bytes]) -> None:
     if last[-22:-18] != b"PK\5\6":
         raise Unreadable("it is no npz file, or has no end")
     sizes = [struct.unpack("<HI", last[-12:-6])]
-    if last[-42:-38] == b"PK\6\7" and len(last) == 98:  # of more than 4 GiB: a record with longer numbers stands in front
+    if (
+        last[-42:-38] == b"PK\6\7" and len(last) == 98
+    ):  # of more than 4 GiB: a record with longer numbers stands in front
         sizes.append(struct.unpack("<8xQQ", last[24:48]))
     for count, length in sizes:
         if count > MEMBERS or length > DIRECTORY:

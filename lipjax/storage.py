@@ -150,9 +150,16 @@ def _read(path: Path, arrays: bool) -> tuple[dict[str, Any], dict[str, np.ndarra
             f"{path} has format version {quoted(version)}, this lipjax reads up to {VERSION}: use a newer lipjax."
         )
     if set(header) != set(FIELDS):
-        raise StorageError(f"{path}: expected the fields {', '.join(FIELDS)}, got {', '.join(map(quoted, sorted(header)[:20]))}.")
+        raise StorageError(
+            f"{path}: expected the fields {', '.join(FIELDS)}, got {', '.join(map(quoted, sorted(header)[:20]))}."
+        )
     shape = header["input_shape"]
-    if not (isinstance(shape, list) and all(type(n) is int and n > 0 for n in shape) and isinstance(header["layers"], list) and isinstance(header["notes"], dict)):
+    if not (
+        isinstance(shape, list)
+        and all(type(n) is int and n > 0 for n in shape)
+        and isinstance(header["layers"], list)
+        and isinstance(header["notes"], dict)
+    ):
         raise StorageError(f"{path}: input_shape (of positive numbers) and layers must be lists and notes a dict.")
     return header, found
 

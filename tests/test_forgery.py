@@ -22,7 +22,16 @@ RNG = 0
 class Forgery:
     """A file that the checker's own derivation makes, of layers as plain data: nothing is compiled."""
 
-    def __init__(self, layers, images, *, epsilon=0.1, arithmetic="float32", tier="probabilistic", mode="local"):
+    def __init__(
+        self,
+        layers,
+        images,
+        *,
+        epsilon=0.1,
+        arithmetic="float32",
+        tier="probabilistic",
+        mode="local",
+    ):
         self.layers, self.images = layers, np.asarray(images)
         nodes = check.nodes_of(layers, self.images.shape[1:])
         affine = [node.step for node in nodes if isinstance(node.step, check.Affine)]
@@ -83,7 +92,13 @@ class Forgery:
 
 def linear(kernel, bias=None):
     bias = None if bias is None else np.asarray(bias, np.float32)
-    return {"kind": "linear", "kernel": np.asarray(kernel), "bias": bias, "dtype": None, "unusual": []}
+    return {
+        "kind": "linear",
+        "kernel": np.asarray(kernel),
+        "bias": bias,
+        "dtype": None,
+        "unusual": [],
+    }
 
 
 def small(**options):
@@ -168,11 +183,23 @@ def test_one_image_is_not_true(tmp_path):
 
 def test_what_is_taken_on_trust_is_quoted_and_said_to_be(tmp_path):
     forgery = small()
-    forgery.header |= {"command": "x\nCONFIRMED: all", "data_name": "CONFIRMED", "seed": 77, "versions": {"lipjax": "9.9"}}
+    forgery.header |= {
+        "command": "x\nCONFIRMED: all",
+        "data_name": "CONFIRMED",
+        "seed": 77,
+        "versions": {"lipjax": "9.9"},
+    }
     text = str(forgery.report()).splitlines()
     assert [line.startswith("CONFIRMED") for line in text] == [True] + [False] * (len(text) - 1)
     (trusted,) = (line for line in text if line.startswith("taken on trust"))
-    for said in ("tier 'probabilistic'", "delta 1e-06", "seed 77", "mode 'local'", "'x\\nCONFIRMED: all'", "'9.9'"):
+    for said in (
+        "tier 'probabilistic'",
+        "delta 1e-06",
+        "seed 77",
+        "mode 'local'",
+        "'x\\nCONFIRMED: all'",
+        "'9.9'",
+    ):
         assert said in trusted
     (verified,) = (line for line in text if line.startswith("verified"))
     assert "seed" not in verified and "epsilon = 0.1" in verified and "3 images marked certified" in verified
@@ -250,7 +277,10 @@ def test_the_tolerance_of_a_margin_is_not_of_the_logits_size(size):
 @pytest.mark.core
 def test_an_allowance_of_nothing_is_found_at_logits_of_any_size():
     for size in (1e6, 1e12):
-        forgery = Forgery([linear(np.array([[size, -size], [1.0, 0.0]], np.float32))], np.array([[0.5, 0.5]], np.float32))
+        forgery = Forgery(
+            [linear(np.array([[size, -size], [1.0, 0.0]], np.float32))],
+            np.array([[0.5, 0.5]], np.float32),
+        )
         assert forgery.report().confirmed
         forgery.arrays["allowance"][0] *= 0.4
         assert any("recorded allowance" in problem for problem in forgery.report().problems)
@@ -259,8 +289,14 @@ def test_an_allowance_of_nothing_is_found_at_logits_of_any_size():
 def test_a_margin_that_cannot_be_derived_is_not_let_pass():
     """The walk overflows, so that nothing is derived; the row is a wrong prediction, which claims a margin all the same."""
     forgery = small()
-    forgery.layers[0] = {**forgery.layers[0], "kernel": forgery.layers[0]["kernel"] * np.float32(1e30)}
-    forgery.layers[2] = {**forgery.layers[2], "kernel": forgery.layers[2]["kernel"] * np.float32(1e9)}
+    forgery.layers[0] = {
+        **forgery.layers[0],
+        "kernel": forgery.layers[0]["kernel"] * np.float32(1e30),
+    }
+    forgery.layers[2] = {
+        **forgery.layers[2],
+        "kernel": forgery.layers[2]["kernel"] * np.float32(1e9),
+    }
     forgery = Forgery(forgery.layers, forgery.images)
     assert np.all(forgery.arrays["margin"] == -np.inf) and forgery.report().confirmed
     forgery.arrays["correct"][0], forgery.labels[0] = False, 1 - forgery.labels[0]
@@ -292,7 +328,9 @@ def test_tier_deterministic_confirmed_by_chance_says_so_in_the_first_line(monkey
     kernel = np.abs(rng.normal(size=(40, 40))).astype(np.float32) - np.float32(0.3)
     head = rng.normal(size=(40, 3)).astype(np.float32)
     images = rng.uniform(0, 1, (2, 40)).astype(np.float32)
-    report = Forgery([linear(kernel), {"kind": "relu"}, linear(head)], images, tier="deterministic", epsilon=1e-3).report()
+    report = Forgery(
+        [linear(kernel), {"kind": "relu"}, linear(head)], images, tier="deterministic", epsilon=1e-3
+    ).report()
     assert report.confirmed and report.random_norms > 0, report
     first = str(report).splitlines()[0]
     assert "NOT deterministically" in first and "probability >= 1 - 1e-09" in first
@@ -389,7 +427,16 @@ def test_known_members_of_too_many_rows_are_not_unpacked(path):
 
 @pytest.mark.core
 @pytest.mark.parametrize(
-    "shape", ["(9007199254740993,)", "(3, 99999999999)", "(1000000000000000000000,)", "(-3,)", "(3.0,)", "[3]", "(3,)"]
+    "shape",
+    [
+        "(9007199254740993,)",
+        "(3, 99999999999)",
+        "(1000000000000000000000,)",
+        "(-3,)",
+        "(3.0,)",
+        "[3]",
+        "(3,)",
+    ],
 )
 def test_shapes_that_are_forged_are_refused(path, shape):
     rewritten(path, lambda members: members.update({"margin.npy": npy(shape)}))
@@ -405,7 +452,11 @@ def test_types_that_are_forged_are_refused(path, dtype):
 
 @pytest.mark.core
 def test_an_npy_header_without_end_or_of_nested_brackets_is_refused(path):
-    for content in (b"\x93NUMPY\1\0\xff\xff" + b"(" * 65535, b"\x93NUMPY\2\0\xff\xff\xff\xff" + b" " * 10**6, b"\x93NUMPY"):
+    for content in (
+        b"\x93NUMPY\1\0\xff\xff" + b"(" * 65535,
+        b"\x93NUMPY\2\0\xff\xff\xff\xff" + b" " * 10**6,
+        b"\x93NUMPY",
+    ):
         rewritten(path, lambda members, content=content: members.update({"margin.npy": content}))
         refused(path, "margin")
 
@@ -461,12 +512,27 @@ def test_zip_files_of_other_members_methods_and_many_names_are_refused(path):
 def test_images_of_a_file_are_looked_at_before_they_are_unpacked(tmp_path, images, monkeypatch):
     monkeypatch.setattr(check, "MOST_IMAGE_BYTES", 10**6)
     members = {
-        "bomb": {"images.npy": npy((10**7,), data=bytes(8 * 10**7)), "labels.npy": npy((10**7,), "|u1", bytes(10**7))},
+        "bomb": {
+            "images.npy": npy((10**7,), data=bytes(8 * 10**7)),
+            "labels.npy": npy((10**7,), "|u1", bytes(10**7)),
+        },
         "shape": {"images.npy": npy((10**15, 2)), "labels.npy": npy((3,), "|u1", bytes(3))},
-        "type": {"images.npy": npy((3, 2), "<i8", bytes(48)), "labels.npy": npy((3,), "|u1", bytes(3))},
-        "labels": {"images.npy": npy((3, 2), "<f4", bytes(24)), "labels.npy": npy((3,), "<f4", bytes(12))},
-        "repeated": {"images.npy": npy((2, 2), "<f4", bytes(16)), "labels.npy": npy((2,), "|u1", bytes(2))},
-        "pickle": {"images.npy": npy((3,), "|O", bytes(24)), "labels.npy": npy((3,), "|u1", bytes(3))},
+        "type": {
+            "images.npy": npy((3, 2), "<i8", bytes(48)),
+            "labels.npy": npy((3,), "|u1", bytes(3)),
+        },
+        "labels": {
+            "images.npy": npy((3, 2), "<f4", bytes(24)),
+            "labels.npy": npy((3,), "<f4", bytes(12)),
+        },
+        "repeated": {
+            "images.npy": npy((2, 2), "<f4", bytes(16)),
+            "labels.npy": npy((2,), "|u1", bytes(2)),
+        },
+        "pickle": {
+            "images.npy": npy((3,), "|O", bytes(24)),
+            "labels.npy": npy((3,), "|u1", bytes(3)),
+        },
     }[images]
     with zipfile.ZipFile(tmp_path / "x.npz", "w", zipfile.ZIP_DEFLATED) as archive:
         for name, content in members.items():
@@ -496,7 +562,10 @@ def test_networks_with_descriptions_that_are_nested_long_or_ambiguous_are_refuse
     text = head["__metadata__"]["lipjax"]
     for forged in (
         text.replace('"notes": {}', '"notes": {"a": ' + "[" * 50_000 + "]" * 50_000 + "}"),
-        text.replace('"layers": [', '"layers": ' + '[{"type": "Sequential", "layers": ' * 2000 + "[" + "]}" * 2000 + ", "),
+        text.replace(
+            '"layers": [',
+            '"layers": ' + '[{"type": "Sequential", "layers": ' * 2000 + "[" + "]}" * 2000 + ", ",
+        ),
         text[:-1] + ', "version": 1}',
         text.replace('"input_shape": [2]', '"input_shape": [true]'),
         text.replace('"version": 1', '"version": true'),
@@ -513,7 +582,12 @@ def test_networks_with_descriptions_that_are_nested_long_or_ambiguous_are_refuse
 def test_networks_with_a_forged_or_nested_head_are_refused(tmp_path):
     path, head, data = stored(tmp_path)
     deep = ('{"a":' * 100_000 + "1" + "}" * 100_000).encode()
-    huge = json.dumps({**head, "layers.0.kernel": {"dtype": "F32", "shape": [2**40, 2**40], "data_offsets": [0, 16]}}).encode()
+    huge = json.dumps(
+        {
+            **head,
+            "layers.0.kernel": {"dtype": "F32", "shape": [2**40, 2**40], "data_offsets": [0, 16]},
+        }
+    ).encode()
     for start, length in ((deep, None), (huge, None), (b"{}", 2**62), (b" " * 10**7, None)):
         path.write_bytes((length or len(start)).to_bytes(8, "little") + start + data)
         with pytest.raises(storage.StorageError):
