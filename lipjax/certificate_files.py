@@ -263,6 +263,7 @@ def _loaded(path: Path, file) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
             problems.append(_misshapen(name, np.dtype(member.dtype), member.shape, header["examples"]))
     if sum(member.size for member in members.values()) > MOST_BYTES:
         problems.append(f"its arrays have more than {MOST_BYTES} bytes.")
+    arrays: dict[str, np.ndarray] = {}
     if not problems:
         arrays = {name: npz.read(name, MOST_BYTES).astype(ARRAYS[name][0], copy=False) for name in ARRAYS}
         problems = faults(header, arrays)

@@ -88,10 +88,12 @@ def norm_by_cholesky(matrix, rng: np.random.Generator) -> tuple[float, float]:
         gram = entries @ entries.T
     else:
         gram = (matrix @ matrix.T).toarray()
+    inflations: tuple[float, ...] = (0.0, 1e-10, 1e-8, 1e-6, 1e-3)
     if side <= SMALL:
-        top, inflations = float(np.linalg.eigvalsh(gram)[-1]), (0.0, 1e-10, 1e-8, 1e-6, 1e-3)
+        top = float(np.linalg.eigvalsh(gram)[-1])
     else:
-        top, inflations = _lanczos(matrix, matrix.T.tocsr(), rng, 200) ** 2, (1e-8, 1e-4, 1e-2, 1.0)
+        top = _lanczos(matrix, matrix.T.tocsr(), rng, 200) ** 2
+        inflations = (1e-8, 1e-4, 1e-2, 1.0)
     rounding = 2 * gamma(terms + 4) * float(np.trace(gram))
     for inflation in inflations:
         tau = top * (1 + inflation + 4 * side * gamma(side + 2))
