@@ -1,35 +1,44 @@
-"""Forges certificate files at random and shows them to the checker: no crash, and nothing confirmed that is not true.
+"""Forges certificate files at random and shows them to the checker: no crash, and nothing confirmed
+that is not true.
 
     python -m benchmarks.fuzz --files=10000 --seed=0
     python -m benchmarks.fuzz --files=300 --seed=1 --json
 
-Two true files about a network of two inputs (tier probabilistic in mode "local", tier deterministic in mode "linear") are
-changed: header fields and the header's text, array values, types, shapes and rows, whole consistent forgeries, bytes of
-the file, and the zip around it; most of them with statement, digest and hashes computed anew, as who knows the format
-does. Each is read by `certificate_files.load`, its images are found by its index, and `check.check` derives it again.
+Two true files about a network of two inputs (tier probabilistic in mode "local", tier deterministic
+in mode "linear") are changed: header fields and the header's text, array values, types, shapes and
+rows, whole consistent forgeries, bytes of the file, and the zip around it; most of them with
+statement, digest and hashes computed anew, as who knows the format does. Each is read by
+`certificate_files.load`, its images are found by its index, and `check.check` derives it again.
 
-**A crash** is an exception other than `CertificateFileError` (of `load`) and `CannotCheck`, or a report that cannot be
-printed.
+**A crash** is an exception other than `CertificateFileError` (of `load`) and `CannotCheck`, or a
+report that cannot be printed.
 
 **A false claim** is a confirmed file of which one of these holds:
 
-- a row is about an image that its index does not lead to, has another label than the data, another prediction than the
-  network makes when it is executed, or a `correct` that does not say whether the two agree;
-- a recorded margin is above what is left at some point of the ball of that row's epsilon, found by a search of circles in
-  the plane; for a certified row that includes every counterexample to its verdict;
-- a recorded margin is above the one derived by more than a tenth of the true file's allowance for rounding and 1e-6, which is
-  more than the checker's tolerance for this network, or a certified row's derived margin is not positive;
+- a row is about an image that its index does not lead to, has another label than the data, another
+  prediction than the network makes when it is executed, or a `correct` that does not say whether
+  the two agree;
+- a recorded margin is above what is left at some point of the ball of that row's epsilon, found by
+  a search of circles in the plane; for a certified row that includes every counterexample to its
+  verdict;
+- a recorded margin is above the one derived by more than a tenth of the true file's allowance for
+  rounding and 1e-6, which is more than the checker's tolerance for this network, or a certified
+  row's derived margin is not positive;
 - the arithmetic is less precise than the true file's and something is certified in it;
 - the tier is "deterministic", the confirmation rests on chance, and the first line does not say so;
-- the statement is not the one that the other fields give, or the digest, the network's or the data's hash do not fit;
-- not exactly one line of the report, the first, begins with CONFIRMED, or a line is not plain ASCII;
-- a field that no derivation leads back to is not shown as written, in quotes, among what is "taken on trust": tier, failure
-  probability, seed, mode, names of data and split, precision, command, versions. What they say may be anything that
-  their types allow: whether it is true, no check can know.
+- the statement is not the one that the other fields give, or the digest, the network's or the
+  data's hash do not fit;
+- not exactly one line of the report, the first, begins with CONFIRMED, or a line is not plain
+  ASCII;
+- a field that no derivation leads back to is not shown as written, in quotes, among what is "taken
+  on trust": tier, failure probability, seed, mode, names of data and split, precision, command,
+  versions. What they say may be anything that their types allow: whether it is true, no check can
+  know.
 
-A weaker claim (a smaller epsilon or margin, a verdict taken back where the margin is, too) is no false one.
-One JSON line or a table: per kind of change the files that could not be read, were not checked, rejected, confirmed as true,
-confirmed though false, and crashed. Exit code 1 if there was a false claim or a crash; `--keep` has such files.
+A weaker claim (a smaller epsilon or margin, a verdict taken back where the margin is, too) is no
+false one. One JSON line or a table: per kind of change the files that could not be read, were not
+checked, rejected, confirmed as true, confirmed though false, and crashed. Exit code 1 if there was
+a false claim or a crash; `--keep` has such files.
 """
 
 import argparse
@@ -78,7 +87,8 @@ Members = list[tuple[str, bytes]]
 
 
 class Subject:
-    """A network, the images that an index can lead to, a true file about some of them, and what is true beyond it."""
+    """A network, the images that an index can lead to, a true file about some of them, and what is
+    true beyond it."""
 
     def __init__(self, folder: Path, tier: str, mode: str, seed: int = 3):
         rngs = nnx.Rngs(seed)
@@ -200,7 +210,8 @@ def written(header, arrays) -> bytes:
 
 
 def refitted(subject: Subject, header, arrays):
-    """With statement, hashes and digest as they follow from the rest, where they can be made of it."""
+    """With statement, hashes and digest as they follow from the rest, where they can be made of
+    it."""
     header = dict(header)
     for field, value in (
         ("statement", lambda: certificate_files.statement(header)),
@@ -630,7 +641,8 @@ def outcome(subject: Subject, path: Path) -> tuple[str, str]:
 
 
 def fuzz(files: int, seed: int, keep: Path | None = None) -> tuple[dict[str, collections.Counter], list[str], int]:
-    """Outcomes per kind of change, what happened where it should not, and by how many MiB the most memory in use grew."""
+    """Outcomes per kind of change, what happened where it should not, and by how many MiB the most
+    memory in use grew."""
     dice = random.Random(seed)
     found: dict[str, collections.Counter] = {name: collections.Counter() for name in CHANGES}
     wrong: list[str] = []

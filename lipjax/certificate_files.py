@@ -49,7 +49,8 @@ FIELDS = (
 MODES = ("global", "bcp", "paper", "local", "linear", "rows")
 TIERS = ("probabilistic", "deterministic")
 
-# The largest file that is written or read: characters of its header, columns of norms, bytes of all arrays unpacked.
+# The largest file that is written or read: characters of its header, columns of norms, bytes of all
+# arrays unpacked.
 HEADER_LENGTH = 2**19
 MOST_NORMS = 10_000
 MOST_BYTES = 2**29
@@ -161,8 +162,9 @@ def save(
 
     Raises:
         TypeError: `certificate` lacks a field of a certificate (an estimate, for one, is none).
-        ValueError: shapes that do not fit each other; a tier that proves nothing; verdicts that contradict the labels; a
-            field that is not what `HEADER` says (a name with a line break, say), repeated indices, more than `load` reads.
+        ValueError: shapes that do not fit each other; a tier that proves nothing; verdicts that
+            contradict the labels; a field that is not what `HEADER` says (a name with a line break,
+            say), repeated indices, more than `load` reads.
         OSError: the file cannot be written.
     """
     fields = {name: _field(certificate, name) for name in FIELDS}
@@ -222,12 +224,14 @@ def write(path, header: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> 
 
 
 def load(path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """The header and the arrays of a certificate file, each of the right type and within its bounds; nothing is verified yet.
+    """The header and the arrays of a certificate file, each of the right type and within its
+    bounds; nothing is verified yet.
 
     The file may be anybody's: all sizes are looked at before something is unpacked.
 
     Raises:
-        CertificateFileError: not there, not a certificate file, damaged, forged, or of a newer version.
+        CertificateFileError: not there, not a certificate file, damaged, forged, or of a newer
+            version.
     """
     path = Path(path)
     try:
@@ -273,7 +277,8 @@ def _loaded(path: Path, file) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
 
 
 def faults(header: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> list[str]:
-    """What in a file's content is not of its type or outside its bounds, a sentence each; none: `check` can work with it."""
+    """What in a file's content is not of its type or outside its bounds, a sentence each; none:
+    `check` can work with it."""
     problems = _header_faults(header) or _differing("arrays", set(ARRAYS), set(arrays))
     if problems:
         return problems

@@ -22,15 +22,18 @@ outwards. Modes "global", "bcp" and "paper" are at least as loose as "local", so
 of all four, and carries those of modes "linear" and "rows".
 
 **What a confirmation says.** Each verdict "certified" follows for a second time, from the network and the images of the
-recorded hashes. Norms of matrices with a side of at most `check_norms.SMALL` (`check_norms.AFFORDABLE` for a file of tier
-"deterministic") are proved without chance; larger ones by a randomised upper bound that fails with probability at most the
-file's failure probability, or `LARGEST_DELTA` if that is less, in all (`DETERMINISTIC_FILE_DELTA` if the file has none) over
-the checker's own draws: fresh ones, from the operating system unless a seed is given. The first line of a report says which
-of the two it was. A rejected verdict is not proved to be false: it could not be derived.
+recorded hashes. Norms of matrices with a side of at most `check_norms.SMALL`
+(`check_norms.AFFORDABLE` for a file of tier "deterministic") are proved without chance; larger ones
+by a randomised upper bound that fails with probability at most the file's failure probability, or
+`LARGEST_DELTA` if that is less, in all (`DETERMINISTIC_FILE_DELTA` if the file has none) over the
+checker's own draws: fresh ones, from the operating system unless a seed is given. The first line of
+a report says which of the two it was. A rejected verdict is not proved to be false: it could not be
+derived.
 
-**What is taken on trust**, because no derivation leads back to it: the tool's own tier, failure probability, seed and mode,
-its precision, command and versions, the names of data and split; and the index, for who hands over images himself (the
-command finds the images by it). A report shows these as the file writes them, in quotes and apart from what was verified.
+**What is taken on trust**, because no derivation leads back to it: the tool's own tier, failure
+probability, seed and mode, its precision, command and versions, the names of data and split; and
+the index, for who hands over images himself (the command finds the images by it). A report shows
+these as the file writes them, in quotes and apart from what was verified.
 """
 
 import argparse
@@ -64,8 +67,8 @@ DETERMINISTIC_FILE_DELTA = 1e-9
 SMALLEST_DELTA, LARGEST_DELTA = 1e-12, 1e-6
 # Relative tolerance where the checker compares a recorded number with one that it knows precisely.
 TOLERANCE = 1e-9
-# The share of the allowance for the executed network's rounding that two derivations of it may differ by. Where the network
-# is executed in float64, the derivations themselves round as it does.
+# The share of the allowance for the executed network's rounding that two derivations of it may
+# differ by. Where the network is executed in float64, the derivations themselves round as it does.
 ALLOWANCE_TOLERANCE = 0.02
 FLOAT64_ALLOWANCE_TOLERANCE = 0.5
 HUGE = 1e30
@@ -111,8 +114,9 @@ class Report:
             f"{quoted(header.get('split'))}{part}"
         ]
         if self.confirmed:
+            chance = f", with probability >= 1 - {self.delta!r}" if self.random_norms else ""
             lines += [
-                f"verified: for each of the {self.certified} images marked certified of the {count} derived again, the "
+                f"verified{chance}: for each of the {self.certified} images marked certified of the {count} derived again, the "
                 f"network, executed in {header['arithmetic']} arithmetic by lipjax's error model, gives every image within "
                 f"l2 distance {self._radius()} of it (pixels in [0, 1]) the image's label; network "
                 f"{header['network'][:16]}, images {header['data'][:16]}",
@@ -173,14 +177,16 @@ def check(
     holds, every example is derived again, and these must hold of it: a recorded certificate is derived as one; the
     recorded prediction is right (up to rounding of the executed network); a recorded norm is not below the true norm
     inside the checker's own masks, which are at most the tool's; the recorded margin is not above the derived one, nor
-    the recorded allowance for rounding below it. Differences are let pass in the recorded margin up to 1e-9 of what was taken
-    off it, 2 % of the allowance, and what the checker itself does not know of the norms (about 0.1 % each where it uses the
-    randomised bound), however large the logits are; where the network is executed in float64, in which two derivations
-    differ by as much as the network itself, up to three allowances.
+    the recorded allowance for rounding below it. Differences are let pass in the recorded margin up
+    to 1e-9 of what was taken off it, 2 % of the allowance, and what the checker itself does not
+    know of the norms (about 0.1 % each where it uses the randomised bound), however large the
+    logits are; where the network is executed in float64, in which two derivations differ by as much
+    as the network itself, up to three allowances.
 
     Args:
         layers: the network as `describe` writes it.
-        images, labels: ``(N, ...)`` floats in [0, 1] and ``(N,)`` integers, the rows of the file in its order.
+        images, labels: ``(N, ...)`` floats in [0, 1] and ``(N,)`` integers, the rows of the file in
+            its order.
         header, arrays: as `lipjax.certificate_files.load` returns them.
         rng: of the checker's own draws; it must be independent of the file.
         examples: derive only so many rows, chosen at random.
@@ -332,7 +338,8 @@ def _misfits(header, arrays, nodes: Sequence[Node], affine: Sequence[Affine]) ->
 
 
 def _constant(nodes: Sequence[Node], norms: np.ndarray) -> np.ndarray:
-    """The Lipschitz constant up to the last affine layer: products along the graph, sums where it adds."""
+    """The Lipschitz constant up to the last affine layer: products along the graph, sums where it
+    adds."""
     found, used = [np.ones(len(norms))], 0
     for node in nodes[:-1]:
         first = found[node.inputs[0]]
@@ -347,8 +354,9 @@ def _constant(nodes: Sequence[Node], norms: np.ndarray) -> np.ndarray:
 def _differences(derived: Derived, network: Network, header, row) -> list[str]:
     """What of one recorded row does not agree with what was derived."""
     problems = []
-    # Rounding of two derivations: of the logits in float64 (whatever the network is executed in, this is less than the
-    # executed network's by the ratio of the unit roundoffs), of sums of their sizes, and in what both say of the network's.
+    # Rounding of two derivations: of the logits in float64 (whatever the network is executed in,
+    # this is less than the executed network's by the ratio of the unit roundoffs), of sums of their
+    # sizes, and in what both say of the network's.
     single = network.arithmetic != "float64"
     own = derived.rounding * (U * 2.0**24 if single else 1.0)
     sums = 16 * U * (float(np.max(np.abs(derived.logits))) + derived.taken)

@@ -1,4 +1,5 @@
-"""The checker's layers: a graph whose affine layers are explicit sparse matrices, written from their plain description.
+"""The checker's layers: a graph whose affine layers are explicit sparse matrices, written from
+their plain description.
 
 Part of `lipjax.check`; shares nothing with the bounds that it checks. What it does not know it refuses, and never guesses.
 """
@@ -79,7 +80,8 @@ class Node:
     """A step of the network and the values that it takes.
 
     Attributes:
-        inputs: numbers of values: 0 is the image, k > 0 what the k-th node makes. Each is below the node's own number.
+        inputs: numbers of values: 0 is the image, k > 0 what the k-th node makes. Each is below the
+            node's own number.
     """
 
     step: Affine | Activation | Add
@@ -87,11 +89,12 @@ class Node:
 
 
 def nodes_of(layers: Sequence[Mapping[str, Any]], shape: tuple[int, ...]) -> list[Node]:
-    """The network as a graph on flattened arrays, for one example of this shape; the last node makes the logits.
+    """The network as a graph on flattened arrays, for one example of this shape; the last node
+    makes the logits.
 
     Args:
-        layers: as `describe` writes them. The layers between a "fork" and its "join" are a branch: the join adds what
-            they make to what stood at the fork.
+        layers: as `describe` writes them. The layers between a "fork" and its "join" are a branch:
+            the join adds what they make to what stood at the fork.
         shape: of one example.
 
     Raises:

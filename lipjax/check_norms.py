@@ -9,8 +9,8 @@ import math
 
 import numpy as np
 
-# Sides up to which a norm is taken from the Gram matrix, and up to which it can be for who wants no chance, a few seconds
-# each; larger matrices get the randomised bound.
+# Sides up to which a norm is taken from the Gram matrix, and up to which it can be for who wants no
+# chance, a few seconds each; larger matrices get the randomised bound.
 SMALL = 1500
 AFFORDABLE = 4096
 # Gaussian starts of the randomised bound, and the inflation of the norm that its number of steps aims at.
@@ -68,8 +68,9 @@ class Norms:
 
 
 def norm_by_cholesky(matrix, rng: np.random.Generator) -> tuple[float, float]:
-    """The norm of a sparse matrix of which one side is small, never below the truth and above it by about 1e-9 at most, or by
-    about 1e-4 where the side is above `SMALL`: there the norm is guessed by Lanczos (from `rng`), and proved all the same.
+    """The norm of a sparse matrix of which one side is small, never below the truth and above it by
+    about 1e-9 at most, or by about 1e-4 where the side is above `SMALL`: there the norm is guessed
+    by Lanczos (from `rng`), and proved all the same.
 
     G is the smaller Gram matrix, computed with an error of norm at most ``gamma_n ||A||_F^2`` (n terms in a row). If
     ``tau I - G = R R^T + E`` for any R, then ``lambda_max(G) <= tau + ||E||``: R is a Cholesky factor, of which nothing

@@ -44,8 +44,8 @@ def linear_gains(
 ) -> np.ndarray:
     """At most `gains`: upper bounds of ``max <d, D h>`` for each row d, h being one of the values.
 
-    At every moment ``<d, D h> <= sum over the live values v of <g_v, D v> + spent``. The last live value is passed on to
-    those that it was made of, until only the image is left.
+    At every moment ``<d, D h> <= sum over the live values v of <g_v, D v> + spent``. The last live
+    value is passed on to those that it was made of, until only the image is left.
 
     Args:
         walked: what is known of all values up to h, a `check_walk.Walk`.

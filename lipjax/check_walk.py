@@ -1,4 +1,5 @@
-"""The checker's derivation of one example: what a ball around the input becomes, node by node, and the margin left.
+"""The checker's derivation of one example: what a ball around the input becomes, node by node, and
+the margin left.
 
 Part of `lipjax.check`; shares nothing with the bounds that it checks. METHOD 1 in mode "local" and METHOD 3, in float64
 with every rounding error turned outwards.
@@ -44,7 +45,8 @@ class Network:
 
     @functools.cached_property
     def followers(self) -> dict[int, Activation]:
-        """The activation behind each affine layer whose value nothing else takes, by the value's number.
+        """The activation behind each affine layer whose value nothing else takes, by the value's
+        number.
 
         Only there the layer's rows that cannot move an output of the activation may be left out.
         """
@@ -117,12 +119,15 @@ class Walk:
     Attributes:
         nodes: of the network.
         values: of x' itself and of each node that was passed.
-        slack: of a node's own value: per output, how far it can be from where the changes of its inputs take the center
-            (`transform`, `add`); zeros of an activation, which moves no further than its input.
-        kept: of an affine layer with a follower: its radius over the rows that can move an output of that activation.
-        moving: of an activation: bound of ``||z(x') - center||_2`` over its inputs that can move an output, and of what is
-            not known of those that do not vary.
-        norms: ``(lower, upper)`` of the masked norms of the affine layers that were passed, in order.
+        slack: of a node's own value: per output, how far it can be from where the changes of its
+            inputs take the center (`transform`, `add`); zeros of an activation, which moves no
+            further than its input.
+        kept: of an affine layer with a follower: its radius over the rows that can move an output
+            of that activation.
+        moving: of an activation: bound of ``||z(x') - center||_2`` over its inputs that can move an
+            output, and of what is not known of those that do not vary.
+        norms: ``(lower, upper)`` of the masked norms of the affine layers that were passed, in
+            order.
     """
 
     nodes: list[Node]
@@ -152,7 +157,8 @@ def derive(
 
 
 def walk(network: Network, x: np.ndarray, epsilon: float, norms: Norms, by_rows: bool = False) -> Walk:
-    """Carries the ball up to the input of the last layer, in mode "local"; `by_rows`: in mode "rows"."""
+    """Carries the ball up to the input of the last layer, in mode "local"; `by_rows`: in mode
+    "rows"."""
     x = x.astype(np.float64).reshape(-1)
     ends = [np.nextafter(x + side * epsilon, side * np.inf) if epsilon > 0 else x for side in (-1, 1)]
     none = np.zeros(x.shape)
@@ -285,10 +291,11 @@ def _executed(layer: Affine, known: Known, whole: float, arithmetic: str) -> tup
 
 
 def add(first: Known, second: Known, arithmetic: str) -> tuple[Known, np.ndarray]:
-    """What is known of the sum of two values, and the slack of its center: the rounding of the sum of the centers.
+    """What is known of the sum of two values, and the slack of its center: the rounding of the sum
+    of the centers.
 
-    Both depend on the same x', so that the sum of the two boxes contains the sum, and where one of the two varies, the
-    other one counts with what is not known of it.
+    Both depend on the same x', so that the sum of the two boxes contains the sum, and where one of
+    the two varies, the other one counts with what is not known of it.
     """
     center = first.center + second.center
     slack = 2 * U * np.abs(center) + TINY

@@ -1,4 +1,5 @@
-"""Files that are never half written, and files of unknown origin, whose sizes are looked at before anything is unpacked."""
+"""Files that are never half written, and files of unknown origin, whose sizes are looked at before
+anything is unpacked."""
 
 import contextlib
 import json
@@ -68,7 +69,8 @@ def parsed(text: str, length: int) -> Any:
         length: characters that it may have.
 
     Raises:
-        Unreadable: longer, no JSON, nested deeper than `DEPTH`, a name twice in one object, a number that is not finite.
+        Unreadable: longer, no JSON, nested deeper than `DEPTH`, a name twice in one object, a
+            number that is not finite.
     """
     if len(text) > length:
         raise Unreadable(f"{len(text)} characters of JSON, expected at most {length}.")
@@ -103,7 +105,8 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def quoted(value, length: int = 80) -> str:
-    """A value of unknown origin on one line of ASCII: as Python writes it, cut where it is longer."""
+    """A value of unknown origin on one line of ASCII: as Python writes it, cut where it is
+    longer."""
     text = ascii(value)
     return text if len(text) <= length else f"{text[:length]}... ({len(text)} characters)"
 
@@ -112,7 +115,8 @@ def quoted(value, length: int = 80) -> str:
 
 
 class Member(NamedTuple):
-    """An array in an npz file, not read yet: its type as NumPy writes it ("<f8"), and where its bytes begin."""
+    """An array in an npz file, not read yet: its type as NumPy writes it ("<f8"), and where its
+    bytes begin."""
 
     dtype: str
     shape: tuple[int, ...]

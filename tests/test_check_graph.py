@@ -1,4 +1,5 @@
-"""The checker on networks that part and add up again: Residuals, and graphs in general, against exact arithmetic and samples."""
+"""The checker on networks that part and add up again: Residuals, and graphs in general, against
+exact arithmetic and samples."""
 
 import functools
 import operator
@@ -20,7 +21,8 @@ COUNT = 6
 
 
 def residual_net(kind="clipped_relu", seed=0):
-    """6 inputs; a block behind an activation with one inside the other, one behind an affine layer, 3 classes."""
+    """6 inputs; a block behind an activation with one inside the other, one behind an affine layer,
+    3 classes."""
     rngs, bias = nnx.Rngs(seed), jax.nn.initializers.normal(0.3)
 
     def dense(n, m):
@@ -161,7 +163,8 @@ def maxmin(n, bound=np.inf):
 
 
 def graph(seed=0):
-    """Values that are taken twice or thrice, sums of sums, an affine layer with two takers, a value added to itself."""
+    """Values that are taken twice or thrice, sums of sums, an affine layer with two takers, a value
+    added to itself."""
     rng = np.random.default_rng(seed)
     return [
         Node(affine(rng, 4, 6), (0,)),  # 1: to two activations, so no row may be left out
@@ -261,7 +264,8 @@ def test_every_value_of_a_graph_stays_in_its_region_and_every_margin_above_its_b
 
 @pytest.mark.parametrize("seed", range(3))
 def test_on_a_small_ball_the_slopes_of_a_graph_are_its_gradient(seed):
-    """Rows go back through both ways of every sum: as epsilon tends to 0, to the norm of the gradient and no more."""
+    """Rows go back through both ways of every sum: as epsilon tends to 0, to the norm of the
+    gradient and no more."""
     nodes, epsilon = graph(seed), 1e-6
     network, norms = network_of(nodes, "float64")
     x = np.random.default_rng(seed).uniform(0, 1, 4)
@@ -275,7 +279,8 @@ def test_on_a_small_ball_the_slopes_of_a_graph_are_its_gradient(seed):
 
 @pytest.mark.parametrize("epsilon", [0.0, 2.0**-60, 2.0**-40])
 def test_exact_values_lie_in_their_regions_where_only_rounding_is_left(epsilon):
-    """In rationals, where a box is hardly wider than the checker's own rounding: a term left out shows here."""
+    """In rationals, where a box is hardly wider than the checker's own rounding: a term left out
+    shows here."""
     for seed in range(6):
         nodes = graph(seed)
         network, norms = network_of(nodes)
@@ -310,7 +315,8 @@ def test_the_executed_residual_stays_within_the_allowance_for_its_rounding(name)
 
 
 def test_the_rounding_of_a_sum_is_in_the_allowance():
-    """The sum of two numbers that rounding takes apart, in exact arithmetic: nothing else rounds."""
+    """The sum of two numbers that rounding takes apart, in exact arithmetic: nothing else
+    rounds."""
     identity = check_layers._affine(np.eye(2), np.zeros(2), (2,))
     nodes = [Node(identity, (0,)), Node(Add(), (0, 1)), Node(identity, (2,))]
     known = check_walk.walk(network_of(nodes)[0], np.array([0.1, 0.9]), 0.0, network_of(nodes)[1]).values
@@ -320,25 +326,37 @@ def test_the_rounding_of_a_sum_is_in_the_allowance():
 
 
 def cancelling(seed, depth=3, scale=30.0):
-    """Affine layers alone, or with an activation that is open everywhere, of weights that cancel: much rounding."""
-    rng = np.random.default_rng(seed)
-    nodes = []
+    """Affine layers with activations that are open everywhere, or sums, of weights that cancel.
+
+    The logits are little but rounding, and for every second seed so is what a layer in the middle
+    makes.
+    """
+    rng, nodes = np.random.default_rng(seed), []
+    x = np.random.default_rng(seed).uniform(0, 1, 5)[:, None]
+
+    def orthogonal(rows):
+        h = run(nodes, x)[-1][:, 0]
+        rows = rows - np.outer(rows @ h, h) / max(h @ h, 1e-9)
+        nodes.append(Node(check_layers._affine(rows, None, (len(rows),)), (len(nodes),)))
+
     for k in range(depth):
-        nodes.append(Node(affine(rng, 5, 5, scale if k % 2 else 1 / scale), (len(nodes),)))
+        if k == 1 and seed % 2:
+            orthogonal(1e6 * rng.normal(size=(5, 5)))
+        else:
+            nodes.append(Node(affine(rng, 5, 5, scale if k % 2 else 1 / scale), (len(nodes),)))
         if seed % 3 == 1:
             nodes.append(Node(relu(5, 50.0), (len(nodes),)))
         if seed % 3 == 2 and k:
             nodes.append(Node(Add(), (len(nodes) - 1, len(nodes))))
-    h = run(nodes, np.random.default_rng(seed).uniform(0, 1, 5)[:, None])[-1][:, 0]
-    rows = rng.normal(size=(3, 5)) * np.array([1.0, 1e3, 1e6])[rng.permutation(3)][:, None]
-    rows -= np.outer(rows @ h, h) / max(h @ h, 1e-9)  # the logits are little but rounding
-    return [*nodes, Node(check_layers._affine(rows, None, (3,)), (len(nodes),))]
+    orthogonal(rng.normal(size=(3, 5)) * np.array([1.0, 1e3, 1e6])[rng.permutation(3)][:, None])
+    return nodes
 
 
 @pytest.mark.core
 @pytest.mark.parametrize("mode", ["local", "linear", "rows"])
 def test_no_margin_is_above_the_exact_one_where_only_the_checkers_own_rounding_is_left(mode, monkeypatch):
-    """A network executed without any rounding, in rationals: in the worst direction no term of the checker's may be left out."""
+    """A network executed without any rounding, in rationals: in the worst direction no term of the
+    checker's may be left out."""
     monkeypatch.setitem(check_walk.ARITHMETICS, "exact", (0.0, 0.0, 0.0, 0.0, 1e300))
     slopes = {"linear": mode != "local", "rows": mode == "rows"}
     least = np.inf

@@ -1,4 +1,5 @@
-"""Files that somebody forged, with every hash made to fit: what the checker confirms, it has verified."""
+"""Files that somebody forged, with every hash made to fit: what the checker confirms, it has
+verified."""
 
 import contextlib
 import io
@@ -20,7 +21,8 @@ RNG = 0
 
 
 class Forgery:
-    """A file that the checker's own derivation makes, of layers as plain data: nothing is compiled."""
+    """A file that the checker's own derivation makes, of layers as plain data: nothing is
+    compiled."""
 
     def __init__(
         self,
@@ -287,7 +289,8 @@ def test_an_allowance_of_nothing_is_found_at_logits_of_any_size():
 
 
 def test_a_margin_that_cannot_be_derived_is_not_let_pass():
-    """The walk overflows, so that nothing is derived; the row is a wrong prediction, which claims a margin all the same."""
+    """The walk overflows, so that nothing is derived; the row is a wrong prediction, which claims a
+    margin all the same."""
     forgery = small()
     forgery.layers[0] = {
         **forgery.layers[0],
@@ -305,7 +308,8 @@ def test_a_margin_that_cannot_be_derived_is_not_let_pass():
 
 
 def wide(tier):
-    """A layer of 1501 inputs and outputs, one more than where every norm is proved without chance."""
+    """A layer of 1501 inputs and outputs, one more than where every norm is proved without
+    chance."""
     kernel = (np.random.default_rng(0).normal(size=(1501, 1501)) / 40 + 2 * np.eye(1501)).astype(np.float32)
     head = np.zeros((1501, 2), np.float32)
     head[:9] = 1, -1

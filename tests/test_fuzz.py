@@ -1,11 +1,12 @@
-"""Files changed at random: the checker neither crashes nor confirms what is not true, and the fuzzer would tell."""
+"""Files changed at random: the checker neither crashes nor confirms what is not true, and the
+fuzzer would tell."""
 
 import json
 
 import numpy as np
 import pytest
-from benchmarks import fuzz
 
+from benchmarks import fuzz
 from lipjax import check
 
 
