@@ -379,8 +379,8 @@ def _differences(derived: Derived, network: Network, header, row) -> list[str]:
     pair = [row["label"], derived.rival]
     spare = (TOLERANCE + 2 * width) * derived.taken + sums
     spare += float(np.sum(2 * own[pair] + 2 * share * derived.rounding[pair]))
-    # Where nothing can be derived, a margin that is not positive claims nothing.
-    if row["margin"] > (derived.margin + spare if math.isfinite(derived.margin) else 0.0):
+    # Where nothing can be derived, no number is below it.
+    if row["margin"] > derived.margin + (spare if math.isfinite(derived.margin) else 0.0):
         problems.append(f"recorded margin {row['margin']:.9g} is above the derived one, {derived.margin:.9g}.")
     needed = derived.rounding[row["label"]] + np.min(np.delete(derived.rounding, row["label"]))
     if row["certified"] and not row["allowance"] >= (1 - share) * needed - sums:

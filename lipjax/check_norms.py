@@ -57,14 +57,16 @@ class Norms:
         """``(lower, upper)``; the upper one is proved, the lower one is right up to 1e-10 of rounding."""
         if matrix.nnz == 0:
             return 0.0, 0.0
-        exponent = math.frexp(float(np.max(np.abs(matrix.data))))[1]
+        # Of numbers at the ends of float64 less than all, so that 2^exponent is a number.
+        exponent = min(max(math.frexp(float(np.max(np.abs(matrix.data))))[1], -1000), 1000)
         scaled = matrix * 2.0**-exponent  # exact, and nothing underflows or overflows when squared
         if min(matrix.shape) <= (AFFORDABLE if self.patient else SMALL):
             lower, upper = norm_by_cholesky(scaled, self.rng)
         else:
             lower, upper, used = norm_by_chebyshev(scaled, self.delta, self.rng)
             self.random += used
-        return math.ldexp(lower, exponent), math.ldexp(upper, exponent)
+        with np.errstate(over="ignore"):  # to infinity
+            return float(np.ldexp(lower, exponent)), float(np.ldexp(upper, exponent)) + TINY
 
 
 def norm_by_cholesky(matrix, rng: np.random.Generator) -> tuple[float, float]:

@@ -357,6 +357,7 @@ def worst_gains(directions: np.ndarray, low: np.ndarray, high: np.ndarray, radiu
     d, count = directions, directions.shape[1]
     if count == 0 or radius == 0:
         return np.zeros(len(d))
+    radius = np.float64(radius)  # of which squares overflow to infinity
     low, high = low * (1 + 4 * U) - TINY, high * (1 + 4 * U) + TINY
     norm = np.array([up_norm(row) for row in d])
     ball = up(radius * norm)

@@ -307,6 +307,28 @@ def test_a_margin_that_cannot_be_derived_is_not_let_pass():
     assert any("recorded margin" in problem for problem in forgery.report().problems)
 
 
+@pytest.mark.core
+@pytest.mark.parametrize("mode", ["local", "linear", "rows"])
+@pytest.mark.parametrize("epsilon", [1e155, 1e308])
+def test_a_ball_whose_radius_squared_overflows_confirms_nothing(mode, epsilon):
+    forgery = small(mode=mode)
+    forgery.header["epsilon"] = epsilon
+    forgery.arrays["epsilon"][:] = epsilon
+    assert any("recorded as certified" in problem for problem in forgery.report().problems)
+    forgery.arrays["certified"][:], forgery.arrays["correct"][:] = False, False
+    forgery.arrays["predicted"] = 1 - forgery.arrays["label"]
+    forgery.arrays["margin"][:] = -2.5  # says nothing of robustness, and cannot be derived either
+    assert any("recorded margin -2.5" in problem for problem in forgery.report().problems)
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("entry", [5e-324, 1e-310, 1e308])
+def test_norms_of_the_smallest_and_the_largest_numbers_are_no_error(entry):
+    norms = check_norms.Norms(1e-9, np.random.default_rng(0))
+    lower, upper = norms(scipy.sparse.csr_array(np.full((9, 9), entry)))
+    assert upper >= 9 * min(entry, 1e307) and (upper < np.inf or entry == 1e308) and not np.isnan(lower)
+
+
 def wide(tier):
     """A layer of 1501 inputs and outputs, one more than where every norm is proved without
     chance."""
