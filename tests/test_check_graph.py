@@ -182,6 +182,23 @@ def graph(seed=0):
     ]
 
 
+def stuck(seed=0):
+    """Sums of what varies and what is clipped, and so the same for every image, but known to rounding only."""
+    rng = np.random.default_rng(seed)
+    blocks = np.kron(np.eye(2), np.ones((3, 3))) * rng.normal(size=(6, 6)) * 1e3
+    biases = np.array([9.0, 9.0, 9.0, 0.5, 0.5, 0.5])
+    first = check_layers._affine(rng.normal(size=(6, 4)) / 4, biases, (6,))
+    return [
+        Node(first, (0,)),
+        Node(relu(6, 3.0 + rng.uniform()), (1,)),  # the first three are clipped
+        Node(check_layers._affine(blocks, rng.normal(size=6), (6,)), (2,)),  # the first three do not vary
+        Node(affine(rng, 4, 6), (0,)),
+        Node(Add(), (3, 4)),
+        Node(Add(), (4, 3)),
+        Node(affine(rng, 6, 3), (5,)),
+    ]
+
+
 def network_of(nodes, arithmetic="float32"):
     norms = check_norms.Norms(1e-9, np.random.default_rng(0))
     layers = [node.step for node in nodes if isinstance(node.step, Affine)]
@@ -281,8 +298,8 @@ def test_on_a_small_ball_the_slopes_of_a_graph_are_its_gradient(seed):
 def test_exact_values_lie_in_their_regions_where_only_rounding_is_left(epsilon):
     """In rationals, where a box is hardly wider than the checker's own rounding: a term left out
     shows here."""
-    for seed in range(6):
-        nodes = graph(seed)
+    for seed in range(12):
+        nodes = graph(seed) if seed % 2 else stuck(seed)
         network, norms = network_of(nodes)
         x = np.random.default_rng(seed).uniform(0, 1, 4)
         walked = check_walk.walk(network, x, epsilon, norms)
@@ -377,3 +394,35 @@ def test_no_margin_is_above_the_exact_one_where_only_the_checkers_own_rounding_i
                     assert Fraction(derived.margin) <= exact[label] - exact[rival]
                     least = min(least, float(exact[label] - exact[rival] - Fraction(derived.margin)))
     assert 0 <= least < 1e-12
+
+
+def test_what_hardware_flushes_to_zero_is_in_the_allowance():
+    """Products below the smallest number of float32, that a later layer makes large again; also in a sum."""
+    tiny = 2.0**-80
+    small = check_layers._affine(np.full((2, 3), tiny), None, (2,))
+    again = check_layers._affine(np.array([[2.0**120, 0.0], [0.0, 2.0**120]]), None, (2,))
+    x = np.full(3, tiny)
+    for nodes in (
+        [Node(small, (0,)), Node(again, (1,))],
+        [Node(small, (0,)), Node(small, (0,)), Node(Add(), (1, 2)), Node(again, (3,))],
+    ):
+        network, norms = network_of(nodes)
+        exact = run(nodes, x[:, None])[-1][:, 0]  # the executed network may give 0
+        assert np.all(exact > 0)
+        assert np.all(check_walk.derive(network, x, 0, 0.0, norms).rounding >= exact)
+
+
+def test_the_sum_of_a_residual_pays_for_its_own_flushing():
+    identity = check_layers._affine(np.eye(2), None, (2,))
+    nodes = [Node(Add(), (0, 0)), Node(identity, (1,))]
+    network, norms = network_of(nodes)
+    known = check_walk.walk(network, np.full(2, 2.0**-128), 0.0, norms).values[1]
+    assert np.all(known.error >= 2.0**-127) and known.distance >= 2.0**-127
+
+
+def test_a_sum_that_may_overflow_has_an_infinite_allowance():
+    identity = check_layers._affine(np.eye(2), None, (2,))
+    nodes = [Node(identity, (0,)), Node(Add(), (1, 1)), Node(identity, (2,))]
+    network, norms = network_of(nodes)
+    known = check_walk.walk(network, np.full(2, 2.0**126.5), 0.0, norms).values
+    assert np.all(np.isfinite(known[1].error)) and np.all(np.isinf(known[2].error))
