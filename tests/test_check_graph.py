@@ -426,3 +426,35 @@ def test_a_sum_that_may_overflow_has_an_infinite_allowance():
     network, norms = network_of(nodes)
     known = check_walk.walk(network, np.full(2, 2.0**126.5), 0.0, norms).values
     assert np.all(np.isfinite(known[1].error)) and np.all(np.isinf(known[2].error))
+
+
+def test_where_one_of_two_values_does_not_vary_its_sum_counts_what_is_not_known_of_it():
+    def known(center, width, varies):
+        center = np.array(center)
+        return check_walk.Known(
+            center,
+            center - width,
+            center + width,
+            np.array(varies),
+            float(np.linalg.norm(np.array(width)[np.array(varies)])),
+            np.zeros(2),
+            0.0,
+        )
+
+    first = known([0.25, 0.5], [0.125, 0.0625], [True, False])
+    second = known([1.0, 2.0], [0.5, 0.25], [False, True])
+    for pair in ((first, second), (second, first)):
+        total, _ = check_walk.add(*pair, "float32")
+        assert total.varies.all()
+        assert total.radius >= np.linalg.norm([0.625, 0.3125])  # both at their far ends
+
+
+def test_a_factor_that_is_none_makes_no_norm_smaller(monkeypatch):
+    """Of the Cholesky factor nothing is assumed: what it leaves over is counted."""
+    true = np.linalg.cholesky
+    monkeypatch.setattr(np.linalg, "cholesky", lambda matrix: 0.5 * true(matrix + np.eye(len(matrix))))
+    monkeypatch.setattr(np.linalg, "eigvalsh", lambda matrix: np.array([0.3]))  # far below
+    matrix = np.random.default_rng(0).normal(size=(12, 20)) / 8
+    sparse = check_layers._affine(matrix, None, (12,)).matrix
+    _, upper = check_norms.norm_by_cholesky(sparse, np.random.default_rng(0))
+    assert np.linalg.norm(matrix, 2) <= upper < np.linalg.norm(matrix)  # not the way out of no factor
