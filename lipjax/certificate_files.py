@@ -15,16 +15,16 @@ This module imports nothing of the bounds, so that the checker can use it and st
 import hashlib
 import inspect
 import json
+import math
+import re
 import sys
-import zipfile
-import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from lipjax.files import replaced
+from lipjax.files import Npz, Unreadable, parsed, quoted, replaced
 
 FORMAT = "lipjax certificate"
 VERSION = 1
@@ -46,22 +46,81 @@ FIELDS = (
     *("predicted", "correct", "certified", "margin", "allowance", "lipschitz", "norms", "epsilon", "mode", "tier"),
     *("failure_probability", "seed", "arithmetic", "precision"),
 )
-HEADER = (
-    *(
-        "format",
-        "version",
-        "versions",
-        "network",
-        "classes",
-        "data",
-        "data_name",
-        "split",
-        "examples",
-        "epsilon",
-        "mode",
+MODES = ("global", "bcp", "paper", "local", "linear", "rows")
+TIERS = ("probabilistic", "deterministic")
+
+# The largest file that is written or read: characters of its header, columns of norms, bytes of all
+# arrays unpacked.
+HEADER_LENGTH = 2**19
+MOST_NORMS = 10_000
+MOST_BYTES = 2**29
+
+
+class Field(NamedTuple):
+    """What a header field may be; `since` is the first format version that has it."""
+
+    allows: Callable[[Any], bool]
+    expected: str
+    since: int = 1
+
+
+def _one_of(*values: str) -> Field:
+    return Field(lambda value: type(value) is str and value in values, " or ".join(map(repr, values)))
+
+
+def _matching(pattern: str, expected: str) -> Field:
+    return Field(lambda value: type(value) is str and re.fullmatch(pattern, value) is not None, expected)
+
+
+def _integer(low: int, high: int) -> Field:
+    return Field(lambda value: type(value) is int and low <= value <= high, f"an integer from {low} to {high}")
+
+
+def _words(length: int, printable: bool = True) -> Field:
+    def allows(value) -> bool:
+        return type(value) is str and len(value) <= length and (value.isprintable() or not printable)
+
+    return Field(allows, f"at most {length} {'printable ' if printable else ''}characters")
+
+
+def _or_none(field: Field) -> Field:
+    return Field(lambda value: value is None or field.allows(value), f"null or {field.expected}", field.since)
+
+
+def _is_versions(value) -> bool:
+    name = _words(100)
+    return (
+        type(value) is dict and len(value) <= 20 and all(name.allows(word) for pair in value.items() for word in pair)
+    )
+
+
+_HASH = _matching("[0-9a-f]{64}", "a SHA-256 in hexadecimal digits")
+_WORD = _matching("[a-z0-9_]{1,40}", "a word of at most 40 of a-z, 0-9 and _")
+
+# Each field of a header, when it is read as when it is written.
+HEADER = {
+    "format": _one_of(FORMAT),
+    "version": _integer(1, VERSION),
+    "versions": Field(_is_versions, "at most 20 names and versions"),
+    "network": _HASH,
+    "classes": _or_none(_integer(1, 2**31 - 1)),
+    "data": _HASH,
+    "data_name": _or_none(_words(1000)),
+    "split": _or_none(_words(1000)),
+    "examples": _integer(1, 2**31 - 1),
+    "epsilon": _or_none(
+        Field(lambda value: type(value) is float and 0 <= value < math.inf, "a finite decimal number >= 0")
     ),
-    *("tier", "failure_probability", "seed", "arithmetic", "precision", "command", "statement", "digest"),
-)
+    "mode": _one_of(*MODES),
+    "tier": _one_of(*TIERS),
+    "failure_probability": Field(lambda value: type(value) is float and 0 <= value < 1, "a decimal number in [0, 1)"),
+    "seed": _integer(-(2**63), 2**64 - 1),
+    "arithmetic": _WORD,
+    "precision": _WORD,
+    "command": _or_none(_words(2**16, printable=False)),
+    "statement": _words(4000),
+    "digest": _HASH,
+}
 
 # Arguments and attributes of an nnx layer that `describe` writes down or `unusual` compares with
 # the parameters, and those that have no influence on what it computes.
@@ -105,7 +164,9 @@ def save(
 
     Raises:
         TypeError: `certificate` lacks a field of a certificate (an estimate, for one, is none).
-        ValueError: shapes that do not fit each other; a tier that proves nothing; verdicts that contradict the labels.
+        ValueError: shapes that do not fit each other; a tier that proves nothing; verdicts that
+            contradict the labels; a field that is not what `HEADER` says (a name with a line break,
+            say), repeated indices, more than `load` reads.
         OSError: the file cannot be written.
     """
     fields = {name: _field(certificate, name) for name in FIELDS}
@@ -150,6 +211,9 @@ def save(
     if data:
         raise ValueError(f'data takes "name" and "split", got also {", ".join(map(repr, data))}.')
     header["statement"] = statement(header)
+    problems = faults({**header, "digest": digest(header, arrays)}, arrays)
+    if problems:
+        raise ValueError(f"this cannot be written to a certificate file: {' '.join(problems)}")
     write(path, header, arrays)
 
 
@@ -162,58 +226,99 @@ def write(path, header: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> 
 
 
 def load(path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """The header and the arrays of a certificate file, of the right types and shapes; nothing is verified yet.
+    """The header and the arrays of a certificate file, each of the right type and within its
+    bounds; nothing is verified yet.
+
+    The file may be anybody's: all sizes are looked at before something is unpacked.
 
     Raises:
-        CertificateFileError: not there, not a certificate file, damaged, or of a newer version.
+        CertificateFileError: not there, not a certificate file, damaged, forged, or of a newer
+            version.
     """
     path = Path(path)
     try:
-        with open(path, "rb") as file:  # np.load would leave a damaged one open
-            found = np.load(file, allow_pickle=False)
-            if not isinstance(found, np.lib.npyio.NpzFile):
-                raise CertificateFileError(f"{path} is no npz file: expected what lipjax.certificate_files.save wrote.")
-            members = {name: found[name] for name in found.files}
+        with open(path, "rb") as file:
+            return _loaded(path, file)
     except FileNotFoundError:
         raise CertificateFileError(f"{path.absolute()} is not there.") from None
-    except CertificateFileError:
-        raise
-    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
-        # NumPy takes what it does not know for a pickle and advises to load it unsafely: nobody should.
-        reason = "it is no npz file" if "pickle" in str(error) else str(error)
-        raise CertificateFileError(f"{path} is damaged, cut short, or no certificate file: {reason}") from error
-    if "header" not in members:
-        raise CertificateFileError(f"{path} is no certificate file: it has no header, but {', '.join(members)}.")
-    try:
-        header = json.loads(str(members.pop("header")))
-    except ValueError as error:
-        raise CertificateFileError(f"{path}: the header is no JSON: {error}") from error
+    except (OSError, Unreadable) as error:
+        raise CertificateFileError(f"{path} is damaged, cut short, or no certificate file: {error}") from error
+
+
+def _loaded(path: Path, file) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    npz = Npz(file)
+    if "header" not in npz.names:
+        names = ", ".join(map(quoted, npz.names[:10]))
+        raise CertificateFileError(f"{path} is no certificate file: it has no header, but {names}.")
+    text = npz.member("header")
+    if text.shape != () or text.dtype[:2] != "<U":
+        raise CertificateFileError(f"{path}: the header is no text.")
+    header = parsed(str(npz.read("header", 4 * HEADER_LENGTH)), HEADER_LENGTH)
     if not isinstance(header, dict) or header.get("format") != FORMAT:
         raise CertificateFileError(f"{path} is no certificate file: its header does not say format {FORMAT!r}.")
     version = header.get("version")
-    if not isinstance(version, int) or version > VERSION:
+    if type(version) is not int or not 1 <= version <= VERSION:
         raise CertificateFileError(
-            f"{path} has format version {version}, this lipjax reads up to {VERSION}: use a newer lipjax."
+            f"{path} has format version {quoted(version)}, this lipjax reads 1 to {VERSION}: use a newer lipjax."
         )
-    _expect(path, "header fields", set(HEADER), set(header))
-    _expect(path, "arrays", set(ARRAYS), set(members))
-    arrays = {}
-    for name, (dtype, axes) in ARRAYS.items():
-        array = members[name]
-        if array.dtype != np.dtype(dtype) or array.ndim != axes or len(array) != header["examples"]:
-            raise CertificateFileError(
-                f"{path}: {name} is {array.dtype} of shape {array.shape}, expected {np.dtype(dtype)} with {axes} "
-                f"axes and {header['examples']} rows."
-            )
-        arrays[name] = array
+    problems = _header_faults(header) or _differing("arrays", set(ARRAYS), set(npz.names) - {"header"})
+    members = {} if problems else {name: npz.member(name) for name in ARRAYS}
+    for name, member in members.items():
+        dtype, axes = np.dtype(ARRAYS[name][0]), ARRAYS[name][1]
+        if member.dtype != dtype.newbyteorder("<").str or not _fits(member.shape, axes, header["examples"]):
+            problems.append(_misshapen(name, np.dtype(member.dtype), member.shape, header["examples"]))
+    if sum(member.size for member in members.values()) > MOST_BYTES:
+        problems.append(f"its arrays have more than {MOST_BYTES} bytes.")
+    arrays: dict[str, np.ndarray] = {}
+    if not problems:
+        arrays = {name: npz.read(name, MOST_BYTES).astype(ARRAYS[name][0], copy=False) for name in ARRAYS}
+        problems = faults(header, arrays)
+    if problems:
+        raise CertificateFileError(f"{path}: {' '.join(problems)}")
     return header, arrays
 
 
-def _expect(path, what, wanted, found):
-    if wanted != found:
-        raise CertificateFileError(
-            f"{path}: {what} missing: {sorted(wanted - found) or 'none'}, not known: {sorted(found - wanted) or 'none'}."
-        )
+def faults(header: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> list[str]:
+    """What in a file's content is not of its type or outside its bounds, a sentence each; none:
+    `check` can work with it."""
+    problems = _header_faults(header) or _differing("arrays", set(ARRAYS), set(arrays))
+    if problems:
+        return problems
+    for name, (dtype, axes) in ARRAYS.items():
+        array = arrays[name]
+        if array.dtype != np.dtype(dtype) or not _fits(array.shape, axes, header["examples"]):
+            problems.append(_misshapen(name, array.dtype, array.shape, header["examples"]))
+    if sum(array.nbytes for array in arrays.values()) > MOST_BYTES:
+        problems.append(f"the arrays have more than {MOST_BYTES} bytes.")
+    if not problems and (np.min(arrays["index"]) < 0 or len(np.unique(arrays["index"])) < header["examples"]):
+        problems.append("index holds negative or repeated positions.")
+    return problems
+
+
+def _header_faults(header: Mapping[str, Any]) -> list[str]:
+    version = header.get("version")
+    wanted = {name for name, field in HEADER.items() if type(version) is not int or field.since <= version}
+    return _differing("header fields", wanted, set(header)) or [
+        f"{name} is {quoted(header[name])}, expected {HEADER[name].expected}."
+        for name in sorted(wanted)
+        if not HEADER[name].allows(header[name])
+    ]
+
+
+def _fits(shape: tuple[int, ...], axes: int, examples: int) -> bool:
+    return len(shape) == axes and shape[0] == examples and all(n <= MOST_NORMS for n in shape[1:])
+
+
+def _misshapen(name: str, dtype: np.dtype, shape: tuple[int, ...], examples: int) -> str:
+    wanted, axes = ARRAYS[name]
+    return f"{name} is {dtype} of shape {shape}, expected {np.dtype(wanted)} with {axes} axes and {examples} rows."
+
+
+def _differing(what: str, wanted: set[str], found: set[str]) -> list[str]:
+    if wanted == found:
+        return []
+    missing, unknown = sorted(wanted - found) or "none", sorted(map(quoted, found - wanted))[:10] or "none"
+    return [f"{what} missing: {missing}, not known: {unknown}."]
 
 
 def _field(certificate, name):

@@ -172,8 +172,10 @@ class Arithmetic:
 
     def relative(self, terms: int) -> float:
         """An affine layer with inner products of so many terms errs by at most this share of ``|W| |x| + |b|``."""
-        conversions = (1 + self.input) ** 2 * (1 + self.output) ** 3
-        return conversions * (1 + gamma(terms + 2, self.accumulate)) - 1
+        # By logarithms: 1 + u is 1 in the arithmetic of this computation, and would be lost.
+        logarithm = 2 * math.log1p(self.input) + 3 * math.log1p(self.output)
+        logarithm += math.log1p(gamma(terms + 2, self.accumulate))
+        return math.expm1(logarithm * (1 + 1e-14)) * (1 + 1e-14)
 
 
 ARITHMETICS = {
