@@ -388,7 +388,9 @@ def _facts(network, bound, label, worst, extra):
     predicted = jnp.argmax(bound.logits)
     # An overflow or NaN anywhere, even one that a mask or a minimum hides later, is a reason not to certify.
     largest = min(rounding.LARGEST, float(jnp.finfo(margin.dtype).max))
-    sound = jnp.array([jnp.all(jnp.abs(leaf) < largest) for leaf in jax.tree.leaves((bound.regions, bound.norms))])
+    numbers = jax.tree.leaves((bound.regions, bound.norms, network))
+    numbers = [leaf for leaf in numbers if jnp.issubdtype(leaf.dtype, jnp.floating)]
+    sound = jnp.array([jnp.all(jnp.abs(leaf) < largest) for leaf in numbers])
     layers, known = regions.layers_of(network), (bound.input, *bound.regions)
     behind = [i for i, layer in enumerate(layers) if activations.is_activation(layer)]
     constant = [~known[i + 1].varies for i in behind]
