@@ -55,13 +55,16 @@ class Norms:
         if matrix.nnz == 0:
             return 0.0, 0.0
         exponent = math.frexp(float(np.max(np.abs(matrix.data))))[1]
-        scaled = matrix * 2.0**-exponent  # exact, and nothing underflows or overflows when squared
+        # Exact, and nothing underflows or overflows when squared; ldexp, as 2^-exponent itself may overflow.
+        scaled = matrix.copy()
+        scaled.data = np.ldexp(matrix.data, -exponent)
         if min(matrix.shape) <= SMALL:
             lower, upper = norm_by_cholesky(scaled)
         else:
             lower, upper, used = norm_by_chebyshev(scaled, self.delta, self.rng)
             self.random += used
-        return math.ldexp(lower, exponent), math.ldexp(upper, exponent)
+        with np.errstate(over="ignore", under="ignore"):
+            return float(np.ldexp(lower, exponent)), float(up(np.ldexp(upper, exponent)))
 
 
 def norm_by_cholesky(matrix) -> tuple[float, float]:

@@ -66,7 +66,8 @@ def linear_gains(
             spent = up(spent + np.abs(g) @ block.slack, outputs)
             sizes = block.layer.absolute.T @ np.abs(g).T
             g = (block.layer.matrix.T @ g.T).T * inside
-            rounded = 2 * gamma(outputs + 8) * _lengths(sizes.T[:, inside])
+            # (TINY: `up_norm` is 0 where all sizes have underflowed.)
+            rounded = 2 * gamma(outputs + 8) * (_lengths(sizes.T[:, inside]) + TINY)
             spent = up(spent + rounded * block.before.radius)
         low, high = block.before.lower - block.before.center, block.before.upper - block.before.center
         whole = worst_gains(g[:, inside], low[inside], high[inside], block.before.radius)

@@ -391,6 +391,42 @@ def test_cancellation_and_nearly_equal_singular_values_are_covered(x64):
             assert found <= 1.01 * np.linalg.norm(matrix, 2)
 
 
+@settings(max_examples=60, deadline=None)
+@given(seed=st.integers(0, 10**6))
+def test_bounds_of_entries_of_any_size_are_at_least_the_exact_norm(seed):
+    """Sizes between 1e-300 and 1e100 in one kernel, behind masks that may keep only the small ones."""
+    rng = np.random.default_rng(seed)
+    whole = rng.choice([-1, 1], (3, 3)) * 10.0 ** rng.uniform(-300, 100, (3, 3))
+    whole = np.where(rng.uniform(size=(3, 3)) < 0.2, 0.0, whole)
+    masks = [rng.uniform(size=3) < 0.7 for _ in range(2)]
+    kernel = whole[0].reshape(3, 1, 1)
+    with jax.enable_x64(True):
+        by_matrix, of_convolution = jax.tree.map(float, _bounds_of_any_size(whole, kernel, *masks))
+        layer, like = convolution(dict(kernel_size=(3,), padding=1), (3, 1), 1)
+        band = matrix_of(with_kernel(layer, kernel), like)
+    kept = masks[0] * masks[1][:, None]
+    for matrix, found in ((whole, by_matrix), (band, of_convolution)):
+        for value in found:
+            assert exceeds_norm(value, matrix * kept)
+
+
+@jax.jit
+def _bounds_of_any_size(whole, kernel, mask_in, mask_out):
+    dense, like = explicit(jnp.zeros((3, 3)))
+    layer, image = convolution(dict(kernel_size=(3,), padding=1), (3, 1), 1)
+    kinds = [deterministic.schur_bound, deterministic.frobenius_bound, deterministic.dense_norm_bound]
+    dense = with_kernel(dense, whole)
+    layer = with_kernel(layer, kernel)
+    kinds_of_layer = [*kinds, deterministic.masked_convolution_norm_bound]
+    return (
+        [bound(dense, like, mask_in, mask_out) for bound in kinds],
+        [
+            *(bound(layer, image, mask_in[:, None], mask_out[:, None]) for bound in kinds_of_layer),
+            deterministic.global_norm_bound(layer, image),
+        ],
+    )
+
+
 # ---------------------------------------------------------------------------------------------------- degenerate maps
 
 

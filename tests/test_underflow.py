@@ -11,13 +11,24 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.sparse
 from conftest import exact_layers, rational
 from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import lipjax
-from lipjax import certificates, deterministic, regions, rounding, slopes, spectral
+from lipjax import (
+    certificates,
+    check_layers,
+    check_norms,
+    check_walk,
+    deterministic,
+    regions,
+    rounding,
+    slopes,
+    spectral,
+)
 from lipjax.margins import ascent
 from lipjax.regions import Region
 
@@ -255,7 +266,66 @@ def test_the_error_of_products_with_tiny_weights_is_counted(x64):
     @jax.jit
     def bound(matrix, scale):
         operator = lipjax.LinearOperator.from_matrix(matrix, (8,), (8,))
-        return spectral.probabilistic_norm_bound(operator, jax.random.key(0), scale, 400, 1e-41, jnp.zeros(8))
+        return spectral.probabilistic_norm_bound(operator, jax.random.key(0), scale, 400, 1e-35, jnp.zeros(8))
 
     found = [float(bound(jnp.asarray(matrix * s), 1.001 * s)) / s for s in (1.0, 2.0**-560)]
-    assert found[0] == found[1]
+    assert found[0] == found[1] == np.inf
+
+
+# ------------------------------------------------------------------------------------------- the checker's own bounds
+
+
+@settings(max_examples=100)
+@given(seed=SEEDS)
+def test_the_checkers_products_over_a_ball_and_a_box_are_at_least_those_of_every_point(seed):
+    rng, n = np.random.default_rng(seed), 3
+    d, radius = sizes(rng, n), 10.0 ** rng.uniform(-300, 100)
+    around = np.log10(radius)
+    low, high = (
+        -sizes(rng, n, around - 5, around + 5, signed=False),
+        sizes(rng, n, around - 5, around + 5, signed=False),
+    )
+    with np.errstate(all="ignore"):  # as its derivation does
+        found = check_walk.worst_gains(d[None], low, high, radius)[0]
+    if not np.any(d):
+        return
+    center = int(np.log2(radius) - np.log2(np.max(np.abs(d))))
+    truth = feasible(d, low, high, radius, range(center - 60, center + 60, 2))
+    for i in range(n):
+        end = min(exact(high[i] if d[i] > 0 else -low[i]), exact(radius))
+        truth = max(truth, abs(exact(d[i])) * end)
+    assert not np.isfinite(found) or exact(found) >= truth  # else nothing is claimed
+
+
+@pytest.mark.parametrize("size", [5e-324, 1e-310, 1e-300, 1e-160, 1e100, 1e300])
+def test_the_checkers_norms_of_matrices_of_any_size_are_at_least_the_exact_ones(size):
+    bound = check_norms.Norms(1e-6, np.random.default_rng(0))
+    matrix = scipy.sparse.csr_array(np.array([[size, 0.0], [size, size * 1e-8]]))
+    lower, upper = bound(matrix)  # subnormal ones included
+    # That of the first column alone.
+    assert exact(upper) ** 2 >= 2 * exact(size) ** 2
+    assert lower <= upper <= 1.5 * size + 1e-299
+    assert bound(scipy.sparse.csr_array(np.full((2, 2), 1.7e308)))[1] == np.inf
+
+
+@settings(max_examples=100)
+@given(seed=SEEDS)
+def test_the_checkers_rows_and_boxes_are_at_least_the_exact_ones(seed):
+    rng = np.random.default_rng(seed)
+    matrix, x = sizes(rng, (2, 3)), sizes(rng, 3, -300, 0)
+    epsilon = 10.0 ** rng.uniform(-300, 0)
+    layer = {"kind": "linear", "kernel": matrix.T, "bias": None, "dtype": None, "unusual": []}
+    (affine,) = check_layers.steps_of([layer], (3,))
+    known = check_walk.Known(
+        x, x - 2 * epsilon, x + 2 * epsilon, np.ones(3, bool), epsilon, np.zeros(3), 0.0
+    )  # a box around the ball
+    with np.errstate(all="ignore"):
+        found, _ = check_walk.transform(affine, known, np.inf, "float64")
+    for row, norm, center, lower, upper in zip(
+        rational(matrix), affine.row_norms, found.center, found.lower, found.upper, strict=True
+    ):
+        assert exact(norm) ** 2 >= np.sum(row**2)
+        at_x = np.sum(row * rational(x))
+        for i in range(3):  # the ball's ends along each axis
+            step = abs(row[i]) * exact(epsilon)
+            assert exact(lower) <= at_x - step and at_x + step <= exact(upper)
