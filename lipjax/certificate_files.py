@@ -27,7 +27,11 @@ import numpy as np
 from lipjax.files import replaced
 
 FORMAT = "lipjax certificate"
-VERSION = 1
+VERSION = 2
+# Header fields that files of an earlier version do not have, and the first one that has them.
+SINCE = {"seed_from": 2}
+# Where the seed of the draws comes from; in tier "deterministic", which draws nothing, a seed nobody gave is "unused".
+SEEDS_FROM = ("system", "given", "unused")
 
 # Arrays of a file, one row an example: the type that is stored and the number of axes.
 ARRAYS = {
@@ -44,7 +48,7 @@ ARRAYS = {
 }
 FIELDS = (
     *("predicted", "correct", "certified", "margin", "allowance", "lipschitz", "norms", "epsilon", "mode", "tier"),
-    *("failure_probability", "seed", "arithmetic", "precision"),
+    *("failure_probability", "seed", "seed_from", "arithmetic", "precision"),
 )
 HEADER = (
     *(
@@ -60,7 +64,7 @@ HEADER = (
         "epsilon",
         "mode",
     ),
-    *("tier", "failure_probability", "seed", "arithmetic", "precision", "command", "statement", "digest"),
+    *("tier", "failure_probability", "seed", "seed_from", "arithmetic", "precision", "command", "statement", "digest"),
 )
 
 # What an nnx layer is constructed with that `describe` writes down, or that has no influence on what it computes.
@@ -141,6 +145,7 @@ def save(
         "tier": str(fields["tier"]),
         "failure_probability": float(fields["failure_probability"]),
         "seed": int(fields["seed"]),
+        "seed_from": str(fields["seed_from"]),
         "arithmetic": str(fields["arithmetic"]),
         "precision": str(fields["precision"]),
         "command": _text(command),
@@ -193,8 +198,13 @@ def load(path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         raise CertificateFileError(
             f"{path} has format version {version}, this lipjax reads up to {VERSION}: use a newer lipjax."
         )
-    _expect(path, "header fields", set(HEADER), set(header))
+    known = {name for name in HEADER if SINCE.get(name, 1) <= version}
+    _expect(path, "header fields", known, set(header))
     _expect(path, "arrays", set(ARRAYS), set(members))
+    if version >= 2 and header["seed_from"] not in SEEDS_FROM:
+        raise CertificateFileError(
+            f"{path}: seed_from is {header['seed_from']!r}, expected one of {', '.join(SEEDS_FROM)}."
+        )
     arrays = {}
     for name, (dtype, axes) in ARRAYS.items():
         array = members[name]
@@ -245,13 +255,25 @@ def statement(header: Mapping[str, Any]) -> str:
     """The file's claim in one sentence, from the header's other fields.
 
     Raises:
-        ValueError: a tier that proves nothing, or a failure probability that does not belong to the tier.
+        ValueError: a tier that proves nothing, or a failure probability that does not belong to the tier; a seed of which
+            it is not said where it comes from.
     """
+    # Files of version 1 do not say it.
+    draws = {
+        None: "",
+        "system": ", from the operating system",
+        "given": ", given: network and images are assumed to be chosen independently of it",
+    }
     tier, delta = header["tier"], header["failure_probability"]
+    origin = header.get("seed_from")
+    if tier == "probabilistic" and origin not in draws:
+        raise ValueError(
+            f'the draws of a probabilistic certificate have a seed from "system" or "given", got {origin!r}.'
+        )
     if tier == "probabilistic" and 0 < delta < 1:
         condition = (
-            f"with probability >= 1 - {delta!r} over the tool's own draws (seed {header['seed']}), all certificates of "
-            "this file hold together"
+            f"with probability >= 1 - {delta!r} over the tool's own draws (seed {header['seed']}{draws[origin]}), all "
+            "certificates of this file hold together"
         )
     elif tier == "deterministic" and delta == 0:
         condition = "all certificates of this file hold, without any probability of failure"
