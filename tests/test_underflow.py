@@ -321,9 +321,7 @@ def test_the_checkers_rows_and_boxes_are_at_least_the_exact_ones(seed):
     )  # a box around the ball
     with np.errstate(all="ignore"):
         found, _ = check_walk.transform(affine, known, np.inf, "float64")
-    for row, norm, lower, upper in zip(
-        rational(matrix), affine.row_norms, found.lower, found.upper, strict=True
-    ):
+    for row, norm, lower, upper in zip(rational(matrix), affine.row_norms, found.lower, found.upper, strict=True):
         assert exact(norm) ** 2 >= np.sum(row**2)
         at_x = np.sum(row * rational(x))
         for i in range(3):  # the ball's ends along each axis
