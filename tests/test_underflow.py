@@ -79,6 +79,13 @@ def test_a_weight_whose_square_underflows_still_moves_what_is_multiplied_behind_
     assert found.correct[0] and not found.certified[0]
 
 
+def test_weights_that_underflow_is_not_counted_for_are_not_certified(x64):
+    """Times a pixel below the normal range, which a machine may take for 0, they are any number."""
+    for size, certified in ((1e99, True), (1e101, False)):
+        net = chain((size, 0), ([[0, 0]], [0, 1]))
+        assert lipjax.certify(net, np.zeros((1, 1)), np.array([1]), 0.0).certified[0] == certified
+
+
 def norm_of(k, operator, like, mask_in, mask_out):
     return deterministic.schur_bound(operator, like, mask_in, mask_out), None
 
