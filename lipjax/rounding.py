@@ -65,9 +65,6 @@ class Exact:
     def length(self, x: jax.Array) -> jax.Array:
         return operators.safe_norm(x)
 
-    def square(self, x: jax.Array) -> jax.Array:
-        return jnp.square(x)
-
     def slope_width(self, width: jax.Array) -> jax.Array:
         return width
 
@@ -118,10 +115,6 @@ class Outward:
         """``||x||_2`` rounded up; 0 only for 0."""
         size = self.up(operators.safe_norm(operators.raised(x)), x.size)
         return jnp.where(jnp.all(x == 0), 0.0, size)  # a NaN is no 0
-
-    def square(self, x: jax.Array) -> jax.Array:
-        """Its squares, too large where they would underflow: for what is divided afterwards."""
-        return jnp.square(operators.raised(x))
 
     def slope_width(self, width: jax.Array) -> jax.Array:
         """Half the distance of two slopes in [-1, 1], each computed as a ratio of two rounded differences, rounded up."""
