@@ -213,6 +213,13 @@ def test_sums_of_products_of_any_size_are_rounded_up(seed):
     assert exact(left) ** 2 >= exact(relative) ** 2 * exact(length) ** 2 * square(a)
 
 
+def test_a_radius_whose_square_underflows_is_not_lost_in_the_dual(x64):
+    d, end, radius = np.array([1e100]), np.ones(1), 1e-160
+    for scale in (1e-261, 1e-260, 1e-259):
+        by_dual, *_ = gains(d, -end, end, radius, scale)
+        assert by_dual >= 1e-60
+
+
 def test_a_share_that_underflows_is_still_one_of_what_is_large(x64):
     huge = np.full(4, 1e100)
     assert products_of(huge, huge, 1e-310, 1e100)[1] >= 2e-110
