@@ -30,7 +30,8 @@ FORMAT = "lipjax certificate"
 VERSION = 2
 # Header fields that files of an earlier version do not have, and the first one that has them.
 SINCE = {"seed_from": 2}
-# Where the seed of the draws comes from; in tier "deterministic", which draws nothing, a seed nobody gave is "unused".
+# Where the seed of the draws comes from; in tier "deterministic", which draws nothing, a seed that
+# nobody gave is "unused".
 SEEDS_FROM = ("system", "given", "unused")
 
 # Arrays of a file, one row an example: the type that is stored and the number of axes.
@@ -255,8 +256,8 @@ def statement(header: Mapping[str, Any]) -> str:
     """The file's claim in one sentence, from the header's other fields.
 
     Raises:
-        ValueError: a tier that proves nothing, or a failure probability that does not belong to the tier; a seed of which
-            it is not said where it comes from.
+        ValueError: a tier that proves nothing, or a failure probability that does not belong to the
+            tier; a seed of which it is not said where it comes from.
     """
     # Files of version 1 do not say it.
     draws = {

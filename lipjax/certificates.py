@@ -74,8 +74,9 @@ class Certificate:
             (`activations.passes_through`): no kink, no threshold, no change of order. As `constant` it rests on the norms.
         epsilon, mode, tier, failure_probability, seed: what the verdicts are for and rest on. In tier "deterministic"
             failure_probability is 0 and the seed has no influence on what is proved.
-        seed_from: "system", drawn from the operating system for this call; "given" by the caller: then the proof assumes
-            that network and images were chosen independently of it; "unused" (seed 0) in tier "deterministic".
+        seed_from: "system", drawn from the operating system for this call; "given" by the caller:
+            then the proof assumes that network and images were chosen independently of it; "unused"
+            (seed 0) in tier "deterministic", where none was given.
         precision: of the bounds' own computation.
         arithmetic: of the network as executed, the least precise of its layers; a name in `rounding.ARITHMETICS`.
     """
@@ -197,10 +198,11 @@ def certify(
     """Proves, image by image, that no l2 perturbation of norm <= epsilon changes the network's (right) prediction.
 
     **Guarantee**, tier "probabilistic": with probability >= 1 - failure_probability over the tool's own draws, *all*
-    certificates of the call hold, whatever the weights and images, as long as these were chosen independently of the seed.
-    Nobody can have known the one that is drawn by default. Each norm is bounded from above by
-    `spectral.probabilistic_norm_bound` with fresh starts; failure_probability is split evenly over layers and images
-    (`split_failure_probability`), and the number of steps follows from it, the layer's size and the wanted `INFLATION`. Tier
+    certificates of the call hold, whatever the weights and images, as long as these were chosen
+    independently of the seed. Nobody can have known the one that is drawn by default. Each norm is
+    bounded from above by `spectral.probabilistic_norm_bound` with fresh starts; failure_probability is
+    split evenly over layers and images (`split_failure_probability`), and the number of steps follows
+    from it, the layer's size and the wanted `INFLATION`. Tier
     "deterministic": they hold, without any probability; each norm is bounded by `deterministic.norm_bound`.
 
     Both: the bounds are computed in float64 (on the host, where the device has none), rounded outwards, and hold for the
@@ -229,9 +231,10 @@ def certify(
             executes it (`rounding.arithmetics_of`), e.g. float32 on a CPU, TF32 on a GPU at default precision.
         budget: floating-point operations, per norm and image, that tier "deterministic" may spend on a masked
             convolution; where `deterministic.masked_convolution_cost` is above it the convolution's global norm is used.
-        seed: of the draws, 0 .. 2^63 - 1. None: drawn from the operating system, and recorded. One that is given makes the
-            call repeatable, and adds an assumption that the certificate states: whoever made the network and the images did
-            not know the seed. A network can be made against a known one, so that its certificates are false.
+        seed: of the draws, 0 .. 2^63 - 1. None: drawn from the operating system, and recorded. One that
+            is given makes the call repeatable, and adds an assumption that the certificate states:
+            whoever made the network and the images did not know the seed. A network can be made against
+            a known one, so that its certificates are false.
         batch_size: images at once; no influence on the result.
         examine: boolean ``(N,)``, or None for all: the images to decide. The others are reported as not certified, with
             margin -inf, constant and stable 0 and allowance, lipschitz and norms inf: nothing is claimed. To save time on
@@ -306,18 +309,24 @@ def certified_radius(
 
 
 def drawn_seed() -> int:
-    """A seed of `SEED_BITS` bits from the operating system's randomness, which nobody can have known before."""
+    """A seed of `SEED_BITS` bits from the operating system, which nobody can have known before."""
     return secrets.randbits(SEED_BITS)
 
 
-def split_failure_probability(failure_probability: float, images: int, layers: int, attempts: int = 1) -> float:
-    """The failure probability of each single norm bound, so that all together fail with at most `failure_probability`.
+def split_failure_probability(
+    failure_probability: float,
+    images: int,
+    layers: int,
+    attempts: int = 1,
+) -> float:
+    """The failure probability of each norm bound, so that all together fail with at most the whole.
 
-    In one attempt a call bounds, for every layer, the norm of each image and one that all images share (the global norm,
-    in the modes that have one): ``layers * (images + 1)`` bounds, of which fewer are used where images are not examined.
-    Each has draws of its own (`_certify_batch`: the key is that of the seed, the attempt, the image's place in the call,
-    the layer), and fails with probability at most the share given everything that was drawn before: an attempt's radius
-    may depend on how the one before ended. The probability that any of them fails is at most the sum of theirs.
+    In one attempt a call bounds, for every layer, the norm of each image and one that all images share
+    (the global norm, in the modes that have one): ``layers * (images + 1)`` bounds, of which fewer are
+    used where images are not examined. Each has draws of its own (`_certify_batch`: the key is that of
+    the seed, the attempt, the image's place in the call, the layer), and fails with probability at most
+    the share given everything that was drawn before: an attempt's radius may depend on how the one
+    before ended. The probability that any of them fails is at most the sum of theirs.
 
     Args:
         failure_probability: of the whole call.
@@ -326,14 +335,15 @@ def split_failure_probability(failure_probability: float, images: int, layers: i
         attempts: at most so many radii are tried for an image.
     """
     count = max(1, layers) * (images + 1) * attempts
-    return math.nextafter(failure_probability / count, 0)  # so that no rounding brings the sum above the whole
+    # The next number below, so that no rounding brings the sum above the whole.
+    return math.nextafter(failure_probability / count, 0)
 
 
 def _checked_seed(seed) -> int:
     try:
         found = operator.index(seed)
     except TypeError:
-        raise TypeError(f"seed must be an integer, or None for one from the operating system, got {seed!r}.") from None
+        raise TypeError(f"seed must be an integer, or None to have one drawn, got {seed!r}.") from None
     if not 0 <= found < 2**SEED_BITS:
         raise ValueError(f"seed must lie in 0 .. 2^{SEED_BITS} - 1, got {seed}.")
     return found

@@ -55,7 +55,7 @@ class Norms:
         if matrix.nnz == 0:
             return 0.0, 0.0
         exponent = math.frexp(float(np.max(np.abs(matrix.data))))[1]
-        # Exact, and nothing underflows or overflows when squared; ldexp, as 2^-exponent itself may overflow.
+        # Exact, and nothing underflows or overflows when squared; ldexp, as 2^-exponent may overflow.
         scaled = matrix.copy()
         scaled.data = np.ldexp(matrix.data, -exponent)
         if min(matrix.shape) <= SMALL:

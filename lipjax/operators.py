@@ -116,7 +116,7 @@ def safe_sqrt(x: jax.Array) -> jax.Array:
 
 
 def raised(x: jax.Array) -> jax.Array:
-    """``|x|``, entries too small to square raised to the least whose square is a normal number; 0 stays 0.
+    """``|x|``, entries too small to square raised to the least that is not; 0 stays 0.
 
     A sum of their squares loses nothing to underflow: up to rounding it is at least the exact one.
     """

@@ -26,9 +26,10 @@ import jax.numpy as jnp
 from lipjax import activations, operators
 
 DOUBLE = 2.0**-53
-# What underflow can do to one bound in float64: what is lost is below 2^-1022 a term, is multiplied by at most one more
-# number, of up to `LARGEST`, and there are millions of terms. It does not cover a square root, a division or a second
-# factor behind an underflow: what is squared is `operators.raised` first, so that there is none.
+# What underflow can do to one bound in float64: what is lost is below 2^-1022 a term, is multiplied by
+# at most one more number, of up to `LARGEST`, and there are millions of terms. It does not cover a square
+# root, a division or a second factor behind an underflow: what is squared for a root is
+# `operators.raised` first, so that there is none.
 FLOOR = 1e-150
 # Bounds with a number above this are given up: below it nothing overflows, and FLOOR covers all that underflows.
 LARGEST = 1e100
@@ -79,7 +80,8 @@ class Outward:
         """At least the exact value of what was computed as x >= 0 by sums of `terms` products of numbers >= 0, with up
         to eight further multiplications, divisions or square roots.
 
-        Also where products underflowed (see FLOOR), and therefore never 0: a 0 may be all that underflow has left.
+        Also where products underflowed (see FLOOR), and therefore never 0: a 0 may be all that underflow
+        has left.
         """
         return x * (1 + 2 * gamma(terms + 8)) + FLOOR
 
@@ -89,8 +91,8 @@ class Outward:
         return middle, self.up(half_width) + 4 * DOUBLE * jnp.abs(middle)
 
     def widened(self, lower: jax.Array, upper: jax.Array, slack) -> tuple[jax.Array, jax.Array]:
-        """The box widened by `slack` and by the rounding of doing so; 0 and 0 stay, as a sum or difference that is 0 was
-        not rounded."""
+        """The box widened by `slack` and by the rounding of doing so; 0 and 0 stay, as a sum or
+        difference that is 0 was not rounded."""
         exact = (slack == 0) & (lower == 0) & (upper == 0)
         margin = self.up(slack + 4 * DOUBLE * jnp.maximum(jnp.abs(lower), jnp.abs(upper)))
         margin = jnp.where(exact, 0.0, margin)

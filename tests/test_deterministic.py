@@ -337,7 +337,8 @@ def test_nothing_is_assumed_of_the_triangular_solve(x64, monkeypatch):
 
 
 def test_a_gram_matrix_as_wrong_as_the_error_model_allows_does_not_lower_the_bound(x64, monkeypatch):
-    """One column of many entries: its Gram matrix is one sum of squares, whose rounding is all there is."""
+    """One column of many entries: its Gram matrix is one sum of squares, whose rounding is all
+    there is."""
     rows = 4096
     matrix = np.full((rows, 1), 2.0**-6)  # of norm 1, exactly
     honest = deterministic.largest_eigenvalue_bound
@@ -352,7 +353,8 @@ def test_a_gram_matrix_as_wrong_as_the_error_model_allows_does_not_lower_the_bou
 
 
 def test_what_a_factor_leaves_over_counts_the_rounding_of_multiplying_it_out(x64, monkeypatch):
-    """A = tau I - G and L agree to the last digit as ``fl(L L^T)`` is computed, and yet A is not semidefinite: L is one
+    """A = tau I - G and L agree to the last digit as ``fl(L L^T)`` is computed, and yet A is not
+    semidefinite: L is one
     column of two values, p and q, whose squares round down and whose product rounds up."""
     half = 64
     p, q = _values_that_round_apart()
@@ -364,7 +366,8 @@ def test_what_a_factor_leaves_over_counts_the_rounding_of_multiplying_it_out(x64
     assert np.array_equal(np.eye(2 * half) - gram, rounded)  # nothing else is rounded
     monkeypatch.setattr(jax.lax.linalg, "cholesky", lambda a, **_: jnp.asarray(factor))
     bound = float(deterministic._attempt(jnp.asarray(gram), jnp.asarray(1.0)))
-    # A Rayleigh quotient, exactly: x is q on the first half and -p on the second, orthogonal to the column.
+    # A Rayleigh quotient, exactly: x is q on the first half and -p on the second, orthogonal to the
+    # column.
     x = [Fraction(q)] * half + [Fraction(-p)] * half
     square = sum(v * v for v in x)
     exact_gram = [[Fraction(v) for v in row] for row in gram]
@@ -375,7 +378,8 @@ def test_what_a_factor_leaves_over_counts_the_rounding_of_multiplying_it_out(x64
 
 
 def _values_that_round_apart():
-    """p and q in (0.75, 1), whose squares round down and whose product rounds up, each by most of half a unit."""
+    """p and q in (0.75, 1), whose squares round down and whose product rounds up, each by most of
+    half a unit."""
     rng = np.random.default_rng(0)
 
     def excess(a, b):
@@ -444,7 +448,8 @@ def test_cancellation_and_nearly_equal_singular_values_are_covered(x64):
 @settings(max_examples=60, deadline=None)
 @given(seed=st.integers(0, 10**6))
 def test_bounds_of_entries_of_any_size_are_at_least_the_exact_norm(seed):
-    """Sizes between 1e-300 and 1e100 in one kernel, behind masks that may keep only the small ones."""
+    """Sizes between 1e-300 and 1e100 in one kernel, behind masks that may keep only the small
+    ones."""
     rng = np.random.default_rng(seed)
     whole = rng.choice([-1, 1], (3, 3)) * 10.0 ** rng.uniform(-300, 100, (3, 3))
     whole = np.where(rng.uniform(size=(3, 3)) < 0.2, 0.0, whole)

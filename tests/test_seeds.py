@@ -1,4 +1,5 @@
-"""The draws of a certificate: where their seed comes from, how the failure probability is split, no draw used twice."""
+"""The draws of a certificate: where their seed comes from, how the failure probability is split, no
+draw used twice."""
 
 import dataclasses
 import functools
@@ -17,7 +18,8 @@ SIZE, BUMP, EPSILON = 64, 0.3, 0.1
 
 
 def seen(seed: int) -> np.ndarray:
-    """All that the bound of the first layer of the first image sees at a seed: starts of its Chebyshev recurrence, and that
+    """All that the bound of the first layer of the first image sees at a seed: starts of its
+    Chebyshev recurrence, and that
     of the estimate that scales it; rows."""
     with jax.enable_x64(True):
         _, local = jax.random.split(jax.random.key(seed, impl="threefry2x32"))
@@ -28,9 +30,11 @@ def seen(seed: int) -> np.ndarray:
 
 
 def hidden_from(seed: int):
-    """A network whose top direction is orthogonal to what a seed draws, ``W = I + 0.3 v v^T``, and v.
+    """A network whose top direction is orthogonal to what a seed draws, ``W = I + 0.3 v v^T``, and
+    v.
 
-    Beside it rows that no input of the ball switches on: they keep the proven norm of the whole layer loose.
+    Beside it rows that no input of the ball switches on: they keep the proven norm of the whole
+    layer loose.
     """
     v = np.random.default_rng(1).choice([-1.0, 1.0], SIZE)
     draws = seen(seed)
@@ -61,7 +65,8 @@ def test_a_network_made_against_one_seed_is_not_certified_by_default(x64):
     found = lipjax.certify(net, x, label, EPSILON)
     assert found.correct[0] and not found.certified[0]
     assert lipjax.certified_radius(net, x, label).radius[0] < 0.99 * EPSILON
-    # The network is no straw man: with the seed that it was made for it passes, so such a seed must not be the default.
+    # The network is no straw man: with the seed that it was made for it passes, so such a seed must
+    # not be the default.
     assert lipjax.certify(net, x, label, EPSILON, seed=0).certified[0]
 
 
@@ -162,7 +167,8 @@ def test_the_shares_of_all_bounds_add_up_to_at_most_the_whole(delta, images_, la
 
 @pytest.fixture
 def draws(monkeypatch):
-    """Every call of the probabilistic bound, as it runs: its key and its share. Nothing is compiled here, as that would be
+    """Every call of the probabilistic bound, as it runs: its key and its share. Nothing is compiled
+    here, as that would be
     kept for other tests; the bounds are so large that every attempt fails."""
     found = []
 

@@ -233,7 +233,8 @@ def test_only_the_iteration_is_in_bfloat16_and_the_gradient_is_not():
 
 
 class Machine(Hidden):
-    """Computes `Hidden` as badly as the error model allows: the direction is rounded away, as far as it may be."""
+    """Computes `Hidden` as badly as the error model allows: the direction is rounded away, as far
+    as it may be."""
 
     def __init__(self, n, s):
         super().__init__(n, s)
@@ -252,7 +253,8 @@ jax.tree_util.register_pytree_node(Machine, lambda h: ((), h), lambda h, _: h)
 
 @pytest.mark.core
 def test_products_that_round_the_top_direction_away_are_not_taken_at_their_word():
-    """In float32, whose products of 4096 terms may be wrong by 2e-4: an inflation below that must be refused."""
+    """In float32, whose products of 4096 terms may be wrong by 2e-4: an inflation below that must
+    be refused."""
     n, s, delta, steps = 4096, 1.005, 0.3, 36
     key, scale = jax.random.key(1), jnp.float32(1.0002)
 
@@ -268,7 +270,8 @@ def test_products_that_round_the_top_direction_away_are_not_taken_at_their_word(
 @pytest.mark.parametrize("delta", [1e-12, 1e-3, 0.3])
 @pytest.mark.parametrize("norm", [1.001, 1.3, 40.0])
 def test_what_was_observed_is_at_most_half_of_the_least_start_in_exact_arithmetic(x64, norm, delta):
-    """``||T_k(B) G|| <= T_k(1 + 2 s) t / 2``: the other half is for rounding. Of a multiple of the identity both sides are
+    """``||T_k(B) G|| <= T_k(1 + 2 s) t / 2``: the other half is for rounding. Of a multiple of the
+    identity both sides are
     known: B is a number b, and ``T_k(B) G = T_k(b) G``."""
     steps, key, size = 25, jax.random.key(3), 6
     operator = lipjax.LinearOperator.from_matrix(norm * jnp.eye(size), (size,), (size,))

@@ -1,4 +1,5 @@
-"""Numbers too small to square: no bound of a proof may lose them, whatever they are multiplied with afterwards.
+"""Numbers too small to square: no bound of a proof may lose them, whatever they are multiplied with
+afterwards.
 
 Against exact rational arithmetic, with entries of every size between 1e-300 and 1e100.
 """
@@ -92,7 +93,8 @@ def norm_of(k, operator, like, mask_in, mask_out):
 
 @functools.partial(jax.jit, static_argnames="mode")
 def verdict(net, x, epsilon, mode):
-    """Of label 1, in float64 arithmetic, by norms that are proved; what the walk knows; the executed network's error."""
+    """Of label 1, in float64 arithmetic, by norms that are proved; what the walk knows; the
+    executed network's error."""
     layers = regions.layers_of(net)
     arithmetics = (rounding.ARITHMETICS["float64"],) * 4
     like, whole = x, []
@@ -108,7 +110,8 @@ def verdict(net, x, epsilon, mode):
 
 @pytest.mark.parametrize("mode", regions.MODES)
 def test_walks_through_weights_of_any_size_contain_every_exact_activation(x64, mode):
-    """Chains whose weights' sizes multiply to about 1, so that what is lost on the way would be seen at the end."""
+    """Chains whose weights' sizes multiply to about 1, so that what is lost on the way would be
+    seen at the end."""
     refused = 0
     for seed in range(40):
         rng = np.random.default_rng(seed)
@@ -244,7 +247,8 @@ def products_of(a, b, relative, length):
 
 
 def feasible(d, low, high, radius, powers):
-    """The point ``clip(d 2^p, low, high)`` of largest p that lies in the ball, exactly; and what it makes of <d, t>."""
+    """The point ``clip(d 2^p, low, high)`` of largest p that lies in the ball, exactly; and what it
+    makes of <d, t>."""
     best = Fraction(0)
     d, low, high, radius = rational(d), rational(low), rational(high), exact(radius)
     for power in powers:
