@@ -27,7 +27,10 @@ import numpy as np
 from lipjax.files import Npz, Unreadable, parsed, quoted, replaced
 
 FORMAT = "lipjax certificate"
-VERSION = 1
+VERSION = 2
+# Where the seed of the draws comes from; in tier "deterministic", which draws nothing, a seed that
+# nobody gave is "unused".
+SEEDS_FROM = ("system", "given", "unused")
 
 # Arrays of a file, one row an example: the type that is stored and the number of axes.
 ARRAYS = {
@@ -44,7 +47,7 @@ ARRAYS = {
 }
 FIELDS = (
     *("predicted", "correct", "certified", "margin", "allowance", "lipschitz", "norms", "epsilon", "mode", "tier"),
-    *("failure_probability", "seed", "arithmetic", "precision"),
+    *("failure_probability", "seed", "seed_from", "arithmetic", "precision"),
 )
 MODES = ("global", "bcp", "paper", "local", "linear", "rows")
 TIERS = ("probabilistic", "deterministic")
@@ -115,6 +118,7 @@ HEADER = {
     "tier": _one_of(*TIERS),
     "failure_probability": Field(lambda value: type(value) is float and 0 <= value < 1, "a decimal number in [0, 1)"),
     "seed": _integer(-(2**63), 2**64 - 1),
+    "seed_from": _one_of(*SEEDS_FROM)._replace(since=2),
     "arithmetic": _WORD,
     "precision": _WORD,
     "command": _or_none(_words(2**16, printable=False)),
@@ -204,6 +208,7 @@ def save(
         "tier": str(fields["tier"]),
         "failure_probability": float(fields["failure_probability"]),
         "seed": int(fields["seed"]),
+        "seed_from": str(fields["seed_from"]),
         "arithmetic": str(fields["arithmetic"]),
         "precision": str(fields["precision"]),
         "command": _text(command),
@@ -352,13 +357,25 @@ def statement(header: Mapping[str, Any]) -> str:
     """The file's claim in one sentence, from the header's other fields.
 
     Raises:
-        ValueError: a tier that proves nothing, or a failure probability that does not belong to the tier.
+        ValueError: a tier that proves nothing, or a failure probability that does not belong to the
+            tier; a seed of which it is not said where it comes from.
     """
+    # Files of version 1 do not say it.
+    draws = {
+        None: "",
+        "system": ", from the operating system",
+        "given": ", given: network and images are assumed to be chosen independently of it",
+    }
     tier, delta = header["tier"], header["failure_probability"]
+    origin = header.get("seed_from")
+    if tier == "probabilistic" and origin not in draws:
+        raise ValueError(
+            f'the draws of a probabilistic certificate have a seed from "system" or "given", got {origin!r}.'
+        )
     if tier == "probabilistic" and 0 < delta < 1:
         condition = (
-            f"with probability >= 1 - {delta!r} over the tool's own draws (seed {header['seed']}), all certificates of "
-            "this file hold together"
+            f"with probability >= 1 - {delta!r} over the tool's own draws (seed {header['seed']}{draws[origin]}), all "
+            "certificates of this file hold together"
         )
     elif tier == "deterministic" and delta == 0:
         condition = "all certificates of this file hold, without any probability of failure"

@@ -155,7 +155,8 @@ class Report:
 
 # What no derivation leads back to: how a report calls it, and the header's field.
 TRUSTED = {
-    **{"tier": "tier", "delta": "failure_probability", "seed": "seed", "mode": "mode", "data": "data_name"},
+    **{"tier": "tier", "delta": "failure_probability", "seed": "seed", "seed from": "seed_from"},
+    **{"mode": "mode", "data": "data_name"},
     **{"split": "split", "precision": "precision", "command": "command", "versions": "versions"},
 }
 

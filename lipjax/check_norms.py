@@ -57,16 +57,17 @@ class Norms:
         """``(lower, upper)``; the upper one is proved, the lower one is right up to 1e-10 of rounding."""
         if matrix.nnz == 0:
             return 0.0, 0.0
-        # Of numbers at the ends of float64 less than all, so that 2^exponent is a number.
-        exponent = min(max(math.frexp(float(np.max(np.abs(matrix.data))))[1], -1000), 1000)
-        scaled = matrix * 2.0**-exponent  # exact, and nothing underflows or overflows when squared
+        exponent = math.frexp(float(np.max(np.abs(matrix.data))))[1]
+        # Exact, and nothing underflows or overflows when squared; ldexp, as 2^-exponent may overflow.
+        scaled = matrix.copy()
+        scaled.data = np.ldexp(matrix.data, -exponent)
         if min(matrix.shape) <= (AFFORDABLE if self.patient else SMALL):
             lower, upper = norm_by_cholesky(scaled, self.rng)
         else:
             lower, upper, used = norm_by_chebyshev(scaled, self.delta, self.rng)
             self.random += used
-        with np.errstate(over="ignore"):  # to infinity
-            return float(np.ldexp(lower, exponent)), float(np.ldexp(upper, exponent)) + TINY
+        with np.errstate(over="ignore", under="ignore"):  # to infinity
+            return float(np.ldexp(lower, exponent)), float(up(np.ldexp(upper, exponent)))
 
 
 def norm_by_cholesky(matrix, rng: np.random.Generator) -> tuple[float, float]:

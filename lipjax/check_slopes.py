@@ -74,7 +74,8 @@ def linear_gains(
             outputs, inside = g.shape[1], before.varies
             sizes = node.step.absolute.T @ np.abs(g).T
             g = (node.step.matrix.T @ g.T).T * inside
-            rounded = 2 * gamma(outputs + 8) * _lengths(sizes.T[:, inside])
+            # (TINY: `up_norm` is 0 where all sizes have underflowed.)
+            rounded = 2 * gamma(outputs + 8) * (_lengths(sizes.T[:, inside]) + TINY)
             spent = up(spent + rounded * before.radius)
         for taken in node.inputs:
             if taken in live:  # both ways lead here, and their sum is rounded

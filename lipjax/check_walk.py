@@ -371,8 +371,12 @@ def worst_gains(directions: np.ndarray, low: np.ndarray, high: np.ndarray, radiu
         left, right = np.where(short, middle, left), np.where(short, right, middle)
     scale = np.exp((left + right) / 2)
     t = np.clip(d * scale[:, None], low, high)
+    # The scale may be so small that what underflows counts: the room is at least a normal number, and
+    # a coordinate that vanishes costs less than TINY times its d.
+    room = max(radius, 2.0**-500) ** 2
     product, square = np.sum(d * t, axis=1), np.sum(np.square(t), axis=1)
-    dual = product + (radius**2 - square) / (2 * scale)
-    dual += 2 * gamma(count + 8) * (product + (radius**2 + square) / (2 * scale)) + TINY
+    dual = product + (room - square) / (2 * scale)
+    dual += 2 * gamma(count + 8) * (product + (room + square) / (2 * scale))
+    dual += count * TINY * (1 + np.max(np.abs(d), axis=1))
     # The differences of rows that d holds are themselves rounded.
     return np.minimum(np.minimum(box, ball), dual) + 4 * U * ball

@@ -96,10 +96,13 @@ class LinearOperator:
     def row_norms(self, mask: jax.Array) -> jax.Array:
         """``||row_i(W) restricted to mask||_2``, of the output's shape; differentiable also where it is 0.
 
+        Not below it but for rounding: entries whose squares would underflow are `raised`.
+
         Args:
             mask: boolean, of the input's shape: the inputs that vary.
         """
-        return safe_sqrt(self.apply(jnp.square(self.kernel), mask.astype(self.kernel.dtype)))
+        squares = jnp.square(raised(self.kernel))
+        return safe_sqrt(self.apply(squares, mask.astype(self.kernel.dtype)))
 
 
 def _apply_matrix(input_shape, output_shape, matrix, x):
@@ -112,6 +115,16 @@ def safe_sqrt(x: jax.Array) -> jax.Array:
     """``sqrt(x)`` for x >= 0 with gradient 0 (not infinity) at 0. A NaN stays a NaN."""
     zero = x == 0
     return jnp.where(zero, 0.0, jnp.sqrt(jnp.where(zero, 1.0, x)))
+
+
+def raised(x: jax.Array) -> jax.Array:
+    """``|x|``, entries too small to square raised to the least that is not; 0 stays 0.
+
+    A sum of their squares loses nothing to underflow: up to rounding it is at least the exact one.
+    """
+    least = float(jnp.finfo(x.dtype).tiny) ** 0.5
+    size = jnp.abs(x)
+    return jnp.where(size == 0, 0.0, jnp.maximum(size, least)).astype(x.dtype)
 
 
 def safe_norm(x: jax.Array) -> jax.Array:
@@ -352,7 +365,8 @@ def _(layer: nnx.Conv) -> LinearOperator:
         _spread(layer.strides, rank), padding, _spread(layer.input_dilation, rank), dilation, layer.feature_group_count
     )
     bias = None if layer.bias is None else layer.bias[...]
-    norms = safe_sqrt(jnp.sum(jnp.square(kernel), axis=tuple(range(kernel.ndim - 1))))
+    squares = jnp.square(raised(kernel))
+    norms = safe_sqrt(jnp.sum(squares, axis=tuple(range(kernel.ndim - 1))))
     return LinearOperator(apply, kernel, bias, norms)
 
 

@@ -242,7 +242,8 @@ def walk(
             moved = arithmetic.norm(slack)  # how far the computed center can be from the image of the one before
             if mode == "global":
                 if i == last:
-                    sigma = arithmetic.up(safe_frobenius(operator, before.center), before.center.size)
+                    terms = before.center.size + center.size
+                    sigma = arithmetic.up(safe_frobenius(operator, before.center), terms)
                 else:
                     sigma, vector = global_norm(k, operator, before.center, None, None)
                     vectors["global"].append(vector)

@@ -181,6 +181,8 @@ def dual(d, low, high, radius, scale, arithmetic) -> jax.Array:
     """
     t = jnp.clip(d * scale, low, high)
     # Every term of the sums is >= 0, the difference is not: its rounding is bounded by that of the sum of its parts.
+    # (Squares that underflow, too: FLOOR is in the excess before that is divided by the scale, which
+    # can be far smaller.)
     room, used = jnp.square(radius), jnp.sum(jnp.square(t))
     excess = arithmetic.up(room + used, d.size) - (room + used)
     return arithmetic.up(jnp.sum(d * t), d.size) + (room - used + 2 * excess) / (2 * scale)
