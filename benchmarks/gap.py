@@ -25,8 +25,8 @@ from ml_collections import ConfigDict
 
 import lipjax
 from lipjax import bounds, spectral, training
-from lipjax.graph.linear import LinearOperator
 from lipjax.checkpoints import Checkpoints, load_config
+from lipjax.graph.linear import LinearOperator
 
 STEPS, STARTS, ITERATIONS = 40, 4, 60
 

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from lipjax.graph import Activation, Add, Executed, Graph, Input, Linear, Node, Rearrange
-from lipjax.rounding.outward import OUTWARD, gamma, terms_of
+from lipjax.rounding.outward import LARGEST, OUTWARD, gamma, terms_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -182,8 +182,11 @@ def relative(arithmetics: Sequence[Arithmetic], terms: int, roundings: float = 0
     """
     first = arithmetics[0]
     output = max(a.output for a in arithmetics)
-    conversions = (1 + first.input) ** 2 * (1 + output) ** (len(arithmetics) + 2 + roundings)
-    return conversions * (1 + gamma(terms + 2, first.accumulate)) - 1
+    # By logarithms: 1 + u is 1 in the arithmetic of this computation, and would be lost.
+    logarithm = 2 * math.log1p(first.input)
+    logarithm += (len(arithmetics) + 2 + roundings) * math.log1p(output)
+    logarithm += math.log1p(gamma(terms + 2, first.accumulate))
+    return math.expm1(logarithm * (1 + 1e-14)) * (1 + 1e-14)
 
 
 def forward_error(
@@ -213,7 +216,8 @@ def forward_error(
         view: of the walk.
 
     Returns:
-        Of the shape of the last node, float64; infinity where a number may overflow.
+        Of the shape of the last node, float64; infinity where a number may overflow, or is
+        above `LARGEST`.
     """
     errors: list[jax.Array] = []
     totals: list[jax.Array] = []
@@ -236,9 +240,7 @@ def forward_error(
         else:
             assert isinstance(node, Linear)
             before = boxes[node.inputs[0]]
-            error, total = _linear_error(
-                node, before, sources[0], lengths[0], arithmetics[i], norm_of[i], view
-            )
+            error, total = _linear_error(node, before, sources[0], lengths[0], arithmetics[i], norm_of[i], view)
         errors.append(error)
         totals.append(total)
     return errors[-1]
@@ -264,7 +266,7 @@ def _linear_error(node: Linear, box, error, total, arithmetics, whole, view):
     grown = OUTWARD.up(carried + local, lower.size)
     length = OUTWARD.up(whole * total + OUTWARD.norm(local), lower.size)
     length = jnp.minimum(length, OUTWARD.norm(grown))
-    largest = min(a.largest for a in arithmetics)
+    largest = min(LARGEST, *(a.largest for a in arithmetics))  # of what FLOOR covers
     fits = OUTWARD.up(magnitude + grown, lower.size) < largest
     return jnp.where(fits, grown, jnp.inf), length
 
@@ -279,11 +281,11 @@ def _sum_error(node: Add, box, sources, lengths, arithmetics):
     smallest = max(a.smallest for a in arithmetics)
     lower, upper = box
     size = jnp.maximum(jnp.abs(lower), jnp.abs(upper)) + past
-    constant = 0.0
+    constant = jnp.zeros(())
     if node.constant is not None:
         constant = jnp.abs(jnp.broadcast_to(node.constant, node.shape))
     local = unit * (1 + unit) * (size + 2 * node.roundings * constant) + 4 * smallest
     grown = OUTWARD.up(past + local, 2)
     total = OUTWARD.up(length + OUTWARD.norm(local), 2)
-    fits = OUTWARD.up(size + grown, 2) < min(a.largest for a in arithmetics)
+    fits = OUTWARD.up(size + grown, 2) < min(LARGEST, *(a.largest for a in arithmetics))
     return jnp.where(fits, grown, jnp.inf), jnp.minimum(total, OUTWARD.norm(grown))
