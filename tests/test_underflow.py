@@ -349,7 +349,7 @@ def test_the_checkers_rows_and_boxes_are_at_least_the_exact_ones(seed):
     matrix, x = sizes(rng, (2, 3)), sizes(rng, 3, -300, 0)
     epsilon = 10.0 ** rng.uniform(-300, 0)
     layer = {"kind": "linear", "kernel": matrix.T, "bias": None, "dtype": None, "unusual": []}
-    (affine,) = check_layers.steps_of([layer], (3,))
+    affine = check_layers.nodes_of([layer], (3,))[-1].step
     known = check_walk.Known(
         x, x - 2 * epsilon, x + 2 * epsilon, np.ones(3, bool), epsilon, np.zeros(3), 0.0
     )  # a box around the ball
