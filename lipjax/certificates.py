@@ -644,12 +644,25 @@ def _certifiable(network, images, tier, failure_probability, arithmetic) -> Grap
     if not 0 < failure_probability < 1:
         raise ValueError(f"failure_probability must lie in (0, 1), got {failure_probability}.")
     with jax.enable_x64(arithmetic == "float64" or jax.config.jax_enable_x64):  # type: ignore[attr-defined]
-        graph = bounds.graph_of(network, _example(images, arithmetic))
+        graph, again = (bounds.graph_of(network, _example(images, arithmetic)) for _ in range(2))
+    if not _same(graph, again):
+        raise ValueError(
+            "the network computes something else each time it is traced (a parameter that changes when it is "
+            "read, random numbers of Python): what will be executed is not known."
+        )
     for node in graph.nodes:
         for leaf in jax.tree.leaves(node):
             if not np.all(np.isfinite(np.asarray(leaf, np.float64))):
                 raise ValueError(f"{node.where}: a parameter holds NaN or infinity.")
     return graph
+
+
+def _same(first: Graph, second: Graph) -> bool:
+    """Do two graphs compute the same, bit for bit?"""
+    if jax.tree.structure(first) != jax.tree.structure(second):
+        return False
+    pairs = zip(jax.tree.leaves(first), jax.tree.leaves(second), strict=True)
+    return all(np.array_equal(a, b, equal_nan=True) for a, b in pairs)
 
 
 def _example(images: np.ndarray, arithmetic: str | None) -> jax.ShapeDtypeStruct:

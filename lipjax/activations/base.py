@@ -72,6 +72,11 @@ class Rule:
         return self(lower), self(upper)
 
     @property
+    def selects(self) -> bool:
+        """Is it 1-Lipschitz, and does its execution only compare and select, and round nothing?"""
+        return False
+
+    @property
     def lipschitz(self) -> float:
         """Constant in l2, on the whole space."""
         return 1.0

@@ -73,6 +73,10 @@ class Clip(Rule):
             return "Clip"
         return "ReLU" if self.top is None else "ClippedReLU"
 
+    @property
+    def selects(self) -> bool:
+        return True
+
     def __call__(self, z: jax.Array) -> jax.Array:
         if self.rectifies:
             z = jax.nn.relu(z)

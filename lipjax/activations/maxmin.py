@@ -78,6 +78,10 @@ class Pairs(Rule):
     def kind(self) -> str:
         return "MaxMin" if self.top is None and self.bottom is None else "ClippedMaxMin"
 
+    @property
+    def selects(self) -> bool:
+        return True
+
     def __call__(self, z: jax.Array) -> jax.Array:
         a, b = halves(z)
         first, second = larger(a, b), smaller(a, b)

@@ -127,7 +127,9 @@ def _held(value):
 
 def _callable(f: Callable) -> Callable:
     if not isinstance(f, nnx.Module):
-        return f
+        # A function of its own each time: JAX keeps what it has traced of a function, and what that
+        # one closes over (a dict of parameters) may have changed since.
+        return lambda x: f(x)
     # A copy that belongs to the trace: a module may not be changed from inside another one.
     definition, state = nnx.split(f)
     return lambda x: nnx.merge(definition, state)(x)

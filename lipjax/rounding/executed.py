@@ -234,7 +234,9 @@ def forward_error(
             total = jnp.minimum(length, OUTWARD.norm(error))
         elif isinstance(node, Activation):
             error = node.rule.rounding(sources[0])
-            total = jnp.minimum(lengths[0], OUTWARD.norm(error))
+            total = OUTWARD.norm(error)
+            if node.rule.selects:  # no output moves further than its input, and nothing is rounded
+                total = jnp.minimum(lengths[0], total)
         elif isinstance(node, Add):
             error, total = _sum_error(node, boxes[i], sources, lengths, arithmetics[i])
         else:
