@@ -68,7 +68,14 @@ _BUDGET = flags.DEFINE_float(
 _EXAMPLES = flags.DEFINE_integer(
     "examples", None, "Certify so many test images, a fixed random choice; default all.", lower_bound=1
 )
-_SEED = flags.DEFINE_integer("seed", 0, "Of the certificates' draws and the attack's starts.")
+_SEED = flags.DEFINE_integer(
+    "seed",
+    None,
+    "Of the certificates' draws and the attack's starts; unset: from the operating system. One that is given makes the run "
+    "repeatable, and its certificates assume that network and images were chosen independently of it.",
+    lower_bound=0,
+    upper_bound=2**63 - 1,
+)
 _BATCH = flags.DEFINE_integer("batch_size", 64, "Images at once; no influence on the result.")
 _STEPS = flags.DEFINE_integer("pgd_steps", 100, "Steps of each attack, each of epsilon / 4.")
 _RESTARTS = flags.DEFINE_integer("pgd_restarts", 5, "Random starts of each attack at epsilon.")
@@ -129,10 +136,14 @@ def main(_):
         "budget": _BUDGET.value,
         "batch_size": _BATCH.value,
     }
+    # One seed for all processes: the draws behind the global norms are shared.
+    drawn = _SEED.value is None
+    seed = lipjax.certificates.drawn_seed() if drawn else _SEED.value
+    seed = int(hosts.gather(np.asarray(seed, np.int64))[0])
     # Each process takes its share of the images, one after the other in turn.
     mine = np.arange(len(labels)) % jax.process_count() == jax.process_index()
     say(f"attacking, PGD with {_STEPS.value} steps and {_RESTARTS.value} restarts ...")
-    key = jax.random.fold_in(jax.random.key(_SEED.value), jax.process_index())
+    key = jax.random.fold_in(jax.random.key(seed), jax.process_index())
     broken = attacked(network, images, labels, epsilon, mine, restarts=_RESTARTS.value, key=key)
     left = ~broken if _EARLY.value else np.ones(len(labels), bool)
     certificates, certified, examined = {}, {}, {}
@@ -145,10 +156,12 @@ def main(_):
             labels,
             epsilon,
             mode=mode,
-            seed=draw_seed(_SEED.value, i),
+            seed=draw_seed(seed, i),
             examine=left & mine,
             **arguments,
         )
+        if drawn:
+            certificate = dataclasses.replace(certificate, seed_from="system")
         certificates[mode], examined[mode] = together(certificate), left
         certified[mode] = certificates[mode].certified
         if _EARLY.value:
@@ -170,7 +183,8 @@ def main(_):
         "early": _EARLY.value,
         "data_fingerprint": data.fingerprint(test),
         "note": test.note,
-        "seed": _SEED.value,
+        "seed": seed,
+        "seed_from": "system" if drawn else "given",
         **subject.facts,
         "precision": tightest.precision,
         "pgd_steps": _STEPS.value,
@@ -198,7 +212,7 @@ def main(_):
             images,
             labels,
             mode=modes[-1],
-            seed=draw_seed(_SEED.value, len(modes)),
+            seed=draw_seed(seed, len(modes)),
             max_radius=8 * max(epsilon, 0.01),
             examine=mine,
             **arguments,
@@ -225,7 +239,7 @@ def main(_):
     say("adversarial images for the report ...")
     chosen = report.select(columns, modes[-1], modes)
     steps = {"steps": GALLERY_STEPS, "restarts": GALLERY_RESTARTS}
-    gallery = report.gallery(network, images, labels, chosen, seed=_SEED.value, **steps)
+    gallery = report.gallery(network, images, labels, chosen, seed=seed, **steps)
     proved = report.proved_radii(columns, run)[gallery["row"]]
     nearer = (proved > 0) & (gallery["distance"] <= proved)
     refuse_contradictions(f"{modes[-1]} (certified radius)", test.indices[gallery["row"][nearer]])
@@ -339,8 +353,8 @@ def together(found):
 
 
 def draw_seed(seed: int, call: int) -> int:
-    """A seed of its own for each of this run's calls."""
-    return int(np.random.SeedSequence([seed, call]).generate_state(1)[0])
+    """A seed of its own for each of this run's calls, of as many bits as `certify` takes."""
+    return int(np.random.SeedSequence([seed, call]).generate_state(1, np.uint64)[0] >> 1)
 
 
 def say(message: str) -> None:

@@ -287,25 +287,34 @@ class PreciseNetwork:
     """The network as a function of real numbers, in longdouble, by matrices that the library did not write down."""
 
     def __init__(self, network: nnx.Sequential, shape: tuple[int, ...]):
-        self.steps = check_layers.steps_of(describe(network), shape)
+        self.nodes = check_layers.nodes_of(describe(network), shape)
+        self.steps = [node.step for node in self.nodes]
+        self.adds = any(isinstance(step, check_layers.Add) for step in self.steps)
 
     def margins(self, images: np.ndarray, labels: np.ndarray) -> np.ndarray:
         """The label's logit minus the largest of the others; ``(N,)``."""
-        x = images.reshape(len(images), -1).astype(np.longdouble)
-        for step in self.steps:
-            if isinstance(step, check_layers.Affine):
-                x = (step.matrix.astype(np.longdouble) @ x.T).T + step.bias
+        values = [images.reshape(len(images), -1).astype(np.longdouble)]
+        for node in self.nodes:
+            x = values[node.inputs[-1]]
+            if isinstance(node.step, check_layers.Affine):
+                x = (node.step.matrix.astype(np.longdouble) @ x.T).T + node.step.bias
+            elif isinstance(node.step, check_layers.Add):
+                x = values[node.inputs[0]] + x
             else:
-                x = np.stack([step(row) for row in x])
+                x = np.stack([node.step(row) for row in x])
+            values.append(x)
         rivals = np.where(np.arange(x.shape[1]) == labels[:, None], -np.inf, x)
         return x[np.arange(len(x)), labels] - rivals.max(axis=1)
 
     def masked_norms(self, image: np.ndarray, epsilon: float, sampled: bool = False) -> list[float | None]:
-        """Norms of the affine layers but the last, masked as METHOD 1 says for mode "local", by SVD; None if too large.
+        """Norms of the affine layers but the last, masked as METHOD 1 says for mode "local", by SVD; None if too large,
+        or all None where the network adds anything up.
 
         Boxes and radii by these norms, so they are at most those of any certificate, and so are the masks. `sampled`: boxes
         of what `MASK_SAMPLES` random points of the sphere reach instead, for modes whose boxes are narrower.
         """
+        if self.adds:
+            return [None] * (sum(isinstance(step, check_layers.Affine) for step in self.steps) - 1)
         if sampled:
             return self._sampled_norms(image, epsilon)
         center = image.astype(np.float64).reshape(-1)

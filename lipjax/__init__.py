@@ -22,13 +22,13 @@ from lipjax import (
     torch_files,
 )
 from lipjax.activations import ClippedMaxMin, ClippedReLU, MaxMin, ReLU
+from lipjax.bounds import Bound, Region, bound, initial_vectors, worst_logits
 from lipjax.certificates import Certificate, CertifiedRadius, Estimate, certified_radius, certify, estimate
-from lipjax.lowering import for_cpu
 from lipjax.graph import Graph, TraceError, trace
 from lipjax.layers import AveragePool, Flatten, Normalize, Residual
+from lipjax.lowering import for_cpu
 from lipjax.orthogonal import AOLConv, CayleyLinear
 from lipjax.pretrained import load
-from lipjax.bounds import Bound, Region, bound, initial_vectors, worst_logits
 from lipjax.storage import save
 
 __version__ = "0.2.0"

@@ -15,19 +15,22 @@ This module imports nothing of the bounds, so that the checker can use it and st
 import hashlib
 import inspect
 import json
+import math
+import re
 import sys
-import zipfile
-import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from lipjax.files import replaced
+from lipjax.files import Npz, Unreadable, parsed, quoted, replaced
 
 FORMAT = "lipjax certificate"
-VERSION = 1
+VERSION = 2
+# Where the seed of the draws comes from; in tier "deterministic", which draws nothing, a seed that
+# nobody gave is "unused".
+SEEDS_FROM = ("system", "given", "unused")
 
 # Arrays of a file, one row an example: the type that is stored and the number of axes.
 ARRAYS = {
@@ -44,30 +47,92 @@ ARRAYS = {
 }
 FIELDS = (
     *("predicted", "correct", "certified", "margin", "allowance", "lipschitz", "norms", "epsilon", "mode", "tier"),
-    *("failure_probability", "seed", "arithmetic", "precision"),
+    *("failure_probability", "seed", "seed_from", "arithmetic", "precision"),
 )
-HEADER = (
-    *(
-        "format",
-        "version",
-        "versions",
-        "network",
-        "classes",
-        "data",
-        "data_name",
-        "split",
-        "examples",
-        "epsilon",
-        "mode",
-    ),
-    *("tier", "failure_probability", "seed", "arithmetic", "precision", "command", "statement", "digest"),
-)
+MODES = ("global", "bcp", "paper", "local", "linear", "rows")
+TIERS = ("probabilistic", "deterministic")
 
-# What an nnx layer is constructed with that `describe` writes down, or that has no influence on what it computes.
+# The largest file that is written or read: characters of its header, columns of norms, bytes of all
+# arrays unpacked.
+HEADER_LENGTH = 2**19
+MOST_NORMS = 10_000
+MOST_BYTES = 2**29
+
+
+class Field(NamedTuple):
+    """What a header field may be; `since` is the first format version that has it."""
+
+    allows: Callable[[Any], bool]
+    expected: str
+    since: int = 1
+
+
+def _one_of(*values: str) -> Field:
+    return Field(lambda value: type(value) is str and value in values, " or ".join(map(repr, values)))
+
+
+def _matching(pattern: str, expected: str) -> Field:
+    return Field(lambda value: type(value) is str and re.fullmatch(pattern, value) is not None, expected)
+
+
+def _integer(low: int, high: int) -> Field:
+    return Field(lambda value: type(value) is int and low <= value <= high, f"an integer from {low} to {high}")
+
+
+def _words(length: int, printable: bool = True) -> Field:
+    def allows(value) -> bool:
+        return type(value) is str and len(value) <= length and (value.isprintable() or not printable)
+
+    return Field(allows, f"at most {length} {'printable ' if printable else ''}characters")
+
+
+def _or_none(field: Field) -> Field:
+    return Field(lambda value: value is None or field.allows(value), f"null or {field.expected}", field.since)
+
+
+def _is_versions(value) -> bool:
+    name = _words(100)
+    return (
+        type(value) is dict and len(value) <= 20 and all(name.allows(word) for pair in value.items() for word in pair)
+    )
+
+
+_HASH = _matching("[0-9a-f]{64}", "a SHA-256 in hexadecimal digits")
+_WORD = _matching("[a-z0-9_]{1,40}", "a word of at most 40 of a-z, 0-9 and _")
+
+# Each field of a header, when it is read as when it is written.
+HEADER = {
+    "format": _one_of(FORMAT),
+    "version": _integer(1, VERSION),
+    "versions": Field(_is_versions, "at most 20 names and versions"),
+    "network": _HASH,
+    "classes": _or_none(_integer(1, 2**31 - 1)),
+    "data": _HASH,
+    "data_name": _or_none(_words(1000)),
+    "split": _or_none(_words(1000)),
+    "examples": _integer(1, 2**31 - 1),
+    "epsilon": _or_none(
+        Field(lambda value: type(value) is float and 0 <= value < math.inf, "a finite decimal number >= 0")
+    ),
+    "mode": _one_of(*MODES),
+    "tier": _one_of(*TIERS),
+    "failure_probability": Field(lambda value: type(value) is float and 0 <= value < 1, "a decimal number in [0, 1)"),
+    "seed": _integer(-(2**63), 2**64 - 1),
+    "seed_from": _one_of(*SEEDS_FROM)._replace(since=2),
+    "arithmetic": _WORD,
+    "precision": _WORD,
+    "command": _or_none(_words(2**16, printable=False)),
+    "statement": _words(4000),
+    "digest": _HASH,
+}
+
+# Arguments and attributes of an nnx layer that `describe` writes down or `unusual` compares with
+# the parameters, and those that have no influence on what it computes.
 _UNDERSTOOD = (
-    *("self", "rngs", "in_features", "out_features", "use_bias", "kernel_size", "strides", "padding", "input_dilation"),
-    *("kernel_dilation", "feature_group_count", "dtype", "param_dtype", "precision", "kernel_init", "bias_init"),
-    *("kernel_metadata", "bias_metadata"),
+    *("self", "rngs", "in_features", "out_features", "use_bias", "kernel_size", "strides"),
+    *("padding", "input_dilation", "kernel_dilation", "feature_group_count", "dtype"),
+    *("param_dtype", "precision", "kernel_init", "bias_init", "kernel_metadata", "bias_metadata"),
+    *("kernel", "bias", "kernel_shape", "_pytree__state", "_pytree__nodes"),
 )
 
 
@@ -103,7 +168,9 @@ def save(
 
     Raises:
         TypeError: `certificate` lacks a field of a certificate (an estimate, for one, is none).
-        ValueError: shapes that do not fit each other; a tier that proves nothing; verdicts that contradict the labels.
+        ValueError: shapes that do not fit each other; a tier that proves nothing; verdicts that
+            contradict the labels; a field that is not what `HEADER` says (a name with a line break,
+            say), repeated indices, more than `load` reads.
         OSError: the file cannot be written.
     """
     fields = {name: _field(certificate, name) for name in FIELDS}
@@ -141,6 +208,7 @@ def save(
         "tier": str(fields["tier"]),
         "failure_probability": float(fields["failure_probability"]),
         "seed": int(fields["seed"]),
+        "seed_from": str(fields["seed_from"]),
         "arithmetic": str(fields["arithmetic"]),
         "precision": str(fields["precision"]),
         "command": _text(command),
@@ -148,6 +216,9 @@ def save(
     if data:
         raise ValueError(f'data takes "name" and "split", got also {", ".join(map(repr, data))}.')
     header["statement"] = statement(header)
+    problems = faults({**header, "digest": digest(header, arrays)}, arrays)
+    if problems:
+        raise ValueError(f"this cannot be written to a certificate file: {' '.join(problems)}")
     write(path, header, arrays)
 
 
@@ -160,58 +231,99 @@ def write(path, header: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> 
 
 
 def load(path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """The header and the arrays of a certificate file, of the right types and shapes; nothing is verified yet.
+    """The header and the arrays of a certificate file, each of the right type and within its
+    bounds; nothing is verified yet.
+
+    The file may be anybody's: all sizes are looked at before something is unpacked.
 
     Raises:
-        CertificateFileError: not there, not a certificate file, damaged, or of a newer version.
+        CertificateFileError: not there, not a certificate file, damaged, forged, or of a newer
+            version.
     """
     path = Path(path)
     try:
-        with open(path, "rb") as file:  # np.load would leave a damaged one open
-            found = np.load(file, allow_pickle=False)
-            if not isinstance(found, np.lib.npyio.NpzFile):
-                raise CertificateFileError(f"{path} is no npz file: expected what lipjax.certificate_files.save wrote.")
-            members = {name: found[name] for name in found.files}
+        with open(path, "rb") as file:
+            return _loaded(path, file)
     except FileNotFoundError:
         raise CertificateFileError(f"{path.absolute()} is not there.") from None
-    except CertificateFileError:
-        raise
-    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
-        # NumPy takes what it does not know for a pickle and advises to load it unsafely: nobody should.
-        reason = "it is no npz file" if "pickle" in str(error) else str(error)
-        raise CertificateFileError(f"{path} is damaged, cut short, or no certificate file: {reason}") from error
-    if "header" not in members:
-        raise CertificateFileError(f"{path} is no certificate file: it has no header, but {', '.join(members)}.")
-    try:
-        header = json.loads(str(members.pop("header")))
-    except ValueError as error:
-        raise CertificateFileError(f"{path}: the header is no JSON: {error}") from error
+    except (OSError, Unreadable) as error:
+        raise CertificateFileError(f"{path} is damaged, cut short, or no certificate file: {error}") from error
+
+
+def _loaded(path: Path, file) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    npz = Npz(file)
+    if "header" not in npz.names:
+        names = ", ".join(map(quoted, npz.names[:10]))
+        raise CertificateFileError(f"{path} is no certificate file: it has no header, but {names}.")
+    text = npz.member("header")
+    if text.shape != () or text.dtype[:2] != "<U":
+        raise CertificateFileError(f"{path}: the header is no text.")
+    header = parsed(str(npz.read("header", 4 * HEADER_LENGTH)), HEADER_LENGTH)
     if not isinstance(header, dict) or header.get("format") != FORMAT:
         raise CertificateFileError(f"{path} is no certificate file: its header does not say format {FORMAT!r}.")
     version = header.get("version")
-    if not isinstance(version, int) or version > VERSION:
+    if type(version) is not int or not 1 <= version <= VERSION:
         raise CertificateFileError(
-            f"{path} has format version {version}, this lipjax reads up to {VERSION}: use a newer lipjax."
+            f"{path} has format version {quoted(version)}, this lipjax reads 1 to {VERSION}: use a newer lipjax."
         )
-    _expect(path, "header fields", set(HEADER), set(header))
-    _expect(path, "arrays", set(ARRAYS), set(members))
-    arrays = {}
-    for name, (dtype, axes) in ARRAYS.items():
-        array = members[name]
-        if array.dtype != np.dtype(dtype) or array.ndim != axes or len(array) != header["examples"]:
-            raise CertificateFileError(
-                f"{path}: {name} is {array.dtype} of shape {array.shape}, expected {np.dtype(dtype)} with {axes} "
-                f"axes and {header['examples']} rows."
-            )
-        arrays[name] = array
+    problems = _header_faults(header) or _differing("arrays", set(ARRAYS), set(npz.names) - {"header"})
+    members = {} if problems else {name: npz.member(name) for name in ARRAYS}
+    for name, member in members.items():
+        dtype, axes = np.dtype(ARRAYS[name][0]), ARRAYS[name][1]
+        if member.dtype != dtype.newbyteorder("<").str or not _fits(member.shape, axes, header["examples"]):
+            problems.append(_misshapen(name, np.dtype(member.dtype), member.shape, header["examples"]))
+    if sum(member.size for member in members.values()) > MOST_BYTES:
+        problems.append(f"its arrays have more than {MOST_BYTES} bytes.")
+    arrays: dict[str, np.ndarray] = {}
+    if not problems:
+        arrays = {name: npz.read(name, MOST_BYTES).astype(ARRAYS[name][0], copy=False) for name in ARRAYS}
+        problems = faults(header, arrays)
+    if problems:
+        raise CertificateFileError(f"{path}: {' '.join(problems)}")
     return header, arrays
 
 
-def _expect(path, what, wanted, found):
-    if wanted != found:
-        raise CertificateFileError(
-            f"{path}: {what} missing: {sorted(wanted - found) or 'none'}, not known: {sorted(found - wanted) or 'none'}."
-        )
+def faults(header: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> list[str]:
+    """What in a file's content is not of its type or outside its bounds, a sentence each; none:
+    `check` can work with it."""
+    problems = _header_faults(header) or _differing("arrays", set(ARRAYS), set(arrays))
+    if problems:
+        return problems
+    for name, (dtype, axes) in ARRAYS.items():
+        array = arrays[name]
+        if array.dtype != np.dtype(dtype) or not _fits(array.shape, axes, header["examples"]):
+            problems.append(_misshapen(name, array.dtype, array.shape, header["examples"]))
+    if sum(array.nbytes for array in arrays.values()) > MOST_BYTES:
+        problems.append(f"the arrays have more than {MOST_BYTES} bytes.")
+    if not problems and (np.min(arrays["index"]) < 0 or len(np.unique(arrays["index"])) < header["examples"]):
+        problems.append("index holds negative or repeated positions.")
+    return problems
+
+
+def _header_faults(header: Mapping[str, Any]) -> list[str]:
+    version = header.get("version")
+    wanted = {name for name, field in HEADER.items() if type(version) is not int or field.since <= version}
+    return _differing("header fields", wanted, set(header)) or [
+        f"{name} is {quoted(header[name])}, expected {HEADER[name].expected}."
+        for name in sorted(wanted)
+        if not HEADER[name].allows(header[name])
+    ]
+
+
+def _fits(shape: tuple[int, ...], axes: int, examples: int) -> bool:
+    return len(shape) == axes and shape[0] == examples and all(n <= MOST_NORMS for n in shape[1:])
+
+
+def _misshapen(name: str, dtype: np.dtype, shape: tuple[int, ...], examples: int) -> str:
+    wanted, axes = ARRAYS[name]
+    return f"{name} is {dtype} of shape {shape}, expected {np.dtype(wanted)} with {axes} axes and {examples} rows."
+
+
+def _differing(what: str, wanted: set[str], found: set[str]) -> list[str]:
+    if wanted == found:
+        return []
+    missing, unknown = sorted(wanted - found) or "none", sorted(map(quoted, found - wanted))[:10] or "none"
+    return [f"{what} missing: {missing}, not known: {unknown}."]
 
 
 def _field(certificate, name):
@@ -245,13 +357,25 @@ def statement(header: Mapping[str, Any]) -> str:
     """The file's claim in one sentence, from the header's other fields.
 
     Raises:
-        ValueError: a tier that proves nothing, or a failure probability that does not belong to the tier.
+        ValueError: a tier that proves nothing, or a failure probability that does not belong to the
+            tier; a seed of which it is not said where it comes from.
     """
+    # Files of version 1 do not say it.
+    draws = {
+        None: "",
+        "system": ", from the operating system",
+        "given": ", given: network and images are assumed to be chosen independently of it",
+    }
     tier, delta = header["tier"], header["failure_probability"]
+    origin = header.get("seed_from")
+    if tier == "probabilistic" and origin not in draws:
+        raise ValueError(
+            f'the draws of a probabilistic certificate have a seed from "system" or "given", got {origin!r}.'
+        )
     if tier == "probabilistic" and 0 < delta < 1:
         condition = (
-            f"with probability >= 1 - {delta!r} over the tool's own draws (seed {header['seed']}), all certificates of "
-            "this file hold together"
+            f"with probability >= 1 - {delta!r} over the tool's own draws (seed {header['seed']}{draws[origin]}), all "
+            "certificates of this file hold together"
         )
     elif tier == "deterministic" and delta == 0:
         condition = "all certificates of this file hold, without any probability of failure"
@@ -334,9 +458,11 @@ def describe(network) -> list[dict[str, Any]]:
     "kind" is "conv", "linear", "average_pool", "normalize", "flatten", "relu", "clipped_relu", "maxmin" or "clipped_maxmin",
     by the layer's exact type; "fork" and "join" stand around the layers of a Residual. The other entries are a layer's
     parameters (kernel, bias, threshold, upper, lower), its settings (strides, padding, dilation, groups, window, ndim), the
-    type it computes in ("dtype", None: that of its input and parameters), and under "unusual" what is not written down here
-    and may change what it computes. A layer of any other type gets its full type name as kind and all parameters it has:
-    enough for a hash, not for the checker.
+    type it computes in ("dtype", None: that of its input and parameters), the algorithm that its
+    products are fixed to ("precision", absent: the device's), a "mask" if there is one, and under
+    "unusual" what is not written down here and may change what it computes. A layer of any other
+    type gets its full type name as kind and all parameters it has: enough for a hash, not for the
+    checker.
 
     Raises:
         TypeError: the network is no nnx.Sequential.
@@ -398,18 +524,78 @@ def _name(layer) -> str:
     return f"{type(layer).__module__}.{type(layer).__qualname__}"
 
 
-def _affine_parameters(layer) -> dict[str, Any]:
-    unusual = [
+def unusual(layer) -> list[str]:
+    """What of an nnx.Linear or nnx.Conv may make it compute something else than its parameters say.
+
+    Returns:
+        Names of attributes: those that nothing here knows (of a later Flax, or set by hand), those
+        known ones that are not as the constructor sets them by default, and those that contradict
+        the parameters.
+    """
+    defaults = _defaults(type(layer))
+    found = [
         name
-        for name, parameter in inspect.signature(type(layer).__init__).parameters.items()
-        if name not in _UNDERSTOOD and getattr(layer, name, parameter.default) is not parameter.default
+        for name in dict.fromkeys((*defaults, *vars(layer)))
+        if name not in _UNDERSTOOD and getattr(layer, name, None) is not defaults.get(name, _ABSENT)
     ]
-    return {
+    # Flax's Conv looks at use_bias alone, its Linear at both.
+    if layer.use_bias not in (True, False) or layer.use_bias != (layer.bias is not None):
+        found.append("use_bias")
+    kernel = layer.kernel[...]
+    window = tuple(kernel.shape[:-2])
+    if getattr(layer, "kernel_size", window) != window:
+        found.append("kernel_size")
+    if getattr(layer, "kernel_shape", kernel.shape) != tuple(kernel.shape):
+        found.append("kernel_shape")
+    if not _floating(kernel):
+        found.append("kernel")
+    if layer.bias is not None and not _floating(layer.bias[...]):
+        found.append("bias")
+    return found
+
+
+_ABSENT = object()
+
+
+def _defaults(kind) -> dict[str, Any]:
+    """The constructor's arguments and their default values."""
+    parameters = inspect.signature(kind.__init__).parameters
+    return {name: parameter.default for name, parameter in parameters.items()}
+
+
+def _floating(array) -> bool:
+    import jax.numpy as jnp
+
+    return jnp.issubdtype(array.dtype, jnp.floating)
+
+
+def _affine_parameters(layer) -> dict[str, Any]:
+    found = {
         "kernel": np.asarray(layer.kernel[...]),
         "bias": None if layer.bias is None else np.asarray(layer.bias[...]),
         "dtype": None if layer.dtype is None else np.dtype(layer.dtype).name,
-        "unusual": unusual,
+        "unusual": unusual(layer),
     }
+    # Only where they say something, so that the hashes of other networks stay as they were.
+    if getattr(layer, "mask", None) is not None:
+        found["mask"] = np.asarray(layer.mask)
+    algorithm = _algorithm(layer.precision)
+    if algorithm is not None:
+        found["precision"] = algorithm
+    return found
+
+
+def _algorithm(precision) -> str | None:
+    """What a layer's products are computed by, where its precision leaves that to no device."""
+    import jax
+
+    fixed = {name for name in jax.lax.DotAlgorithmPreset.__members__ if name != "DEFAULT"}
+
+    def left_to_device(part):
+        return str(part) not in fixed and not isinstance(part, jax.lax.DotAlgorithm)
+
+    parts = precision if type(precision) in (list, tuple) else [precision]
+    return None if all(map(left_to_device, parts)) else str(precision)
 
 
 def _all_parameters(layer) -> dict[str, Any]:

@@ -11,6 +11,8 @@ import contextlib
 import dataclasses
 import functools
 import math
+import operator
+import secrets
 from collections.abc import Iterator
 from typing import Any
 
@@ -27,6 +29,8 @@ TIERS = ("probabilistic", "deterministic")
 INFLATION = 0.01
 SCALE_SLACK = 0.002
 RADIUS_ITERATIONS = 15
+# Of a seed: what JAX takes as one integer, where it has 64 bits.
+SEED_BITS = 63
 # Entries up to which a layer's matrix is written out (float64: 16 MB).
 SMALL_MATRIX = 2**21
 # Pixels in all images up to which compiling without LLVM's optimizer is the quicker way (two CPU cores: 1500 digits or 130
@@ -60,6 +64,9 @@ class Certificate:
             (`activations.Rule.stable`): no kink, no threshold, no change of order. As `constant` it rests on the norms.
         epsilon, mode, tier, failure_probability, seed: what the verdicts are for and rest on. In tier "deterministic"
             failure_probability is 0 and the seed has no influence on what is proved.
+        seed_from: "system", drawn from the operating system for this call; "given" by the caller:
+            then the proof assumes that network and images were chosen independently of it; "unused"
+            (seed 0) in tier "deterministic", where none was given.
         precision: of the bounds' own computation.
         arithmetic: of the network as executed, the least precise of its layers; a name in `rounding.ARITHMETICS`.
     """
@@ -78,6 +85,7 @@ class Certificate:
     tier: str
     failure_probability: float
     seed: int
+    seed_from: str
     precision: str
     arithmetic: str
 
@@ -124,6 +132,7 @@ class CertifiedRadius:
     tier: str
     failure_probability: float
     seed: int
+    seed_from: str
     precision: str
     arithmetic: str
 
@@ -176,16 +185,18 @@ def certify(
     mode: str = "local",
     arithmetic: str | None = None,
     budget: float = deterministic.BUDGET,
-    seed: int = 0,
+    seed: int | None = None,
     batch_size: int = 64,
     examine: np.ndarray | None = None,
 ) -> Certificate:
     """Proves, image by image, that no l2 perturbation of norm <= epsilon changes the network's (right) prediction.
 
     **Guarantee**, tier "probabilistic": with probability >= 1 - failure_probability over the tool's own draws, *all*
-    certificates of the call hold, whatever the weights and images. Each norm is bounded from above by
-    `spectral.probabilistic_norm_bound` with fresh starts; failure_probability is split evenly over layers and images
-    (union bound), and the number of steps follows from it, the layer's size and the wanted `INFLATION`. Tier
+    certificates of the call hold, whatever the weights and images, as long as these were chosen
+    independently of the seed. Nobody can have known the one that is drawn by default. Each norm is
+    bounded from above by `spectral.probabilistic_norm_bound` with fresh starts; failure_probability is
+    split evenly over layers and images (`split_failure_probability`), and the number of steps follows
+    from it, the layer's size and the wanted `INFLATION`. Tier
     "deterministic": they hold, without any probability; each norm is bounded by `deterministic.norm_bound`.
 
     Both: the bounds are computed in float64 (on the host, where the device has none), rounded outwards, and hold for the
@@ -214,8 +225,10 @@ def certify(
             executes it (`rounding.arithmetics_of`), e.g. float32 on a CPU, TF32 on a GPU at default precision.
         budget: floating-point operations, per norm and image, that tier "deterministic" may spend on a masked
             convolution; where `deterministic.masked_convolution_cost` is above it the convolution's global norm is used.
-        seed: of the draws. The draws must be independent of the network and the images: do not choose weights or images
-            by looking at the outcome for one seed.
+        seed: of the draws, 0 .. 2^63 - 1. None: drawn from the operating system, and recorded. One that
+            is given makes the call repeatable, and adds an assumption that the certificate states:
+            whoever made the network and the images did not know the seed. A network can be made against
+            a known one, so that its certificates are false.
         batch_size: images at once; no influence on the result.
         examine: boolean ``(N,)``, or None for all: the images to decide. The others are reported as not certified, with
             margin -inf, constant and stable 0 and allowance, lipschitz and norms inf: nothing is claimed. To save time on
@@ -251,7 +264,7 @@ def certified_radius(
     mode: str = "local",
     arithmetic: str | None = None,
     budget: float = deterministic.BUDGET,
-    seed: int = 0,
+    seed: int | None = None,
     max_radius: float = 4.0,
     batch_size: int = 64,
     examine: np.ndarray | None = None,
@@ -293,6 +306,47 @@ def certified_radius(
     return CertifiedRadius(out["predicted"], out["correct"], **facts, mode=mode, **prover.facts)
 
 
+def drawn_seed() -> int:
+    """A seed of `SEED_BITS` bits from the operating system, which nobody can have known before."""
+    return secrets.randbits(SEED_BITS)
+
+
+def split_failure_probability(
+    failure_probability: float,
+    images: int,
+    layers: int,
+    attempts: int = 1,
+) -> float:
+    """The failure probability of each norm bound, so that all together fail with at most the whole.
+
+    In one attempt a call bounds, for every layer, the norm of each image and one that all images share
+    (the global norm, in the modes that have one): ``layers * (images + 1)`` bounds, of which fewer are
+    used where images are not examined. Each has draws of its own (`_certify_batch`: the key is that of
+    the seed, the attempt, the image's place in the call, the layer), and fails with probability at most
+    the share given everything that was drawn before: an attempt's radius may depend on how the one
+    before ended. The probability that any of them fails is at most the sum of theirs.
+
+    Args:
+        failure_probability: of the whole call.
+        images: of the whole call, examined or not.
+        layers: whose norms are bounded.
+        attempts: at most so many radii are tried for an image.
+    """
+    count = max(1, layers) * (images + 1) * attempts
+    # The next number below, so that no rounding brings the sum above the whole.
+    return math.nextafter(failure_probability / count, 0)
+
+
+def _checked_seed(seed) -> int:
+    try:
+        found = operator.index(seed)
+    except TypeError:
+        raise TypeError(f"seed must be an integer, or None to have one drawn, got {seed!r}.") from None
+    if not 0 <= found < 2**SEED_BITS:
+        raise ValueError(f"seed must lie in 0 .. 2^{SEED_BITS} - 1, got {seed}.")
+    return found
+
+
 class _Prover:
     """What certificates of one network share: checks, the split of delta, arithmetic, global norms. A context."""
 
@@ -302,13 +356,18 @@ class _Prover:
         if not budget >= 0:
             raise ValueError(f"budget must be >= 0 floating-point operations, got {budget}.")
         arithmetics = rounding.arithmetics_of(graph, arithmetic)
-        self.graph, self.seed = graph, seed
+        self.graph = graph
+        if seed is not None:
+            self.seed, seed_from = _checked_seed(seed), "given"
+        elif tier == "probabilistic":
+            self.seed, seed_from = drawn_seed(), "system"
+        else:
+            self.seed, seed_from = 0, "unused"
         self._size = min(batch_size, len(images))
         self._optimize = images.size > FEW_PIXELS
         self.norms = len(graph.linear) - 1
         self.activations = sum(isinstance(node, Activation) for node in graph.nodes)
-        # One share more than images: for the global norms, which all images use.
-        share = failure_probability / (max(1, self.norms) * (len(images) + 1) * attempts)
+        share = split_failure_probability(failure_probability, len(images), self.norms, attempts)
         self._options = {
             "mode": mode,
             "tier": tier,
@@ -319,7 +378,8 @@ class _Prover:
         self.facts = {
             "tier": tier,
             "failure_probability": failure_probability if tier == "probabilistic" else 0.0,
-            "seed": seed,
+            "seed": self.seed,
+            "seed_from": seed_from,
             "precision": "float64",
             "arithmetic": rounding.least_precise(arithmetics),
         }
@@ -328,7 +388,8 @@ class _Prover:
         self._context = _exact()
         self._context.__enter__()
         self.graph = jax.tree.map(_in_float64, self.graph)
-        self._key = jax.random.key(self.seed)
+        # In 64 bits, where no bit of the seed is lost, and by the generator whose draws are meant.
+        self._key = jax.random.key(self.seed, impl="threefry2x32")
         self._global = _global_norms(self.graph)
         return self
 
@@ -380,7 +441,9 @@ def _facts(bound, label, worst, extra):
     predicted = jnp.argmax(bound.logits)
     # An overflow or NaN anywhere, even one that a mask or a minimum hides later, is a reason not to certify.
     largest = min(rounding.LARGEST, float(jnp.finfo(margin.dtype).max))
-    sound = jnp.array([jnp.all(jnp.abs(leaf) < largest) for leaf in jax.tree.leaves((bound.regions, bound.norms))])
+    numbers = jax.tree.leaves((bound.regions, bound.norms, bound.graph))
+    numbers = [leaf for leaf in numbers if jnp.issubdtype(jnp.result_type(leaf), jnp.floating)]
+    sound = jnp.array([jnp.all(jnp.abs(leaf) < largest) for leaf in numbers])
     constant, stable = [], []
     for node, after in zip(bound.graph.nodes, bound.regions, strict=True):
         if isinstance(node, Activation):
@@ -413,7 +476,7 @@ def _verdict(graph, x, label, epsilon, mode, arithmetics, global_norms, local_no
     boxes = [outward.widened(x - epsilon, x + epsilon, 0.0)]
     boxes += [(region.lower, region.upper) for region in bound.regions[1:]]
     executed = rounding.forward_error(graph, boxes, arithmetics, global_norms, _view)
-    head = graph.nodes[-1]
+    head = graph.linear_nodes[-1]
     lower, upper = boxes[head.inputs[0]]
     own = outward.slack(_view(head.operator, lower), lower, upper)
     worst = bounds.worst_logits(bound, label, outward, _view)
@@ -446,7 +509,10 @@ def probabilistic_norm(operator, key, failure_probability, like, mask_in, mask_o
 
 @functools.cache
 def _compiled(function, *static: str, optimize: bool = True):
-    """`function` under `jit`. On CPU, LLVM's optimizer takes most of the time and gains little if there is little work."""
+    """`function` under `jit`.
+
+    On CPU, LLVM's optimizer takes most of the time and gains little if there is little work.
+    """
     level = 1 if optimize else 0
     options = {"xla_backend_optimization_level": level} if jax.default_backend() == "cpu" else None
     return jax.jit(function, static_argnames=static, compiler_options=options)
@@ -472,8 +538,7 @@ def _estimate_batch(shared, columns, *, mode, iterations):
 def _global_norms(graph: Graph):
     """Proven upper bounds of the linear nodes' whole norms, in order. Compiled one by one: nets share them."""
     compiled = _compiled(deterministic.global_norm_bound, optimize=False)
-    nodes = [graph.nodes[i] for i in graph.linear]
-    return tuple(compiled(node.operator, jnp.zeros(graph.nodes[node.inputs[0]].shape)) for node in nodes)
+    return tuple(compiled(node.operator, jnp.zeros(graph.nodes[node.inputs[0]].shape)) for node in graph.linear_nodes)
 
 
 def _certify_batch(shared, columns, *, mode, tier, failure_probability, arithmetics, budget):
@@ -579,12 +644,25 @@ def _certifiable(network, images, tier, failure_probability, arithmetic) -> Grap
     if not 0 < failure_probability < 1:
         raise ValueError(f"failure_probability must lie in (0, 1), got {failure_probability}.")
     with jax.enable_x64(arithmetic == "float64" or jax.config.jax_enable_x64):  # type: ignore[attr-defined]
-        graph = bounds.graph_of(network, _example(images, arithmetic))
+        graph, again = (bounds.graph_of(network, _example(images, arithmetic)) for _ in range(2))
+    if not _same(graph, again):
+        raise ValueError(
+            "the network computes something else each time it is traced (a parameter that changes when it is "
+            "read, random numbers of Python): what will be executed is not known."
+        )
     for node in graph.nodes:
         for leaf in jax.tree.leaves(node):
             if not np.all(np.isfinite(np.asarray(leaf, np.float64))):
                 raise ValueError(f"{node.where}: a parameter holds NaN or infinity.")
     return graph
+
+
+def _same(first: Graph, second: Graph) -> bool:
+    """Do two graphs compute the same, bit for bit?"""
+    if jax.tree.structure(first) != jax.tree.structure(second):
+        return False
+    pairs = zip(jax.tree.leaves(first), jax.tree.leaves(second), strict=True)
+    return all(np.array_equal(a, b, equal_nan=True) for a, b in pairs)
 
 
 def _example(images: np.ndarray, arithmetic: str | None) -> jax.ShapeDtypeStruct:
@@ -611,8 +689,14 @@ def _check_images(images) -> np.ndarray:
     images = np.asarray(images)
     if images.ndim < 2 or len(images) == 0:
         raise ValueError(f"images must be a non-empty batch (N, ...), got shape {images.shape}.")
-    if not np.issubdtype(images.dtype, np.floating):
+    if not jnp.issubdtype(images.dtype, jnp.floating):
         raise TypeError(f"images must be floats in [0, 1], got {images.dtype}: divide 0..255 integers by 255.")
+    if images.dtype not in (np.float32, np.float64):
+        raise TypeError(
+            f"images must be float32 or float64, got {images.dtype}: layers would compute in "
+            "that type, and what is certified is the network on float32 images. Give it, and "
+            "execute it on, images.astype(np.float32)."
+        )
     low, high = images.min(), images.max()
     if not (low >= 0 and high <= 1):  # a NaN fails too
         raise ValueError(

@@ -22,10 +22,18 @@ outwards. Modes "global", "bcp" and "paper" are at least as loose as "local", so
 of all four, and carries those of modes "linear" and "rows".
 
 **What a confirmation says.** Each verdict "certified" follows for a second time, from the network and the images of the
-recorded hashes. Norms of matrices with a side of at most `check_norms.SMALL` are proved without chance; larger ones by a
-randomised upper bound that fails with probability at most the file's failure probability in all
-(`DETERMINISTIC_FILE_DELTA` if the file has none) over the checker's own draws: fresh ones, from the operating system
-unless a seed is given. A rejected verdict is not proved to be false: it could not be derived.
+recorded hashes. Norms of matrices with a side of at most `check_norms.SMALL`
+(`check_norms.AFFORDABLE` for a file of tier "deterministic") are proved without chance; larger ones
+by a randomised upper bound that fails with probability at most the file's failure probability, or
+`LARGEST_DELTA` if that is less, in all (`DETERMINISTIC_FILE_DELTA` if the file has none) over the
+checker's own draws: fresh ones, from the operating system unless a seed is given. The first line of
+a report says which of the two it was. A rejected verdict is not proved to be false: it could not be
+derived.
+
+**What is taken on trust**, because no derivation leads back to it: the tool's own tier, failure
+probability, seed and mode, its precision, command and versions, the names of data and split; and
+the index, for who hands over images himself (the command finds the images by it). A report shows
+these as the file writes them, in quotes and apart from what was verified.
 """
 
 import argparse
@@ -38,18 +46,34 @@ from typing import Any
 
 import numpy as np
 
-from lipjax.certificate_files import CertificateFileError, data_hash, describe, digest, load, network_hash, statement
-from lipjax.check_layers import Affine, CannotCheck, steps_of
-from lipjax.check_norms import Norms
+from lipjax.certificate_files import (
+    CertificateFileError,
+    data_hash,
+    describe,
+    digest,
+    faults,
+    load,
+    network_hash,
+    statement,
+)
+from lipjax.check_layers import Add, Affine, CannotCheck, Node, nodes_of
+from lipjax.check_norms import Norms, U
 from lipjax.check_walk import ARITHMETICS, Derived, Network, derive
+from lipjax.files import Npz, Unreadable, quoted
 
 # Failure probability of the checker's own draws for a file that claims none.
 DETERMINISTIC_FILE_DELTA = 1e-9
+# And bounds of it, whatever the file claims.
+SMALLEST_DELTA, LARGEST_DELTA = 1e-12, 1e-6
 # Relative tolerance where the checker compares a recorded number with one that it knows precisely.
 TOLERANCE = 1e-9
-# The share of the allowance for the executed network's rounding that two derivations of it may differ by.
+# The share of the allowance for the executed network's rounding that two derivations of it may
+# differ by. Where the network is executed in float64, the derivations themselves round as it does.
 ALLOWANCE_TOLERANCE = 0.02
+FLOAT64_ALLOWANCE_TOLERANCE = 0.5
 HUGE = 1e30
+# Bytes of an array of an --images file, unpacked.
+MOST_IMAGE_BYTES = 2**33
 
 # ---------------------------------------------------------------------------------------------------- the file
 
@@ -83,18 +107,24 @@ class Report:
 
     def __str__(self) -> str:
         header, count = self.header, len(self.checked)
-        part = f", as far as {count} of them go" if self.confirmed and count < header["examples"] else ""
+        rows = header.get("examples")
+        part = f", as far as {count} of them go" if self.confirmed and count != rows else ""
         lines = [
-            f"{'CONFIRMED' if self.confirmed else 'REJECTED'}: certificates of {header['examples']} images, "
-            f"{header['data_name'] or 'data'}, {header['split'] or 'unnamed'} split{part}",
-            f"tier {header['tier']}, delta {header['failure_probability']!r}, epsilon {header['epsilon']!r}, mode "
-            f"{header['mode']}, seed {header['seed']}, executed in {header['arithmetic']}",
-            f"claim: {header['statement']}",
+            f"{self._verdict()}: certificates of {quoted(rows)} images, {quoted(header.get('data_name'))}, split "
+            f"{quoted(header.get('split'))}{part}"
         ]
+        if self.confirmed:
+            chance = f", with probability >= 1 - {self.delta!r}" if self.random_norms else ""
+            lines += [
+                f"verified{chance}: for each of the {self.certified} images marked certified of the {count} derived again, the "
+                f"network, executed in {header['arithmetic']} arithmetic by lipjax's error model, gives every image within "
+                f"l2 distance {self._radius()} of it (pixels in [0, 1]) the image's label; network "
+                f"{header['network'][:16]}, images {header['data'][:16]}",
+            ]
         if count:
             lines.append(
-                f"derived again: {count} of {header['examples']} verdicts; {self.certified} recorded as certified, "
-                f"{self.derived} derived as certified"
+                f"derived again: {count} of {rows} verdicts; {self.certified} recorded as certified, {self.derived} derived "
+                "as certified"
             )
             lines.append(
                 f"{self.random_norms} norm bounds are randomised: fail with probability <= {self.delta!r} in all, over "
@@ -102,11 +132,33 @@ class Report:
                 if self.random_norms
                 else "no norm bound rests on chance"
             )
+        lines.append(
+            "taken on trust: " + ", ".join(f"{name} {quoted(header.get(key))}" for name, key in TRUSTED.items())
+        )
+        lines.append(f"the file says: {quoted(header.get('statement'), 4000)}")
         shown = self.problems[:10]
         lines += [f"- {problem}" for problem in shown]
         if len(shown) < len(self.problems):
             lines.append(f"- and {len(self.problems) - len(shown)} more")
         return "\n".join(lines)
+
+    def _verdict(self) -> str:
+        if not self.confirmed:
+            return "REJECTED"
+        if self.random_norms and self.header["tier"] == "deterministic":
+            return f"CONFIRMED by randomised norms, with probability >= 1 - {self.delta!r}, NOT deterministically"
+        return "CONFIRMED"
+
+    def _radius(self) -> str:
+        return "its epsilon" if self.header["epsilon"] is None else f"epsilon = {self.header['epsilon']!r}"
+
+
+# What no derivation leads back to: how a report calls it, and the header's field.
+TRUSTED = {
+    **{"tier": "tier", "delta": "failure_probability", "seed": "seed", "seed from": "seed_from"},
+    **{"mode": "mode", "data": "data_name"},
+    **{"split": "split", "precision": "precision", "command": "command", "versions": "versions"},
+}
 
 
 def check(
@@ -126,12 +178,16 @@ def check(
     holds, every example is derived again, and these must hold of it: a recorded certificate is derived as one; the
     recorded prediction is right (up to rounding of the executed network); a recorded norm is not below the true norm
     inside the checker's own masks, which are at most the tool's; the recorded margin is not above the derived one, nor
-    the recorded allowance for rounding below it. Relative differences of 1e-9 are let pass, of 2 % in an allowance, and
-    those up to what the checker itself does not know of the norms (about 0.1 % each where it uses the randomised bound).
+    the recorded allowance for rounding below it. Differences are let pass in the recorded margin up
+    to 1e-9 of what was taken off it, 2 % of the allowance, and what the checker itself does not
+    know of the norms (about 0.1 % each where it uses the randomised bound), however large the
+    logits are; where the network is executed in float64, in which two derivations differ by as much
+    as the network itself, up to three allowances.
 
     Args:
         layers: the network as `describe` writes it.
-        images, labels: ``(N, ...)`` floats and ``(N,)`` integers, the rows of the file in its order.
+        images, labels: ``(N, ...)`` floats in [0, 1] and ``(N,)`` integers, the rows of the file in
+            its order.
         header, arrays: as `lipjax.certificate_files.load` returns them.
         rng: of the checker's own draws; it must be independent of the file.
         examples: derive only so many rows, chosen at random.
@@ -142,25 +198,40 @@ def check(
         ValueError: `examples` is not between 1 and N.
     """
     images, labels = np.asarray(images), np.asarray(labels)
+    if images.dtype.kind != "f" or images.ndim < 2 or labels.dtype.kind not in "iu" or labels.ndim != 1:
+        raise ValueError(
+            f"images must be floats (N, ...) and labels integers (N,), got {images.dtype} of shape {images.shape} and "
+            f"{labels.dtype} of shape {labels.shape}."
+        )
+
+    def rejected(problems: list[str]) -> Report:
+        return Report(tuple(problems), header, np.zeros(0, int), np.zeros(0), 0, 0, 0, 0.0)
+
+    if problems := faults(header, arrays):
+        return rejected(problems)
     count = header["examples"]
     if examples is not None and not 1 <= examples <= count:
         raise ValueError(f"examples must lie in 1..{count}, the rows of the file, got {examples}.")
     if header["arithmetic"] not in ARITHMETICS:
         raise CannotCheck(f"arithmetic {header['arithmetic']!r} is not one of {', '.join(ARITHMETICS)}.")
-    problems = _contradictions(layers, images, labels, header, arrays)
-    nothing = np.zeros(0, int)
-    if problems:
-        return Report(tuple(problems), header, nothing, np.zeros(0), 0, 0, 0, 0.0)
+    if problems := _contradictions(layers, images, labels, header, arrays):
+        return rejected(problems)
+    if images.dtype not in (np.float32, np.float64):
+        raise CannotCheck(
+            f"the images are {images.dtype}: a network would compute in that type. A certificate "
+            "is about float32 images, float64 in float64 arithmetic: give images.astype('float32')."
+        )
     chosen = np.arange(count) if examples is None else np.sort(rng.choice(count, examples, replace=False))
-    steps = steps_of(layers, images.shape[1:])
-    affine = [step for step in steps if isinstance(step, Affine)]
+    nodes = nodes_of(layers, images.shape[1:])
+    affine = [node.step for node in nodes if isinstance(node.step, Affine)]
     _check_precision(layers, header["arithmetic"])
-    problems = _misfits(arrays, affine)
-    if problems:
-        return Report(tuple(problems), header, nothing, np.zeros(0), 0, 0, 0, 0.0)
+    if problems := _misfits(header, arrays, nodes, affine):
+        return rejected(problems)
     delta = header["failure_probability"] or DETERMINISTIC_FILE_DELTA
-    norms = Norms(delta / (len(affine) * (len(chosen) + 1)), rng)
-    network = Network(steps, [norms(layer.matrix) for layer in affine], header["arithmetic"])
+    delta = min(max(delta, SMALLEST_DELTA), LARGEST_DELTA)
+    share = delta / (len(affine) * (len(chosen) + 1))
+    norms = Norms(share, rng, patient=header["tier"] == "deterministic")
+    network = Network(nodes, [norms(layer.matrix) for layer in affine], header["arithmetic"])
     margins = np.full(len(chosen), -math.inf)
     slopes = {"linear": header["mode"] in ("linear", "rows"), "rows": header["mode"] == "rows"}
     for i, row in enumerate(chosen):
@@ -202,9 +273,9 @@ def _contradictions(layers, images, labels, header, arrays) -> list[str]:
         problems.append(str(error))
     else:
         if header["statement"] != claimed:
-            problems.append(f"the statement does not follow from the header: it should read {claimed!r}.")
-    if header["mode"] not in ("global", "bcp", "paper", "local", "linear", "rows"):
-        problems.append(f"mode {header['mode']!r} is none of global, bcp, paper, local, linear, rows.")
+            problems.append(f"the statement does not follow from the header: it should read {quoted(claimed, 4000)}.")
+    if not np.all((images >= 0) & (images <= 1)):
+        problems.append("images have pixels outside [0, 1], or NaN: the statement is about pixels in [0, 1].")
     epsilon, margin, certified = arrays["epsilon"], arrays["margin"], arrays["certified"]
     if np.any(wrong := ~((epsilon >= 0) & np.isfinite(epsilon))):
         problems.append(f"epsilon is negative, infinite or NaN in rows {_rows(wrong)}.")
@@ -222,9 +293,6 @@ def _contradictions(layers, images, labels, header, arrays) -> list[str]:
         # The tool refuses what comes near to overflow anywhere in its walk, whatever the margin.
         if np.any(wrong := ~certified & follows & np.all(np.abs(numbers) < HUGE, axis=1)):
             problems.append(f"not certified, although correct and margin > 0, in rows {_rows(wrong)}.")
-        product = np.prod(arrays["norms"], axis=1)
-        if np.any(wrong := certified & ~(arrays["lipschitz"] >= product * (1 - TOLERANCE))):
-            problems.append(f"lipschitz is below the product of the norms in rows {_rows(wrong)}.")
     return problems
 
 
@@ -233,9 +301,25 @@ def _rows(wrong: np.ndarray) -> str:
     return ", ".join(map(str, rows[:10])) + (", ..." if len(rows) > 10 else "")
 
 
+# Algorithms that a layer's products can be fixed to, by the arithmetic that covers them.
+ALGORITHMS = {
+    "F64_F64_F64": "float64",
+    "F32_F32_F32": "float32",
+    "TF32_TF32_F32": "tf32",
+    "BF16_BF16_F32": "bfloat16_products",
+}
+
+
 def _check_precision(layers, arithmetic: str) -> None:
-    """Refuses a layer that rounds more than the recorded arithmetic says."""
+    """Refuses a layer that rounds more than the recorded arithmetic says.
+
+    Images are float32, in float64 arithmetic float64, so a narrower type can only come from a
+    layer's dtype or parameters; all layers are taken to compute in the recorded arithmetic, also
+    those without either, which compute in the type of what is in front of them.
+    """
+    order = list(ARITHMETICS)
     for i, layer in enumerate(layers):
+        where = f"layer {i}, {layer['kind']},"
         used = {
             layer.get("dtype"),
             *(layer[name].dtype.name for name in ("kernel", "bias") if layer.get(name) is not None),
@@ -243,23 +327,42 @@ def _check_precision(layers, arithmetic: str) -> None:
         coarser = "bfloat16" in used and arithmetic != "bfloat16"
         if coarser or (layer.get("dtype") == "float32" and arithmetic == "float64"):
             raise CannotCheck(
-                f"layer {i}, {layer['kind']}, computes in {'bfloat16' if coarser else 'float32'}, which rounds more than the "
-                f"recorded arithmetic, {arithmetic}."
+                f"{where} computes in {'bfloat16' if coarser else 'float32'}, which rounds more "
+                f"than the recorded arithmetic, {arithmetic}."
             )
-        for name in ("threshold", "upper", "lower"):
+        algorithm = layer.get("precision")
+        covered = order[: order.index(arithmetic) + 1]
+        if algorithm is not None and ALGORITHMS.get(algorithm) not in covered:
+            raise CannotCheck(
+                f"{where} computes its products by {algorithm}, whose rounding is not known to be "
+                f"that of the recorded arithmetic, {arithmetic}."
+            )
+        for name in ("kernel", "bias", "threshold", "upper", "lower", "scale", "shift"):
             value = layer.get(name)
-            if value is not None and arithmetic != "float64" and not np.array_equal(value, value.astype(np.float32)):
+            if value is None or (arithmetic == "float64" and name not in ("scale", "shift")):
+                continue
+            exact = np.asarray(value, np.float64)
+            with np.errstate(over="ignore"):
+                single = exact.astype(np.float32)
+            if not np.array_equal(exact, single):
                 raise CannotCheck(
-                    f"layer {i}, {layer['kind']}, has float64 thresholds: {arithmetic} would round them, which is not in the "
-                    "error model."
+                    f"{where} has float64 numbers as {name}: {arithmetic} would round them, so "
+                    "what is executed is another function."
                 )
 
 
-def _misfits(arrays, affine: Sequence[Affine]) -> list[str]:
+def _misfits(header, arrays, nodes: Sequence[Node], affine: Sequence[Affine]) -> list[str]:
     """What in the file cannot belong to this network."""
     problems, classes = [], len(affine[-1].bias)
+    if header["classes"] not in (None, classes):
+        problems.append(f"the file says {header['classes']} classes, the network has {classes}.")
     if arrays["norms"].shape[1] != len(affine) - 1:
         problems.append(f"there are {arrays['norms'].shape[1]} norms an image, the network has {len(affine) - 1}.")
+    else:
+        with np.errstate(all="ignore"):
+            least = _constant(nodes, arrays["norms"]) * (1 - TOLERANCE)
+            if np.any(wrong := arrays["certified"] & ~(arrays["lipschitz"] >= least)):
+                problems.append(f"lipschitz is below what follows from the norms in rows {_rows(wrong)}.")
     for name in ("label", "predicted"):
         if np.any(wrong := (arrays[name] < 0) | (arrays[name] >= classes)):
             problems.append(f"{name} is outside 0..{classes - 1} in rows {_rows(wrong)}.")
@@ -268,14 +371,34 @@ def _misfits(arrays, affine: Sequence[Affine]) -> list[str]:
     return problems
 
 
+def _constant(nodes: Sequence[Node], norms: np.ndarray) -> np.ndarray:
+    """The Lipschitz constant up to the last affine layer: products along the graph, sums where it
+    adds."""
+    found, used = [np.ones(len(norms))], 0
+    for node in nodes[:-1]:
+        first = found[node.inputs[0]]
+        if isinstance(node.step, Affine):
+            first, used = first * norms[:, used], used + 1
+        elif isinstance(node.step, Add):
+            first = first + found[node.inputs[1]]
+        found.append(first)
+    return found[nodes[-1].inputs[0]]
+
+
 def _differences(derived: Derived, network: Network, header, row) -> list[str]:
     """What of one recorded row does not agree with what was derived."""
     problems = []
-    scale = float(np.max(np.abs(derived.logits)))
+    # Rounding of two derivations: of the logits in float64 (whatever the network is executed in,
+    # this is less than the executed network's by the ratio of the unit roundoffs), of sums of their
+    # sizes, and in what both say of the network's.
+    single = network.arithmetic != "float64"
+    own = derived.rounding * (U * 2.0**24 if single else 1.0)
+    sums = 16 * U * (float(np.max(np.abs(derived.logits))) + derived.taken)
+    share = ALLOWANCE_TOLERANCE if single else FLOAT64_ALLOWANCE_TOLERANCE
     # The largest logit as executed may differ from the exact one only where rounding can close the gap.
-    behind = derived.logits - derived.rounding
-    highest = derived.logits[row["predicted"]] + derived.rounding[row["predicted"]]
-    if np.max(np.delete(behind, row["predicted"])) > highest + TOLERANCE * scale:
+    reach = derived.rounding + own
+    behind = np.max(np.delete(derived.logits - reach, row["predicted"]))
+    if behind > derived.logits[row["predicted"]] + reach[row["predicted"]] + sums:
         problems.append(f"recorded prediction {row['predicted']}, derived {int(np.argmax(derived.logits))}.")
     if row["certified"] and not derived.margin > 0:
         problems.append(f"recorded as certified with margin {row['margin']:.6g}, derived margin {derived.margin:.6g}.")
@@ -287,12 +410,14 @@ def _differences(derived: Derived, network: Network, header, row) -> list[str]:
         least = np.array([bounds[0] for bounds in network.whole[:-1]]) * (1 - TOLERANCE)
     for k in np.flatnonzero(row["norms"] < least):
         problems.append(f"recorded norm {k} is {row['norms'][k]:.9g}, the true one is at least {least[k]:.9g}.")
-    spare = TOLERANCE * scale + (TOLERANCE + 2 * width) * derived.taken
-    spare += 2 * ALLOWANCE_TOLERANCE * float(np.max(derived.rounding))
-    if math.isfinite(derived.margin) and row["margin"] > derived.margin + spare:
+    pair = [row["label"], derived.rival]
+    spare = (TOLERANCE + 2 * width) * derived.taken + sums
+    spare += float(np.sum(2 * own[pair] + 2 * share * derived.rounding[pair]))
+    # Where nothing can be derived, no number is below it.
+    if row["margin"] > derived.margin + (spare if math.isfinite(derived.margin) else 0.0):
         problems.append(f"recorded margin {row['margin']:.9g} is above the derived one, {derived.margin:.9g}.")
     needed = derived.rounding[row["label"]] + np.min(np.delete(derived.rounding, row["label"]))
-    if row["certified"] and not row["allowance"] >= (1 - ALLOWANCE_TOLERANCE) * needed - TOLERANCE * scale:
+    if row["certified"] and not row["allowance"] >= (1 - share) * needed - sums:
         problems.append(
             f"recorded allowance {row['allowance']:.4g}, but rounding can take {needed:.4g} off the margin."
         )
@@ -336,17 +461,30 @@ def load_subject(given: argparse.Namespace, header, arrays):
 
 
 def _from_npz(path: str, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    with np.load(path, allow_pickle=False) as file:
-        names = next((n for n in (("images", "labels"), ("x", "y")) if n[0] in file and n[1] in file), None)
-        if names is None:
-            raise CannotCheck(f"{path} must hold images and labels (or x and y); it holds {', '.join(file)}.")
-        images, labels = file[names[0]], file[names[1]].reshape(-1)
-    if len(images) != len(labels) or np.any((index < 0) | (index >= len(images))):
-        raise CannotCheck(
-            f"{path} holds {len(images)} images and {len(labels)} labels; the file asks for {max(index)}."
-        )
+    try:
+        with open(path, "rb") as file:
+            npz = Npz(file)
+            names = next((n for n in (("images", "labels"), ("x", "y")) if {*n} <= {*npz.names}), None)
+            if names is None:
+                held = ", ".join(map(quoted, npz.names[:10]))
+                raise CannotCheck(f"{path} must hold images and labels (or x and y); it holds {held}.")
+            labels = npz.read(names[1], MOST_IMAGE_BYTES).reshape(-1)
+            count, highest = npz.member(names[0]).shape[:1], int(np.max(index))
+            if count != labels.shape or highest >= len(labels):
+                raise CannotCheck(
+                    f"{path} holds images of shape {npz.member(names[0]).shape} and {len(labels)} labels; the file asks for "
+                    f"image {highest}."
+                )
+            images = npz.read(names[0], MOST_IMAGE_BYTES)
+    except (OSError, Unreadable, MemoryError) as error:
+        raise CannotCheck(f"{path} cannot be read: {error}") from error
     if images.dtype == np.uint8:
         images = images.astype(np.float32) / np.float32(255)
+    if images.dtype.kind != "f" or labels.dtype.kind not in "iu":
+        raise CannotCheck(
+            f"{path} holds images of type {images.dtype} and labels of type {labels.dtype}; expected uint8 or floats, and "
+            "integers."
+        )
     if images.ndim == 3:
         images = images[..., None]
     return images[index], labels[index].astype(np.int32)

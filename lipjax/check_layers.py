@@ -1,4 +1,5 @@
-"""The checker's layers: every affine layer as an explicit sparse matrix, written from the layer's plain description.
+"""The checker's layers: a graph whose affine layers are explicit sparse matrices, written from
+their plain description.
 
 Part of `lipjax.check`; shares nothing with the bounds that it checks. What it does not know it refuses, and never guesses.
 """
@@ -69,13 +70,45 @@ class Activation:
         return self.joined(np.minimum(np.maximum(a, b), self.top), np.maximum(np.minimum(a, b), self.bottom))
 
 
-def steps_of(layers: Sequence[Mapping[str, Any]], shape: tuple[int, ...]) -> list[Affine | Activation]:
-    """The layers on flattened arrays, for one example of this shape. `layers` as `describe` writes them.
+@dataclasses.dataclass(frozen=True)
+class Add:
+    """The sum of two arrays."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Node:
+    """A step of the network and the values that it takes.
+
+    Attributes:
+        inputs: numbers of values: 0 is the image, k > 0 what the k-th node makes. Each is below the
+            node's own number.
+    """
+
+    step: Affine | Activation | Add
+    inputs: tuple[int, ...]
+
+
+def nodes_of(layers: Sequence[Mapping[str, Any]], shape: tuple[int, ...]) -> list[Node]:
+    """The network as a graph on flattened arrays, for one example of this shape; the last node
+    makes the logits.
+
+    Args:
+        layers: as `describe` writes them. The layers between a "fork" and its "join" are a branch:
+            the join adds what they make to what stood at the fork.
+        shape: of one example.
 
     Raises:
         CannotCheck: a layer, a setting or a shape that this checker does not know.
     """
-    steps: list[Affine | Activation] = []
+    nodes: list[Node] = []
+    forks: list[tuple[int, tuple[int, ...]]] = []  # the values that wait for their branch's end, and their shapes
+    at = 0  # the value that the next layer takes
+
+    def then(step, *others: int) -> None:
+        nonlocal at
+        nodes.append(Node(step, (*others, at)))
+        at = len(nodes)
+
     for i, layer in enumerate(layers):
         name = f"layer {i}, {layer['kind']},"
         if layer.get("unusual"):
@@ -91,29 +124,38 @@ def steps_of(layers: Sequence[Mapping[str, Any]], shape: tuple[int, ...]) -> lis
         match layer["kind"]:
             case "conv":
                 matrix, shape = _convolution(name, layer, shape)
-                steps.append(_affine(matrix, layer["bias"], shape))
+                then(_affine(matrix, layer["bias"], shape))
             case "linear":
                 matrix, shape = _dense(name, layer, shape)
-                steps.append(_affine(matrix, layer["bias"], shape))
+                then(_affine(matrix, layer["bias"], shape))
             case "average_pool":
                 matrix, shape = _pool(name, layer, shape)
-                steps.append(_affine(matrix, None, shape, more=1))  # the rounding of 1 / (window's size)
+                then(_affine(matrix, None, shape, more=1))  # the rounding of 1 / (window's size)
             case "normalize":
                 scale, shift = (np.asarray(layer[name], np.float64) for name in ("scale", "shift"))
                 if scale.ndim != 1 or scale.shape != shift.shape or (shape and len(scale) not in (1, shape[-1])):
                     raise CannotCheck(f"{name} of {len(scale)} channels cannot take an input of shape {shape}.")
                 entries = np.broadcast_to(scale, shape).reshape(-1)
-                steps.append(_affine(scipy.sparse.diags_array(entries), shift, shape))
+                then(_affine(scipy.sparse.diags_array(entries), shift, shape))
             case "flatten":
                 kept = len(shape) - layer["ndim"]
                 if kept < 0:
                     raise CannotCheck(f"{name} flattens {layer['ndim']} axes of an input of shape {shape}.")
                 shape = (*shape[:kept], math.prod(shape[kept:]))
+            case "fork":
+                forks.append((at, shape))
+            case "join":
+                if not forks:
+                    raise CannotCheck(f"{name} has no fork in front of it.")
+                past, before = forks.pop()
+                if before != shape:
+                    raise CannotCheck(f"{name} adds arrays of shapes {before} and {shape}: they must be the same.")
+                then(Add(), past)
             case "relu":
-                steps.append(Activation(False, shape, np.array(np.inf), np.array(-np.inf)))
+                then(Activation(False, shape, np.array(np.inf), np.array(-np.inf)))
             case "clipped_relu":
                 top = _fitting(name, layer["threshold"], shape)
-                steps.append(Activation(False, shape, top, np.array(-np.inf)))
+                then(Activation(False, shape, top, np.array(-np.inf)))
             case "maxmin" | "clipped_maxmin":
                 if not shape or shape[-1] % 2:
                     raise CannotCheck(f"{name} needs an even number of channels, got an input of shape {shape}.")
@@ -122,12 +164,14 @@ def steps_of(layers: Sequence[Mapping[str, Any]], shape: tuple[int, ...]) -> lis
                     top, bottom = np.array(np.inf), np.array(-np.inf)
                 else:
                     top, bottom = _fitting(name, layer["upper"], half), _fitting(name, layer["lower"], half)
-                steps.append(Activation(True, shape, top, bottom))
+                then(Activation(True, shape, top, bottom))
             case _:
                 raise CannotCheck(f"{name} is not known to this checker, so nothing can be derived of it.")
-    if not steps or not isinstance(steps[-1], Affine) or len(shape) != 1:
+    if forks:
+        raise CannotCheck("a branch of the network has no join at its end.")
+    if not nodes or not isinstance(nodes[-1].step, Affine) or len(shape) != 1:
         raise CannotCheck("the network does not end in an affine layer with one axis of logits.")
-    return steps
+    return nodes
 
 
 def _affine(matrix, bias, shape, more: int = 0) -> Affine:

@@ -9,8 +9,10 @@ import math
 
 import numpy as np
 
-# Sides up to which a norm is taken from the Gram matrix; larger matrices get the randomised bound.
+# Sides up to which a norm is taken from the Gram matrix, and up to which it can be for who wants no
+# chance, a few seconds each; larger matrices get the randomised bound.
 SMALL = 1500
+AFFORDABLE = 4096
 # Gaussian starts of the randomised bound, and the inflation of the norm that its number of steps aims at.
 STARTS = 4
 INFLATION = 0.001
@@ -44,10 +46,11 @@ class Norms:
     Args:
         delta: failure probability of each randomised upper bound.
         rng: of its draws.
+        patient: prove also norms that take seconds without chance, up to `AFFORDABLE`.
     """
 
-    def __init__(self, delta: float, rng: np.random.Generator):
-        self.delta, self.rng = delta, rng
+    def __init__(self, delta: float, rng: np.random.Generator, patient: bool = False):
+        self.delta, self.rng, self.patient = delta, rng, patient
         self.random = 0  # how many upper bounds rest on a draw
 
     def __call__(self, matrix) -> tuple[float, float]:
@@ -55,17 +58,22 @@ class Norms:
         if matrix.nnz == 0:
             return 0.0, 0.0
         exponent = math.frexp(float(np.max(np.abs(matrix.data))))[1]
-        scaled = matrix * 2.0**-exponent  # exact, and nothing underflows or overflows when squared
-        if min(matrix.shape) <= SMALL:
-            lower, upper = norm_by_cholesky(scaled)
+        # Exact, and nothing underflows or overflows when squared; ldexp, as 2^-exponent may overflow.
+        scaled = matrix.copy()
+        scaled.data = np.ldexp(matrix.data, -exponent)
+        if min(matrix.shape) <= (AFFORDABLE if self.patient else SMALL):
+            lower, upper = norm_by_cholesky(scaled, self.rng)
         else:
             lower, upper, used = norm_by_chebyshev(scaled, self.delta, self.rng)
             self.random += used
-        return math.ldexp(lower, exponent), math.ldexp(upper, exponent)
+        with np.errstate(over="ignore", under="ignore"):  # to infinity
+            return float(np.ldexp(lower, exponent)), float(up(np.ldexp(upper, exponent)))
 
 
-def norm_by_cholesky(matrix) -> tuple[float, float]:
-    """The norm of a sparse matrix of which one side is small, never below the truth and above it by about 1e-9 at most.
+def norm_by_cholesky(matrix, rng: np.random.Generator) -> tuple[float, float]:
+    """The norm of a sparse matrix of which one side is small, never below the truth and above it by
+    about 1e-9 at most, or by about 1e-4 where the side is above `SMALL`: there the norm is guessed
+    by Lanczos (from `rng`), and proved all the same.
 
     G is the smaller Gram matrix, computed with an error of norm at most ``gamma_n ||A||_F^2`` (n terms in a row). If
     ``tau I - G = R R^T + E`` for any R, then ``lambda_max(G) <= tau + ||E||``: R is a Cholesky factor, of which nothing
@@ -84,9 +92,14 @@ def norm_by_cholesky(matrix) -> tuple[float, float]:
         gram = entries @ entries.T
     else:
         gram = (matrix @ matrix.T).toarray()
-    top = float(np.linalg.eigvalsh(gram)[-1])
+    inflations: tuple[float, ...] = (0.0, 1e-10, 1e-8, 1e-6, 1e-3)
+    if side <= SMALL:
+        top = float(np.linalg.eigvalsh(gram)[-1])
+    else:
+        top = _lanczos(matrix, matrix.T.tocsr(), rng, 200) ** 2
+        inflations = (1e-8, 1e-4, 1e-2, 1.0)
     rounding = 2 * gamma(terms + 4) * float(np.trace(gram))
-    for inflation in (0, 1e-10, 1e-8, 1e-6, 1e-3):
+    for inflation in inflations:
         tau = top * (1 + inflation + 4 * side * gamma(side + 2))
         shifted = tau * np.eye(side) - gram
         try:
@@ -125,7 +138,7 @@ def norm_by_chebyshev(matrix, delta: float, rng: np.random.Generator) -> tuple[f
     absolute = abs(matrix)
     # ||A||^2 <= ||A||_1 ||A||_inf, also of |A|: never wrong, mostly loose.
     schur = up(up(np.max(absolute.sum(axis=0)), matrix.shape[0]) * up(np.max(absolute.sum(axis=1)), matrix.shape[1]))
-    lower = _lanczos(matrix, transposed, rng)
+    lower = _lanczos(matrix, transposed, rng, LANCZOS_STEPS)
     size, terms = matrix.shape[1], sum(int(np.max(np.diff(m.indptr))) for m in (matrix, transposed))
     floor = least_component(delta)
     excess = 1.4 * INFLATION
@@ -170,11 +183,11 @@ def _recurrence(matrix, transposed, start, tau: float, steps: int, terms: int, s
     return now, error, current
 
 
-def _lanczos(matrix, transposed, rng) -> float:
+def _lanczos(matrix, transposed, rng, steps: int) -> float:
     """The norm from below: the largest Ritz value of ``A^T A`` on a Krylov space, checked as a Rayleigh quotient."""
     v = rng.standard_normal(matrix.shape[1])
     basis = [v / np.linalg.norm(v)]
-    for _ in range(min(LANCZOS_STEPS, matrix.shape[1]) - 1):
+    for _ in range(min(steps, matrix.shape[1]) - 1):
         w = transposed @ (matrix @ basis[-1])
         for _ in range(2):  # twice is enough (Kahan, Parlett)
             q = np.stack(basis)

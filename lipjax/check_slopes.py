@@ -9,12 +9,12 @@ center itself, from both sides.
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
-from lipjax.check_layers import Activation
+from lipjax.check_layers import Activation, Affine
 from lipjax.check_norms import TINY, U, gamma, up, up_norm
 
 
@@ -36,42 +36,65 @@ class Piece:
 
 
 def linear_gains(
-    blocks: Sequence[Any],
+    walked: Any,
+    start: int,
     rows: np.ndarray,
     gains: np.ndarray,
     worst_gains: Callable,
 ) -> np.ndarray:
-    """At most `gains`: upper bounds of ``max <d, D h>`` for each row d, h being the input of the last layer.
+    """At most `gains`: upper bounds of ``max <d, D h>`` for each row d, h being one of the values.
+
+    At every moment ``<d, D h> <= sum over the live values v of <g_v, D v> + spent``. The last live
+    value is passed on to those that it was made of, until only the image is left.
 
     Args:
-        blocks: as `check_walk.walk` returns them: what is known in front of, in and behind each block.
+        walked: what is known of all values up to h, a `check_walk.Walk`.
+        start: the number of h.
         rows: ``(rivals, n)``, zero where h does not vary; each entry may be a rounded difference.
         gains: ``(rivals,)``, the bounds from the region of h alone.
         worst_gains: ``(directions, low, high, radius)`` to the largest products over a ball and a box.
     """
-    best, g = gains, rows
-    spent = 4 * U * _lengths(g) * (blocks[-1].after.radius if blocks else 0.0)
-    for block in reversed(blocks):
-        if block.activation is not None:
-            length = up_norm(block.middle.offset())
-            for piece in reversed(_pieces(block.activation, block.middle, block.moving)):
+    best, live = gains, {start: rows}
+    spent = 4 * U * _lengths(rows) * walked.values[start].radius
+    while max(live) > 0:
+        number = max(live)
+        g, node = live.pop(number), walked.nodes[number - 1]
+        before = walked.values[node.inputs[-1]]
+        if isinstance(node.step, Activation):
+            length = up_norm(before.offset())
+            for piece in reversed(_pieces(node.step, before, walked.moving[number])):
                 met = piece.along(g)
                 open_ = piece.reach > 0
                 cost = worst_gains(met[:, open_], -piece.reach[open_], piece.reach[open_], piece.radius)
                 spent = up(spent + cost + 16 * U * _lengths(g) * length)
                 g = piece.back(g)
-        inside = block.before.varies
-        if block.layer is not None:
-            outputs = block.layer.matrix.shape[0]
-            spent = up(spent + np.abs(g) @ block.slack, outputs)
-            sizes = block.layer.absolute.T @ np.abs(g).T
-            g = (block.layer.matrix.T @ g.T).T * inside
-            rounded = 2 * gamma(outputs + 8) * _lengths(sizes.T[:, inside])
-            spent = up(spent + rounded * block.before.radius)
-        low, high = block.before.lower - block.before.center, block.before.upper - block.before.center
-        whole = worst_gains(g[:, inside], low[inside], high[inside], block.before.radius)
-        best = np.minimum(best, up(whole + spent))
+        else:
+            spent = up(spent + np.abs(g) @ walked.slack[number], g.shape[1])
+        if isinstance(node.step, Affine):
+            outputs, inside = g.shape[1], before.varies
+            sizes = node.step.absolute.T @ np.abs(g).T
+            g = (node.step.matrix.T @ g.T).T * inside
+            # (TINY: `up_norm` is 0 where all sizes have underflowed.)
+            rounded = 2 * gamma(outputs + 8) * (_lengths(sizes.T[:, inside]) + TINY)
+            spent = up(spent + rounded * before.radius)
+        for taken in node.inputs:
+            if taken in live:  # both ways lead here, and their sum is rounded
+                live[taken] = live[taken] + g
+                spent = up(spent + 4 * U * _lengths(live[taken]) * up_norm(walked.values[taken].offset()))
+            else:
+                live[taken] = g
+        value = max(live)
+        if len(live) == 1 and value not in walked.kept:  # of those only the box is known
+            best = np.minimum(best, up(_of_value(live[value], walked.values[value], worst_gains) + spent))
     return best
+
+
+def _of_value(g: np.ndarray, known: Any, worst_gains: Callable) -> np.ndarray:
+    """The largest ``<g, D v>`` by what is known of the value v itself."""
+    inside, offset = known.varies, known.offset()
+    low, high = known.lower - known.center, known.upper - known.center
+    varying = worst_gains(g[:, inside], low[inside], high[inside], known.radius)
+    return up(varying + np.abs(g[:, ~inside]) @ offset[~inside], offset.size)
 
 
 def _lengths(rows: np.ndarray) -> np.ndarray:

@@ -1,16 +1,18 @@
-"""The checker's derivation of one example: what a ball around the input becomes, layer by layer, and the margin left.
+"""The checker's derivation of one example: what a ball around the input becomes, node by node, and
+the margin left.
 
 Part of `lipjax.check`; shares nothing with the bounds that it checks. METHOD 1 in mode "local" and METHOD 3, in float64
 with every rounding error turned outwards.
 """
 
 import dataclasses
+import functools
 import math
 
 import numpy as np
 
 from lipjax import check_slopes
-from lipjax.check_layers import Activation, Affine
+from lipjax.check_layers import Activation, Add, Affine, Node
 from lipjax.check_norms import TINY, Norms, U, gamma, up, up_norm
 
 BISECTION_STEPS = 60
@@ -29,16 +31,37 @@ ARITHMETICS = {
 
 @dataclasses.dataclass(frozen=True)
 class Network:
-    """The steps, and what does not depend on the example.
+    """The graph, and what does not depend on the example.
 
     Attributes:
+        nodes: each takes values of nodes in front of it; the last one makes the logits.
         whole: per affine layer ``(lower, upper)`` bounds of its unmasked norm.
         arithmetic: in which the network is executed, a key of `ARITHMETICS`.
     """
 
-    steps: list[Affine | Activation]
+    nodes: list[Node]
     whole: list[tuple[float, float]]
     arithmetic: str
+
+    @functools.cached_property
+    def followers(self) -> dict[int, Activation]:
+        """The activation behind each affine layer whose value nothing else takes, by the value's
+        number.
+
+        Only there the layer's rows that cannot move an output of the activation may be left out.
+        """
+        takers: dict[int, list[Node]] = {}
+        for node in self.nodes:
+            for number in node.inputs:
+                takers.setdefault(number, []).append(node)
+        return {
+            number: steps[0].step
+            for number, steps in takers.items()
+            if number > 0
+            and isinstance(self.nodes[number - 1].step, Affine)
+            and len(steps) == 1
+            and isinstance(steps[0].step, Activation)
+        }
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +73,7 @@ class Derived:
         rounding: ``(classes,)``, how far an executed logit can be from the exact one anywhere in the ball.
         margin: certified iff correct and this is positive; -infinity where the derivation met NaN or overflow.
         taken: what was taken off the clean margin to the rival that decides.
+        rival: that class.
         norms: ``(affine layers - 1, 2)``, lower and upper bounds of the masked norms.
     """
 
@@ -57,6 +81,7 @@ class Derived:
     rounding: np.ndarray
     margin: float
     taken: float
+    rival: int
     norms: np.ndarray
 
 
@@ -88,22 +113,29 @@ class Known:
 
 
 @dataclasses.dataclass(frozen=True)
-class Block:
-    """An affine layer with the activation behind it (one of the two may be missing), and what is known around them.
+class Walk:
+    """What is known of every value on the way to the logits, by its number.
 
     Attributes:
-        before, middle, after: of the layer's input, of the activation's, of the activation's output.
-        slack: what `transform` says of the layer.
-        moving: bound of ``||z(x') - center||_2`` over the activation's inputs that can move an output.
+        nodes: of the network.
+        values: of x' itself and of each node that was passed.
+        slack: of a node's own value: per output, how far it can be from where the changes of its
+            inputs take the center (`transform`, `add`); zeros of an activation, which moves no
+            further than its input.
+        kept: of an affine layer with a follower: its radius over the rows that can move an output
+            of that activation.
+        moving: of an activation: bound of ``||z(x') - center||_2`` over its inputs that can move an
+            output, and of what is not known of those that do not vary.
+        norms: ``(lower, upper)`` of the masked norms of the affine layers that were passed, in
+            order.
     """
 
-    layer: Affine | None
-    activation: Activation | None
-    before: Known
-    middle: Known
-    after: Known
-    slack: np.ndarray
-    moving: float
+    nodes: list[Node]
+    values: list[Known] = dataclasses.field(default_factory=list)
+    slack: list[np.ndarray] = dataclasses.field(default_factory=list)
+    kept: dict[int, float] = dataclasses.field(default_factory=dict)
+    moving: dict[int, float] = dataclasses.field(default_factory=dict)
+    norms: list[tuple[float, float]] = dataclasses.field(default_factory=list)
 
 
 def derive(
@@ -121,96 +153,85 @@ def derive(
     `linear`: also through the slopes (`check_slopes`); the better of the two. `rows`: so each neuron's box, too.
     """
     with np.errstate(all="ignore"):  # NaN and infinity are dealt with at the end
-        regions, found, blocks = walk(network, x, epsilon, norms, rows)
-        return _margin(network, regions[-1], label, found, blocks if linear else None)
+        return _margin(network, walk(network, x, epsilon, norms, rows), label, linear)
 
 
-def walk(
-    network: Network, x: np.ndarray, epsilon: float, norms: Norms, by_rows: bool = False
-) -> tuple[list[Known], np.ndarray, list[Block]]:
-    """Carries the ball up to the input of the last layer, in mode "local"; `by_rows`: in mode "rows".
-
-    Returns:
-        What is known of x' itself and behind each affine layer (and its activation, where it has one); the bounds of
-        the masked norms, ``(affine layers - 1, 2)``; and the blocks.
-    """
+def walk(network: Network, x: np.ndarray, epsilon: float, norms: Norms, by_rows: bool = False) -> Walk:
+    """Carries the ball up to the input of the last layer, in mode "local"; `by_rows`: in mode
+    "rows"."""
     x = x.astype(np.float64).reshape(-1)
     ends = [np.nextafter(x + side * epsilon, side * np.inf) if epsilon > 0 else x for side in (-1, 1)]
-    regions = [Known(x, ends[0], ends[1], np.full(x.shape, epsilon > 0), epsilon, np.zeros(x.shape), 0.0)]
-    found: list[tuple[float, float]] = []
-    blocks: list[Block] = []
-    for layer, activation in _blocks(network.steps[:-1]):
-        before = regions[-1]
-        if layer is None:  # 1-Lipschitz, also in what is not known of the inputs that do not vary
-            assert activation is not None
-            middle, slack = before, np.zeros(0)
-            known, rows = activate(activation, before)
-            radius = up(before.radius + up_norm(before.offset()[rows & ~before.varies]))
+    none = np.zeros(x.shape)
+    image = Known(x, ends[0], ends[1], np.full(x.shape, epsilon > 0), epsilon, none, 0.0)
+    walked = Walk(network.nodes, [image], [none])
+    for number, node in enumerate(network.nodes[:-1], 1):
+        before = walked.values[node.inputs[-1]]
+        if isinstance(node.step, Add):
+            known, slack = add(walked.values[node.inputs[0]], before, network.arithmetic)
+            radius = known.radius
+        elif isinstance(node.step, Activation):
+            known, rows = activate(node.step, before)
+            slack = np.zeros(known.center.shape)
+            still = before.offset() * ~before.varies  # 1-Lipschitz, also in what is not known of these
+            radius = walked.kept.get(node.inputs[0], up(before.radius + up_norm(still[rows])))
+            walked.moving[number] = up(radius + up_norm(still))
         else:
-            whole = network.whole[len(found)]
-            known, slack = transform(layer, before, whole[1], network.arithmetic)
-            if by_rows and blocks:
-                known = _cut(known, layer, before, blocks, slack)
-            middle, rows = known, known.varies
-            if activation is not None:
-                known, rows = activate(activation, known)
-            if rows.all() and before.varies.all():
-                lower, upper = whole
-            else:
-                lower, upper = norms(layer.matrix[rows][:, before.varies])
+            whole = network.whole[len(walked.norms)]
+            known, slack = transform(node.step, before, whole[1], network.arithmetic)
+            if by_rows and node.inputs[0] > 0:
+                known = _cut(known, node, walked, slack)
+            rows = known.varies
+            if number in network.followers:
+                _, rows = activate(network.followers[number], known)
+            lower, upper = whole
+            if not (rows.all() and before.varies.all()):
+                lower, upper = norms(node.step.matrix[rows][:, before.varies])
                 upper = min(upper, whole[1])
-            found.append((lower, upper))
+            walked.norms.append((lower, upper))
             radius = up(up(upper * before.radius) + up_norm(slack[rows]))
-        moving = radius
+            if number in network.followers:
+                walked.kept[number], radius = radius, math.inf
         half_diagonal = up_norm(known.offset()[known.varies])
-        radius = float(np.minimum(radius, half_diagonal))  # unlike min, this keeps a NaN
-        regions.append(dataclasses.replace(known, radius=radius))
-        blocks.append(Block(layer, activation, before, middle, regions[-1], slack, moving))
-    return regions, np.array(found).reshape(-1, 2), blocks
+        # Unlike min, this keeps a NaN.
+        walked.values.append(dataclasses.replace(known, radius=float(np.minimum(radius, half_diagonal))))
+        walked.slack.append(slack)
+    return walked
 
 
-def _cut(known: Known, layer: Affine, before: Known, blocks: list[Block], slack: np.ndarray) -> Known:
+def _cut(known: Known, node: Node, walked: Walk, slack: np.ndarray) -> Known:
     """The box of an affine layer's outputs, cut with what the row of each says, upwards and downwards."""
-    directions = layer.matrix.toarray() * before.varies
+    assert isinstance(node.step, Affine)
+    start = node.inputs[0]
+    directions = node.step.matrix.toarray() * walked.values[start].varies
     ends = []
     for sign, reach in ((-1, known.center - known.lower), (1, known.upper - known.center)):
-        by_row = check_slopes.linear_gains(blocks, sign * directions, np.full(len(slack), np.inf), worst_gains)
+        none = np.full(len(slack), np.inf)
+        by_row = check_slopes.linear_gains(walked, start, sign * directions, none, worst_gains)
         ends.append(known.center + sign * np.minimum(reach, up(by_row + slack) + 4 * U * np.abs(known.center)))
     return dataclasses.replace(known, lower=ends[0], upper=ends[1])
 
 
-def _margin(network: Network, known: Known, label: int, found: np.ndarray, blocks: list[Block] | None) -> Derived:
-    head = network.steps[-1]
-    assert isinstance(head, Affine)  # steps_of sees to it
+def _margin(network: Network, walked: Walk, label: int, linear: bool) -> Derived:
+    head, (start,) = network.nodes[-1].step, network.nodes[-1].inputs
+    assert isinstance(head, Affine)  # nodes_of sees to it
+    known = walked.values[start]
     logits, slack = transform(head, known, network.whole[-1][1], network.arithmetic)
     rivals = np.flatnonzero(np.arange(len(logits.center)) != label)
     rows, inside = head.matrix.toarray(), known.varies
     directions = (rows[rivals] - rows[label]) * inside
     low, high = known.lower - known.center, known.upper - known.center
     gain = worst_gains(directions[:, inside], low[inside], high[inside], known.radius)
-    if blocks is not None:
-        gain = check_slopes.linear_gains(blocks, directions, gain, worst_gains)
+    if linear:
+        gain = check_slopes.linear_gains(walked, start, directions, gain, worst_gains)
     taken = gain + slack[rivals] + slack[label] + logits.error[rivals] + logits.error[label]
     sizes = np.abs(logits.center[rivals]) + np.abs(logits.center[label]) + taken
     margins = logits.center[label] - logits.center[rivals] - taken - 16 * U * sizes
     worst = int(np.argmin(margins))
+    found = np.array(walked.norms).reshape(-1, 2)
     everything = (logits.center, logits.lower, logits.upper, logits.error, gain, margins, found)
     finite = all(np.all(np.isfinite(part)) for part in everything)
     margin = float(margins[worst]) if finite else -math.inf
-    return Derived(logits.center, logits.error, margin, float(taken[worst]), found)
-
-
-def _blocks(steps: list[Affine | Activation]) -> list[tuple[Affine | None, Activation | None]]:
-    """Each affine layer with the activation behind it; None where one of the two is missing."""
-    blocks: list[tuple[Affine | None, Activation | None]] = []
-    for step in steps:
-        if isinstance(step, Affine):
-            blocks.append((step, None))
-        elif blocks and blocks[-1][1] is None:
-            blocks[-1] = (blocks[-1][0], step)
-        else:
-            blocks.append((None, step))
-    return blocks
+    return Derived(logits.center, logits.error, margin, float(taken[worst]), int(rivals[worst]), found)
 
 
 def transform(layer: Affine, known: Known, whole: float, arithmetic: str) -> tuple[Known, np.ndarray]:
@@ -255,7 +276,8 @@ def _executed(layer: Affine, known: Known, whole: float, arithmetic: str) -> tup
     """
     u_in, u_acc, u_out, smallest, largest = ARITHMETICS[arithmetic]
     n = layer.terms
-    growth = up((1 + u_in) ** 2 * (1 + gamma(n + 2, u_acc)) * (1 + u_out) ** 3 - 1) + 8 * U
+    # (1 + u_in)^2 (1 + gamma) (1 + u_out)^3 - 1, in which nothing cancels
+    growth = up(math.expm1(2 * math.log1p(u_in) + math.log1p(gamma(n + 2, u_acc)) + 3 * math.log1p(u_out)))
     size = up(np.maximum(np.abs(known.lower), np.abs(known.upper)) + known.error)
     total = up(layer.absolute @ size + np.abs(layer.bias), n)
     flushed = (n + 2) * smallest * (1 + layer.largest + np.max(size, initial=0.0))
@@ -266,6 +288,32 @@ def _executed(layer: Affine, known: Known, whole: float, arithmetic: str) -> tup
     if not np.max(total + local, initial=0.0) < largest:
         return np.full(error.shape, np.inf), math.inf
     return error, float(distance)
+
+
+def add(first: Known, second: Known, arithmetic: str) -> tuple[Known, np.ndarray]:
+    """What is known of the sum of two values, and the slack of its center: the rounding of the sum
+    of the centers.
+
+    Both depend on the same x', so that the sum of the two boxes contains the sum, and where one of
+    the two varies, the other one counts with what is not known of it.
+    """
+    center = first.center + second.center
+    slack = 2 * U * np.abs(center) + TINY
+    lower = np.nextafter(first.lower + second.lower, -np.inf)
+    upper = np.nextafter(first.upper + second.upper, np.inf)
+    varies = first.varies | second.varies
+    still = [up_norm(known.offset()[varies & ~known.varies]) for known in (first, second)]
+    radius = up(first.radius + second.radius + sum(still) + up_norm(slack[varies]))
+
+    _, _, u_out, smallest, largest = ARITHMETICS[arithmetic]
+    carried = up(first.error + second.error)
+    size = up(np.maximum(np.abs(lower), np.abs(upper)) + carried)
+    local = up(u_out * size) + 4 * smallest
+    error = up(carried + local)
+    distance = np.minimum(up(first.distance + second.distance + up_norm(local)), up_norm(error))
+    if not np.max(size + local, initial=0.0) < largest:
+        error, distance = np.full(error.shape, np.inf), math.inf
+    return Known(center, lower, upper, varies, float(radius), error, float(distance)), slack
 
 
 def activate(step: Activation, known: Known) -> tuple[Known, np.ndarray]:
@@ -309,6 +357,7 @@ def worst_gains(directions: np.ndarray, low: np.ndarray, high: np.ndarray, radiu
     d, count = directions, directions.shape[1]
     if count == 0 or radius == 0:
         return np.zeros(len(d))
+    radius = np.float64(radius)  # of which squares overflow to infinity
     low, high = low * (1 + 4 * U) - TINY, high * (1 + 4 * U) + TINY
     norm = np.array([up_norm(row) for row in d])
     ball = up(radius * norm)
@@ -322,8 +371,12 @@ def worst_gains(directions: np.ndarray, low: np.ndarray, high: np.ndarray, radiu
         left, right = np.where(short, middle, left), np.where(short, right, middle)
     scale = np.exp((left + right) / 2)
     t = np.clip(d * scale[:, None], low, high)
+    # The scale may be so small that what underflows counts: the room is at least a normal number, and
+    # a coordinate that vanishes costs less than TINY times its d.
+    room = max(radius, 2.0**-500) ** 2
     product, square = np.sum(d * t, axis=1), np.sum(np.square(t), axis=1)
-    dual = product + (radius**2 - square) / (2 * scale)
-    dual += 2 * gamma(count + 8) * (product + (radius**2 + square) / (2 * scale)) + TINY
+    dual = product + (room - square) / (2 * scale)
+    dual += 2 * gamma(count + 8) * (product + (room + square) / (2 * scale))
+    dual += count * TINY * (1 + np.max(np.abs(d), axis=1))
     # The differences of rows that d holds are themselves rounded.
     return np.minimum(np.minimum(box, ball), dual) + 4 * U * ball

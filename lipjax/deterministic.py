@@ -510,7 +510,7 @@ def convolution_norm_bound(operator: LinearOperator, like: jax.Array | jax.Shape
     comes from Gram iteration, over half of the frequencies (the others are conjugates).
 
     Args:
-        operator: the view of a convolution (`apply` is a lipjax.operators.Convolution), in 1, 2, 3 .. dimensions.
+        operator: the view of a convolution (`apply` is a lipjax.graph.linear.Convolution), in 1, 2, 3 .. dimensions.
         like: an array or a jax.ShapeDtypeStruct of the input's shape, float64.
 
     Returns:

@@ -53,7 +53,10 @@ def joined(x: jax.Array, y: jax.Array) -> jax.Array:
 
 
 class AveragePool(nnx.Module):
-    """Mean over windows of the two axes before the channels; a linear layer of known matrix. No padding.
+    """Mean over windows of the two axes before the channels. No padding.
+
+    Computed in float32 at least, whatever the input's type, and returned in that type: a sum of
+    ones that is kept in bfloat16 ends at 256.
 
     Args:
         window: ``(height, width)`` or one number for both.
@@ -66,7 +69,20 @@ class AveragePool(nnx.Module):
         self.strides = (strides, strides) if isinstance(strides, int) else tuple(strides)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return _window_sum(self.window, self.strides, jnp.asarray(1 / math.prod(self.window)), x)
+        wide = _widened(x)
+        scale = jnp.asarray(1 / math.prod(self.window), wide.dtype)
+        return _window_sum(self.window, self.strides, scale, wide).astype(x.dtype)
+
+
+def _widened(x):
+    """x in float32 at least, in which sums are kept.
+
+    Raises:
+        TypeError: x is not floating.
+    """
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise TypeError(f"expected a floating input, got {x.dtype}: divide 0..255 integers by 255.")
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
 def _window_sum(window, strides, scale, x):
@@ -81,8 +97,8 @@ def _window_sum(window, strides, scale, x):
 class Normalize(nnx.Module):
     """``(x - mean) / deviation`` per channel, inside the network: epsilon stays a radius on pixels in [0, 1].
 
-    Computed as ``x * scale + shift`` with float32 constants, so that what is certified is what is executed. No parameters:
-    nothing here is trained.
+    Computed as ``x * scale + shift`` with float32 constants, in float32 at least, and returned in
+    the input's type. No parameters: nothing here is trained.
 
     Args:
         mean, deviation: one number per channel, or one for all of them.
@@ -116,8 +132,9 @@ class Normalize(nnx.Module):
         return layer
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        scale, shift = (jnp.asarray(constants, x.dtype) for constants in (self.scale, self.shift))
-        return _scaled(scale, x) + shift
+        wide = _widened(x)
+        scale, shift = (jnp.asarray(numbers, wide.dtype) for numbers in (self.scale, self.shift))
+        return (_scaled(scale, wide) + shift).astype(x.dtype)
 
 
 def _scaled(scale, x):

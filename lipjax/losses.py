@@ -50,7 +50,7 @@ def lmt(bound: Bound, label: jax.Array) -> jax.Array:
     W is the last layer, r the penultimate radius; with mode "global" that is LMT, which knows the Lipschitz constant of the
     whole network and nothing of the pairs of classes.
     """
-    operator = bound.graph.nodes[-1].operator
+    operator = bound.graph.linear_nodes[-1].operator
     matrix = operator.materialized(bound.penultimate.center).kernel
     gain = math.sqrt(2) * jnp.linalg.norm(matrix, 2) * bound.penultimate.radius
     rivals = jnp.arange(bound.logits.shape[0]) != label

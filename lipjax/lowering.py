@@ -114,19 +114,20 @@ def _has_work(equation) -> bool:
     """Is there anything in the bodies of this loop, branch or call that may be rewritten?"""
     return any(
         inner.primitive.name in ("conv_general_dilated", "reduce_sum", "broadcast_in_dim") or _has_work(inner)
-        for jaxpr in _jaxprs_in(tuple(equation.params.values()))
+        for jaxpr in jaxprs_in(tuple(equation.params.values()))
         for inner in jaxpr.eqns
     )
 
 
-def _jaxprs_in(value):
+def jaxprs_in(value):
+    """The jaxprs in a parameter of an equation, or in a tuple of such."""
     if isinstance(value, ClosedJaxpr):
         yield value.jaxpr
     elif isinstance(value, Jaxpr):
         yield value
     elif isinstance(value, tuple | list):
         for part in value:
-            yield from _jaxprs_in(part)
+            yield from jaxprs_in(part)
 
 
 # ---------------------------------------------------------------------------------------------------- sums

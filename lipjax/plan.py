@@ -25,7 +25,6 @@ from rich.console import Console
 from rich.table import Table
 
 from lipjax import bounds, data, feeding, training
-from lipjax.graph import Linear
 
 # The share of the floor (operations at the peak rate) that a step of 6C2F reached on two CPU cores: benchmarks/README.md.
 MEASURED_SHARE = 0.36
@@ -285,8 +284,7 @@ def counted(network, shape, mode: str, iterations: int) -> float:
     Of modes "linear" and "rows" without their reverse passes.
     """
     graph = bounds.graph_of(network, jax.ShapeDtypeStruct(shape, jnp.float32))
-    nodes = [node for node in graph.nodes if isinstance(node, Linear)]
-    total = 0.0
+    nodes, total = graph.linear_nodes, 0.0
     for node in nodes:
         what = "plain" if node is nodes[-1] else mode
         entries = 2 * node.size * node.operator.kernel.size / node.shape[-1]
@@ -297,7 +295,7 @@ def counted(network, shape, mode: str, iterations: int) -> float:
 def affine_outputs(network, shape) -> list[int]:
     """Entries of each affine layer's output, of one example."""
     graph = bounds.graph_of(network, jax.ShapeDtypeStruct(shape, jnp.float32))
-    return [graph.nodes[i].size for i in graph.linear]
+    return [node.size for node in graph.linear_nodes]
 
 
 # ---------------------------------------------------------------------------------------------------- temporary memory

@@ -195,7 +195,8 @@ def probabilistic_norm_bound(
     absolute = jax.linear_transpose(operator.absolute, jax.ShapeDtypeStruct(like.shape, dtype))
     rows = _keep(mask_out, operator.absolute(_keep(mask_in, jnp.ones(like.shape, dtype))))
     columns = _keep(mask_in, absolute(_keep(mask_out, jnp.ones(image.shape, dtype)))[0])
-    size = jnp.sqrt(jnp.max(rows) * jnp.max(columns)) / scale
+    # Two roots, as their product might underflow.
+    size = jnp.sqrt(jnp.max(rows)) * jnp.sqrt(jnp.max(columns)) / scale
     relative = gamma(terms_of(operator, like) + 4, unit) + gamma(transposed_terms_of(operator, like) + 4, unit)
     error_of_gram = 2 * relative * jnp.square(size)  # times ||u||
 

@@ -21,12 +21,14 @@ from flax import nnx
 
 from lipjax import bounds, certificate_files, orthogonal
 from lipjax.activations import ClippedMaxMin, ClippedReLU, MaxMin, ReLU
-from lipjax.files import replaced
+from lipjax.files import Unreadable, parsed, quoted, replaced
 from lipjax.layers import AveragePool, Flatten, Normalize, Residual
 
 FORMAT = "lipjax network"
 VERSION = 1
 FIELDS = ("format", "version", "versions", "input_shape", "notes", "layers", "digest")
+# Bytes of the list of arrays in front of them, the description with it, that are read.
+HEAD_BYTES = 2**24
 # What parameters can be: the types that the error model of `rounding` knows.
 DTYPES = ("float32", "float64", "bfloat16")
 
@@ -121,6 +123,13 @@ def _read(path: Path, arrays: bool) -> tuple[dict[str, Any], dict[str, np.ndarra
     if not path.is_file():
         raise StorageError(f"{path.absolute()} is not there, or no file.")
     try:
+        with open(path, "rb") as start:
+            length = int.from_bytes(start.read(8), "little")
+        if length > HEAD_BYTES:
+            raise StorageError(
+                f"{path} is damaged, cut short, or no safetensors file: a list of arrays of {length} bytes, expected at most "
+                f"{HEAD_BYTES}."
+            )
         with safetensors.safe_open(path, framework="np") as file:
             metadata = file.metadata() or {}
             names = list(file.keys()) if arrays else []
@@ -133,26 +142,29 @@ def _read(path: Path, arrays: bool) -> tuple[dict[str, Any], dict[str, np.ndarra
             "arrays belong to is not known. Build the network and set its parameters, or see lipjax.bridges."
         )
     try:
-        header = json.loads(metadata["lipjax"], parse_constant=_no_number)
-    except ValueError as error:
-        raise StorageError(f"{path}: the description is no JSON: {error}") from error
+        header = parsed(metadata["lipjax"], HEAD_BYTES)
+    except Unreadable as error:
+        raise StorageError(f"{path}: the description is no JSON that is read: {error}") from error
     if not isinstance(header, dict) or header.get("format") != FORMAT:
         raise StorageError(f"{path}: the description does not say format {FORMAT!r}.")
     version = header.get("version")
-    if not isinstance(version, int) or not 1 <= version <= VERSION:
+    if type(version) is not int or not 1 <= version <= VERSION:
         raise StorageError(
-            f"{path} has format version {version}, this lipjax reads up to {VERSION}: use a newer lipjax."
+            f"{path} has format version {quoted(version)}, this lipjax reads up to {VERSION}: use a newer lipjax."
         )
     if set(header) != set(FIELDS):
-        raise StorageError(f"{path}: expected the fields {', '.join(FIELDS)}, got {', '.join(sorted(header))}.")
+        raise StorageError(
+            f"{path}: expected the fields {', '.join(FIELDS)}, got {', '.join(map(quoted, sorted(header)[:20]))}."
+        )
     shape = header["input_shape"]
-    if not (isinstance(shape, list) and isinstance(header["layers"], list) and isinstance(header["notes"], dict)):
-        raise StorageError(f"{path}: input_shape and layers must be lists and notes a dict.")
+    if not (
+        isinstance(shape, list)
+        and all(type(n) is int and n > 0 for n in shape)
+        and isinstance(header["layers"], list)
+        and isinstance(header["notes"], dict)
+    ):
+        raise StorageError(f"{path}: input_shape (of positive numbers) and layers must be lists and notes a dict.")
     return header, found
-
-
-def _no_number(text):
-    raise ValueError(f"{text} is no finite number.")
 
 
 def _checked_shape(network, input_shape) -> list[int]:

@@ -221,9 +221,7 @@ def test_the_circular_bound_is_the_norm_of_the_circle_that_contains_the_convolut
         -(-((n - 1) * spread + 1 + e) // s) * s
         for n, spread, e, s in zip(shape, apply.input_dilation, extents, apply.strides, strict=False)
     ]
-    circle = Convolution(
-        apply.strides, "CIRCULAR", (1,) * len(grid), apply.dilation, groups=apply.groups
-    )
+    circle = Convolution(apply.strides, "CIRCULAR", (1,) * len(grid), apply.dilation, groups=apply.groups)
     on_circle = jax.ShapeDtypeStruct((*grid, shape[-1]), jnp.float64)
     for seed in range(3):
         kernel = np.random.default_rng(seed).normal(size=operator.kernel.shape)
@@ -336,6 +334,60 @@ def test_nothing_is_assumed_of_the_triangular_solve(x64, monkeypatch):
         assert 3 * largest * (1 + 1e-9) < far < np.inf  # noticed, though this factorisation would be accepted
 
 
+def test_a_gram_matrix_as_wrong_as_the_error_model_allows_does_not_lower_the_bound(x64, monkeypatch):
+    """One column of many entries: its Gram matrix is one sum of squares, whose rounding is all
+    there is."""
+    rows = 4096
+    matrix = np.full((rows, 1), 2.0**-6)  # of norm 1, exactly
+    honest = deterministic.largest_eigenvalue_bound
+    worst = 1 - (rows - 1) * 2.0**-53  # less than gamma of so many terms
+
+    def rounded(gram, guess=None):
+        return honest(gram * worst, guess)
+
+    monkeypatch.setattr(deterministic, "largest_eigenvalue_bound", rounded)
+    bound = float(deterministic.gram_norm_bound(jnp.asarray(matrix), 1.0))
+    assert exceeds_norm(bound, matrix) and bound < 1 + 1e-9
+
+
+def test_what_a_factor_leaves_over_counts_the_rounding_of_multiplying_it_out(x64, monkeypatch):
+    """A = tau I - G and L agree to the last digit as ``fl(L L^T)`` is computed, and yet A is not
+    semidefinite: L is one
+    column of two values, p and q, whose squares round down and whose product rounds up."""
+    half = 64
+    p, q = _values_that_round_apart()
+    column = np.concatenate([np.full(half, p), np.full(half, q)])
+    rounded = np.outer(column, column)
+    factor = np.zeros_like(rounded)
+    factor[:, 0] = column
+    gram = np.eye(2 * half) - rounded
+    assert np.array_equal(np.eye(2 * half) - gram, rounded)  # nothing else is rounded
+    monkeypatch.setattr(jax.lax.linalg, "cholesky", lambda a, **_: jnp.asarray(factor))
+    bound = float(deterministic._attempt(jnp.asarray(gram), jnp.asarray(1.0)))
+    # A Rayleigh quotient, exactly: x is q on the first half and -p on the second, orthogonal to the
+    # column.
+    x = [Fraction(q)] * half + [Fraction(-p)] * half
+    square = sum(v * v for v in x)
+    exact_gram = [[Fraction(v) for v in row] for row in gram]
+    image = [sum(g * v for g, v in zip(row, x, strict=True)) for row in exact_gram]
+    largest = sum(v * w for v, w in zip(x, image, strict=True)) / square
+    assert largest > 1 + 20 * Fraction(1, 2**53)  # more than the general allowance of 16 units covers
+    assert Fraction(bound) >= largest
+
+
+def _values_that_round_apart():
+    """p and q in (0.75, 1), whose squares round down and whose product rounds up, each by most of
+    half a unit."""
+    rng = np.random.default_rng(0)
+
+    def excess(a, b):
+        """What rounding adds to ``a b``, in units of 2^-54: -1 to 1."""
+        return float((Fraction(a * b) - Fraction(a) * Fraction(b)) * 2**54)
+
+    down = [v for v in rng.uniform(0.75, 0.99, 400) if excess(v, v) < -0.8]
+    return max(((p, q) for p in down for q in down), key=lambda pair: excess(*pair))
+
+
 def test_gram_iteration_of_matrices_on_which_it_is_exact_is_not_rounded_below_the_norm(x64):
     """Rank one: every iterate's Frobenius norm is its norm, so nothing but the allowance for rounding is between."""
     real = jax.jit(lambda m: deterministic._gram_iteration((m,)))
@@ -389,6 +441,43 @@ def test_cancellation_and_nearly_equal_singular_values_are_covered(x64):
             found = bound(jnp.asarray(matrix), guess)
             assert exceeds_norm(found, matrix)
             assert found <= 1.01 * np.linalg.norm(matrix, 2)
+
+
+@settings(max_examples=60, deadline=None)
+@given(seed=st.integers(0, 10**6))
+def test_bounds_of_entries_of_any_size_are_at_least_the_exact_norm(seed):
+    """Sizes between 1e-300 and 1e100 in one kernel, behind masks that may keep only the small
+    ones."""
+    rng = np.random.default_rng(seed)
+    whole = rng.choice([-1, 1], (3, 3)) * 10.0 ** rng.uniform(-300, 100, (3, 3))
+    whole = np.where(rng.uniform(size=(3, 3)) < 0.2, 0.0, whole)
+    masks = [rng.uniform(size=3) < 0.7 for _ in range(2)]
+    kernel = whole[0].reshape(3, 1, 1)
+    with jax.enable_x64(True):
+        by_matrix, of_convolution = jax.tree.map(float, _bounds_of_any_size(whole, kernel, *masks))
+        layer, like = convolution(dict(kernel_size=(3,), padding=1), (3, 1), 1)
+        band = matrix_of(with_kernel(layer, kernel), like)
+    kept = masks[0] * masks[1][:, None]
+    for matrix, found in ((whole, by_matrix), (band, of_convolution)):
+        for value in found:
+            assert exceeds_norm(value, matrix * kept)
+
+
+@jax.jit
+def _bounds_of_any_size(whole, kernel, mask_in, mask_out):
+    dense, like = explicit(jnp.zeros((3, 3)))
+    layer, image = convolution(dict(kernel_size=(3,), padding=1), (3, 1), 1)
+    kinds = [deterministic.schur_bound, deterministic.frobenius_bound, deterministic.dense_norm_bound]
+    dense = with_kernel(dense, whole)
+    layer = with_kernel(layer, kernel)
+    kinds_of_layer = [*kinds, deterministic.masked_convolution_norm_bound]
+    return (
+        [bound(dense, like, mask_in, mask_out) for bound in kinds],
+        [
+            *(bound(layer, image, mask_in[:, None], mask_out[:, None]) for bound in kinds_of_layer),
+            deterministic.global_norm_bound(layer, image),
+        ],
+    )
 
 
 # ---------------------------------------------------------------------------------------------------- degenerate maps

@@ -30,6 +30,7 @@ SMALL = [
     "--config.evaluation.every=3",
 ]
 CERTIFY = ["--pgd_steps=5", "--pgd_restarts=1", "--nocurve", "--modes=global,local", "--epsilon=0.1", "--examples=60"]
+CERTIFY += ["--seed=0"]  # so that runs can be compared
 
 
 def start(count, devices, script, *flags):

@@ -20,7 +20,7 @@ def primitives(function, *arguments) -> list:
     def walk(jaxpr):
         for equation in jaxpr.eqns:
             yield equation
-            for inner in lowering._jaxprs_in(tuple(equation.params.values())):
+            for inner in lowering.jaxprs_in(tuple(equation.params.values())):
                 yield from walk(inner)
 
     return list(walk(jax.make_jaxpr(function)(*arguments).jaxpr))

@@ -13,7 +13,7 @@ from flax import nnx
 
 import lipjax
 from lipjax import bounds, losses
-from lipjax.graph import Activation, Linear, TraceError
+from lipjax.graph import Activation, TraceError
 
 CONVERGED = 400
 KEY = jax.random.key(5)

@@ -62,9 +62,7 @@ def test_the_bounds_walk_the_same_function_that_the_network_computes():
     assert [len(node.inputs) for node in graph.nodes if isinstance(node, Add)] == [2, 2]
 
 
-@pytest.mark.parametrize(
-    "kind, mode", [("clipped_relu", mode) for mode in bounds.MODES] + [("clipped_maxmin", "rows")]
-)
+@pytest.mark.parametrize("kind, mode", [("clipped_relu", mode) for mode in bounds.MODES] + [("clipped_maxmin", "rows")])
 def test_regions_margins_and_lipschitz_constants_hold_on_samples(x64, kind, mode):
     net, rng = cast64(residual_net(kind)), np.random.default_rng(1)
     x = jnp.asarray(image())

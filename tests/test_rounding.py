@@ -201,7 +201,7 @@ def test_up_covers_the_rounding_of_a_sum_of_products(seed, n, spread):
         nothing = float(rounding.OUTWARD.up(jnp.zeros(())))
     truth = sum(rational(a) * rational(b))
     assert truth <= Fraction(found) <= truth * (1 + Fraction(1, 10**9)) + Fraction(1, 10**100)
-    assert nothing == 0
+    assert 0 < nothing <= rounding.FLOOR  # a 0 may be what underflow has left of a product
 
 
 def test_a_length_whose_squares_underflow_is_not_zero(x64):

@@ -1,6 +1,7 @@
 """Norms of masked maps: estimates from below, certified bounds from above, the paper's traps."""
 
 import functools
+from fractions import Fraction
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import lipjax
-from lipjax import spectral
+from lipjax import rounding, spectral
 from lipjax.graph.linear import LinearOperator
 
 DELTA = 1e-9
@@ -230,3 +231,64 @@ def test_only_the_iteration_is_in_bfloat16_and_the_gradient_is_not():
     assert not np.array_equal(short, full)  # it was used
     types = [v.aval.dtype for e in jax.make_jaxpr(lambda k: norm(k, "bfloat16"))(kernel).eqns for v in e.outvars]
     assert jnp.bfloat16 in types
+
+
+class Machine(Hidden):
+    """Computes `Hidden` as badly as the error model allows: the direction is rounded away, as far
+    as it may be."""
+
+    def __init__(self, n, s):
+        super().__init__(n, s)
+        self.kernel = self.kernel.astype(jnp.float32)
+        terms = n + 1
+        self.allowed = 0.9 * float(rounding.gamma(terms, 2.0**-24))
+
+    def __call__(self, x):
+        hidden = self.kernel * (self.kernel @ x)
+        allowed = self.allowed * self.absolute(jnp.abs(x))
+        return x + hidden - jnp.clip(hidden, -allowed, allowed)
+
+
+jax.tree_util.register_pytree_node(Machine, lambda h: ((), h), lambda h, _: h)
+
+
+@pytest.mark.core
+def test_products_that_round_the_top_direction_away_are_not_taken_at_their_word():
+    """In float32, whose products of 4096 terms may be wrong by 2e-4: an inflation below that must
+    be refused."""
+    n, s, delta, steps = 4096, 1.005, 0.3, 36
+    key, scale = jax.random.key(1), jnp.float32(1.0002)
+
+    def bound(operator, dtype):
+        return spectral.probabilistic_norm_bound(operator, key, scale, steps, delta, jnp.zeros(n, dtype))
+
+    with jax.enable_x64(True):
+        honest = float(bound(Hidden(n, s), jnp.float64))
+    assert s <= honest < 1.02  # this draw is no unlucky one
+    assert not bound(Machine(n, s), jnp.float32) < s
+
+
+@pytest.mark.parametrize("delta", [1e-12, 1e-3, 0.3])
+@pytest.mark.parametrize("norm", [1.001, 1.3, 40.0])
+def test_what_was_observed_is_at_most_half_of_the_least_start_in_exact_arithmetic(x64, norm, delta):
+    """``||T_k(B) G|| <= T_k(1 + 2 s) t / 2``: the other half is for rounding. Of a multiple of the
+    identity both sides are
+    known: B is a number b, and ``T_k(B) G = T_k(b) G``."""
+    steps, key, size = 25, jax.random.key(3), 6
+    operator = lipjax.LinearOperator.from_matrix(norm * jnp.eye(size), (size,), (size,))
+    found = spectral.probabilistic_norm_bound(operator, key, jnp.ones(()), steps, delta, jnp.zeros(size))
+    start = np.asarray(jax.random.normal(key, (spectral.STARTS, size)))
+    length = sum(Fraction(float(g)) ** 2 for g in start.reshape(-1))
+    observed = chebyshev(2 * Fraction(norm) ** 2 - 1, steps) ** 2 * length
+    grown = chebyshev(2 * Fraction(float(found)) ** 2 - 1, steps)
+    allowed = (grown * Fraction(spectral.smallest_start(delta)) / 2) ** 2
+    # And not a thousandth more than that and arccosh(R) <= log(2 R) ask for, where R is large.
+    assert observed <= allowed <= observed * Fraction(1001, 1000)
+
+
+def chebyshev(x: Fraction, degree: int) -> Fraction:
+    """``T_degree(x)``, exactly."""
+    before, now = Fraction(1), x
+    for _ in range(degree - 1):
+        before, now = now, 2 * x * now - before
+    return now

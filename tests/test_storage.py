@@ -209,7 +209,7 @@ def rewritten(path, change, arrays=None):
     "change, expected",
     [
         (lambda h: h.update(version=2), "format version 2, this lipjax reads up to 1: use a newer"),
-        (lambda h: h.update(version="1"), "format version 1"),
+        (lambda h: h.update(version="1"), "format version '1'"),
         (lambda h: h.update(format="another"), "does not say format"),
         (lambda h: h.update(more=1), "expected the fields"),
         (lambda h: h.update(layers={}), "must be lists"),

@@ -21,8 +21,8 @@ from flax import nnx
 
 import lipjax
 from lipjax import data, feeding, report, training
-from lipjax.configs import baselines, digits
 from lipjax.bounds import vector_shapes
+from lipjax.configs import baselines, digits
 from lipjax.reporting import read_metrics
 
 SMALL = [
@@ -148,7 +148,7 @@ def test_a_run_killed_again_and_again_ends_bit_for_bit_as_one_never_stopped(tmp_
     assert (broken / "curves.png").read_bytes().startswith(b"\x89PNG")
     certificate = broken / "certification" / "certificate.npz"
     confirmed = run("-m", "lipjax.check", str(certificate), f"--workdir={broken}").stdout
-    assert "CONFIRMED: certificates of 16 images, digits, test split" in confirmed
+    assert "CONFIRMED: certificates of 16 images, 'digits', split 'test'" in confirmed
 
 
 def test_a_loss_that_overflows_ends_training_with_the_step_and_leaves_a_good_checkpoint(tmp_path):

@@ -8,8 +8,21 @@ from lipjax.activations.clip import Clip, ClippedReLU, ReLU, clipped_relu
 from lipjax.activations.maxmin import ClippedMaxMin, MaxMin, Pairs, clipped_maxmin, maxmin
 
 __all__ = [
-    *("Clip", "ClippedMaxMin", "ClippedReLU", "MaxMin", "Pairs", "ReLU", "Relaxation", "Rule"),
-    *("clipped_maxmin", "clipped_relu", "maxmin", "project", "register", "rule", "varies"),
+    "Clip",
+    "ClippedMaxMin",
+    "ClippedReLU",
+    "MaxMin",
+    "Pairs",
+    "ReLU",
+    "Relaxation",
+    "Rule",
+    "clipped_maxmin",
+    "clipped_relu",
+    "maxmin",
+    "project",
+    "register",
+    "rule",
+    "varies",
 ]
 
 

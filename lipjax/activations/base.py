@@ -6,6 +6,7 @@ its lines in the checker. Only `interval` and `lipschitz` are needed, the rest m
 
 import dataclasses
 import math
+import typing
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +17,7 @@ from lipjax.graph import register_composite
 from lipjax.graph.linear import larger, smaller
 
 
+@typing.dataclass_transform(frozen_default=True)
 def rule(*data: str):
     """A frozen dataclass that is a pytree with these fields as children."""
 
@@ -68,6 +70,11 @@ class Rule:
         derived from that. (Right as it stands for what is monotone in every entry.)
         """
         return self(lower), self(upper)
+
+    @property
+    def selects(self) -> bool:
+        """Is it 1-Lipschitz, and does its execution only compare and select, and round nothing?"""
+        return False
 
     @property
     def lipschitz(self) -> float:
@@ -164,9 +171,7 @@ class Relaxation:
         return (a - b) / math.sqrt(2)
 
 
-def relaxed(
-    low, high, exact, z, lower, upper, unit, radius, arithmetic, paired: bool = False
-) -> Relaxation:
+def relaxed(low, high, exact, z, lower, upper, unit, radius, arithmetic, paired: bool = False) -> Relaxation:
     """From the smallest and largest slope to any point of the box, seen from the center z.
 
     Args:
@@ -196,8 +201,6 @@ def hinge(low: jax.Array, high: jax.Array, kink: Any) -> jax.Array:
 def clip_above(z: jax.Array, threshold: jax.Array) -> jax.Array:
     """``min(z, threshold)``, the threshold broadcast over leading (batch) axes."""
     if z.shape[z.ndim - threshold.ndim :] != threshold.shape:
-        raise ValueError(
-            f"thresholds of shape {threshold.shape} do not fit an activation of shape {z.shape}."
-        )
+        raise ValueError(f"thresholds of shape {threshold.shape} do not fit an activation of shape {z.shape}.")
     leading = z.shape[: z.ndim - threshold.ndim]
     return smaller(z, jax.lax.broadcast(threshold, leading))

@@ -50,9 +50,7 @@ class ClippedMaxMin(nnx.Module):
     def __init__(self, shape: int | Sequence[int], upper: float = 1.0, lower: float = -1.0):
         shape = (shape,) if isinstance(shape, int) else tuple(shape)
         if shape[-1] % 2:
-            raise ValueError(
-                f"ClippedMaxMin pairs channels and needs an even number of them, got shape {shape}."
-            )
+            raise ValueError(f"ClippedMaxMin pairs channels and needs an even number of them, got shape {shape}.")
         half = (*shape[:-1], shape[-1] // 2)
         self.upper = nnx.Param(jnp.full(half, upper, jnp.float32))
         self.lower = nnx.Param(jnp.full(half, lower, jnp.float32))
@@ -64,9 +62,7 @@ class ClippedMaxMin(nnx.Module):
 def halves(z: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The two halves of the last axis."""
     if z.shape[-1] % 2:
-        raise ValueError(
-            f"MaxMin pairs channels and needs an even number of them, got an input of {z.shape}."
-        )
+        raise ValueError(f"MaxMin pairs channels and needs an even number of them, got an input of {z.shape}.")
     a, b = jnp.split(z, 2, axis=-1)
     return a, b
 
@@ -81,6 +77,10 @@ class Pairs(Rule):
     @property
     def kind(self) -> str:
         return "MaxMin" if self.top is None and self.bottom is None else "ClippedMaxMin"
+
+    @property
+    def selects(self) -> bool:
+        return True
 
     def __call__(self, z: jax.Array) -> jax.Array:
         a, b = halves(z)

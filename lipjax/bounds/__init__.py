@@ -6,6 +6,19 @@ from lipjax.bounds.modes import MODES, Mode, mode_of
 from lipjax.bounds.regions import Bound, Region, Walk, check_epsilon
 
 __all__ = [
-    *("MODES", "PRODUCTS", "Bound", "Mode", "Region", "Walk", "ascent", "bound"),
-    *("check_epsilon", "graph_of", "initial_vectors", "margin", "mode_of", "vector_shapes", "worst_logits"),
+    "MODES",
+    "PRODUCTS",
+    "Bound",
+    "Mode",
+    "Region",
+    "Walk",
+    "ascent",
+    "bound",
+    "check_epsilon",
+    "graph_of",
+    "initial_vectors",
+    "margin",
+    "mode_of",
+    "vector_shapes",
+    "worst_logits",
 ]

@@ -35,9 +35,7 @@ def vector_shapes(f: Callable | Graph, shape: Sequence[int]) -> tuple[tuple[int,
     return tuple(node.shape for node in inputs)
 
 
-def initial_vectors(
-    f: Callable | Graph, shape: Sequence[int], mode: str = "local", key: jax.Array | None = None
-):
+def initial_vectors(f: Callable | Graph, shape: Sequence[int], mode: str = "local", key: jax.Array | None = None):
     """Standard normal start vectors of one example, as `bound` takes them: as `Bound.vectors`.
 
     With a key they are those of ``bound(..., key=key)``, without one always the same: good to

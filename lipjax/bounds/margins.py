@@ -19,9 +19,7 @@ BISECTION_STEPS = {"float32": 16, "float64": 35}
 WIDEST = 1e12
 
 
-def ascent(
-    direction: jax.Array, region: Region, arithmetic: rounding.Rounding = rounding.EXACT
-) -> jax.Array:
+def ascent(direction: jax.Array, region: Region, arithmetic: rounding.Rounding = rounding.EXACT) -> jax.Array:
     """Upper bound of ``max <direction, t>`` over ball and box.
 
     The ball is ``||t||_2 <= radius``, the box ``lower - center <= t <= upper - center``. By duality
@@ -51,9 +49,7 @@ def ascent(
     box = up(jnp.sum(d * corner), d.size)
 
     tiny = jnp.finfo(d.dtype).tiny ** 0.5
-    frozen_d, frozen_low, frozen_high, radius, unit = jax.lax.stop_gradient(
-        (d, low, high, region.radius, norm)
-    )
+    frozen_d, frozen_low, frozen_high, radius, unit = jax.lax.stop_gradient((d, low, high, region.radius, norm))
 
     def too_short(log_scale):
         t = jnp.clip(frozen_d * jnp.exp(log_scale), frozen_low, frozen_high)

@@ -98,10 +98,7 @@ def check_epsilon(epsilon) -> None:
     if isinstance(epsilon, jax.core.Tracer):
         return
     if not (float(epsilon) >= 0 and math.isfinite(float(epsilon))):
-        raise ValueError(
-            "epsilon must be finite and >= 0 (an l2 radius on pixels in [0, 1]), got "
-            f"{epsilon}."
-        )
+        raise ValueError(f"epsilon must be finite and >= 0 (an l2 radius on pixels in [0, 1]), got {epsilon}.")
 
 
 # norm(k, operator, like, mask_in, mask_out) -> (sigma, vector); k counts the linear nodes. Masks
@@ -181,9 +178,7 @@ class Walk:
         kept = {name: tuple(vectors[name]) for name in self.mode.vectors}
         regions = tuple(k.region for k in known)
         head = self.graph.nodes[-1].inputs[0]
-        return Bound(
-            self.graph, known[head].lipschitz, tuple(norms), regions, kept, self.mode.name
-        )
+        return Bound(self.graph, known[head].lipschitz, tuple(norms), regions, kept, self.mode.name)
 
     # -------------------------------------------------------------------------------- one node
 
@@ -236,9 +231,7 @@ class Walk:
         lower = _signed_sum(plain, [e[0] if s == 1 else -e[0] for s, e in zip(node.signs, ends, strict=True)])
         upper = _signed_sum(plain, [e[1] if s == 1 else -e[1] for s, e in zip(node.signs, ends, strict=True)])
         if terms == 1 and node.constant is None:
-            return dataclasses.replace(
-                before[0], region=Region(center, parts[0].radius, lower, upper), is_ball=False
-            )
+            return dataclasses.replace(before[0], region=Region(center, parts[0].radius, lower, upper), is_ball=False)
         slack = 4 * rounding.DOUBLE * _magnitude(node, [p.magnitude for p in parts])
         lower, upper = arithmetic.widened(lower, upper, slack if terms > 2 else 0.0)
         lower, upper = smaller(lower, center), larger(upper, center)
@@ -281,7 +274,8 @@ class Walk:
 
         if not mode.boxes:
             if last:
-                sigma = up(safe_frobenius(operator, region.center), region.center.size)
+                terms = region.center.size + center.size
+                sigma = up(safe_frobenius(operator, region.center), terms)
                 lipschitz = before.lipschitz
             else:
                 sigma = whole_norm()
@@ -307,9 +301,7 @@ class Walk:
             sigma = whole_norm()
             whole = up(sigma * before.whole_radius + moved)
         if mode.masked:
-            sigma, vector = self.local_norm(
-                k, operator, region.center, region.varies, mask_out
-            )
+            sigma, vector = self.local_norm(k, operator, region.center, region.varies, mask_out)
             vectors["local"].append(vector)
         norms.append(sigma)
         radius = up(sigma * region.radius + moved)
@@ -319,9 +311,7 @@ class Walk:
         least = jnp.minimum(radius, box.radius) if mode.local else radius
         return Known(dataclasses.replace(box, radius=least), lipschitz, whole)
 
-    def box(
-        self, operator: LinearOperator, before: Known, center, ball_radius, slack, own
-    ) -> Region:
+    def box(self, operator: LinearOperator, before: Known, center, ball_radius, slack, own) -> Region:
         """Interval arithmetic, cut with the ball of the inputs that vary, and with `own`, how far
         each output can move, if given; always contains the center itself."""
         arithmetic, region, like = self.arithmetic, before.region, before.region.center
@@ -338,9 +328,7 @@ class Walk:
         if self.mode.as_paper and operator.kernel_row_norms is not None:
             row_norms = operator.kernel_row_norms
         else:
-            row_norms = operator.row_norms(
-                varies if self.mode.local else jnp.ones(like.shape, bool)
-            )
+            row_norms = operator.row_norms(varies if self.mode.local else jnp.ones(like.shape, bool))
         terms = like.size + operator.kernel.size
         reach = arithmetic.up(ball_radius * jnp.broadcast_to(row_norms, center.shape), terms)
         if own is not None:
@@ -387,9 +375,7 @@ def _ball(center, radius, arithmetic) -> Region:
     # Nothing varies in a ball of radius 0: there the two ends must stay equal.
     lower, upper = arithmetic.widened(center - radius, center + radius, 0.0)
     still = radius == 0
-    return Region(
-        center, radius, jnp.where(still, center, lower), jnp.where(still, center, upper)
-    )
+    return Region(center, radius, jnp.where(still, center, lower), jnp.where(still, center, upper))
 
 
 def _signed_sum(node: Add, values) -> jax.Array:

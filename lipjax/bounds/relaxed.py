@@ -40,6 +40,8 @@ def dual(d, low, high, radius, scale, arithmetic) -> jax.Array:
     """
     t = jnp.clip(d * scale, low, high)
     # Each term of the sums is >= 0, the difference is not: its rounding is that of its parts' sum.
+    # (Squares that underflow, too: FLOOR is in the excess before that is divided by the scale, which
+    # can be far smaller.)
     room = jnp.square(radius)
     used = jnp.sum(jnp.square(t))
     excess = arithmetic.up(room + used, d.size) - (room + used)
@@ -60,9 +62,7 @@ def largest_product(d: jax.Array, reach: jax.Array, radius: jax.Array, arithmeti
     least = jnp.finfo(d.dtype).tiny ** 0.25
     usual = (norm > least) & (radius > least * norm)
     scale = jnp.where(usual, SCALE * radius / jnp.where(usual, norm, 1.0), 1.0)
-    return jnp.minimum(
-        jnp.minimum(box, ball), dual(d, -reach, reach, radius, scale, arithmetic)
-    )
+    return jnp.minimum(jnp.minimum(box, ball), dual(d, -reach, reach, radius, scale, arithmetic))
 
 
 class Reverse:
@@ -88,9 +88,7 @@ class Reverse:
         self.graph, self.view, self.arithmetic = graph, view, arithmetic
         self.regions, self.end = regions[: end + 1], end
         self.norm_of = dict(zip(self.graph.linear, norms, strict=False))
-        self.relaxations = {
-            i: self._relaxed(i) for i in range(end + 1) if isinstance(self.graph.nodes[i], Activation)
-        }
+        self.relaxations = {i: self._relaxed(i) for i in range(end + 1) if isinstance(self.graph.nodes[i], Activation)}
 
     def _relaxed(self, i: int):
         """Slopes and errors of activation i, from the norm of the rows that move its output."""
@@ -101,9 +99,7 @@ class Reverse:
         moving = self._moving(node.inputs[0])
         if moving is not None:
             radius = jnp.minimum(moving, radius)
-        return node.rule.relaxations(
-            before.center, before.lower, before.upper, radius, after, self.arithmetic
-        )
+        return node.rule.relaxations(before.center, before.lower, before.upper, radius, after, self.arithmetic)
 
     def _moving(self, i: int) -> jax.Array | None:
         """Radius over the active inputs of an activation that alone reads node i."""
@@ -116,9 +112,7 @@ class Reverse:
         before = self.regions[node.inputs[0]]
         operator = self.view(node.operator, before.center)
         slack = self.arithmetic.slack(operator, before.lower, before.upper)
-        return self.arithmetic.up(
-            self.norm_of[i] * before.radius + self.arithmetic.norm(slack)
-        )
+        return self.arithmetic.up(self.norm_of[i] * before.radius + self.arithmetic.norm(slack))
 
     def gain(self, d: jax.Array) -> jax.Array:
         """Upper bound of ``<d, D h>``, h the value of the node `end`; NaN if anything is.

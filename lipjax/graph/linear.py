@@ -9,7 +9,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 
 @functools.partial(
@@ -82,10 +81,13 @@ class LinearOperator:
     def row_norms(self, mask: jax.Array) -> jax.Array:
         """``||row_i(W) restricted to mask||_2``, of the output's shape; differentiable also where it is 0.
 
+        Not below it but for rounding: entries whose squares would underflow are `raised`.
+
         Args:
             mask: boolean, of the input's shape: the inputs that vary.
         """
-        return safe_sqrt(self.apply(jnp.square(self.kernel), mask.astype(self.kernel.dtype)))
+        squares = jnp.square(raised(self.kernel))
+        return safe_sqrt(self.apply(squares, mask.astype(self.kernel.dtype)))
 
 
 def _apply_matrix(input_shape, output_shape, matrix, x):
@@ -98,6 +100,16 @@ def safe_sqrt(x: jax.Array) -> jax.Array:
     """``sqrt(x)`` for x >= 0 with gradient 0 (not infinity) at 0. A NaN stays a NaN."""
     zero = x == 0
     return jnp.where(zero, 0.0, jnp.sqrt(jnp.where(zero, 1.0, x)))
+
+
+def raised(x: jax.Array) -> jax.Array:
+    """``|x|``, entries too small to square raised to the least that is not; 0 stays 0.
+
+    A sum of their squares loses nothing to underflow: up to rounding it is at least the exact one.
+    """
+    least = float(jnp.finfo(x.dtype).tiny) ** 0.5
+    size = jnp.abs(x)
+    return jnp.where(size == 0, 0.0, jnp.maximum(size, least)).astype(x.dtype)
 
 
 def safe_norm(x: jax.Array) -> jax.Array:
@@ -244,8 +256,6 @@ def _convolve_by_products(strides, padding, input_dilation, dilation, groups, ke
             product = jax.lax.dot_general(part, each, (((rank + 1,), (0,)), ((rank,), (1,))))
             total += jnp.moveaxis(product, 0, rank).reshape(total.shape)
     return total
-
-
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,6 +7,7 @@ through `jit`, `grad` and `vmap`; what is static is compared by value.
 import dataclasses
 import functools
 import math
+import typing
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -38,6 +39,7 @@ class Executed:
     product: bool = False
 
 
+@typing.dataclass_transform(kw_only_default=True, frozen_default=True)
 def _node(*data: str):
     """A frozen dataclass that is a pytree with these fields as children."""
 
@@ -149,10 +151,7 @@ class Rearrange(Node):
     def linear(self, *values: jax.Array) -> jax.Array:
         """The same without what fills: only what moves."""
         for step, constants in zip(self.steps, self.constants, strict=True):
-            zeros = (
-                jnp.zeros_like(c, values[0].dtype) if _is_float(c) else jnp.asarray(c)
-                for c in constants
-            )
+            zeros = (jnp.zeros_like(c, values[0].dtype) if _is_float(c) else jnp.asarray(c) for c in constants)
             values = (step(*values, *zeros),)
         return values[0]
 
@@ -185,9 +184,7 @@ class Activation(Node):
     roundings: float = 0.0
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["nodes"], meta_fields=["batched"]
-)
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["nodes"], meta_fields=["batched"])
 @dataclasses.dataclass(frozen=True)
 class Graph:
     """A function of one example, as nodes in the order of evaluation; the last one is its value.
@@ -222,7 +219,8 @@ class Graph:
 
         Margins are taken over what is in front of that node.
         """
-        nodes, last = list(self.nodes), self.nodes[-1]
+        nodes: list[Node] = list(self.nodes)
+        last = nodes[-1]
         if isinstance(last, Linear) and len(last.shape) == 1:
             return self
         reads = [i for node in nodes for i in node.inputs]
@@ -235,6 +233,7 @@ class Graph:
         ):
             # Only the shape of the result differs: the linear node gives it at once.
             head = nodes[last.inputs[0]]
+            assert isinstance(head, Linear)
             bias = head.operator.bias
             flat = None if bias is None else jnp.broadcast_to(bias, head.shape).reshape(last.shape)
             operator = dataclasses.replace(
@@ -250,15 +249,15 @@ class Graph:
                 return dataclasses.replace(self, nodes=tuple(nodes))
             nodes = list(self.nodes)
         if len(last.shape) != 1:
-            raise TypeError(
-                f"the value has shape {last.shape}: expected one axis, of logits or outputs. "
-                "Flatten it."
-            )
+            raise TypeError(f"the value has shape {last.shape}: expected one axis, of logits or outputs. Flatten it.")
         identity = LinearOperator(Scale(), jnp.ones((), last.dtype))
-        head = Linear(
-            inputs=(len(nodes) - 1,), shape=last.shape, dtype=last.dtype, operator=identity
-        )
+        head = Linear(inputs=(len(nodes) - 1,), shape=last.shape, dtype=last.dtype, operator=identity)
         return dataclasses.replace(self, nodes=(*nodes, head))
+
+    @property
+    def linear_nodes(self) -> list[Linear]:
+        """The Linear nodes, in order."""
+        return [node for node in self.nodes if isinstance(node, Linear)]
 
     def readers(self, position: int) -> Iterator[int]:
         """Positions of the nodes that read this one."""

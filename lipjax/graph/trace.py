@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import math
 import os
+import typing
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -110,9 +111,7 @@ def trace(f: Callable, example, *, batched: bool | None = None) -> Graph:
             failures.append(ValueError(f"a batch of one became an array of shape {out.shape}."))
             continue
         if batched is None and not with_axis and len(out.shape) > 1:
-            failures.append(
-                ValueError(f"one example of shape {shape} became an array of shape {out.shape}.")
-            )
+            failures.append(ValueError(f"one example of shape {shape} became an array of shape {out.shape}."))
             continue
         return _Reader(shape, dtype, with_axis).read(jaxpr)
     raise ValueError(
@@ -128,7 +127,9 @@ def _held(value):
 
 def _callable(f: Callable) -> Callable:
     if not isinstance(f, nnx.Module):
-        return f
+        # A function of its own each time: JAX keeps what it has traced of a function, and what that
+        # one closes over (a dict of parameters) may have changed since.
+        return lambda x: f(x)
     # A copy that belongs to the trace: a module may not be changed from inside another one.
     definition, state = nnx.split(f)
     return lambda x: nnx.merge(definition, state)(x)
@@ -166,9 +167,7 @@ class _Reader:
         outside = self.where
         for equation in jaxpr.eqns:
             self.where = _line(equation) or outside
-            inputs = [
-                Known(v.val) if isinstance(v, Literal) else values[v] for v in equation.invars
-            ]
+            inputs = [Known(v.val) if isinstance(v, Literal) else values[v] for v in equation.invars]
             results = self.equation(equation, inputs)
             values.update(zip(equation.outvars, results, strict=True))
         self.where = outside
@@ -177,8 +176,9 @@ class _Reader:
     def equation(self, equation, inputs: list[Value]) -> list[Value]:
         name = equation.primitive.name
         if all(isinstance(value, Known) for value in inputs):
-            roundings = _roundings(name, inputs)
-            outputs = _bind(equation, [value.value for value in inputs])  # type: ignore[union-attr]
+            known = typing.cast(list[Known], inputs)
+            roundings = _roundings(name, known)
+            outputs = _bind(equation, [value.value for value in known])
             return [Known(output, roundings) for output in outputs]
         if name in match.IDENTITIES:
             return list(inputs)
@@ -221,8 +221,7 @@ class _Reader:
         params = equation.params
         if params["length"] > LONGEST_LOOP:
             raise TraceError(
-                f"{self.where}: a loop of {params['length']} rounds; up to {LONGEST_LOOP} are "
-                "written out."
+                f"{self.where}: a loop of {params['length']} rounds; up to {LONGEST_LOOP} are written out."
             )
         fixed, carried = params["num_consts"], params["num_carry"]
         consts, carry = inputs[:fixed], inputs[fixed : fixed + carried]
@@ -231,9 +230,7 @@ class _Reader:
         order = range(params["length"])
         for i in reversed(order) if params["reverse"] else order:
             rows = [self.row(stream, i) for stream in streams]
-            results = self.jaxpr(
-                body.jaxpr, [Known(c) for c in body.consts], [*consts, *carry, *rows]
-            )
+            results = self.jaxpr(body.jaxpr, [Known(c) for c in body.consts], [*consts, *carry, *rows])
             carry = results[:carried]
             outputs.append(results[carried:])
         if params["reverse"]:
@@ -350,10 +347,7 @@ class _Reader:
     def whole(self, nodes: Sequence[int], shape) -> Ref | None:
         """The node whose parts these are, in order and complete, if there is one."""
         parts = [self.nodes[i] for i in nodes]
-        if not all(
-            isinstance(part, Rearrange) and len(part.steps) == 1 and len(part.inputs) == 1
-            for part in parts
-        ):
+        if not all(isinstance(part, Rearrange) and len(part.steps) == 1 and len(part.inputs) == 1 for part in parts):
             return None
         if len({part.inputs for part in parts}) != 1:
             return None
@@ -365,8 +359,7 @@ class _Reader:
             seen = [np.asarray(part(jnp.asarray(positions))) for part in parts]  # type: ignore[operator]
         for axis in range(len(shape)):
             same = all(s.ndim == len(shape) for s in seen) and all(
-                s.shape[:axis] + s.shape[axis + 1 :] == seen[0].shape[:axis] + seen[0].shape[axis + 1 :]
-                for s in seen
+                s.shape[:axis] + s.shape[axis + 1 :] == seen[0].shape[:axis] + seen[0].shape[axis + 1 :] for s in seen
             )
             if same and np.array_equal(np.concatenate(seen, axis), positions):
                 return Ref(source)
@@ -380,9 +373,7 @@ class _Reader:
         for step in node.steps:
             like = jax.ShapeDtypeStruct(shapes[-1], jnp.float32)
             shapes.append(jax.eval_shape(step, like).shape)
-        for step, before, after in zip(
-            reversed(node.steps), reversed(shapes[:-1]), reversed(shapes[1:]), strict=True
-        ):
+        for step, before, after in zip(reversed(node.steps), reversed(shapes[:-1]), reversed(shapes[1:]), strict=True):
             name, parameters = step.primitive.name, dict(step.parameters)
             if name == "transpose":
                 value = jnp.transpose(value, np.argsort(parameters["permutation"]))
@@ -507,10 +498,7 @@ def _arity(reference: Callable) -> int:
 
 @functools.cache
 def _reference(reference: Callable, avals) -> tuple | None:
-    likes = [
-        jax.ShapeDtypeStruct(shape, jnp.dtype(dtype), weak_type=weak)
-        for shape, dtype, weak in avals
-    ]
+    likes = [jax.ShapeDtypeStruct(shape, jnp.dtype(dtype), weak_type=weak) for shape, dtype, weak in avals]
     try:
         return match.fingerprint(jax.make_jaxpr(reference)(*likes))
     except (TypeError, ValueError):  # shapes that it does not take
@@ -622,10 +610,7 @@ def _pruned(graph: Graph, last: int) -> Graph:
             stack += [i for i in graph.nodes[position].inputs if i not in needed]
     order = sorted(needed)
     place = {old: new for new, old in enumerate(order)}
-    nodes = [
-        dataclasses.replace(graph.nodes[i], inputs=tuple(place[j] for j in graph.nodes[i].inputs))
-        for i in order
-    ]
+    nodes = [dataclasses.replace(graph.nodes[i], inputs=tuple(place[j] for j in graph.nodes[i].inputs)) for i in order]
     return dataclasses.replace(graph, nodes=tuple(nodes))
 
 
@@ -725,9 +710,7 @@ def _constant(reader: _Reader, known: Known, dtype) -> Ref:
     empty = reader.moved([nothing], (0,), "slice", **bounds)
     value = jnp.asarray(known.value)
     config = ((0, value.size, 0),)
-    zeros = reader.moved(
-        [empty], (value.size,), "pad", (np.zeros((), dtype),), padding_config=config
-    )
+    zeros = reader.moved([empty], (value.size,), "pad", (np.zeros((), dtype),), padding_config=config)
     shaped = reader.moved([zeros], value.shape, "reshape", new_sizes=value.shape)
     return reader.add(
         Add(
@@ -901,8 +884,7 @@ def _convolution(reader: _Reader, equation, inputs):
     batch, channel, *spatial = numbers.lhs_spec
     if shape[batch] != 1:
         raise ValueError(
-            f"{reader.where}: a convolution over a batch of {shape[batch]}: give one example; "
-            "jax.vmap makes the batch."
+            f"{reader.where}: a convolution over a batch of {shape[batch]}: give one example; jax.vmap makes the batch."
         )
 
     # To one example, channels last; the kernel to (window, inputs, outputs); and back.
@@ -919,7 +901,8 @@ def _convolution(reader: _Reader, equation, inputs):
         tuple(params["rhs_dilation"]),
         params["feature_group_count"],
     )
-    norms = linear.safe_sqrt(jnp.sum(jnp.square(weights), axis=tuple(range(weights.ndim - 1))))
+    squares = jnp.square(linear.raised(weights))
+    norms = linear.safe_sqrt(jnp.sum(squares, axis=tuple(range(weights.ndim - 1))))
     operator = linear.LinearOperator(apply, weights, None, norms)
     batch_out, channel_out, *spatial_out = numbers.out_spec
     found = tuple(out.shape[axis] for axis in (*spatial_out, channel_out))

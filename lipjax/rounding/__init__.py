@@ -23,7 +23,20 @@ from lipjax.rounding.outward import (
 )
 
 __all__ = [
-    *("ARITHMETICS", "DOUBLE", "EXACT", "FLOOR", "LARGEST", "OUTWARD", "Arithmetic", "Exact"),
-    *("Outward", "Rounding", "arithmetics_of", "forward_error", "gamma", "least_precise"),
-    *("terms_of", "transposed_terms_of"),
+    "ARITHMETICS",
+    "DOUBLE",
+    "EXACT",
+    "FLOOR",
+    "LARGEST",
+    "OUTWARD",
+    "Arithmetic",
+    "Exact",
+    "Outward",
+    "Rounding",
+    "arithmetics_of",
+    "forward_error",
+    "gamma",
+    "least_precise",
+    "terms_of",
+    "transposed_terms_of",
 ]

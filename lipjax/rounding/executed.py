@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from lipjax.graph import Activation, Add, Executed, Graph, Input, Linear, Node, Rearrange
-from lipjax.rounding.outward import OUTWARD, gamma, terms_of
+from lipjax.rounding.outward import LARGEST, OUTWARD, gamma, terms_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +49,14 @@ ARITHMETICS = {
     )
 }
 KNOWN_TYPES = ("float64", "float32", "bfloat16")
+# Algorithms that a product can fix, by the arithmetic that covers them. Others are refused: they sum
+# in 16 bits, multiply in 8, or take several products for one.
+ALGORITHMS = {
+    "F64_F64_F64": "float64",
+    "F32_F32_F32": "float32",
+    "TF32_TF32_F32": "tf32",
+    "BF16_BF16_F32": "bfloat16_products",
+}
 # Units of roundoff that parameters may be off by when they are computed at each call.
 FEW = 100.0
 
@@ -106,7 +114,8 @@ def _arithmetic(node: Node, equation: Executed, declared: str | None) -> Arithme
                 f"{declared} its parameters would be rounded, which is not in the error model: "
                 "give the network float32 parameters."
             )
-        if ARITHMETICS[declared].output < ARITHMETICS[name].output:
+        chosen = "bfloat16" in floats or (equation.precision or "").startswith("algorithm")
+        if _order(declared) < _order(name) and (chosen or declared == "float64"):
             raise ValueError(
                 f"{node.where}: `{equation.primitive}` computes in {name}, which rounds more than "
                 f"the declared {declared}: declare {name} or give the layer another dtype."
@@ -132,12 +141,27 @@ def _own(equation: Executed, floats: set[str]) -> str:
         return "float32"
     platform = jax.default_backend()
     if equation.precision is not None and equation.precision.startswith("algorithm"):
-        raise TypeError(f"`{equation.primitive}` with {equation.precision} is not in the error model.")
+        algorithm = equation.precision.removeprefix("algorithm ").rpartition(".")[2]
+        if algorithm not in ALGORITHMS:
+            raise TypeError(
+                f"`{equation.primitive}` by {algorithm}, which the error model does not know "
+                f"(it knows {', '.join(ALGORITHMS)})."
+            )
+        return _coarser(ALGORITHMS[algorithm], "bfloat16_products" if platform == "tpu" else "float32")
     if platform == "tpu":
         return "bfloat16_products"
     if platform != "cpu" and equation.precision != "HIGHEST":
         return "tf32"
     return "float32"
+
+
+def _order(name: str) -> int:
+    """How much it rounds: each arithmetic covers those before it."""
+    return list(ARITHMETICS).index(name)
+
+
+def _coarser(*names: str) -> str:
+    return max(names, key=_order)
 
 
 def least_precise(arithmetics: Sequence[Sequence[Arithmetic]]) -> str:
@@ -158,8 +182,11 @@ def relative(arithmetics: Sequence[Arithmetic], terms: int, roundings: float = 0
     """
     first = arithmetics[0]
     output = max(a.output for a in arithmetics)
-    conversions = (1 + first.input) ** 2 * (1 + output) ** (len(arithmetics) + 2 + roundings)
-    return conversions * (1 + gamma(terms + 2, first.accumulate)) - 1
+    # By logarithms: 1 + u is 1 in the arithmetic of this computation, and would be lost.
+    logarithm = 2 * math.log1p(first.input)
+    logarithm += (len(arithmetics) + 2 + roundings) * math.log1p(output)
+    logarithm += math.log1p(gamma(terms + 2, first.accumulate))
+    return math.expm1(logarithm * (1 + 1e-14)) * (1 + 1e-14)
 
 
 def forward_error(
@@ -189,7 +216,8 @@ def forward_error(
         view: of the walk.
 
     Returns:
-        Of the shape of the last node, float64; infinity where a number may overflow.
+        Of the shape of the last node, float64; infinity where a number may overflow, or is
+        above `LARGEST`.
     """
     errors: list[jax.Array] = []
     totals: list[jax.Array] = []
@@ -206,15 +234,15 @@ def forward_error(
             total = jnp.minimum(length, OUTWARD.norm(error))
         elif isinstance(node, Activation):
             error = node.rule.rounding(sources[0])
-            total = jnp.minimum(lengths[0], OUTWARD.norm(error))
+            total = OUTWARD.norm(error)
+            if node.rule.selects:  # no output moves further than its input, and nothing is rounded
+                total = jnp.minimum(lengths[0], total)
         elif isinstance(node, Add):
             error, total = _sum_error(node, boxes[i], sources, lengths, arithmetics[i])
         else:
             assert isinstance(node, Linear)
             before = boxes[node.inputs[0]]
-            error, total = _linear_error(
-                node, before, sources[0], lengths[0], arithmetics[i], norm_of[i], view
-            )
+            error, total = _linear_error(node, before, sources[0], lengths[0], arithmetics[i], norm_of[i], view)
         errors.append(error)
         totals.append(total)
     return errors[-1]
@@ -240,7 +268,7 @@ def _linear_error(node: Linear, box, error, total, arithmetics, whole, view):
     grown = OUTWARD.up(carried + local, lower.size)
     length = OUTWARD.up(whole * total + OUTWARD.norm(local), lower.size)
     length = jnp.minimum(length, OUTWARD.norm(grown))
-    largest = min(a.largest for a in arithmetics)
+    largest = min(LARGEST, *(a.largest for a in arithmetics))  # of what FLOOR covers
     fits = OUTWARD.up(magnitude + grown, lower.size) < largest
     return jnp.where(fits, grown, jnp.inf), length
 
@@ -255,11 +283,11 @@ def _sum_error(node: Add, box, sources, lengths, arithmetics):
     smallest = max(a.smallest for a in arithmetics)
     lower, upper = box
     size = jnp.maximum(jnp.abs(lower), jnp.abs(upper)) + past
-    constant = 0.0
+    constant = jnp.zeros(())
     if node.constant is not None:
         constant = jnp.abs(jnp.broadcast_to(node.constant, node.shape))
     local = unit * (1 + unit) * (size + 2 * node.roundings * constant) + 4 * smallest
     grown = OUTWARD.up(past + local, 2)
     total = OUTWARD.up(length + OUTWARD.norm(local), 2)
-    fits = OUTWARD.up(size + grown, 2) < min(a.largest for a in arithmetics)
+    fits = OUTWARD.up(size + grown, 2) < min(LARGEST, *(a.largest for a in arithmetics))
     return jnp.where(fits, grown, jnp.inf), jnp.minimum(total, OUTWARD.norm(grown))

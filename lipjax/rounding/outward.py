@@ -21,13 +21,18 @@ import math
 import jax
 import jax.numpy as jnp
 
-from lipjax.graph.linear import LinearOperator, safe_norm
+from lipjax.graph.linear import LinearOperator, raised, safe_norm
 
 DOUBLE = 2.0**-53
-# What underflow can do to one float64 operation, with room for operands of up to `LARGEST` and millions of terms.
+# What underflow can do to one bound in float64: what is lost is below 2^-1022 a term, is multiplied by
+# at most one more number, of up to `LARGEST`, and there are millions of terms. It does not cover a square
+# root, a division or a second factor behind an underflow: what is squared for a root is
+# `graph.linear.raised` first, so that there is none.
 FLOOR = 1e-150
 # Bounds with a number above this are given up: below it nothing overflows, and FLOOR covers all that underflows.
 LARGEST = 1e100
+# Stands for a share of something that may have underflowed itself.
+LEAST_SHARE = 2.0**-1000
 
 
 def gamma(n, unit: float = DOUBLE) -> float:
@@ -71,8 +76,12 @@ class Outward:
 
     def up(self, x: jax.Array, terms: int = 1) -> jax.Array:
         """At least the exact value of what was computed as x >= 0 by sums of `terms` products of numbers >= 0, with up
-        to eight further multiplications, divisions or square roots. Exactly 0 stays 0."""
-        return jnp.where(x == 0, x, x * (1 + 2 * gamma(terms + 8)) + FLOOR)
+        to eight further multiplications, divisions or square roots.
+
+        Also where products underflowed (see FLOOR), and therefore never 0: a 0 may be all that underflow
+        has left.
+        """
+        return x * (1 + 2 * gamma(terms + 8)) + FLOOR
 
     def around(self, lower: jax.Array, upper: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Middle and half-width whose interval contains ``[lower, upper]``."""
@@ -80,8 +89,11 @@ class Outward:
         return middle, self.up(half_width) + 4 * DOUBLE * jnp.abs(middle)
 
     def widened(self, lower: jax.Array, upper: jax.Array, slack) -> tuple[jax.Array, jax.Array]:
-        """The box widened by `slack` and by the rounding of doing so."""
+        """The box widened by `slack` and by the rounding of doing so; 0 and 0 stay, as a sum or
+        difference that is 0 was not rounded."""
+        exact = (slack == 0) & (lower == 0) & (upper == 0)
         margin = self.up(slack + 4 * DOUBLE * jnp.maximum(jnp.abs(lower), jnp.abs(upper)))
+        margin = jnp.where(exact, 0.0, margin)
         return lower - margin, upper + margin
 
     def slack(self, operator: LinearOperator, lower: jax.Array, upper: jax.Array) -> jax.Array:
@@ -97,12 +109,12 @@ class Outward:
 
     def norm(self, slack: jax.Array) -> jax.Array:
         """Its l2 norm, rounded up."""
-        return self.up(jnp.sqrt(jnp.sum(jnp.square(slack))), slack.size)
+        return self.length(slack)
 
     def length(self, x: jax.Array) -> jax.Array:
-        """``||x||_2`` rounded up; 0 only for 0: the squares of entries below 1e-154 underflow, and FLOOR covers them."""
-        size = self.up(safe_norm(x), x.size)
-        return jnp.where(jnp.any(x != 0), size + FLOOR, size)
+        """``||x||_2`` rounded up; 0 only for 0."""
+        size = self.up(safe_norm(raised(x)), x.size)
+        return jnp.where(jnp.all(x == 0), 0.0, size)  # a NaN is no 0
 
     def slope_width(self, width: jax.Array) -> jax.Array:
         """Half the distance of two slopes in [-1, 1], each computed as a ratio of two rounded differences, rounded up."""
@@ -111,7 +123,8 @@ class Outward:
     def left_over(self, relative, g: jax.Array, length: jax.Array) -> jax.Array:
         """At least ``|<f, v>|`` for every ``||v|| <= length`` and ``||f|| <= relative ||g||``: for what is left over when a
         row computed from g, `relative` of it wrong, takes the place of the exact one."""
-        return self.up(relative * self.length(g) * length)
+        # In this order: where the inner product underflows, the exact one is far below FLOOR.
+        return self.up(jnp.maximum(relative, LEAST_SHARE) * (self.length(g) * length))
 
 
 EXACT, OUTWARD = Exact(), Outward()
