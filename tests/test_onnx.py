@@ -165,7 +165,7 @@ class Subclass(lipjax.ReLU):
         (lambda: lipjax.ReLU(), SHAPE, "expected a flax.nnx.Sequential, got .*ReLU"),
         (lambda: around(conv(padding="REFLECT")), SHAPE, "padding='REFLECT' has no rule"),
         (
-            lambda: around(conv(preferred_element_type=jnp.bfloat16)),
+            lambda: around(conv(preferred_element_type=jnp.float32)),
             SHAPE,
             "preferred_element_type of its own",
         ),
