@@ -7,7 +7,7 @@ its lines in the checker. Only `interval` and `lipschitz` are needed, the rest m
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, dataclass_transform
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,7 @@ from lipjax.graph import register_composite
 from lipjax.graph.linear import larger, smaller
 
 
+@dataclass_transform(frozen_default=True)
 def rule(*data: str):
     """A frozen dataclass that is a pytree with these fields as children."""
 
@@ -56,6 +57,12 @@ class Rule:
     def kind(self) -> str:
         """Its name, for people."""
         return type(self).__name__
+
+    @property
+    def bounded(self) -> str:
+        """The way in which it is bounded, for people."""
+        own = type(self).relaxations is not Rule.relaxations
+        return f"{self.lipschitz:g}-Lipschitz, box{', slopes' if own else ''}"
 
     def __call__(self, z: jax.Array) -> jax.Array:
         """The value."""

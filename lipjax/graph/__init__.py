@@ -4,6 +4,16 @@ from lipjax.graph.nodes import Activation, Add, Executed, Graph, Input, Linear, 
 from lipjax.graph.trace import TraceError, register_composite, register_primitive, trace
 
 __all__ = [
-    *("Activation", "Add", "Executed", "Graph", "Input", "Linear", "Node", "Rearrange"),
-    *("TraceError", "register_composite", "register_primitive", "trace"),
+    "Activation",
+    "Add",
+    "Executed",
+    "Graph",
+    "Input",
+    "Linear",
+    "Node",
+    "Rearrange",
+    "TraceError",
+    "register_composite",
+    "register_primitive",
+    "trace",
 ]

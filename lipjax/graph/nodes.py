@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, dataclass_transform
 
 import jax
 import jax.numpy as jnp
@@ -38,6 +38,7 @@ class Executed:
     product: bool = False
 
 
+@dataclass_transform(frozen_default=True, kw_only_default=True)
 def _node(*data: str):
     """A frozen dataclass that is a pytree with these fields as children."""
 
@@ -116,11 +117,13 @@ class Rearrange(Node):
         steps: in order of application; the first takes all inputs, each other the result before it.
         constants: per step a tuple of further operands: indices, and values that fill (of a pad).
         copies: in how many places the most frequent entry of the inputs ends.
+        roundings: of the constants, as in `Linear`.
     """
 
     steps: tuple[Step, ...]
     constants: tuple[tuple[Any, ...], ...]
     copies: int = 1
+    roundings: float = 0.0
 
     def __call__(self, *values: jax.Array) -> jax.Array:
         for step, constants in zip(self.steps, self.constants, strict=True):

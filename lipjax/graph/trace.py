@@ -9,8 +9,6 @@ overlooked; an equation without a rule is an error that names it and the user's 
 
 import dataclasses
 import functools
-import math
-import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -21,7 +19,8 @@ import numpy as np
 from flax import nnx
 from jax.extend.core import Jaxpr, Literal
 
-from lipjax.graph import linear, match
+from lipjax.graph import linear, match, rearrange, source
+from lipjax.graph.known import Known, is_concrete, roundings_of
 from lipjax.graph.nodes import (
     Activation,
     Add,
@@ -44,20 +43,6 @@ class TraceError(TypeError):
 
 
 @dataclasses.dataclass(frozen=True)
-class Known:
-    """A value that does not depend on the example.
-
-    Attributes:
-        value: an array, or a tracer of the parameters.
-        roundings: units of roundoff by which an entry may differ from the exact value, as the
-            program computes it; 0 for parameters and numbers as they stand, moved and cast at most.
-    """
-
-    value: Any
-    roundings: float = 0.0
-
-
-@dataclasses.dataclass(frozen=True)
 class Ref:
     """The value of a node."""
 
@@ -69,7 +54,7 @@ class Test:
     """``node > threshold`` (or < where `above` is False), entry by entry; a tie is either."""
 
     node: int
-    threshold: Any
+    threshold: Known
     above: bool
 
 
@@ -100,6 +85,7 @@ def trace(f: Callable, example, *, batched: bool | None = None) -> Graph:
         try:
             jaxpr, out = jax.make_jaxpr(_callable(f), return_shape=True)(like)
         except Exception as error:  # of whatever kind the user's function raises
+            _explain(error)
             if len(attempts) == 1:
                 raise
             failures.append(error)
@@ -121,6 +107,24 @@ def trace(f: Callable, example, *, batched: bool | None = None) -> Graph:
     ) from failures[0]
 
 
+def _explain(error: Exception) -> None:
+    """Raises a clearer error in the place of some."""
+    line = source.line_of_error(error)
+    where = f"{line}: " if line else ""
+    if isinstance(error, jax.errors.ConcretizationTypeError):
+        raise TraceError(
+            f"{where}Python asks for the value of something that depends on the example, as in "
+            "`if x[0] > 0`: which way is taken may change inside the ball. Write it with jnp.where "
+            f"or jnp.clip. JAX says: {error}"
+        ) from error
+    if isinstance(error, flax.errors.TraceContextError):
+        raise TraceError(
+            f"{where}the function changes a module that it holds, as BatchNorm and Dropout do in "
+            "training mode. Put it into inference, network.eval(), or trace the module itself. "
+            f"Flax says: {error}"
+        ) from error
+
+
 def _held(value):
     """A constant of a trace in the type in which JAX computes with it."""
     return value if isinstance(value, jax.core.Tracer) else jnp.asarray(value)
@@ -131,7 +135,7 @@ def _callable(f: Callable) -> Callable:
         return f
     # A copy that belongs to the trace: a module may not be changed from inside another one.
     definition, state = nnx.split(f)
-    return lambda x: nnx.merge(definition, state)(x)
+    return lambda x: nnx.merge(definition, state, copy=True)(x)
 
 
 class _Reader:
@@ -165,7 +169,7 @@ class _Reader:
         values.update(zip(jaxpr.invars, arguments, strict=True))
         outside = self.where
         for equation in jaxpr.eqns:
-            self.where = _line(equation) or outside
+            self.where = source.line_of(equation, outside)
             inputs = [
                 Known(v.val) if isinstance(v, Literal) else values[v] for v in equation.invars
             ]
@@ -177,9 +181,7 @@ class _Reader:
     def equation(self, equation, inputs: list[Value]) -> list[Value]:
         name = equation.primitive.name
         if all(isinstance(value, Known) for value in inputs):
-            roundings = _roundings(name, inputs)
-            outputs = _bind(equation, [value.value for value in inputs])  # type: ignore[union-attr]
-            return [Known(output, roundings) for output in outputs]
+            return _computed(equation, inputs)  # type: ignore[arg-type]
         if name in match.IDENTITIES:
             return list(inputs)
         if match.body_of(equation) is not None:
@@ -191,6 +193,9 @@ class _Reader:
         rule = _RULES.get(name)
         found = None if rule is None else rule(self, equation, inputs)
         if found is None:
+            for value in inputs:
+                if isinstance(value, Test):
+                    self.ref(value)  # says what is wrong with it
             raise TraceError(_unknown(equation, inputs, self.where))
         return found if isinstance(found, list) else [found]
 
@@ -208,10 +213,16 @@ class _Reader:
 
     def branch(self, equation, inputs: list[Value]) -> list[Value]:
         index, *operands = inputs
-        if not isinstance(index, Known) or isinstance(index.value, jax.core.Tracer):
+        if not isinstance(index, Known) or not is_concrete(index.value):
             raise TraceError(
-                f"{self.where}: a branch that depends on the example (or on traced parameters) "
-                "has no bound: which way is taken may change inside the ball."
+                f"{self.where}: a branch (`cond`) that depends on the example, or on traced "
+                "parameters, has no bound: which way is taken may change inside the ball."
+            )
+        if index.roundings > 0:
+            raise TraceError(
+                f"{self.where}: a branch (`cond`) on a number that is random, or computed with "
+                "rounding: the next call may take another way. Choose the branch beforehand, or "
+                "put the network into inference: network.eval()."
             )
         branches = equation.params["branches"]
         chosen = branches[int(np.clip(int(index.value), 0, len(branches) - 1))]
@@ -219,9 +230,9 @@ class _Reader:
 
     def loop(self, equation, inputs: list[Value]) -> list[Value]:
         params = equation.params
-        if params["length"] > LONGEST_LOOP:
+        if not 0 < params["length"] <= LONGEST_LOOP:
             raise TraceError(
-                f"{self.where}: a loop of {params['length']} rounds; up to {LONGEST_LOOP} are "
+                f"{self.where}: a loop of {params['length']} rounds; 1 to {LONGEST_LOOP} are "
                 "written out."
             )
         fixed, carried = params["num_consts"], params["num_carry"]
@@ -273,8 +284,8 @@ class _Reader:
             return value
         if isinstance(value, Test):
             raise TraceError(
-                f"{self.where}: a comparison is used for something else than jnp.where; the "
-                "result may jump inside the ball, so it has no bound."
+                f"{self.where}: a comparison is used for something else than jnp.where, such as a "
+                "mask or a branch; the result may jump inside the ball, so it has no bound."
             )
         raise TraceError(f"{self.where}: a constant stands where a value of the example should.")
 
@@ -312,8 +323,14 @@ class _Reader:
             )
         )
 
-    def moved(self, refs: Sequence[Value], shape, primitive, constants=(), **parameters) -> Ref:
-        """A Rearrange by one primitive; joined with the one in front, where that is read once."""
+    def moved(
+        self, refs: Sequence[Value], shape, primitive, constants=(), roundings=0.0, **parameters
+    ) -> Ref:
+        """A Rearrange by one primitive, joined with the one in front; equal ones are made once.
+
+        Args:
+            constants, roundings: further operands, and `Known.roundings` of them.
+        """
         nodes = [self.ref(value).node for value in refs]
         if isinstance(primitive, str):
             defaults = {"reshape": {"dimensions": None, "sharding": None}}.get(primitive, {})
@@ -321,19 +338,26 @@ class _Reader:
             primitive = _primitive(primitive)
         step = Step(primitive, tuple(sorted(parameters.items())))
         like = self.nodes[nodes[0]]
-        inputs, steps, extra = tuple(nodes), (step,), (tuple(constants),)
-        copies = 1
+        inputs = tuple(nodes)
+        steps: rearrange.Steps = (step,)
+        extra: rearrange.Constants = (tuple(constants),)
         if len(nodes) == 1 and isinstance(like, Rearrange):
             inputs, steps = like.inputs, (*like.steps, step)
             extra = (*like.constants, tuple(constants))
-            steps, extra = _shortened(steps, extra)
-        elif primitive.name == "concatenate":
-            whole = self.whole(nodes, shape)
-            if whole is not None:
-                return whole
+            roundings = max(roundings, like.roundings)
+        elif len(nodes) > 1 and primitive.name == "concatenate":
+            together = rearrange.together(self.nodes, nodes, parameters["dimension"])
+            if together is not None:
+                source, steps, extra = together
+                inputs = (source,)
+        steps, extra = rearrange.shortened(steps, extra)
         sources = [self.nodes[i].shape for i in inputs]
-        if len(inputs) == 1 and sources[0] == tuple(shape) and _only_reshapes(steps):
+        if len(inputs) == 1 and sources[0] == tuple(shape) and rearrange.only_reshapes(steps):
             return Ref(inputs[0])
+
+        key = ("moved", inputs, steps, tuple(map(rearrange.identity, extra)))
+        if key in self.seen:
+            return self.seen[key]
         node = Rearrange(
             inputs=inputs,
             shape=tuple(shape),
@@ -341,36 +365,12 @@ class _Reader:
             where=self.where,
             steps=steps,
             constants=extra,
-            copies=copies,
+            roundings=roundings,
         )
-        if not _only_reshapes(steps):
+        if not rearrange.only_reshapes(steps):
             node = dataclasses.replace(node, copies=most_copies(node, sources))
-        return self.add(node)
-
-    def whole(self, nodes: Sequence[int], shape) -> Ref | None:
-        """The node whose parts these are, in order and complete, if there is one."""
-        parts = [self.nodes[i] for i in nodes]
-        if not all(
-            isinstance(part, Rearrange) and len(part.steps) == 1 and len(part.inputs) == 1
-            for part in parts
-        ):
-            return None
-        if len({part.inputs for part in parts}) != 1:
-            return None
-        (source,) = parts[0].inputs
-        if self.nodes[source].shape != tuple(shape):
-            return None
-        positions = np.arange(self.nodes[source].size).reshape(self.nodes[source].shape)
-        with jax.ensure_compile_time_eval():
-            seen = [np.asarray(part(jnp.asarray(positions))) for part in parts]  # type: ignore[operator]
-        for axis in range(len(shape)):
-            same = all(s.ndim == len(shape) for s in seen) and all(
-                s.shape[:axis] + s.shape[axis + 1 :] == seen[0].shape[:axis] + seen[0].shape[axis + 1 :]
-                for s in seen
-            )
-            if same and np.array_equal(np.concatenate(seen, axis), positions):
-                return Ref(source)
-        return None
+        self.seen[key] = self.add(node)
+        return self.seen[key]
 
     def pulled(self, node: Rearrange, constant) -> Any | None:
         """A broadcastable constant behind a Rearrange as one in front of it; None: impossible."""
@@ -470,6 +470,7 @@ def register_composite(reference: Callable, build: Callable) -> None:
     """
     _COMPOSITES[:] = [pair for pair in _COMPOSITES if pair[0] is not reference]
     _COMPOSITES.append((reference, build))
+    _reference.cache_clear()
 
 
 def _composite(inner: Jaxpr, consts, inputs: Sequence[Value]):
@@ -483,7 +484,9 @@ def _composite(inner: Jaxpr, consts, inputs: Sequence[Value]):
         if _arity(reference) != len(inputs):
             continue
         own = match.fingerprint(_closed(inner)) if own is None else own
-        if own is not None and own == _reference(reference, tuple(map(_aval, inner.invars))):
+        if own is not None and own == _reference(
+            reference, tuple(map(_aval, inner.invars)), jax.config.jax_enable_x64
+        ):
             rule = build(*(value.value for value in inputs[1:]))
             return rule, inputs[0], max((value.roundings for value in inputs[1:]), default=0.0)
     return None
@@ -506,7 +509,8 @@ def _arity(reference: Callable) -> int:
 
 
 @functools.cache
-def _reference(reference: Callable, avals) -> tuple | None:
+def _reference(reference: Callable, avals, wide: bool) -> tuple | None:
+    """Its fingerprint at these types; `wide`: are there 64 bits?"""
     likes = [
         jax.ShapeDtypeStruct(shape, jnp.dtype(dtype), weak_type=weak)
         for shape, dtype, weak in avals
@@ -515,6 +519,19 @@ def _reference(reference: Callable, avals) -> tuple | None:
         return match.fingerprint(jax.make_jaxpr(reference)(*likes))
     except (TypeError, ValueError):  # shapes that it does not take
         return None
+
+
+def _computed(equation, inputs: Sequence[Known]) -> list[Value]:
+    """The results of an equation that does not depend on the example."""
+    values = [known.value for known in inputs]
+    roundings = roundings_of(equation, inputs)
+    if all(map(is_concrete, values)):
+        # Also inside of `jit`: positions, for one, have to be numbers.
+        with jax.ensure_compile_time_eval():
+            results = _bind(equation, values)
+    else:
+        results = _bind(equation, values)
+    return [Known(result, r) for result, r in zip(results, roundings, strict=True)]
 
 
 def _bind(equation, inputs) -> list:
@@ -528,42 +545,24 @@ def _primitive(name: str):
     return getattr(jax.lax, f"{name}_p")
 
 
-# Code that is between the user's line and the equation.
-_LIBRARIES = tuple(os.path.dirname(module.__file__) + os.sep for module in (jax, flax))
-_OWN = os.path.dirname(os.path.dirname(__file__)) + os.sep
-
-
-def _line(equation) -> str:
-    """The innermost line of the user's program that an equation comes from, else of a library."""
-    traceback = equation.source_info.traceback
-    library = ""
-    for frame in traceback.frames if traceback is not None else ():
-        if frame.file_name == __file__:
-            break  # what is further out called `trace`
-        if frame.file_name.startswith("<"):
-            continue
-        if not frame.file_name.startswith((*_LIBRARIES, _OWN)):
-            return _place(frame)
-        if frame.function_name.endswith("__call__"):
-            library = library or frame.function_name
-    return library
-
-
-def _place(frame) -> str:
-    path = os.path.relpath(frame.file_name)
-    if path.startswith(".." + os.sep + ".."):
-        path = frame.file_name
-    return f"{path}:{frame.line_num} ({frame.function_name})"
-
-
 def _unknown(equation, inputs: Sequence[Value], where: str) -> str:
     name = equation.primitive.name
-    varying = sum(not isinstance(value, Known) for value in inputs)
     what = f"{where or 'unknown line'}: lipjax knows no bound for `{name}`"
+    if source.is_in(equation, "BatchNorm.__call__"):
+        return (
+            f"{what} inside of a BatchNorm in training mode, which divides by statistics of the "
+            "batch. Put it into inference: network.eval(), or use_running_average=True."
+        )
+    if source.is_in(equation, "Dropout.__call__"):
+        return (
+            f"{what} inside of a Dropout that is on: its result is random. Put it into inference: "
+            "network.eval(), or deterministic=True."
+        )
+    varying = sum(not isinstance(value, Known) for value in inputs)
     if varying > 1 and name in ("mul", "div", "dot_general", "conv_general_dilated"):
         return (
-            f"{what} of two quantities that both depend on the example. (A BatchNorm in training "
-            "mode divides by statistics of the batch: put it into inference, network.eval().)"
+            f"{what} of two quantities that both depend on the example, such as statistics of the "
+            "example itself, or attention. Only one of them may."
         )
     if name.startswith(("random", "threefry")):
         return f"{what}: a random number that depends on the example."
@@ -597,20 +596,6 @@ def _precision(value) -> str | None:
     return f"algorithm {value}"
 
 
-def _shortened(steps, constants):
-    """Reshapes in a row as one."""
-    kept: list = []
-    for step, constant in zip(steps, constants, strict=True):
-        if step.primitive.name == "reshape" and kept and kept[-1][0].primitive.name == "reshape":
-            kept.pop()
-        kept.append((step, constant))
-    return tuple(step for step, _ in kept), tuple(constant for _, constant in kept)
-
-
-def _only_reshapes(steps) -> bool:
-    return all(step.primitive.name in ("reshape", "squeeze") for step in steps)
-
-
 def _pruned(graph: Graph, last: int) -> Graph:
     """Without the nodes that nothing reads."""
     needed = {0}
@@ -627,38 +612,6 @@ def _pruned(graph: Graph, last: int) -> Graph:
         for i in order
     ]
     return dataclasses.replace(graph, nodes=tuple(nodes))
-
-
-# Equations that only move or cast what they are given.
-_MOVES = frozenset(
-    (
-        *("reshape", "transpose", "squeeze", "broadcast_in_dim", "slice", "rev", "concatenate"),
-        *("pad", "convert_element_type", "copy", "split", "neg", "gather", "expand_dims"),
-        *("dynamic_slice", "iota", "select_n", "stop_gradient", "reduce_precision"),
-    )
-)
-
-
-def _roundings(name: str, inputs: Sequence[Known]) -> float:
-    """Units of roundoff in the value of an equation on known operands; infinity: not known.
-
-    Operands that err by a share of themselves: products and quotients add up; a root halves; a sum
-    of numbers >= 0 keeps the larger. A reciprocal root may be off by a few units on some devices.
-    """
-    own = [value.roundings for value in inputs]
-    if name in _MOVES:
-        return max(own, default=0.0)
-    if name in ("mul", "div"):
-        return sum(own) + 1
-    if name in ("sqrt", "rsqrt"):
-        return own[0] / 2 + 4
-    if name == "add" and all(_not_negative(value.value) for value in inputs):
-        return max(own) + 1
-    return math.inf
-
-
-def _not_negative(value) -> bool:
-    return not isinstance(value, jax.core.Tracer) and bool(np.all(np.asarray(value) >= 0))
 
 
 @register_primitive("reshape", "transpose", "squeeze", "slice", "rev", "broadcast_in_dim")
@@ -690,8 +643,14 @@ def _pad(reader: _Reader, equation, inputs):
     if not (isinstance(value, Ref) and isinstance(filling, Known)):
         return None
     out = equation.outvars[0].aval
-    constants = (filling.value,)
-    return reader.moved([value], out.shape, equation.primitive, constants, **equation.params)
+    return reader.moved(
+        [value],
+        out.shape,
+        equation.primitive,
+        (filling.value,),
+        filling.roundings,
+        **equation.params,
+    )
 
 
 @register_primitive("gather", "dynamic_slice")
@@ -699,11 +658,14 @@ def _gather(reader: _Reader, equation, inputs):
     value, *indices = inputs
     if not isinstance(value, Ref) or not all(isinstance(i, Known) for i in indices):
         return None
-    if any(isinstance(i.value, jax.core.Tracer) for i in indices):
+    if not all(is_concrete(i.value) for i in indices):
         return None
     constants = tuple(np.asarray(i.value) for i in indices)
+    roundings = max(i.roundings for i in indices)
     out = equation.outvars[0].aval
-    return reader.moved([value], out.shape, equation.primitive, constants, **equation.params)
+    return reader.moved(
+        [value], out.shape, equation.primitive, constants, roundings, **equation.params
+    )
 
 
 @register_primitive("concatenate")
@@ -839,32 +801,32 @@ def _scaled(reader: _Reader, equation, inputs):
         roundings += 0 if _power_of_two(second.value) else 1
     before = reader.nodes[first.node]
     executed = _executed(equation)
-    if isinstance(before, Linear) and before.operator.bias is None and _is_one(before.operator):
+    if isinstance(before, Linear) and _is_sum(before.operator) and np.size(scale) == 1:
         # A sum that is scaled, as in average pooling, is one map with one number as its kernel.
-        if np.ndim(scale) == 0 or np.size(scale) == 1:
-            kernel = jnp.reshape(scale, ()).astype(out.dtype)
-            operator = dataclasses.replace(before.operator, kernel=kernel)
-            return reader.add(
-                dataclasses.replace(
-                    before,
-                    operator=operator,
-                    executed=(*before.executed, executed),
-                    roundings=roundings,
-                )
+        kernel = before.operator.kernel * jnp.reshape(scale, ()).astype(out.dtype)
+        operator = dataclasses.replace(before.operator, kernel=kernel)
+        return reader.add(
+            dataclasses.replace(
+                before,
+                operator=operator,
+                executed=(*before.executed, executed),
+                # The product of two factors is rounded here; the first one is 1.
+                roundings=before.roundings + roundings + (len(before.executed) > 1),
             )
+        )
     operator = linear.LinearOperator(linear.Scale(), scale)
     return reader.linear(first, operator, out.shape, out.dtype, [executed], roundings)
 
 
 def _power_of_two(value) -> bool:
-    if isinstance(value, jax.core.Tracer):
+    if not is_concrete(value):
         return False
     mantissa, _ = np.frexp(np.abs(np.asarray(value, np.float64)))
     return bool(np.all(mantissa == 0.5))
 
 
-def _is_one(operator) -> bool:
-    return isinstance(operator.apply, linear.Sum)
+def _is_sum(operator) -> bool:
+    return isinstance(operator.apply, linear.Sum) and operator.bias is None
 
 
 @register_primitive("dot_general")
@@ -954,7 +916,7 @@ def _compared(reader: _Reader, equation, inputs):
     above = equation.primitive.name in ("gt", "ge")
     first, second = inputs
     if isinstance(first, Ref) and isinstance(second, Known):
-        return Test(first.node, second.value, above)
+        return Test(first.node, second, above)
     if isinstance(first, Known) and isinstance(second, Ref):
-        return Test(second.node, first.value, not above)
+        return Test(second.node, first, not above)
     return None

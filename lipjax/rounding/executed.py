@@ -75,7 +75,7 @@ def arithmetics_of(graph: Graph, declared: str | None = None) -> tuple[tuple[Ari
                 f"{node.where}: a value of type {node.dtype}; what rounding does there is not in "
                 f"the error model (known: {', '.join(KNOWN_TYPES)}). Compute in float32."
             )
-        least = 0.0 if isinstance(node, Activation) else FEW
+        least = FEW if isinstance(node, Linear | Add) else 0.0
         if getattr(node, "roundings", 0.0) > least:
             raise TypeError(
                 f"{node.where}: parameters that are computed anew at every call (by more than a "
@@ -124,6 +124,11 @@ def _arithmetic(node: Node, equation: Executed, declared: str | None) -> Arithme
 
 def _own(equation: Executed, floats: set[str]) -> str:
     """The arithmetic of an equation on this process's default device."""
+    if equation.precision is not None and equation.precision.startswith("algorithm"):
+        raise TypeError(
+            f"`{equation.primitive}` with {equation.precision} is not in the error model. Give no "
+            "algorithm, or a precision of jax.lax.Precision."
+        )
     if "bfloat16" in floats:
         return "bfloat16"
     if floats == {"float64"}:
@@ -131,8 +136,6 @@ def _own(equation: Executed, floats: set[str]) -> str:
     if not equation.product or equation.primitive.startswith("reduce"):
         return "float32"
     platform = jax.default_backend()
-    if equation.precision is not None and equation.precision.startswith("algorithm"):
-        raise TypeError(f"`{equation.primitive}` with {equation.precision} is not in the error model.")
     if platform == "tpu":
         return "bfloat16_products"
     if platform != "cpu" and equation.precision != "HIGHEST":
@@ -255,7 +258,7 @@ def _sum_error(node: Add, box, sources, lengths, arithmetics):
     smallest = max(a.smallest for a in arithmetics)
     lower, upper = box
     size = jnp.maximum(jnp.abs(lower), jnp.abs(upper)) + past
-    constant = 0.0
+    constant = jnp.zeros(())
     if node.constant is not None:
         constant = jnp.abs(jnp.broadcast_to(node.constant, node.shape))
     local = unit * (1 + unit) * (size + 2 * node.roundings * constant) + 4 * smallest
