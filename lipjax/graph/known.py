@@ -17,6 +17,7 @@ MOVES = frozenset(
     (
         *("reshape", "transpose", "squeeze", "broadcast_in_dim", "slice", "rev", "concatenate"),
         *("pad", "copy", "split", "neg", "gather", "expand_dims", "dynamic_slice", "iota", "abs"),
+        *("tile", "stack", "unstack"),
         *("select_n", "stop_gradient", "reduce_precision", "max", "min", "clamp"),
     )
 )

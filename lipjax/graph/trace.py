@@ -324,7 +324,7 @@ class _Reader:
         )
 
     def moved(
-        self, refs: Sequence[Value], shape, primitive, constants=(), roundings=0.0, **parameters
+        self, refs: Sequence[Value], shape, primitive, constants=(), roundings=0.0, /, **parameters
     ) -> Ref:
         """A Rearrange by one primitive, joined with the one in front; equal ones are made once.
 
@@ -485,7 +485,7 @@ def _composite(inner: Jaxpr, consts, inputs: Sequence[Value]):
             continue
         own = match.fingerprint(_closed(inner)) if own is None else own
         if own is not None and own == _reference(
-            reference, tuple(map(_aval, inner.invars)), jax.config.jax_enable_x64
+            reference, tuple(map(_aval, inner.invars)), jax.dtypes.canonicalize_dtype(float) == jnp.float64
         ):
             rule = build(*(value.value for value in inputs[1:]))
             return rule, inputs[0], max((value.roundings for value in inputs[1:]), default=0.0)
@@ -614,7 +614,7 @@ def _pruned(graph: Graph, last: int) -> Graph:
     return dataclasses.replace(graph, nodes=tuple(nodes))
 
 
-@register_primitive("reshape", "transpose", "squeeze", "slice", "rev", "broadcast_in_dim")
+@register_primitive("reshape", "transpose", "squeeze", "slice", "rev", "broadcast_in_dim", "tile")
 def _move(reader: _Reader, equation, inputs):
     value, *rest = inputs
     if rest or not isinstance(value, Ref):
@@ -626,6 +626,8 @@ def _move(reader: _Reader, equation, inputs):
 @register_primitive("split")
 def _split(reader: _Reader, equation, inputs):
     (value,), axis = inputs, equation.params["axis"]
+    if not isinstance(value, Ref):
+        return None
     found, start, shape = [], 0, reader.shape(value)
     for variable in equation.outvars:
         size = variable.aval.shape[axis]
@@ -634,6 +636,26 @@ def _split(reader: _Reader, equation, inputs):
         bounds = {"start_indices": first, "limit_indices": last, "strides": None}
         found.append(reader.moved([value], variable.aval.shape, "slice", **bounds))
         start += size
+    return found
+
+
+@register_primitive("unstack")
+def _unstacked(reader: _Reader, equation, inputs):
+    (value,), axis = inputs, equation.params["axis"]
+    if not isinstance(value, Ref):
+        return None
+    found, shape = [], reader.shape(value)
+    axis = axis % len(shape)
+    for i, variable in enumerate(equation.outvars):
+        part = {
+            "start_indices": tuple(i if k == axis else 0 for k in range(len(shape))),
+            "limit_indices": tuple(i + 1 if k == axis else n for k, n in enumerate(shape)),
+            "strides": None,
+        }
+        sizes = tuple(1 if k == axis else n for k, n in enumerate(shape))
+        row = reader.moved([value], sizes, "slice", **part)
+        out = variable.aval.shape
+        found.append(reader.moved([row], out, "reshape", new_sizes=out))
     return found
 
 
@@ -671,12 +693,23 @@ def _gather(reader: _Reader, equation, inputs):
 @register_primitive("concatenate")
 def _concatenate(reader: _Reader, equation, inputs):
     out = equation.outvars[0].aval
-    refs = []
-    for value in inputs:
-        if isinstance(value, Known):
-            value = _constant(reader, value, out.dtype)
-        refs.append(value)
+    refs = [_as_node(reader, value, out.dtype) for value in inputs]
     return reader.moved(refs, out.shape, equation.primitive, **equation.params)
+
+
+@register_primitive("stack")
+def _stacked(reader: _Reader, equation, inputs):
+    """As a concatenation."""
+    out = equation.outvars[0].aval
+    axis = equation.params["axis"] % len(out.shape)
+    row = tuple(1 if k == axis else n for k, n in enumerate(out.shape))
+    refs = [_as_node(reader, value, out.dtype) for value in inputs]
+    rows = [reader.moved([ref], row, "reshape", new_sizes=row) for ref in refs]
+    return reader.moved(rows, out.shape, "concatenate", dimension=axis)
+
+
+def _as_node(reader: _Reader, value: Value, dtype) -> Ref:
+    return _constant(reader, value, dtype) if isinstance(value, Known) else reader.ref(value)
 
 
 def _constant(reader: _Reader, known: Known, dtype) -> Ref:
