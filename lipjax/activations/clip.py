@@ -212,9 +212,9 @@ def _selected(reader, equation, inputs):
     """``where(z > c, z, c)`` and its like: a clip that is written as a choice."""
     from lipjax.graph.trace import Test
 
-    test, otherwise, chosen = inputs[0], *inputs[1:3]
-    if not isinstance(test, Test) or len(inputs) != 3:
+    if len(inputs) != 3 or not isinstance(inputs[0], Test):
         return None
+    test, otherwise, chosen = inputs
     node = Ref(test.node)
     out = equation.outvars[0].aval
     if isinstance(chosen, Known) == isinstance(otherwise, Known):

@@ -109,13 +109,29 @@ class Step:
         return self.primitive.name
 
 
+@jax.tree_util.register_static
+class Positions:
+    """Where a Rearrange takes entries from: integers, compared by value. No leaf of the graph, so
+    that nothing casts them."""
+
+    def __init__(self, array: np.ndarray):
+        self.array = array
+        self._key = (array.shape, str(array.dtype), array.tobytes())
+
+    def __eq__(self, other) -> bool:
+        return isinstance(other, Positions) and self._key == other._key
+
+    def __hash__(self) -> int:
+        return hash(self._key)
+
+
 @_node("constants")
 class Rearrange(Node):
     """Entries of its inputs in other places, some several times, some not at all: exact.
 
     Attributes:
         steps: in order of application; the first takes all inputs, each other the result before it.
-        constants: per step a tuple of further operands: indices, and values that fill (of a pad).
+        constants: per step a tuple of further operands: `Positions`, and what fills (of a pad).
         copies: in how many places the most frequent entry of the inputs ends.
         roundings: of the constants, as in `Linear`.
     """
@@ -152,11 +168,8 @@ class Rearrange(Node):
     def linear(self, *values: jax.Array) -> jax.Array:
         """The same without what fills: only what moves."""
         for step, constants in zip(self.steps, self.constants, strict=True):
-            zeros = (
-                jnp.zeros_like(c, values[0].dtype) if _is_float(c) else jnp.asarray(c)
-                for c in constants
-            )
-            values = (step(*values, *zeros),)
+            nothing = (_like(values[0], c, filling=0) for c in constants)
+            values = (step(*values, *nothing),)
         return values[0]
 
 
@@ -233,11 +246,10 @@ class Graph:
             isinstance(last, Rearrange)
             and last.pure
             and len(last.shape) == 1
-            and isinstance(nodes[last.inputs[0]], Linear)
+            and isinstance(head := nodes[last.inputs[0]], Linear)
             and reads.count(last.inputs[0]) == 1
         ):
             # Only the shape of the result differs: the linear node gives it at once.
-            head = nodes[last.inputs[0]]
             bias = head.operator.bias
             flat = None if bias is None else jnp.broadcast_to(bias, head.shape).reshape(last.shape)
             operator = dataclasses.replace(
@@ -292,13 +304,11 @@ def evaluate(node: Node, inputs: Sequence[jax.Array], x: jax.Array) -> jax.Array
     return node.rule(*inputs)
 
 
-def _is_float(constant) -> bool:
-    return jnp.issubdtype(jnp.result_type(constant), jnp.floating)
-
-
-def _like(value: jax.Array, constant):
-    """A filling value in the type of what it fills; indices as they are."""
-    return jnp.asarray(constant, value.dtype) if _is_float(constant) else jnp.asarray(constant)
+def _like(value: jax.Array, constant, filling=None):
+    """Positions as they are; what fills in the type of what it fills, or `filling` in its place."""
+    if isinstance(constant, Positions):
+        return jnp.asarray(constant.array)
+    return jnp.asarray(constant if filling is None else filling, value.dtype)
 
 
 def most_copies(node: Rearrange, shapes: Sequence[tuple[int, ...]]) -> int:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from lipjax.graph.nodes import Node, Rearrange, Step
+from lipjax.graph.nodes import Node, Positions, Rearrange, Step
 
 Steps = tuple[Step, ...]
 Constants = tuple[tuple[Any, ...], ...]
@@ -42,7 +42,9 @@ def identity(constants: Sequence[Any]) -> tuple:
     """Equal for equal constants, so that equal nodes are made once."""
     found: list[tuple] = []
     for constant in constants:
-        if isinstance(constant, jax.core.Tracer):
+        if isinstance(constant, Positions):
+            found.append(("positions", constant))
+        elif isinstance(constant, jax.core.Tracer):
             found.append(("traced", id(constant)))
         else:
             array = np.asarray(constant)
@@ -96,7 +98,7 @@ def together(
             fill_value=None,
         ),
     )
-    return source, (flat, gather), ((), (positions[..., None],))
+    return source, (flat, gather), ((), (Positions(positions[..., None]),))
 
 
 def _parameters(**named) -> tuple[tuple[str, Any], ...]:
@@ -109,7 +111,7 @@ def _source(node: Node, position: int) -> int | None:
         return position
     if len(node.inputs) != 1 or node.roundings > 0:
         return None
-    if any(jnp.issubdtype(jnp.result_type(c), jnp.floating) for cs in node.constants for c in cs):
+    if not all(isinstance(c, Positions) for constants in node.constants for c in constants):
         return None
     return node.inputs[0]
 

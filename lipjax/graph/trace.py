@@ -29,6 +29,7 @@ from lipjax.graph.nodes import (
     Input,
     Linear,
     Node,
+    Positions,
     Rearrange,
     Step,
     most_copies,
@@ -385,7 +386,7 @@ class _Reader:
         ):
             name, parameters = step.primitive.name, dict(step.parameters)
             if name == "transpose":
-                value = jnp.transpose(value, np.argsort(parameters["permutation"]))
+                value = jnp.transpose(value, tuple(np.argsort(parameters["permutation"])))
             elif name in ("reshape", "squeeze", "broadcast_in_dim"):
                 if [n for n in before if n != 1] != [n for n in after if n != 1]:
                     return None
@@ -477,7 +478,8 @@ def _composite(inner: Jaxpr, consts, inputs: Sequence[Value]):
     """The registered rule of a call and its operands; None if nobody registered its jaxpr."""
     if not isinstance(inputs[0], Ref) or len(inner.outvars) != 1 or consts:
         return None
-    if not all(isinstance(value, Known) for value in inputs[1:]):
+    parameters = [value for value in inputs[1:] if isinstance(value, Known)]
+    if len(parameters) != len(inputs) - 1:
         return None
     own = None
     for reference, build in reversed(_COMPOSITES):  # a function that is defined anew is the last
@@ -487,8 +489,8 @@ def _composite(inner: Jaxpr, consts, inputs: Sequence[Value]):
         if own is not None and own == _reference(
             reference, tuple(map(_aval, inner.invars)), jax.dtypes.canonicalize_dtype(float) == jnp.float64
         ):
-            rule = build(*(value.value for value in inputs[1:]))
-            return rule, inputs[0], max((value.roundings for value in inputs[1:]), default=0.0)
+            rule = build(*(known.value for known in parameters))
+            return rule, inputs[0], max((known.roundings for known in parameters), default=0.0)
     return None
 
 
@@ -682,7 +684,7 @@ def _gather(reader: _Reader, equation, inputs):
         return None
     if not all(is_concrete(i.value) for i in indices):
         return None
-    constants = tuple(np.asarray(i.value) for i in indices)
+    constants = tuple(Positions(np.asarray(i.value)) for i in indices)
     roundings = max(i.roundings for i in indices)
     out = equation.outvars[0].aval
     return reader.moved(
