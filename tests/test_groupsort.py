@@ -247,7 +247,9 @@ ACTIVATIONS = {"groups of four": activations.GroupSort(4), "absolute": activatio
 @pytest.mark.parametrize("kind", ACTIVATIONS)
 def test_regions_and_margins_hold_in_exact_arithmetic_on_samples(x64, kind, mode):
     net, epsilon = net_of(ACTIVATIONS[kind], seed=1), 0.4
-    graph = jax.tree.map(lambda a: jnp.asarray(a, jnp.float64), trace(net, jnp.ones(5, jnp.float32)))
+    graph = jax.tree.map(
+        lambda a: jnp.asarray(a, jnp.float64), trace(net, jnp.ones(5, jnp.float32))
+    )
     rng = np.random.default_rng(2)
     x = rng.normal(size=5)
     bound = outward_bound(graph, x, epsilon, mode)

@@ -323,7 +323,9 @@ def test_what_the_next_call_may_do_otherwise_is_not_certified():
         return jax.random.uniform(jax.random.key(0))
 
     def cropped(x):
-        return lax.dynamic_slice(x, (jax.random.randint(jax.random.key(0), (), 0, 2),), (2,)) @ W[:2]
+        return (
+            lax.dynamic_slice(x, (jax.random.randint(jax.random.key(0), (), 0, 2),), (2,)) @ W[:2]
+        )
 
     with pytest.raises(TraceError, match=r"test_trace.py:\d+.*random"):
         trace(lambda x: lax.cond(chance() < 0.5, lambda x: x @ W, lambda x: x, x), VECTOR)
@@ -349,17 +351,50 @@ def test_what_the_next_call_may_do_otherwise_is_not_certified():
         rounding.arithmetics_of(trace(f, VECTOR))
 
 
+class Counts(nnx.Module):
+    def __init__(self):
+        self.layer = nnx.Linear(4, 3, rngs=nnx.Rngs(0))
+        self.calls = nnx.Variable(jnp.zeros(()))
+
+    def __call__(self, x):
+        self.calls[...] = self.calls[...] + 1
+        return self.layer(x) * self.calls[...]
+
+
+class Watched(Jitted):
+    def __call__(self, x):
+        self.seen = nnx.Intermediate(x)
+        return super().__call__(x)
+
+
+def test_a_network_that_changes_itself_is_refused():
+    with pytest.raises(TraceError, match=r"changes its own state.*calls.*network\.eval"):
+        trace(Counts(), VECTOR)
+    # What is only written down, or put in its place unchanged, is no change.
+    net = Watched()
+    for like in (IMAGE, jax.ShapeDtypeStruct((4, 4, 1), jnp.float32)):
+        assert len(trace(net, like).linear) == 5
+    assert jax.jit(lambda net, x: trace(net, x)(x))(net, weights(4, 4, 1)).shape == (3,)
+
+
 # ---------------------------------------------------------------- the arithmetic, from equations
 
 
 def test_a_sum_that_is_scaled_twice_is_scaled_twice():
     x = weights(4, seed=3)
-    for f in (lambda x: (jnp.sum(x.reshape(2, 2), 0) / 3) * 5, lambda x: (jnp.mean(x.reshape(2, 2), 1) * 3) / 7):
+    for f in (
+        lambda x: (jnp.sum(x.reshape(2, 2), 0) / 3) * 5,
+        lambda x: (jnp.mean(x.reshape(2, 2), 1) * 3) / 7,
+    ):
         graph = trace(f, VECTOR)
         np.testing.assert_allclose(graph(x), f(x), rtol=1e-6)
         (node,) = (graph.nodes[i] for i in graph.linear)
         assert len(node.executed) >= 3 and 2 <= node.roundings <= 5
-    (pooled,) = (n for n in trace(lambda x: jnp.sum(x.reshape(2, 2), 0) / 8, VECTOR).nodes if isinstance(n, Linear))
+    (pooled,) = (
+        n
+        for n in trace(lambda x: jnp.sum(x.reshape(2, 2), 0) / 8, VECTOR).nodes
+        if isinstance(n, Linear)
+    )
     assert pooled.roundings == 0
 
 
@@ -393,7 +428,9 @@ def test_arithmetic_inside_of_layers_is_seen():
     wide = functools.partial(jnp.dot, b=W.astype(half), preferred_element_type=jnp.float32)
     assert names(lambda x: wide(x.astype(half))) == [{"bfloat16"}, {"bfloat16"}]
     graph = trace(lambda x: wide(x.astype(half)), VECTOR)
-    assert graph.nodes[-1].executed[0].accumulate == "float32" and graph.nodes[-1].dtype == "float32"
+    assert (
+        graph.nodes[-1].executed[0].accumulate == "float32" and graph.nodes[-1].dtype == "float32"
+    )
     pool = trace(lambda x: lipjax.AveragePool(2)(x.astype(half)), IMAGE, batched=False)
     assert pool.nodes[-1].executed[0].operands == ("bfloat16",)
     (window, *_) = rounding.arithmetics_of(pool)[-1]
@@ -571,11 +608,10 @@ def test_radii_behind_copies_are_sound_and_tight(x64, case):
     np.testing.assert_array_equal(graph(jnp.asarray(x)), f(jnp.asarray(x)))
     matrix = np.asarray(jax.jacobian(f)(jnp.asarray(x)))
     exact = np.linalg.norm(matrix, 2) * epsilon
-    for mode in ("local",):
-        region = outward_bound(graph.with_head(), x, epsilon, mode).penultimate
-        assert exact <= region.radius <= exact * (1 + 1e-9)
-        lower, upper = f(jnp.asarray(x - epsilon)), f(jnp.asarray(x + epsilon))
-        assert np.all(region.lower <= lower) and np.all(upper <= region.upper)
+    region = outward_bound(graph.with_head(), x, epsilon, "local").penultimate
+    assert exact <= region.radius <= exact * (1 + 1e-9)
+    lower, upper = f(jnp.asarray(x - epsilon)), f(jnp.asarray(x + epsilon))
+    assert np.all(region.lower <= lower) and np.all(upper <= region.upper)
 
 
 def test_a_row_through_copies_is_the_gradient(x64):

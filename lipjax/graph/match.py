@@ -73,15 +73,12 @@ def _flat(jaxpr: Jaxpr, names: dict, lines: list) -> Iterator[tuple]:
             local = dict(zip(inner.invars, operands, strict=True))
             yield from _flat(inner, local, lines)
             names.update(
-                (v, _name(w, local))
-                for v, w in zip(equation.outvars, inner.outvars, strict=True)
+                (v, _name(w, local)) for v, w in zip(equation.outvars, inner.outvars, strict=True)
             )
             continue
         for k, variable in enumerate(equation.outvars):
             names[variable] = ("line", len(lines), k)
-        parameters = tuple(
-            (key, _text(value)) for key, value in sorted(equation.params.items())
-        )
+        parameters = tuple((key, _text(value)) for key, value in sorted(equation.params.items()))
         types = tuple(str(v.aval) for v in equation.outvars)
         yield equation.primitive.name, parameters, tuple(operands), types
 

@@ -201,9 +201,7 @@ class Activation(Node):
     roundings: float = 0.0
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["nodes"], meta_fields=["batched"]
-)
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["nodes"], meta_fields=["batched"])
 @dataclasses.dataclass(frozen=True)
 class Graph:
     """A function of one example, as nodes in the order of evaluation; the last one is its value.

@@ -79,12 +79,13 @@ def trace(f: Callable, example, *, batched: bool | None = None) -> Graph:
     shape, dtype = tuple(example.shape), jax.dtypes.canonicalize_dtype(example.dtype)
     if not jnp.issubdtype(dtype, jnp.floating):
         raise TypeError(f"the example must be floating, got {dtype}.")
+    call, state = _pure(f)
     attempts = [False, True] if batched is None else [batched]
     failures = []
     for with_axis in attempts:
         like = jax.ShapeDtypeStruct((1, *shape) if with_axis else shape, dtype)
         try:
-            jaxpr, out = jax.make_jaxpr(_callable(f), return_shape=True)(like)
+            jaxpr, (out, changed) = jax.make_jaxpr(call, return_shape=True)(like)
         except Exception as error:  # of whatever kind the user's function raises
             _explain(error)
             if len(attempts) == 1:
@@ -101,7 +102,8 @@ def trace(f: Callable, example, *, batched: bool | None = None) -> Graph:
                 ValueError(f"one example of shape {shape} became an array of shape {out.shape}.")
             )
             continue
-        return _Reader(shape, dtype, with_axis).read(jaxpr)
+        before = {path: state[path] for path in sorted(changed)}
+        return _Reader(shape, dtype, with_axis).read(jaxpr, before)
     raise ValueError(
         f"the function takes neither one example of shape {shape}: {failures[0]}\n"
         f"nor a batch of one of shape {(1, *shape)}: {failures[-1]}"
@@ -131,31 +133,71 @@ def _held(value):
     return value if isinstance(value, jax.core.Tracer) else jnp.asarray(value)
 
 
-def _callable(f: Callable) -> Callable:
+def _pure(f: Callable) -> tuple[Callable, dict[str, Any]]:
+    """``x -> (f(x), changed)``, and what f holds, both by path, if it is an nnx module.
+
+    `changed` holds what f has put in the place of it. (nnx.jit puts everything anew.)
+    """
     if not isinstance(f, nnx.Module):
-        return f
-    # A copy that belongs to the trace: a module may not be changed from inside another one.
+        return lambda x: (f(x), {}), {}
+
     definition, state = nnx.split(f)
-    return lambda x: nnx.merge(definition, state, copy=True)(x)
+
+    def call(x):
+        # A copy that belongs to the trace: a module may not be changed from inside another one.
+        module = nnx.merge(definition, state, copy=True)
+        before = _leaves(module)
+        y = module(x)
+        after = _leaves(module)
+        return y, {path: after[path] for path in before if after[path] is not before[path]}
+
+    return call, _leaves(f)
+
+
+def _leaves(module: nnx.Module) -> dict[str, Any]:
+    """All that it computes with, by path; not what it only writes down (`nnx.Intermediate`)."""
+    state = nnx.state(module, nnx.Not(nnx.Intermediate))
+    leaves, _ = jax.tree_util.tree_flatten_with_path(state)
+    return {jax.tree_util.keystr(path): leaf for path, leaf in leaves}
+
+
+def _equal(first, second) -> bool:
+    if first is second:
+        return True
+    if not (is_concrete(first) and is_concrete(second)) or first.dtype != second.dtype:
+        return False
+    if jnp.issubdtype(first.dtype, jax.dtypes.prng_key):
+        first, second = jax.random.key_data(first), jax.random.key_data(second)
+    return np.array_equal(np.asarray(first), np.asarray(second), equal_nan=first.dtype != bool)
 
 
 class _Reader:
     """Reads one jaxpr into nodes."""
 
     def __init__(self, shape: tuple[int, ...], dtype, batched: bool):
-        self.nodes: list[Node] = [Input(inputs=(), shape=shape, dtype=str(dtype), where="the example")]
+        self.nodes: list[Node] = [
+            Input(inputs=(), shape=shape, dtype=str(dtype), where="the example")
+        ]
         self.batched = batched
         self.where = ""
         self.seen: dict[Any, Ref] = {}
 
     # -------------------------------------------------------------------------------- the walk
 
-    def read(self, closed) -> Graph:
+    def read(self, closed, state: dict[str, Any]) -> Graph:
+        """The graph; `state` holds, by path, what the function may have changed."""
         start: Value = Ref(0)
         if self.batched:
             shape = (1, *self.nodes[0].shape)
             start = self.moved([start], shape, "reshape", new_sizes=shape)
-        (result,) = self.jaxpr(closed.jaxpr, [Known(_held(c)) for c in closed.consts], [start])
+        consts = [Known(_held(c)) for c in closed.consts]
+        result, *changed = self.jaxpr(closed.jaxpr, consts, [start])
+        for (path, before), after in zip(state.items(), changed, strict=True):
+            if not (isinstance(after, Known) and _equal(before, after.value)):
+                raise TraceError(
+                    f"the network changes its own state, {path}, when it is called: the next call "
+                    "is another function. Put it into inference: network.eval()."
+                )
         if isinstance(result, Known):
             raise TraceError("the value does not depend on the example: there is nothing to bound.")
         result = self.ref(result)
@@ -487,7 +529,9 @@ def _composite(inner: Jaxpr, consts, inputs: Sequence[Value]):
             continue
         own = match.fingerprint(_closed(inner)) if own is None else own
         if own is not None and own == _reference(
-            reference, tuple(map(_aval, inner.invars)), jax.dtypes.canonicalize_dtype(float) == jnp.float64
+            reference,
+            tuple(map(_aval, inner.invars)),
+            jax.dtypes.canonicalize_dtype(float) == jnp.float64,
         ):
             rule = build(*(known.value for known in parameters))
             return rule, inputs[0], max((known.roundings for known in parameters), default=0.0)

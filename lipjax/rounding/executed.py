@@ -83,7 +83,9 @@ def arithmetics_of(graph: Graph, declared: str | None = None) -> tuple[tuple[Ari
                 "Write them down once: lipjax.orthogonal.plain(network), or compute them outside "
                 "of the function."
             )
-    return tuple(tuple(_arithmetic(node, e, declared) for e in node.executed) for node in graph.nodes)
+    return tuple(
+        tuple(_arithmetic(node, e, declared) for e in node.executed) for node in graph.nodes
+    )
 
 
 def _arithmetic(node: Node, equation: Executed, declared: str | None) -> Arithmetic:
