@@ -3,21 +3,28 @@
 import jax.numpy as jnp
 from flax import nnx
 
+from lipjax.activations.absolute import Absolute, AbsoluteValue
 from lipjax.activations.base import Relaxation, Rule, register, rule, varies
 from lipjax.activations.clip import Clip, ClippedReLU, ReLU, clipped_relu
+from lipjax.activations.groupsort import GroupSort, Sort, groupsort
 from lipjax.activations.maxmin import ClippedMaxMin, MaxMin, Pairs, clipped_maxmin, maxmin
 
 __all__ = [
+    "Absolute",
+    "AbsoluteValue",
     "Clip",
     "ClippedMaxMin",
     "ClippedReLU",
+    "GroupSort",
     "MaxMin",
     "Pairs",
     "ReLU",
     "Relaxation",
     "Rule",
+    "Sort",
     "clipped_maxmin",
     "clipped_relu",
+    "groupsort",
     "maxmin",
     "project",
     "register",

@@ -6,9 +6,8 @@ its lines in the checker. Only `interval` and `lipschitz` are needed, the rest m
 
 import dataclasses
 import math
-import typing
 from collections.abc import Callable
-from typing import Any
+from typing import Any, dataclass_transform
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +16,7 @@ from lipjax.graph import register_composite
 from lipjax.graph.linear import larger, smaller
 
 
-@typing.dataclass_transform(frozen_default=True)
+@dataclass_transform(frozen_default=True)
 def rule(*data: str):
     """A frozen dataclass that is a pytree with these fields as children."""
 
@@ -58,6 +57,12 @@ class Rule:
     def kind(self) -> str:
         """Its name, for people."""
         return type(self).__name__
+
+    @property
+    def bounded(self) -> str:
+        """The way in which it is bounded, for people."""
+        own = type(self).relaxations is not Rule.relaxations
+        return f"{self.lipschitz:g}-Lipschitz, box{', slopes' if own else ''}"
 
     def __call__(self, z: jax.Array) -> jax.Array:
         """The value."""
@@ -171,7 +176,9 @@ class Relaxation:
         return (a - b) / math.sqrt(2)
 
 
-def relaxed(low, high, exact, z, lower, upper, unit, radius, arithmetic, paired: bool = False) -> Relaxation:
+def relaxed(
+    low, high, exact, z, lower, upper, unit, radius, arithmetic, paired: bool = False
+) -> Relaxation:
     """From the smallest and largest slope to any point of the box, seen from the center z.
 
     Args:
@@ -201,6 +208,8 @@ def hinge(low: jax.Array, high: jax.Array, kink: Any) -> jax.Array:
 def clip_above(z: jax.Array, threshold: jax.Array) -> jax.Array:
     """``min(z, threshold)``, the threshold broadcast over leading (batch) axes."""
     if z.shape[z.ndim - threshold.ndim :] != threshold.shape:
-        raise ValueError(f"thresholds of shape {threshold.shape} do not fit an activation of shape {z.shape}.")
+        raise ValueError(
+            f"thresholds of shape {threshold.shape} do not fit an activation of shape {z.shape}."
+        )
     leading = z.shape[: z.ndim - threshold.ndim]
     return smaller(z, jax.lax.broadcast(threshold, leading))

@@ -200,6 +200,7 @@ def _extreme(reader, equation, inputs):
         return None
     size = out.shape[-1]
     both = (*out.shape[:-1], 2 * size)
+    first, second = sorted((first, second), key=lambda ref: ref.node)  # one pair for max and min
     joined = reader.moved([first, second], both, "concatenate", dimension=len(both) - 1)
     key = ("pairs", joined.node)
     if key not in reader.seen:
@@ -224,7 +225,7 @@ def _selected(reader, equation, inputs):
         return None
     constant = chosen if isinstance(chosen, Known) else otherwise
     kept = otherwise if isinstance(chosen, Known) else chosen
-    if kept != node or not _same(constant.value, test.threshold):
+    if kept != node or not _same(constant.value, test.threshold.value):
         return None
     # where(z > c, z, c) and where(z < c, c, z) are max; the other two are min.
     largest = test.above == (kept is chosen)
@@ -232,7 +233,8 @@ def _selected(reader, equation, inputs):
         made = Clip(None, None, rectifies=True)
     else:
         made = Clip(constant.value, None) if largest else Clip(None, constant.value)
-    return reader.activation(made, node, out.shape, out.dtype, constant.roundings)
+    roundings = max(constant.roundings, test.threshold.roundings)
+    return reader.activation(made, node, out.shape, out.dtype, roundings)
 
 
 def _same(first, second) -> bool:

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 
@@ -34,10 +35,11 @@ def body_of(equation) -> tuple[Jaxpr, Sequence[Any]] | None:
 
 
 def fingerprint(closed: ClosedJaxpr) -> tuple | None:
-    """All that a jaxpr computes, as a value that can be compared; None if it holds an array.
+    """All that a jaxpr computes, as a value that can be compared; None if that cannot be said.
 
     Calls are replaced by their bodies. Equal fingerprints: the same primitives with the same
-    parameters on the same operands, in the same types.
+    parameters on the same operands, in the same types. It cannot be said of what holds arrays, or
+    has parameters that do not print in full, such as the bodies of loops.
     """
     names: dict[Any, Any] = {}
     for i, variable in enumerate(closed.jaxpr.invars):
@@ -47,9 +49,16 @@ def fingerprint(closed: ClosedJaxpr) -> tuple | None:
             return None
         names[variable] = ("number", str(np.asarray(value).dtype), np.asarray(value).item())
     lines: list[tuple] = []
-    for line in _flat(closed.jaxpr, names, lines):
-        lines.append(line)
+    try:
+        for line in _flat(closed.jaxpr, names, lines):
+            lines.append(line)
+    except _Unprintable:
+        return None
     return tuple(lines), tuple(_name(v, names) for v in closed.jaxpr.outvars)
+
+
+class _Unprintable(Exception):
+    """There is more in an equation than its text says."""
 
 
 def _flat(jaxpr: Jaxpr, names: dict, lines: list) -> Iterator[tuple]:
@@ -57,21 +66,38 @@ def _flat(jaxpr: Jaxpr, names: dict, lines: list) -> Iterator[tuple]:
     for equation in jaxpr.eqns:
         operands = [_name(v, names) for v in equation.invars]
         found = body_of(equation)
-        if found is not None and not found[1]:
-            inner = found[0]
+        if found is not None:
+            inner, consts = found
+            if consts:
+                raise _Unprintable
             local = dict(zip(inner.invars, operands, strict=True))
             yield from _flat(inner, local, lines)
-            names.update((v, _name(w, local)) for v, w in zip(equation.outvars, inner.outvars, strict=True))
+            names.update(
+                (v, _name(w, local)) for v, w in zip(equation.outvars, inner.outvars, strict=True)
+            )
             continue
         for k, variable in enumerate(equation.outvars):
             names[variable] = ("line", len(lines), k)
-        parameters = tuple(sorted((key, repr(value)) for key, value in equation.params.items()))
+        parameters = tuple((key, _text(value)) for key, value in sorted(equation.params.items()))
         types = tuple(str(v.aval) for v in equation.outvars)
         yield equation.primitive.name, parameters, tuple(operands), types
+
+
+def _text(value) -> str:
+    """A parameter in full. Jaxprs print without their arrays, and large arrays without the middle."""
+    if isinstance(value, tuple | list):
+        return f"({', '.join(map(_text, value))})"
+    if isinstance(value, Jaxpr | ClosedJaxpr | np.ndarray | jax.Array):
+        raise _Unprintable
+    if callable(value) and not isinstance(value, type):
+        raise _Unprintable
+    return repr(value)
 
 
 def _name(variable, names: dict):
     if isinstance(variable, Literal):
         value = np.asarray(variable.val)
+        if value.ndim:
+            raise _Unprintable
         return "number", str(value.dtype), value.item()
     return names[variable]

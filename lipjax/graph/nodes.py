@@ -7,9 +7,8 @@ through `jit`, `grad` and `vmap`; what is static is compared by value.
 import dataclasses
 import functools
 import math
-import typing
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, dataclass_transform
 
 import jax
 import jax.numpy as jnp
@@ -39,7 +38,7 @@ class Executed:
     product: bool = False
 
 
-@typing.dataclass_transform(kw_only_default=True, frozen_default=True)
+@dataclass_transform(frozen_default=True, kw_only_default=True)
 def _node(*data: str):
     """A frozen dataclass that is a pytree with these fields as children."""
 
@@ -110,19 +109,37 @@ class Step:
         return self.primitive.name
 
 
+@jax.tree_util.register_static
+class Positions:
+    """Where a Rearrange takes entries from: integers, compared by value. No leaf of the graph, so
+    that nothing casts them."""
+
+    def __init__(self, array: np.ndarray):
+        self.array = array
+        self._key = (array.shape, str(array.dtype), array.tobytes())
+
+    def __eq__(self, other) -> bool:
+        return isinstance(other, Positions) and self._key == other._key
+
+    def __hash__(self) -> int:
+        return hash(self._key)
+
+
 @_node("constants")
 class Rearrange(Node):
     """Entries of its inputs in other places, some several times, some not at all: exact.
 
     Attributes:
         steps: in order of application; the first takes all inputs, each other the result before it.
-        constants: per step a tuple of further operands: indices, and values that fill (of a pad).
+        constants: per step a tuple of further operands: `Positions`, and what fills (of a pad).
         copies: in how many places the most frequent entry of the inputs ends.
+        roundings: of the constants, as in `Linear`.
     """
 
     steps: tuple[Step, ...]
     constants: tuple[tuple[Any, ...], ...]
     copies: int = 1
+    roundings: float = 0.0
 
     def __call__(self, *values: jax.Array) -> jax.Array:
         for step, constants in zip(self.steps, self.constants, strict=True):
@@ -151,8 +168,8 @@ class Rearrange(Node):
     def linear(self, *values: jax.Array) -> jax.Array:
         """The same without what fills: only what moves."""
         for step, constants in zip(self.steps, self.constants, strict=True):
-            zeros = (jnp.zeros_like(c, values[0].dtype) if _is_float(c) else jnp.asarray(c) for c in constants)
-            values = (step(*values, *zeros),)
+            nothing = (_like(values[0], c, filling=0) for c in constants)
+            values = (step(*values, *nothing),)
         return values[0]
 
 
@@ -219,8 +236,7 @@ class Graph:
 
         Margins are taken over what is in front of that node.
         """
-        nodes: list[Node] = list(self.nodes)
-        last = nodes[-1]
+        nodes, last = list(self.nodes), self.nodes[-1]
         if isinstance(last, Linear) and len(last.shape) == 1:
             return self
         reads = [i for node in nodes for i in node.inputs]
@@ -228,12 +244,10 @@ class Graph:
             isinstance(last, Rearrange)
             and last.pure
             and len(last.shape) == 1
-            and isinstance(nodes[last.inputs[0]], Linear)
+            and isinstance(head := nodes[last.inputs[0]], Linear)
             and reads.count(last.inputs[0]) == 1
         ):
             # Only the shape of the result differs: the linear node gives it at once.
-            head = nodes[last.inputs[0]]
-            assert isinstance(head, Linear)
             bias = head.operator.bias
             flat = None if bias is None else jnp.broadcast_to(bias, head.shape).reshape(last.shape)
             operator = dataclasses.replace(
@@ -249,9 +263,14 @@ class Graph:
                 return dataclasses.replace(self, nodes=tuple(nodes))
             nodes = list(self.nodes)
         if len(last.shape) != 1:
-            raise TypeError(f"the value has shape {last.shape}: expected one axis, of logits or outputs. Flatten it.")
+            raise TypeError(
+                f"the value has shape {last.shape}: expected one axis, of logits or outputs. "
+                "Flatten it."
+            )
         identity = LinearOperator(Scale(), jnp.ones((), last.dtype))
-        head = Linear(inputs=(len(nodes) - 1,), shape=last.shape, dtype=last.dtype, operator=identity)
+        head = Linear(
+            inputs=(len(nodes) - 1,), shape=last.shape, dtype=last.dtype, operator=identity
+        )
         return dataclasses.replace(self, nodes=(*nodes, head))
 
     @property
@@ -288,13 +307,11 @@ def evaluate(node: Node, inputs: Sequence[jax.Array], x: jax.Array) -> jax.Array
     return node.rule(*inputs)
 
 
-def _is_float(constant) -> bool:
-    return jnp.issubdtype(jnp.result_type(constant), jnp.floating)
-
-
-def _like(value: jax.Array, constant):
-    """A filling value in the type of what it fills; indices as they are."""
-    return jnp.asarray(constant, value.dtype) if _is_float(constant) else jnp.asarray(constant)
+def _like(value: jax.Array, constant, filling=None):
+    """Positions as they are; what fills in the type of what it fills, or `filling` in its place."""
+    if isinstance(constant, Positions):
+        return jnp.asarray(constant.array)
+    return jnp.asarray(constant if filling is None else filling, value.dtype)
 
 
 def most_copies(node: Rearrange, shapes: Sequence[tuple[int, ...]]) -> int:

@@ -9,9 +9,6 @@ overlooked; an equation without a rule is an error that names it and the user's 
 
 import dataclasses
 import functools
-import math
-import os
-import typing
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -22,7 +19,8 @@ import numpy as np
 from flax import nnx
 from jax.extend.core import Jaxpr, Literal
 
-from lipjax.graph import linear, match
+from lipjax.graph import linear, match, rearrange, source
+from lipjax.graph.known import Known, is_concrete, roundings_of
 from lipjax.graph.nodes import (
     Activation,
     Add,
@@ -31,6 +29,7 @@ from lipjax.graph.nodes import (
     Input,
     Linear,
     Node,
+    Positions,
     Rearrange,
     Step,
     most_copies,
@@ -45,20 +44,6 @@ class TraceError(TypeError):
 
 
 @dataclasses.dataclass(frozen=True)
-class Known:
-    """A value that does not depend on the example.
-
-    Attributes:
-        value: an array, or a tracer of the parameters.
-        roundings: units of roundoff by which an entry may differ from the exact value, as the
-            program computes it; 0 for parameters and numbers as they stand, moved and cast at most.
-    """
-
-    value: Any
-    roundings: float = 0.0
-
-
-@dataclasses.dataclass(frozen=True)
 class Ref:
     """The value of a node."""
 
@@ -70,7 +55,7 @@ class Test:
     """``node > threshold`` (or < where `above` is False), entry by entry; a tie is either."""
 
     node: int
-    threshold: Any
+    threshold: Known
     above: bool
 
 
@@ -94,13 +79,15 @@ def trace(f: Callable, example, *, batched: bool | None = None) -> Graph:
     shape, dtype = tuple(example.shape), jax.dtypes.canonicalize_dtype(example.dtype)
     if not jnp.issubdtype(dtype, jnp.floating):
         raise TypeError(f"the example must be floating, got {dtype}.")
+    call, state = _pure(f)
     attempts = [False, True] if batched is None else [batched]
     failures = []
     for with_axis in attempts:
         like = jax.ShapeDtypeStruct((1, *shape) if with_axis else shape, dtype)
         try:
-            jaxpr, out = jax.make_jaxpr(_callable(f), return_shape=True)(like)
+            jaxpr, (out, changed) = jax.make_jaxpr(call, return_shape=True)(like)
         except Exception as error:  # of whatever kind the user's function raises
+            _explain(error)
             if len(attempts) == 1:
                 raise
             failures.append(error)
@@ -111,13 +98,34 @@ def trace(f: Callable, example, *, batched: bool | None = None) -> Graph:
             failures.append(ValueError(f"a batch of one became an array of shape {out.shape}."))
             continue
         if batched is None and not with_axis and len(out.shape) > 1:
-            failures.append(ValueError(f"one example of shape {shape} became an array of shape {out.shape}."))
+            failures.append(
+                ValueError(f"one example of shape {shape} became an array of shape {out.shape}.")
+            )
             continue
-        return _Reader(shape, dtype, with_axis).read(jaxpr)
+        before = {path: state[path] for path in sorted(changed)}
+        return _Reader(shape, dtype, with_axis).read(jaxpr, before)
     raise ValueError(
         f"the function takes neither one example of shape {shape}: {failures[0]}\n"
         f"nor a batch of one of shape {(1, *shape)}: {failures[-1]}"
     ) from failures[0]
+
+
+def _explain(error: Exception) -> None:
+    """Raises a clearer error in the place of some."""
+    line = source.line_of_error(error)
+    where = f"{line}: " if line else ""
+    if isinstance(error, jax.errors.ConcretizationTypeError):
+        raise TraceError(
+            f"{where}Python asks for the value of something that depends on the example, as in "
+            "`if x[0] > 0`: which way is taken may change inside the ball. Write it with jnp.where "
+            f"or jnp.clip. JAX says: {error}"
+        ) from error
+    if isinstance(error, flax.errors.TraceContextError):
+        raise TraceError(
+            f"{where}the function changes a module that it holds, as BatchNorm and Dropout do in "
+            "training mode. Put it into inference, network.eval(), or trace the module itself. "
+            f"Flax says: {error}"
+        ) from error
 
 
 def _held(value):
@@ -125,33 +133,73 @@ def _held(value):
     return value if isinstance(value, jax.core.Tracer) else jnp.asarray(value)
 
 
-def _callable(f: Callable) -> Callable:
+def _pure(f: Callable) -> tuple[Callable, dict[str, Any]]:
+    """``x -> (f(x), changed)``, and what f holds, both by path, if it is an nnx module.
+
+    `changed` holds what f has put in the place of it. (nnx.jit puts everything anew.)
+    """
     if not isinstance(f, nnx.Module):
         # A function of its own each time: JAX keeps what it has traced of a function, and what that
         # one closes over (a dict of parameters) may have changed since.
-        return lambda x: f(x)
-    # A copy that belongs to the trace: a module may not be changed from inside another one.
+        return lambda x: (f(x), {}), {}
+
     definition, state = nnx.split(f)
-    return lambda x: nnx.merge(definition, state)(x)
+
+    def call(x):
+        # A copy that belongs to the trace: a module may not be changed from inside another one.
+        module = nnx.merge(definition, state, copy=True)
+        before = _leaves(module)
+        y = module(x)
+        after = _leaves(module)
+        return y, {path: after[path] for path in before if after[path] is not before[path]}
+
+    return call, _leaves(f)
+
+
+def _leaves(module: nnx.Module) -> dict[str, Any]:
+    """All that it computes with, by path; not what it only writes down (`nnx.Intermediate`)."""
+    state = nnx.state(module, nnx.Not(nnx.Intermediate))
+    leaves, _ = jax.tree_util.tree_flatten_with_path(state)
+    return {jax.tree_util.keystr(path): leaf for path, leaf in leaves}
+
+
+def _equal(first, second) -> bool:
+    if first is second:
+        return True
+    if not (is_concrete(first) and is_concrete(second)) or first.dtype != second.dtype:
+        return False
+    if jnp.issubdtype(first.dtype, jax.dtypes.prng_key):
+        first, second = jax.random.key_data(first), jax.random.key_data(second)
+    return np.array_equal(np.asarray(first), np.asarray(second), equal_nan=first.dtype != bool)
 
 
 class _Reader:
     """Reads one jaxpr into nodes."""
 
     def __init__(self, shape: tuple[int, ...], dtype, batched: bool):
-        self.nodes: list[Node] = [Input(inputs=(), shape=shape, dtype=str(dtype), where="the example")]
+        self.nodes: list[Node] = [
+            Input(inputs=(), shape=shape, dtype=str(dtype), where="the example")
+        ]
         self.batched = batched
         self.where = ""
         self.seen: dict[Any, Ref] = {}
 
     # -------------------------------------------------------------------------------- the walk
 
-    def read(self, closed) -> Graph:
+    def read(self, closed, state: dict[str, Any]) -> Graph:
+        """The graph; `state` holds, by path, what the function may have changed."""
         start: Value = Ref(0)
         if self.batched:
             shape = (1, *self.nodes[0].shape)
             start = self.moved([start], shape, "reshape", new_sizes=shape)
-        (result,) = self.jaxpr(closed.jaxpr, [Known(_held(c)) for c in closed.consts], [start])
+        consts = [Known(_held(c)) for c in closed.consts]
+        result, *changed = self.jaxpr(closed.jaxpr, consts, [start])
+        for (path, before), after in zip(state.items(), changed, strict=True):
+            if not (isinstance(after, Known) and _equal(before, after.value)):
+                raise TraceError(
+                    f"the network changes its own state, {path}, when it is called: the next call "
+                    "is another function. Put it into inference: network.eval()."
+                )
         if isinstance(result, Known):
             raise TraceError("the value does not depend on the example: there is nothing to bound.")
         result = self.ref(result)
@@ -166,8 +214,10 @@ class _Reader:
         values.update(zip(jaxpr.invars, arguments, strict=True))
         outside = self.where
         for equation in jaxpr.eqns:
-            self.where = _line(equation) or outside
-            inputs = [Known(v.val) if isinstance(v, Literal) else values[v] for v in equation.invars]
+            self.where = source.line_of(equation, outside)
+            inputs = [
+                Known(v.val) if isinstance(v, Literal) else values[v] for v in equation.invars
+            ]
             results = self.equation(equation, inputs)
             values.update(zip(equation.outvars, results, strict=True))
         self.where = outside
@@ -176,10 +226,7 @@ class _Reader:
     def equation(self, equation, inputs: list[Value]) -> list[Value]:
         name = equation.primitive.name
         if all(isinstance(value, Known) for value in inputs):
-            known = typing.cast(list[Known], inputs)
-            roundings = _roundings(name, known)
-            outputs = _bind(equation, [value.value for value in known])
-            return [Known(output, roundings) for output in outputs]
+            return _computed(equation, inputs)  # type: ignore[arg-type]
         if name in match.IDENTITIES:
             return list(inputs)
         if match.body_of(equation) is not None:
@@ -191,6 +238,9 @@ class _Reader:
         rule = _RULES.get(name)
         found = None if rule is None else rule(self, equation, inputs)
         if found is None:
+            for value in inputs:
+                if isinstance(value, Test):
+                    self.ref(value)  # says what is wrong with it
             raise TraceError(_unknown(equation, inputs, self.where))
         return found if isinstance(found, list) else [found]
 
@@ -208,10 +258,16 @@ class _Reader:
 
     def branch(self, equation, inputs: list[Value]) -> list[Value]:
         index, *operands = inputs
-        if not isinstance(index, Known) or isinstance(index.value, jax.core.Tracer):
+        if not isinstance(index, Known) or not is_concrete(index.value):
             raise TraceError(
-                f"{self.where}: a branch that depends on the example (or on traced parameters) "
-                "has no bound: which way is taken may change inside the ball."
+                f"{self.where}: a branch (`cond`) that depends on the example, or on traced "
+                "parameters, has no bound: which way is taken may change inside the ball."
+            )
+        if index.roundings > 0:
+            raise TraceError(
+                f"{self.where}: a branch (`cond`) on a number that is random, or computed with "
+                "rounding: the next call may take another way. Choose the branch beforehand, or "
+                "put the network into inference: network.eval()."
             )
         branches = equation.params["branches"]
         chosen = branches[int(np.clip(int(index.value), 0, len(branches) - 1))]
@@ -219,9 +275,10 @@ class _Reader:
 
     def loop(self, equation, inputs: list[Value]) -> list[Value]:
         params = equation.params
-        if params["length"] > LONGEST_LOOP:
+        if not 0 < params["length"] <= LONGEST_LOOP:
             raise TraceError(
-                f"{self.where}: a loop of {params['length']} rounds; up to {LONGEST_LOOP} are written out."
+                f"{self.where}: a loop of {params['length']} rounds; 1 to {LONGEST_LOOP} are "
+                "written out."
             )
         fixed, carried = params["num_consts"], params["num_carry"]
         consts, carry = inputs[:fixed], inputs[fixed : fixed + carried]
@@ -230,7 +287,9 @@ class _Reader:
         order = range(params["length"])
         for i in reversed(order) if params["reverse"] else order:
             rows = [self.row(stream, i) for stream in streams]
-            results = self.jaxpr(body.jaxpr, [Known(c) for c in body.consts], [*consts, *carry, *rows])
+            results = self.jaxpr(
+                body.jaxpr, [Known(c) for c in body.consts], [*consts, *carry, *rows]
+            )
             carry = results[:carried]
             outputs.append(results[carried:])
         if params["reverse"]:
@@ -270,8 +329,8 @@ class _Reader:
             return value
         if isinstance(value, Test):
             raise TraceError(
-                f"{self.where}: a comparison is used for something else than jnp.where; the "
-                "result may jump inside the ball, so it has no bound."
+                f"{self.where}: a comparison is used for something else than jnp.where, such as a "
+                "mask or a branch; the result may jump inside the ball, so it has no bound."
             )
         raise TraceError(f"{self.where}: a constant stands where a value of the example should.")
 
@@ -309,8 +368,14 @@ class _Reader:
             )
         )
 
-    def moved(self, refs: Sequence[Value], shape, primitive, constants=(), **parameters) -> Ref:
-        """A Rearrange by one primitive; joined with the one in front, where that is read once."""
+    def moved(
+        self, refs: Sequence[Value], shape, primitive, constants=(), roundings=0.0, /, **parameters
+    ) -> Ref:
+        """A Rearrange by one primitive, joined with the one in front; equal ones are made once.
+
+        Args:
+            constants, roundings: further operands, and `Known.roundings` of them.
+        """
         nodes = [self.ref(value).node for value in refs]
         if isinstance(primitive, str):
             defaults = {"reshape": {"dimensions": None, "sharding": None}}.get(primitive, {})
@@ -318,19 +383,26 @@ class _Reader:
             primitive = _primitive(primitive)
         step = Step(primitive, tuple(sorted(parameters.items())))
         like = self.nodes[nodes[0]]
-        inputs, steps, extra = tuple(nodes), (step,), (tuple(constants),)
-        copies = 1
+        inputs = tuple(nodes)
+        steps: rearrange.Steps = (step,)
+        extra: rearrange.Constants = (tuple(constants),)
         if len(nodes) == 1 and isinstance(like, Rearrange):
             inputs, steps = like.inputs, (*like.steps, step)
             extra = (*like.constants, tuple(constants))
-            steps, extra = _shortened(steps, extra)
-        elif primitive.name == "concatenate":
-            whole = self.whole(nodes, shape)
-            if whole is not None:
-                return whole
+            roundings = max(roundings, like.roundings)
+        elif len(nodes) > 1 and primitive.name == "concatenate":
+            together = rearrange.together(self.nodes, nodes, parameters["dimension"])
+            if together is not None:
+                source, steps, extra = together
+                inputs = (source,)
+        steps, extra = rearrange.shortened(steps, extra)
         sources = [self.nodes[i].shape for i in inputs]
-        if len(inputs) == 1 and sources[0] == tuple(shape) and _only_reshapes(steps):
+        if len(inputs) == 1 and sources[0] == tuple(shape) and rearrange.only_reshapes(steps):
             return Ref(inputs[0])
+
+        key = ("moved", inputs, steps, tuple(map(rearrange.identity, extra)))
+        if key in self.seen:
+            return self.seen[key]
         node = Rearrange(
             inputs=inputs,
             shape=tuple(shape),
@@ -338,32 +410,12 @@ class _Reader:
             where=self.where,
             steps=steps,
             constants=extra,
-            copies=copies,
+            roundings=roundings,
         )
-        if not _only_reshapes(steps):
+        if not rearrange.only_reshapes(steps):
             node = dataclasses.replace(node, copies=most_copies(node, sources))
-        return self.add(node)
-
-    def whole(self, nodes: Sequence[int], shape) -> Ref | None:
-        """The node whose parts these are, in order and complete, if there is one."""
-        parts = [self.nodes[i] for i in nodes]
-        if not all(isinstance(part, Rearrange) and len(part.steps) == 1 and len(part.inputs) == 1 for part in parts):
-            return None
-        if len({part.inputs for part in parts}) != 1:
-            return None
-        (source,) = parts[0].inputs
-        if self.nodes[source].shape != tuple(shape):
-            return None
-        positions = np.arange(self.nodes[source].size).reshape(self.nodes[source].shape)
-        with jax.ensure_compile_time_eval():
-            seen = [np.asarray(part(jnp.asarray(positions))) for part in parts]  # type: ignore[operator]
-        for axis in range(len(shape)):
-            same = all(s.ndim == len(shape) for s in seen) and all(
-                s.shape[:axis] + s.shape[axis + 1 :] == seen[0].shape[:axis] + seen[0].shape[axis + 1 :] for s in seen
-            )
-            if same and np.array_equal(np.concatenate(seen, axis), positions):
-                return Ref(source)
-        return None
+        self.seen[key] = self.add(node)
+        return self.seen[key]
 
     def pulled(self, node: Rearrange, constant) -> Any | None:
         """A broadcastable constant behind a Rearrange as one in front of it; None: impossible."""
@@ -373,10 +425,12 @@ class _Reader:
         for step in node.steps:
             like = jax.ShapeDtypeStruct(shapes[-1], jnp.float32)
             shapes.append(jax.eval_shape(step, like).shape)
-        for step, before, after in zip(reversed(node.steps), reversed(shapes[:-1]), reversed(shapes[1:]), strict=True):
+        for step, before, after in zip(
+            reversed(node.steps), reversed(shapes[:-1]), reversed(shapes[1:]), strict=True
+        ):
             name, parameters = step.primitive.name, dict(step.parameters)
             if name == "transpose":
-                value = jnp.transpose(value, np.argsort(parameters["permutation"]))
+                value = jnp.transpose(value, tuple(np.argsort(parameters["permutation"])))
             elif name in ("reshape", "squeeze", "broadcast_in_dim"):
                 if [n for n in before if n != 1] != [n for n in after if n != 1]:
                     return None
@@ -461,22 +515,28 @@ def register_composite(reference: Callable, build: Callable) -> None:
     """
     _COMPOSITES[:] = [pair for pair in _COMPOSITES if pair[0] is not reference]
     _COMPOSITES.append((reference, build))
+    _reference.cache_clear()
 
 
 def _composite(inner: Jaxpr, consts, inputs: Sequence[Value]):
     """The registered rule of a call and its operands; None if nobody registered its jaxpr."""
     if not isinstance(inputs[0], Ref) or len(inner.outvars) != 1 or consts:
         return None
-    if not all(isinstance(value, Known) for value in inputs[1:]):
+    parameters = [value for value in inputs[1:] if isinstance(value, Known)]
+    if len(parameters) != len(inputs) - 1:
         return None
     own = None
     for reference, build in reversed(_COMPOSITES):  # a function that is defined anew is the last
         if _arity(reference) != len(inputs):
             continue
         own = match.fingerprint(_closed(inner)) if own is None else own
-        if own is not None and own == _reference(reference, tuple(map(_aval, inner.invars))):
-            rule = build(*(value.value for value in inputs[1:]))
-            return rule, inputs[0], max((value.roundings for value in inputs[1:]), default=0.0)
+        if own is not None and own == _reference(
+            reference,
+            tuple(map(_aval, inner.invars)),
+            jax.dtypes.canonicalize_dtype(float) == jnp.float64,
+        ):
+            rule = build(*(known.value for known in parameters))
+            return rule, inputs[0], max((known.roundings for known in parameters), default=0.0)
     return None
 
 
@@ -497,12 +557,29 @@ def _arity(reference: Callable) -> int:
 
 
 @functools.cache
-def _reference(reference: Callable, avals) -> tuple | None:
-    likes = [jax.ShapeDtypeStruct(shape, jnp.dtype(dtype), weak_type=weak) for shape, dtype, weak in avals]
+def _reference(reference: Callable, avals, wide: bool) -> tuple | None:
+    """Its fingerprint at these types; `wide`: are there 64 bits?"""
+    likes = [
+        jax.ShapeDtypeStruct(shape, jnp.dtype(dtype), weak_type=weak)
+        for shape, dtype, weak in avals
+    ]
     try:
         return match.fingerprint(jax.make_jaxpr(reference)(*likes))
     except (TypeError, ValueError):  # shapes that it does not take
         return None
+
+
+def _computed(equation, inputs: Sequence[Known]) -> list[Value]:
+    """The results of an equation that does not depend on the example."""
+    values = [known.value for known in inputs]
+    roundings = roundings_of(equation, inputs)
+    if all(map(is_concrete, values)):
+        # Also inside of `jit`: positions, for one, have to be numbers.
+        with jax.ensure_compile_time_eval():
+            results = _bind(equation, values)
+    else:
+        results = _bind(equation, values)
+    return [Known(result, r) for result, r in zip(results, roundings, strict=True)]
 
 
 def _bind(equation, inputs) -> list:
@@ -516,42 +593,24 @@ def _primitive(name: str):
     return getattr(jax.lax, f"{name}_p")
 
 
-# Code that is between the user's line and the equation.
-_LIBRARIES = tuple(os.path.dirname(module.__file__) + os.sep for module in (jax, flax))
-_OWN = os.path.dirname(os.path.dirname(__file__)) + os.sep
-
-
-def _line(equation) -> str:
-    """The innermost line of the user's program that an equation comes from, else of a library."""
-    traceback = equation.source_info.traceback
-    library = ""
-    for frame in traceback.frames if traceback is not None else ():
-        if frame.file_name == __file__:
-            break  # what is further out called `trace`
-        if frame.file_name.startswith("<"):
-            continue
-        if not frame.file_name.startswith((*_LIBRARIES, _OWN)):
-            return _place(frame)
-        if frame.function_name.endswith("__call__"):
-            library = library or frame.function_name
-    return library
-
-
-def _place(frame) -> str:
-    path = os.path.relpath(frame.file_name)
-    if path.startswith(".." + os.sep + ".."):
-        path = frame.file_name
-    return f"{path}:{frame.line_num} ({frame.function_name})"
-
-
 def _unknown(equation, inputs: Sequence[Value], where: str) -> str:
     name = equation.primitive.name
-    varying = sum(not isinstance(value, Known) for value in inputs)
     what = f"{where or 'unknown line'}: lipjax knows no bound for `{name}`"
+    if source.is_in(equation, "BatchNorm.__call__"):
+        return (
+            f"{what} inside of a BatchNorm in training mode, which divides by statistics of the "
+            "batch. Put it into inference: network.eval(), or use_running_average=True."
+        )
+    if source.is_in(equation, "Dropout.__call__"):
+        return (
+            f"{what} inside of a Dropout that is on: its result is random. Put it into inference: "
+            "network.eval(), or deterministic=True."
+        )
+    varying = sum(not isinstance(value, Known) for value in inputs)
     if varying > 1 and name in ("mul", "div", "dot_general", "conv_general_dilated"):
         return (
-            f"{what} of two quantities that both depend on the example. (A BatchNorm in training "
-            "mode divides by statistics of the batch: put it into inference, network.eval().)"
+            f"{what} of two quantities that both depend on the example, such as statistics of the "
+            "example itself, or attention. Only one of them may."
         )
     if name.startswith(("random", "threefry")):
         return f"{what}: a random number that depends on the example."
@@ -585,20 +644,6 @@ def _precision(value) -> str | None:
     return f"algorithm {value}"
 
 
-def _shortened(steps, constants):
-    """Reshapes in a row as one."""
-    kept: list = []
-    for step, constant in zip(steps, constants, strict=True):
-        if step.primitive.name == "reshape" and kept and kept[-1][0].primitive.name == "reshape":
-            kept.pop()
-        kept.append((step, constant))
-    return tuple(step for step, _ in kept), tuple(constant for _, constant in kept)
-
-
-def _only_reshapes(steps) -> bool:
-    return all(step.primitive.name in ("reshape", "squeeze") for step in steps)
-
-
 def _pruned(graph: Graph, last: int) -> Graph:
     """Without the nodes that nothing reads."""
     needed = {0}
@@ -610,43 +655,14 @@ def _pruned(graph: Graph, last: int) -> Graph:
             stack += [i for i in graph.nodes[position].inputs if i not in needed]
     order = sorted(needed)
     place = {old: new for new, old in enumerate(order)}
-    nodes = [dataclasses.replace(graph.nodes[i], inputs=tuple(place[j] for j in graph.nodes[i].inputs)) for i in order]
+    nodes = [
+        dataclasses.replace(graph.nodes[i], inputs=tuple(place[j] for j in graph.nodes[i].inputs))
+        for i in order
+    ]
     return dataclasses.replace(graph, nodes=tuple(nodes))
 
 
-# Equations that only move or cast what they are given.
-_MOVES = frozenset(
-    (
-        *("reshape", "transpose", "squeeze", "broadcast_in_dim", "slice", "rev", "concatenate"),
-        *("pad", "convert_element_type", "copy", "split", "neg", "gather", "expand_dims"),
-        *("dynamic_slice", "iota", "select_n", "stop_gradient", "reduce_precision"),
-    )
-)
-
-
-def _roundings(name: str, inputs: Sequence[Known]) -> float:
-    """Units of roundoff in the value of an equation on known operands; infinity: not known.
-
-    Operands that err by a share of themselves: products and quotients add up; a root halves; a sum
-    of numbers >= 0 keeps the larger. A reciprocal root may be off by a few units on some devices.
-    """
-    own = [value.roundings for value in inputs]
-    if name in _MOVES:
-        return max(own, default=0.0)
-    if name in ("mul", "div"):
-        return sum(own) + 1
-    if name in ("sqrt", "rsqrt"):
-        return own[0] / 2 + 4
-    if name == "add" and all(_not_negative(value.value) for value in inputs):
-        return max(own) + 1
-    return math.inf
-
-
-def _not_negative(value) -> bool:
-    return not isinstance(value, jax.core.Tracer) and bool(np.all(np.asarray(value) >= 0))
-
-
-@register_primitive("reshape", "transpose", "squeeze", "slice", "rev", "broadcast_in_dim")
+@register_primitive("reshape", "transpose", "squeeze", "slice", "rev", "broadcast_in_dim", "tile")
 def _move(reader: _Reader, equation, inputs):
     value, *rest = inputs
     if rest or not isinstance(value, Ref):
@@ -658,6 +674,8 @@ def _move(reader: _Reader, equation, inputs):
 @register_primitive("split")
 def _split(reader: _Reader, equation, inputs):
     (value,), axis = inputs, equation.params["axis"]
+    if not isinstance(value, Ref):
+        return None
     found, start, shape = [], 0, reader.shape(value)
     for variable in equation.outvars:
         size = variable.aval.shape[axis]
@@ -669,14 +687,40 @@ def _split(reader: _Reader, equation, inputs):
     return found
 
 
+@register_primitive("unstack")
+def _unstacked(reader: _Reader, equation, inputs):
+    (value,), axis = inputs, equation.params["axis"]
+    if not isinstance(value, Ref):
+        return None
+    found, shape = [], reader.shape(value)
+    axis = axis % len(shape)
+    for i, variable in enumerate(equation.outvars):
+        part = {
+            "start_indices": tuple(i if k == axis else 0 for k in range(len(shape))),
+            "limit_indices": tuple(i + 1 if k == axis else n for k, n in enumerate(shape)),
+            "strides": None,
+        }
+        sizes = tuple(1 if k == axis else n for k, n in enumerate(shape))
+        row = reader.moved([value], sizes, "slice", **part)
+        out = variable.aval.shape
+        found.append(reader.moved([row], out, "reshape", new_sizes=out))
+    return found
+
+
 @register_primitive("pad")
 def _pad(reader: _Reader, equation, inputs):
     value, filling = inputs
     if not (isinstance(value, Ref) and isinstance(filling, Known)):
         return None
     out = equation.outvars[0].aval
-    constants = (filling.value,)
-    return reader.moved([value], out.shape, equation.primitive, constants, **equation.params)
+    return reader.moved(
+        [value],
+        out.shape,
+        equation.primitive,
+        (filling.value,),
+        filling.roundings,
+        **equation.params,
+    )
 
 
 @register_primitive("gather", "dynamic_slice")
@@ -684,22 +728,36 @@ def _gather(reader: _Reader, equation, inputs):
     value, *indices = inputs
     if not isinstance(value, Ref) or not all(isinstance(i, Known) for i in indices):
         return None
-    if any(isinstance(i.value, jax.core.Tracer) for i in indices):
+    if not all(is_concrete(i.value) for i in indices):
         return None
-    constants = tuple(np.asarray(i.value) for i in indices)
+    constants = tuple(Positions(np.asarray(i.value)) for i in indices)
+    roundings = max(i.roundings for i in indices)
     out = equation.outvars[0].aval
-    return reader.moved([value], out.shape, equation.primitive, constants, **equation.params)
+    return reader.moved(
+        [value], out.shape, equation.primitive, constants, roundings, **equation.params
+    )
 
 
 @register_primitive("concatenate")
 def _concatenate(reader: _Reader, equation, inputs):
     out = equation.outvars[0].aval
-    refs = []
-    for value in inputs:
-        if isinstance(value, Known):
-            value = _constant(reader, value, out.dtype)
-        refs.append(value)
+    refs = [_as_node(reader, value, out.dtype) for value in inputs]
     return reader.moved(refs, out.shape, equation.primitive, **equation.params)
+
+
+@register_primitive("stack")
+def _stacked(reader: _Reader, equation, inputs):
+    """As a concatenation."""
+    out = equation.outvars[0].aval
+    axis = equation.params["axis"] % len(out.shape)
+    row = tuple(1 if k == axis else n for k, n in enumerate(out.shape))
+    refs = [_as_node(reader, value, out.dtype) for value in inputs]
+    rows = [reader.moved([ref], row, "reshape", new_sizes=row) for ref in refs]
+    return reader.moved(rows, out.shape, "concatenate", dimension=axis)
+
+
+def _as_node(reader: _Reader, value: Value, dtype) -> Ref:
+    return _constant(reader, value, dtype) if isinstance(value, Known) else reader.ref(value)
 
 
 def _constant(reader: _Reader, known: Known, dtype) -> Ref:
@@ -710,7 +768,9 @@ def _constant(reader: _Reader, known: Known, dtype) -> Ref:
     empty = reader.moved([nothing], (0,), "slice", **bounds)
     value = jnp.asarray(known.value)
     config = ((0, value.size, 0),)
-    zeros = reader.moved([empty], (value.size,), "pad", (np.zeros((), dtype),), padding_config=config)
+    zeros = reader.moved(
+        [empty], (value.size,), "pad", (np.zeros((), dtype),), padding_config=config
+    )
     shaped = reader.moved([zeros], value.shape, "reshape", new_sizes=value.shape)
     return reader.add(
         Add(
@@ -822,32 +882,32 @@ def _scaled(reader: _Reader, equation, inputs):
         roundings += 0 if _power_of_two(second.value) else 1
     before = reader.nodes[first.node]
     executed = _executed(equation)
-    if isinstance(before, Linear) and before.operator.bias is None and _is_one(before.operator):
+    if isinstance(before, Linear) and _is_sum(before.operator) and np.size(scale) == 1:
         # A sum that is scaled, as in average pooling, is one map with one number as its kernel.
-        if np.ndim(scale) == 0 or np.size(scale) == 1:
-            kernel = jnp.reshape(scale, ()).astype(out.dtype)
-            operator = dataclasses.replace(before.operator, kernel=kernel)
-            return reader.add(
-                dataclasses.replace(
-                    before,
-                    operator=operator,
-                    executed=(*before.executed, executed),
-                    roundings=roundings,
-                )
+        kernel = before.operator.kernel * jnp.reshape(scale, ()).astype(out.dtype)
+        operator = dataclasses.replace(before.operator, kernel=kernel)
+        return reader.add(
+            dataclasses.replace(
+                before,
+                operator=operator,
+                executed=(*before.executed, executed),
+                # The product of two factors is rounded here; the first one is 1.
+                roundings=before.roundings + roundings + (len(before.executed) > 1),
             )
+        )
     operator = linear.LinearOperator(linear.Scale(), scale)
     return reader.linear(first, operator, out.shape, out.dtype, [executed], roundings)
 
 
 def _power_of_two(value) -> bool:
-    if isinstance(value, jax.core.Tracer):
+    if not is_concrete(value):
         return False
     mantissa, _ = np.frexp(np.abs(np.asarray(value, np.float64)))
     return bool(np.all(mantissa == 0.5))
 
 
-def _is_one(operator) -> bool:
-    return isinstance(operator.apply, linear.Sum)
+def _is_sum(operator) -> bool:
+    return isinstance(operator.apply, linear.Sum) and operator.bias is None
 
 
 @register_primitive("dot_general")
@@ -884,7 +944,8 @@ def _convolution(reader: _Reader, equation, inputs):
     batch, channel, *spatial = numbers.lhs_spec
     if shape[batch] != 1:
         raise ValueError(
-            f"{reader.where}: a convolution over a batch of {shape[batch]}: give one example; jax.vmap makes the batch."
+            f"{reader.where}: a convolution over a batch of {shape[batch]}: give one example; "
+            "jax.vmap makes the batch."
         )
 
     # To one example, channels last; the kernel to (window, inputs, outputs); and back.
@@ -937,7 +998,7 @@ def _compared(reader: _Reader, equation, inputs):
     above = equation.primitive.name in ("gt", "ge")
     first, second = inputs
     if isinstance(first, Ref) and isinstance(second, Known):
-        return Test(first.node, second.value, above)
+        return Test(first.node, second, above)
     if isinstance(first, Known) and isinstance(second, Ref):
-        return Test(second.node, first.value, not above)
+        return Test(second.node, first, not above)
     return None

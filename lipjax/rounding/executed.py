@@ -83,7 +83,7 @@ def arithmetics_of(graph: Graph, declared: str | None = None) -> tuple[tuple[Ari
                 f"{node.where}: a value of type {node.dtype}; what rounding does there is not in "
                 f"the error model (known: {', '.join(KNOWN_TYPES)}). Compute in float32."
             )
-        least = 0.0 if isinstance(node, Activation) else FEW
+        least = FEW if isinstance(node, Linear | Add) else 0.0
         if getattr(node, "roundings", 0.0) > least:
             raise TypeError(
                 f"{node.where}: parameters that are computed anew at every call (by more than a "
