@@ -169,8 +169,8 @@ class Reverse:
         rows = node.transposed(g, *(b.center.shape for b in befores))
         if arithmetic is rounding.EXACT or node.copies == 1:
             return rows, 0.0
-        cost = 0.0
-        for row, before in zip(rows, befores, strict=True):
+        cost = jnp.zeros((), g.dtype)
+        for before in befores:
             # Rows that meet in one entry are added up.
             unit = 2 * rounding.gamma(node.copies + 2) * node.copies
             cost = arithmetic.up(cost + arithmetic.left_over(unit, g, before.radius), 2)
