@@ -125,6 +125,18 @@ class Rule:
         """The hinge that pushes boxes off the kinks, whichever way is shorter; >= 0."""
         return jnp.zeros((), lower.dtype)
 
+    def described(self) -> dict[str, Any]:
+        """It as plain data for certificate files: "kind", by which the checker knows it, and its
+        parameters, numbers and arrays.
+
+        Raises:
+            TypeError: there is none for this kind.
+        """
+        raise TypeError(
+            f"no plain description of the activation {self.kind}: it cannot be written to a "
+            "certificate file. Give its Rule a method `described`, and the checker its kind."
+        )
+
     def then(self, following: "Rule") -> "Rule | None":
         """One rule for this one and another behind it, or None."""
         return None
