@@ -160,8 +160,8 @@ def save(
         path: the file, by custom ``*.npz``.
         certificate: what `lipjax.certify` returned. Read by field name; `epsilon` may be a number or ``(N,)``.
         network: what was certified, as it was given to `certify`. An nnx.Sequential of layers that
-            `describe` knows is described by them; a graph, or any other function, by its nodes, as it
-            is traced on an image.
+            `describe` knows is described by them; a graph, or any other function, by its nodes, as
+            it is traced on an image.
         images, labels: ``(N, ...)`` and ``(N,)``, as they were given to `certify`; where the predictions themselves
             were certified (labels None there), the predictions.
         indices: ``(N,)`` positions of the images in their source split; 0 .. N - 1 if None.
@@ -472,8 +472,9 @@ def describe(network, example=None, *, arithmetic: str | None = None) -> list[di
     it and computes what does not depend on the example.
 
     Of layers: "kind" is "conv", "linear", "average_pool", "normalize", "flatten", "relu",
-    "clipped_relu", "maxmin" or "clipped_maxmin", by the layer's exact type; "fork" and "join" stand around the layers of a Residual. The other entries are a layer's
-    parameters (kernel, bias, threshold, upper, lower), its settings (strides, padding, dilation, groups, window, ndim), the
+    "clipped_relu", "maxmin" or "clipped_maxmin", by the layer's exact type; "fork" and "join" stand
+    around the layers of a Residual. The other entries are a layer's parameters (kernel, bias,
+    threshold, upper, lower), its settings (strides, padding, dilation, groups, window, ndim), the
     type it computes in ("dtype", None: that of its input and parameters), the algorithm that its
     products are fixed to ("precision", absent: the device's), a "mask" if there is one, and under
     "unusual" what is not written down here and may change what it computes. A layer of any other
@@ -492,7 +493,8 @@ def describe(network, example=None, *, arithmetic: str | None = None) -> list[di
     from flax import nnx
 
     if example is not None:
-        from lipjax.graph import description  # of the tool, and not needed to check what is described
+        # Of the tool: to check what is described it is not needed.
+        from lipjax.graph import description
 
         return description.describe(network, example, arithmetic)
     if not _is_sequential(network):
@@ -505,7 +507,7 @@ def describe(network, example=None, *, arithmetic: str | None = None) -> list[di
         if type(layer) is nnx.Sequential:
             layers += describe(layer)
         elif _name(layer) == "lipjax.layers.Residual":
-            layers += [{"kind": "fork"}, *describe(layer.branch), {"kind": "join"}]  # type: ignore[attr-defined]
+            layers += [{"kind": "fork"}, *describe(layer.branch), {"kind": "join"}]
         else:
             layers.append(_describe_layer(layer))
     return layers

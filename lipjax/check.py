@@ -25,11 +25,12 @@ For any other function, which is described by the nodes of its graph as it is tr
 (`lipjax.certificate_files`), and, in `load_run` alone, what reads a run's parameters and data. Of a
 function that is no nnx.Sequential also the way from the program to that description: what
 `lipjax.graph` reads from the jaxpr, the kernels of linear maps and the equations that round
-included; an error there misleads both. Nothing of its bounds:
-matrices (`lipjax.check_layers`, `check_nodes`), norms (`check_norms`), masks, margins and the rounding of the executed
-network (`check_walk`, `check_slopes`) are derived in other words, from METHOD 1 to 5, in float64 with every rounding error
-turned outwards. Modes "global", "bcp" and "paper" are at least as loose as "local", so one walk in mode "local" confirms the verdicts
-of all four, and carries those of modes "linear" and "rows".
+included; an error there misleads both. Nothing of its bounds: matrices (`lipjax.check_layers`,
+`check_nodes`), norms (`check_norms`), masks, margins and the rounding of the executed network
+(`check_walk`, `check_slopes`) are derived in other words, from METHOD 1 to 5, in float64 with every
+rounding error turned outwards. Modes "global", "bcp" and "paper" are at least as loose as "local",
+so one walk in mode "local" confirms the verdicts of all four, and carries those of modes "linear"
+and "rows".
 
 **What a confirmation says.** Each verdict "certified" follows for a second time, from the network and the images of the
 recorded hashes. Norms of matrices with a side of at most `check_norms.SMALL`
@@ -236,9 +237,8 @@ def check(
     nodes = nodes_of(layers, images.shape[1:])
     affine = [node.step for node in nodes if isinstance(node.step, Affine)]
     if by_nodes(layers):
-        check_nodes.check_arithmetic(
-            layers, header["arithmetic"], images, list(ARITHMETICS), ALGORITHMS
-        )
+        order = list(ARITHMETICS)
+        check_nodes.check_arithmetic(layers, header["arithmetic"], images, order, ALGORITHMS)
     else:
         _check_precision(layers, header["arithmetic"])
     if problems := _misfits(header, arrays, nodes, affine):

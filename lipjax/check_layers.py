@@ -62,11 +62,14 @@ class Affine:
 
 @dataclasses.dataclass(frozen=True)
 class Activation:
-    """An activation on flattened arrays of `shape`: clipping, or with `pairs` "maxmin" on the two halves of the last axis.
+    """An activation on flattened arrays of `shape`: clipping, or "maxmin" on the two halves of the
+    last axis.
 
     Attributes:
-        top: values above it are cut to it; of the outputs, or of the first output of each pair. May be infinite.
-        bottom: values below it are cut to it, before; of the second output of each pair. 0 makes a ReLU.
+        pairs: is it maxmin?
+        top: values above it are cut to it; of all, or of the first of each pair. May be infinite.
+        bottom: values below it are cut to it, before; of all (0 makes a ReLU), or of the second of
+            each pair. May be infinite.
     """
 
     pairs: bool
@@ -139,7 +142,7 @@ class Move:
         return scipy.sparse.csr_array(entries, shape=(sum(self.sizes), len(self.index)))
 
     def back(self, rows: np.ndarray) -> list[np.ndarray]:
-        """``(n, outputs)`` rows on the value as rows on each of the arrays: up to `copies` add up."""
+        """``(n, outputs)`` rows on the value as rows on each array: up to `copies` add up."""
         found = (self._back @ rows.T).T
         return np.split(found, np.cumsum(self.sizes)[:-1], axis=1)
 

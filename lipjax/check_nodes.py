@@ -2,8 +2,8 @@
 moves, sums and activations.
 
 Part of `lipjax.check`; shares nothing with the bounds that it checks. The description
-(`lipjax.graph.description`) may be anybody's: types, shapes, positions and sizes are looked at before
-anything is made of them. What is not known is refused, and never guessed.
+(`lipjax.graph.description`) may be anybody's: types, shapes, positions and sizes are looked at
+before anything is made of them. What is not known is refused, and never guessed.
 """
 
 import math
@@ -94,11 +94,13 @@ def read(described: Sequence[Mapping[str, Any]], shape: tuple[int, ...]) -> list
     if not nodes or places[-1] != len(nodes) or not isinstance(nodes[-1].step, Affine):
         raise CannotCheck("the function does not end in an affine node, whose values are logits.")
     if len(described[-1]["shape"]) != 1:
-        raise CannotCheck(f"the function ends in shape {described[-1]['shape']}: expected one axis.")
+        raise CannotCheck(
+            f"the function ends in shape {described[-1]['shape']}: expected one axis."
+        )
     return nodes
 
 
-# ------------------------------------------------------------------------------------ what is written
+# ---------------------------------------------------------------------- what is written
 
 
 def _check_form(name: str, position: int, node: Mapping[str, Any]) -> None:
@@ -129,13 +131,17 @@ def _check_form(name: str, position: int, node: Mapping[str, Any]) -> None:
 
 def _check_array(name: str, value) -> None:
     if not isinstance(value, np.ndarray) or value.dtype.name not in TYPES:
-        raise CannotCheck(f"{name} of type {getattr(value, 'dtype', type(value).__name__)}: expected {TYPES}.")
+        raise CannotCheck(
+            f"{name} of type {getattr(value, 'dtype', type(value).__name__)}: expected {TYPES}."
+        )
     if value.size > MOST_ENTRIES or not np.all(np.isfinite(value.astype(np.float64))):
         raise CannotCheck(f"{name} with NaN, infinity or too many numbers: nothing can be derived.")
 
 
 def _are_integers(values, low: int, high: int = 2**31) -> bool:
-    return type(values) in (list, tuple) and all(type(n) is int and low <= n <= high for n in values)
+    return type(values) in (list, tuple) and all(
+        type(n) is int and low <= n <= high for n in values
+    )
 
 
 def _integers(name: str, node, field: str, count: int, low: int) -> list[int]:
@@ -148,14 +154,18 @@ def _integers(name: str, node, field: str, count: int, low: int) -> list[int]:
 def _pads(name: str, node, count: int) -> list[list[int]]:
     values = node["padding"]
     fits = type(values) is list and len(values) == count
-    if not fits or not all(_are_integers(pair, -(2**20), 2**20) and len(pair) == 2 for pair in values):
+    if not fits or not all(
+        _are_integers(pair, -(2**20), 2**20) and len(pair) == 2 for pair in values
+    ):
         raise CannotCheck(f"{name} has padding {values}: expected {count} pairs of integers.")
     return values
 
 
 def _bounded(name: str, entries: int) -> None:
     if entries > MOST_ENTRIES:
-        raise CannotCheck(f"{name} has a matrix of {entries} entries; this checker takes {MOST_ENTRIES}.")
+        raise CannotCheck(
+            f"{name} has a matrix of {entries} entries; this checker takes {MOST_ENTRIES}."
+        )
 
 
 def held(values: np.ndarray, dtype: str) -> bool:
@@ -170,7 +180,7 @@ def held(values: np.ndarray, dtype: str) -> bool:
     return dtype == "float32" or not np.any(single.view(np.uint32) & 0xFFFF)
 
 
-# ------------------------------------------------------------------------------------ what is executed
+# ---------------------------------------------------------------------- what is executed
 
 
 def _executed(name: str, node, before) -> Executed:
@@ -183,7 +193,9 @@ def _executed(name: str, node, before) -> Executed:
         types |= _types(name, equation)
         allowed = FIRST.get(kind, set()) if k == 0 else FOLLOWING
         if equation[0] not in allowed:
-            raise CannotCheck(f"{name} computes {equation[0]!r}, which this checker does not know there.")
+            raise CannotCheck(
+                f"{name} computes {equation[0]!r}, which this checker does not know there."
+            )
     dtypes = {each["dtype"] for each in before}
     if equations:
         if equations[-1][2] != node["dtype"] or not dtypes <= set(equations[0][1]):
@@ -244,8 +256,8 @@ def check_arithmetic(
     """
     if not held(images, described[0]["dtype"]):
         raise CannotCheck(
-            f"the images have more digits than the example of type {described[0]['dtype']}, as which "
-            "they are executed."
+            "the images have more digits than the example of type "
+            f"{described[0]['dtype']}, as which they are executed."
         )
     covered = order[: order.index(arithmetic) + 1]
     for i, node in enumerate(described):
@@ -254,8 +266,8 @@ def check_arithmetic(
             coarser = "bfloat16" in types and arithmetic != "bfloat16"
             if coarser or (arithmetic == "float64" and types != {"float64"}):
                 raise CannotCheck(
-                    f"node {i}, {node['kind']!r}, computes {primitive!r} in {', '.join(sorted(types))}, "
-                    f"which rounds more than the recorded arithmetic, {arithmetic}."
+                    f"node {i}, {node['kind']!r}, computes {primitive!r} in "
+                    f"{', '.join(sorted(types))}, which rounds more than the recorded arithmetic, {arithmetic}."
                 )
             levels = {"DEFAULT", "HIGH", "HIGHEST"}
             if precision is None or set(precision.split("/")) <= levels:
@@ -263,15 +275,17 @@ def check_arithmetic(
             algorithm = precision.removeprefix("algorithm ").rpartition(".")[2]
             if algorithms.get(algorithm) not in covered:
                 raise CannotCheck(
-                    f"node {i}, {node['kind']!r}, computes its products by {precision[:100]}, whose "
-                    f"rounding is not known to be that of the recorded arithmetic, {arithmetic}."
+                    f"node {i}, {node['kind']!r}, computes its products by "
+                    f"{precision[:100]}, whose rounding is not known to be that of the recorded arithmetic, {arithmetic}."
                 )
 
 
-# ------------------------------------------------------------------------------------ affine nodes
+# ---------------------------------------------------------------------- affine nodes
 
 
-def _linear(name: str, node, matrix, found: tuple[int, ...], executed: Executed, needed: int) -> Affine:
+def _linear(
+    name: str, node, matrix, found: tuple[int, ...], executed: Executed, needed: int
+) -> Affine:
     """A matrix with the node's bias; `needed` equations at least stand for what it does."""
     shape = tuple(node["shape"])
     # Axes of one, and the axes of the last node, may be written otherwise: the order is the same.
@@ -292,7 +306,9 @@ def _fitting(name: str, value: np.ndarray, shape: tuple[int, ...]) -> np.ndarray
     """In float64, if it can be broadcast to this shape."""
     axes = zip(reversed(value.shape), reversed(shape), strict=False)
     if value.ndim > len(shape) or any(n not in (1, wanted) for n, wanted in axes):
-        raise CannotCheck(f"{name} has parameters of shape {value.shape}, which do not fit {shape}.")
+        raise CannotCheck(
+            f"{name} has parameters of shape {value.shape}, which do not fit {shape}."
+        )
     return value.astype(np.float64)
 
 
@@ -301,8 +317,10 @@ def _product(name: str, node, before, executed) -> Affine:
     kernel, shape = _kernel(name, node).astype(np.float64), tuple(before[0]["shape"])
     first = node["kernel_first"]
     numbers = node["numbers"]
-    pairs = type(numbers) is list and len(numbers) == 2 and all(
-        type(pair) is list and len(pair) == 2 for pair in numbers
+    pairs = (
+        type(numbers) is list
+        and len(numbers) == 2
+        and all(type(pair) is list and len(pair) == 2 for pair in numbers)
     )
     if type(first) is not bool or not pairs:
         raise CannotCheck(f"{name} has dimension numbers {numbers}, which are none.")
@@ -311,7 +329,9 @@ def _product(name: str, node, before, executed) -> Affine:
         contracted, shared = numbers[0][side], numbers[1][side]
         used = [*contracted, *shared] if type(contracted) is type(shared) is list else [-1]
         if not _are_integers(used, 0, len(operand) - 1) or len(set(used)) < len(used):
-            raise CannotCheck(f"{name} has dimension numbers {numbers}, which do not fit {operand}.")
+            raise CannotCheck(
+                f"{name} has dimension numbers {numbers}, which do not fit {operand}."
+            )
         free = [axis for axis in range(len(operand)) if axis not in used]
         axes[side] = shared, free, contracted
     (shared_k, free_k, with_k), (shared_x, free_x, with_x) = axes[1 - first], axes[int(first)]
@@ -399,7 +419,7 @@ def _sum(name: str, node, before, executed) -> Affine:
     return _linear(name, node, matrix, found[:-1], executed, 1 if value == 1 else 2)
 
 
-# ------------------------------------------------------------------------------------ the others
+# ---------------------------------------------------------------------- the others
 
 
 def _move(name: str, node, before, executed) -> Move | None:

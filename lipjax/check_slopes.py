@@ -113,9 +113,8 @@ def _lengths(rows: np.ndarray) -> np.ndarray:
 
 def _pieces(step: Activation, known, moving: float) -> list[Piece]:
     if not step.pairs:
-        kinks = tuple(
-            np.broadcast_to(end, step.shape).reshape(-1) for end in (step.bottom, step.top)
-        )
+        ends = (step.bottom, step.top)
+        kinks = tuple(np.broadcast_to(end, step.shape).reshape(-1) for end in ends)
         return [_elementwise(step, kinks, known.center, known.lower, known.upper, moving)]
     (a, b), (lower_a, lower_b), (upper_a, upper_b) = (
         step.halves(end) for end in (known.center, known.lower, known.upper)

@@ -360,21 +360,24 @@ def _moving_rows(path: Sequence[Move], activation: Activation, known: Known) -> 
 
 def summed(step: Add, taken: Sequence[Known], arithmetic: str) -> tuple[Known, np.ndarray]:
     """What is known of a sum, and the slack of its center (`add`)."""
-    parts = [known if sign == 1 else _negated(known) for sign, known in zip(step.signs, taken, strict=True)]
+    signed = zip(step.signs, taken, strict=True)
+    parts = [known if sign == 1 else _negated(known) for sign, known in signed]
     u_out = _units(step.executed, arithmetic)[2]
     if step.constant is not None:
-        off = up(math.expm1(step.roundings * math.log1p(u_out)) * np.abs(step.constant))
-        off = off if step.roundings else np.zeros(off.shape)
-        never = np.zeros(off.shape, bool)
-        parts.append(Known(step.constant, step.constant, step.constant, never, 0.0, off, up_norm(off)))
+        c = step.constant
+        off = np.zeros(c.shape)
+        if step.roundings:
+            off = up(math.expm1(step.roundings * math.log1p(u_out)) * np.abs(c))
+        parts.append(Known(c, c, c, np.zeros(c.shape, bool), 0.0, off, up_norm(off)))
+    known = parts[0]
     if len(parts) == 2:
-        return add(*parts, arithmetic, step.executed)
-    (known,) = parts
+        return add(known, parts[1], arithmetic, step.executed)
     none = np.zeros(known.center.shape)
     if step.executed is not None and step.executed.results == 0:
         return known, none
     # The same number in a narrower type.
-    error, distance = _stored(known.lower, known.upper, known.error, known.distance, step.executed, arithmetic)
+    box, off, length = (known.lower, known.upper), known.error, known.distance
+    error, distance = _stored(*box, off, length, step.executed, arithmetic)
     return dataclasses.replace(known, error=error, distance=distance), none
 
 
@@ -383,7 +386,10 @@ def _negated(known: Known) -> Known:
 
 
 def add(
-    first: Known, second: Known, arithmetic: str, executed: Executed | None = None
+    first: Known,
+    second: Known,
+    arithmetic: str,
+    executed: Executed | None = None,
 ) -> tuple[Known, np.ndarray]:
     """What is known of the sum of two values, and the slack of its center: the rounding of the sum
     of the centers.

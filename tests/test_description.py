@@ -44,9 +44,9 @@ def _weights(*shape):
 
 def plain(x):
     """Clipping at other ends than 0, and pairs that nobody called MaxMin."""
-    h = jnp.clip(x @ _weights(6, 8), -0.2, 0.6)
+    h = jnp.clip(x @ _weights(6, 8).astype(x.dtype), -0.2, 0.6)
     h = jnp.concatenate([jnp.maximum(h[:4], h[4:]), jnp.minimum(h[:4], h[4:])])
-    return h @ _weights(8, 3)
+    return h @ _weights(8, 3).astype(x.dtype)
 
 
 class Batched(nn.Module):
@@ -108,7 +108,7 @@ def _described(name):
     return check.describe(f, images[0])
 
 
-# ------------------------------------------------------------------------------------ confirmed
+# ---------------------------------------------------------------------- confirmed
 
 
 @pytest.mark.parametrize("mode", ["local", "linear"])
@@ -136,20 +136,20 @@ def forge_margin(file):
 
 
 def forge_index(file):
-    """Every move is the identity in these: two entries in other places, one of them twice."""
+    """Two channels change places at one pixel."""
     index = of_kind(file, "move")["index"].reshape(-1)
-    index[0], index[1] = index[-1], index[-1]
+    index[0], index[1] = index[1], index[0]
 
 
 def forge_threshold(file):
     node = of_kind(file, "clip")
-    node["bottom"] = node["bottom"] - np.float32(0.4)
+    node["top"] = np.array(0.1, np.float32)
 
 
 def forge_filling(file):
     node = of_kind(file, "move")
     node["index"].reshape(-1)[0] = -1
-    node["fill"] = np.ones(1, np.float32)
+    node["fill"] = np.array([-20.0], np.float32)
 
 
 @pytest.mark.parametrize(
@@ -161,7 +161,7 @@ def test_a_forged_certificate_of_a_function_is_rejected(tmp_path, forge):
     naive = file.report(rehash=False)
     assert "digest" in str(naive) or "about the network" in str(naive)
     report = file.report()
-    assert not report.confirmed and any("image" in problem for problem in report.problems), report
+    assert not report.confirmed and len(report.checked) == COUNT, report
 
 
 def test_what_a_function_computes_is_in_its_hash():
@@ -172,7 +172,7 @@ def test_what_a_function_computes_is_in_its_hash():
         for field, value in node.items():
             changed = copy.deepcopy(whole)
             is_array = isinstance(value, np.ndarray) and value.size
-            changed[i][field] = value + 1 if is_array else [value, "another"]
+            changed[i][field] = np.asarray(value + 1) if is_array else [value, "another"]
             if not isinstance(value, np.ndarray) or is_array:
                 assert certificate_files.network_hash(changed) != own, (i, field)
 
@@ -184,7 +184,7 @@ def test_hashes_of_networks_by_layers_stay_as_they_are():
     assert found == GOLDEN
 
 
-GOLDEN = "?"
+GOLDEN = "c117ee7c0c857f3f36af163160461f1fe4d327b078b30d2066a353f6b486933a"
 
 
 def test_a_sequential_with_functions_in_it_is_described_by_nodes(tmp_path):
@@ -201,12 +201,12 @@ def test_a_sequential_with_functions_in_it_is_described_by_nodes(tmp_path):
         network = net(factor)
         labels = certificate.predicted
         certificate_files.save(tmp_path / "x.npz", certificate, network, images, labels)
-        header, arrays = certificate_files.load(tmp_path / "x.npz")
+        header, _ = certificate_files.load(tmp_path / "x.npz")
         hashes.append(header["network"])
     assert hashes[0] != hashes[1]
 
 
-# ------------------------------------------------------------------------------------ the same
+# ---------------------------------------------------------------------- the same
 
 
 def test_layers_and_nodes_of_one_network_give_the_same_margins():
@@ -215,11 +215,11 @@ def test_layers_and_nodes_of_one_network_give_the_same_margins():
     margins = []
     for described in (check.describe(network), check.describe(network, image)):
         nodes = check_layers.nodes_of(described, image.shape)
-        walked, norms = network_of(nodes)
+        walked, norms = network_of(nodes, "float64")
         for linear in (False, True):
             derived = check_walk.derive(walked, image, 1, 0.05, norms, linear=linear)
             margins.append(derived.margin)
-    np.testing.assert_allclose(margins[:2], margins[2:], rtol=1e-5)
+    np.testing.assert_allclose(margins[:2], margins[2:], rtol=1e-11)
     assert np.all(np.isfinite(margins))
 
 
@@ -352,7 +352,7 @@ def test_on_a_small_ball_the_slopes_are_the_gradient():
     assert derived.taken - 2 * np.max(derived.rounding) <= 1e-6 * gradient * (1 + 1e-4)
 
 
-# ------------------------------------------------------------------------------------ the matrices
+# ---------------------------------------------------------------------- the matrices
 
 
 def _conv(x, window=(3, 2), **options):
@@ -399,12 +399,12 @@ def test_matrices_are_those_of_the_function(name):
     np.testing.assert_allclose(found, flat(x), atol=1e-5)
 
 
-# ------------------------------------------------------------------------------------ what is executed
+# ---------------------------------------------------------------------- what is executed
 
 
 def confirmed(tmp_path, f, images, epsilon=0.01, **options):
-    certificate = lipjax.certify(f, images, None, epsilon, tier="deterministic", **options)
-    labels = certificate.predicted
+    labels = np.array([np.argmax(f(jnp.asarray(x))) for x in images], np.int32)
+    certificate = lipjax.certify(f, images, labels, epsilon, tier="deterministic", **options)
     certificate_files.save(tmp_path / "x.npz", certificate, f, images, labels)
     header, arrays = certificate_files.load(tmp_path / "x.npz")
     described = check.describe(f, images[0], arithmetic=header["arithmetic"])
@@ -421,7 +421,8 @@ def narrow(x):
 
 def normalised(x):
     """Parameters that the program computes at every call, as a folded BatchNorm's are."""
-    scale = jnp.asarray(_weights(6)) / jnp.sqrt(jnp.asarray(_weights(6)) ** 2 + 0.1)
+    gain = jnp.asarray(_weights(6))
+    scale = gain / jnp.sqrt(gain * gain + 0.1)
     return jax.nn.relu(scale * (x / 3) + scale) @ _weights(6, 3)
 
 
@@ -434,7 +435,9 @@ def test_other_arithmetics_and_parameters_that_are_rounded_are_confirmed(tmp_pat
         "computed parameters": (normalised, {}),
     }[name]
     described, header, _ = confirmed(tmp_path, f, images, **options)
-    assert header["arithmetic"] == {"float64": "float64", "bfloat16": "bfloat16"}.get(name, "float32")
+    assert header["arithmetic"] == {"float64": "float64", "bfloat16": "bfloat16"}.get(
+        name, "float32"
+    )
     assert any(node["roundings"] for node in described) == (name == "computed parameters")
 
 
@@ -488,13 +491,22 @@ HALF = {"operands": ["bfloat16", "bfloat16"], "result": "float32", "accumulate":
         (lambda: edited(product=executing(primitive="fft")), "'fft'"),
         (lambda: edited(product=executing(precision="algorithm X.F16_F16_F16")), "not known"),
         (lambda: edited(product={"executed": []}), "more than its 0 equations"),
-        (lambda: edited("module", conv=lambda node: {"executed": node["executed"][:1]}), "more than"),
-        (lambda: edited("module", sum=lambda node: {"executed": node["executed"][:1]}), "more than"),
+        (
+            lambda: edited("module", conv=lambda node: {"executed": node["executed"][:1]}),
+            "more than",
+        ),
+        (
+            lambda: edited("module", sum=lambda node: {"executed": node["executed"][:1]}),
+            "more than",
+        ),
         (lambda: edited("module", add={"executed": []}), "no equation says so"),
         (lambda: edited(product={"roundings": float("inf")}), "inf roundings"),
         (lambda: edited(clip={"roundings": 1.0}), "computed anew"),
         (lambda: edited("module", move={"roundings": 1.0}), "computed anew"),
-        (lambda: edited(product=lambda node: {"kernel": node["kernel"] / 3.0}), "more digits"),
+        (
+            lambda: edited(product=lambda node: {"kernel": node["kernel"] / np.float64(3)}),
+            "more digits",
+        ),
         (lambda: edited(clip={"top": np.array(0.1)}), "more digits"),
         (lambda: edited(clip={"top": np.array(np.inf, np.float32)}), "infinity"),
         (lambda: edited(clip={"dtype": "bfloat16"}), "another type"),
@@ -564,7 +576,7 @@ def test_descriptions_that_do_not_fit_together_are_refused(described, said):
         as_read(described())
 
 
-# ------------------------------------------------------------------------------------ what has none
+# ---------------------------------------------------------------------- what has none
 
 
 def test_a_function_without_an_example_or_a_plain_description_is_refused_with_a_reason():

@@ -354,3 +354,14 @@ def test_the_executed_error_covers_the_rounding_of_the_sums_of_residuals():
         boxes = [(value, value) for value in every_value(wide, jnp.ones(1))]
         error = rounding.forward_error(wide, boxes, found, proven_norms(wide))
     assert abs(exact - Fraction(got)) <= Fraction(float(error[0]))
+
+
+def test_a_constant_beside_the_example_that_is_computed_anew_is_refused():
+    """No equation stands for it, so no rounding of it is in the allowance."""
+    gain = jnp.asarray([0.3, 0.7])
+
+    def f(x):
+        return jnp.concatenate([x, gain * gain / 3]) @ jnp.eye(4)
+
+    with pytest.raises(TypeError, match="computed anew"):
+        arithmetics(f)

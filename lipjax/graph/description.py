@@ -145,7 +145,9 @@ def _windows(apply: Sum, where: str, shape: tuple[int, ...]) -> dict[str, Any]:
     }
     if name != "reduce_window_sum" or set(parameters) != set(names.values()):
         raise TypeError(f"{where}: no plain description of a sum by {name} of {parameters}.")
-    found: dict[str, Any] = {k: [int(n) for n in parameters[v]] for k, v in names.items() if k != "padding"}
+    found: dict[str, Any] = {
+        k: [int(n) for n in parameters[v]] for k, v in names.items() if k != "padding"
+    }
     return {**found, "padding": [[int(low), int(high)] for low, high in parameters["padding"]]}
 
 
