@@ -159,7 +159,9 @@ def save(
     Args:
         path: the file, by custom ``*.npz``.
         certificate: what `lipjax.certify` returned. Read by field name; `epsilon` may be a number or ``(N,)``.
-        network: the nnx.Sequential that was certified, as it was given to `certify`.
+        network: what was certified, as it was given to `certify`. An nnx.Sequential of layers that
+            `describe` knows is described by them; a graph, or any other function, by its nodes, as
+            it is traced on an image.
         images, labels: ``(N, ...)`` and ``(N,)``, as they were given to `certify`; where the predictions themselves
             were certified (labels None there), the predictions.
         indices: ``(N,)`` positions of the images in their source split; 0 .. N - 1 if None.
@@ -167,7 +169,8 @@ def save(
         command: the command line that made the certificate.
 
     Raises:
-        TypeError: `certificate` lacks a field of a certificate (an estimate, for one, is none).
+        TypeError: `certificate` lacks a field of a certificate (an estimate, for one, is none);
+            a function without a plain description.
         ValueError: shapes that do not fit each other; a tier that proves nothing; verdicts that
             contradict the labels; a field that is not what `HEADER` says (a name with a line break,
             say), repeated indices, more than `load` reads.
@@ -191,14 +194,16 @@ def save(
         raise ValueError("certificate.correct is not predicted == label: pass the labels that certify was given.")
     same = count > 0 and bool(np.all(arrays["epsilon"] == arrays["epsilon"][0]))
     data = dict(data or {})
-    layers = describe(network)
-    kernels = [layer["kernel"] for layer in layers if "kernel" in layer]
+    layers = describe(network) if _is_sequential(network) else [{"kind": ""}]
+    if not {layer["kind"] for layer in layers} <= KINDS:
+        one = np.empty(np.shape(images)[1:], np.asarray(images).dtype)
+        layers = describe(network, one, arithmetic=str(fields["arithmetic"]))
     header = {
         "format": FORMAT,
         "version": VERSION,
         "versions": versions(),
         "network": network_hash(layers),
-        "classes": kernels[-1].shape[-1] if kernels else None,
+        "classes": _classes(layers),
         "data": data_hash(images, labels),
         "data_name": _text(data.pop("name", None)),
         "split": _text(data.pop("split", None)),
@@ -452,34 +457,74 @@ def _feed(sha, name: str, array: np.ndarray) -> None:
 # ---------------------------------------------------------------------------------------------------- the network
 
 
-def describe(network) -> list[dict[str, Any]]:
+# Layers that their description determines.
+KINDS = {
+    *("conv", "linear", "average_pool", "normalize", "flatten", "fork", "join"),
+    *("relu", "clipped_relu", "maxmin", "clipped_maxmin"),
+}
+
+
+def describe(network, example=None, *, arithmetic: str | None = None) -> list[dict[str, Any]]:
     """A network as plain data: one dict per layer, nested sequences spliced in, parameters as NumPy arrays.
 
-    "kind" is "conv", "linear", "average_pool", "normalize", "flatten", "relu", "clipped_relu", "maxmin" or "clipped_maxmin",
-    by the layer's exact type; "fork" and "join" stand around the layers of a Residual. The other entries are a layer's
-    parameters (kernel, bias, threshold, upper, lower), its settings (strides, padding, dilation, groups, window, ndim), the
+    With an `example` one dict per node of its graph, as `lipjax.graph.description` says, of any
+    function. Such a description, and so its hash, is of the program as this version of JAX traces
+    it and computes what does not depend on the example.
+
+    Of layers: "kind" is "conv", "linear", "average_pool", "normalize", "flatten", "relu",
+    "clipped_relu", "maxmin" or "clipped_maxmin", by the layer's exact type; "fork" and "join" stand
+    around the layers of a Residual. The other entries are a layer's parameters (kernel, bias,
+    threshold, upper, lower), its settings (strides, padding, dilation, groups, window, ndim), the
     type it computes in ("dtype", None: that of its input and parameters), the algorithm that its
     products are fixed to ("precision", absent: the device's), a "mask" if there is one, and under
     "unusual" what is not written down here and may change what it computes. A layer of any other
     type gets its full type name as kind and all parameters it has: enough for a hash, not for the
     checker.
 
+    Args:
+        network: an nnx.Sequential, or with an `example` any function that `lipjax.certify` takes.
+        example: one image, as `lipjax.certify` was given it; only shape and type count.
+        arithmetic: with an example, that of the certificate.
+
     Raises:
-        TypeError: the network is no nnx.Sequential.
+        TypeError: without an example, the network is no nnx.Sequential; with one, the function has
+            no bound, or no plain description.
     """
     from flax import nnx
 
-    if type(network) is not nnx.Sequential:
-        raise TypeError(f"expected a flax.nnx.Sequential, got {type(network).__module__}.{type(network).__qualname__}.")
+    if example is not None:
+        # Of the tool: to check what is described it is not needed.
+        from lipjax.graph import description
+
+        return description.describe(network, example, arithmetic)
+    if not _is_sequential(network):
+        raise TypeError(
+            f"expected a flax.nnx.Sequential, got {_name(network)}: of any other function give an "
+            "example too, describe(f, image)."
+        )
     layers: list[dict[str, Any]] = []
     for layer in network.layers:
         if type(layer) is nnx.Sequential:
             layers += describe(layer)
         elif _name(layer) == "lipjax.layers.Residual":
-            layers += [{"kind": "fork"}, *describe(layer.branch), {"kind": "join"}]  # type: ignore[attr-defined]
+            layers += [{"kind": "fork"}, *describe(layer.branch), {"kind": "join"}]
         else:
             layers.append(_describe_layer(layer))
     return layers
+
+
+def _is_sequential(network) -> bool:
+    from flax import nnx
+
+    return type(network) is nnx.Sequential
+
+
+def _classes(layers: Sequence[Mapping[str, Any]]) -> int | None:
+    """The number of logits, where the description says it."""
+    if any("inputs" in layer for layer in layers):
+        return int(layers[-1]["shape"][-1])
+    kernels = [layer["kernel"] for layer in layers if "kernel" in layer]
+    return kernels[-1].shape[-1] if kernels else None
 
 
 def _describe_layer(layer) -> dict[str, Any]:

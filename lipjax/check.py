@@ -14,12 +14,23 @@ For a network of your own, of the layers that `lipjax.certificate_files.describe
     )
     print(report)      # report.confirmed, report.problems, report.margin
 
+For any other function, which is described by the nodes of its graph as it is traced on an image::
+
+    described = lipjax.check.describe(f, images[0], arithmetic=header["arithmetic"])
+    report = lipjax.check.check(described, images, labels, header, arrays, np.random.default_rng())
+
+(The command reads networks from runs and files, not functions.)
+
 **What is shared with the tool**: the file's format and hashes and the plain description of the layers
-(`lipjax.certificate_files`), and, in `load_run` alone, what reads a run's parameters and data. Nothing of its bounds:
-matrices (`lipjax.check_layers`), norms (`check_norms`), masks, margins and the rounding of the executed network
-(`check_walk`, `check_slopes`) are derived in other words, from METHOD 1 to 5, in float64 with every rounding error turned
-outwards. Modes "global", "bcp" and "paper" are at least as loose as "local", so one walk in mode "local" confirms the verdicts
-of all four, and carries those of modes "linear" and "rows".
+(`lipjax.certificate_files`), and, in `load_run` alone, what reads a run's parameters and data. Of a
+function that is no nnx.Sequential also the way from the program to that description: what
+`lipjax.graph` reads from the jaxpr, the kernels of linear maps and the equations that round
+included; an error there misleads both. Nothing of its bounds: matrices (`lipjax.check_layers`,
+`check_nodes`), norms (`check_norms`), masks, margins and the rounding of the executed network
+(`check_walk`, `check_slopes`) are derived in other words, from METHOD 1 to 5, in float64 with every
+rounding error turned outwards. Modes "global", "bcp" and "paper" are at least as loose as "local",
+so one walk in mode "local" confirms the verdicts of all four, and carries those of modes "linear"
+and "rows".
 
 **What a confirmation says.** Each verdict "certified" follows for a second time, from the network and the images of the
 recorded hashes. Norms of matrices with a side of at most `check_norms.SMALL`
@@ -46,6 +57,7 @@ from typing import Any
 
 import numpy as np
 
+from lipjax import check_nodes
 from lipjax.certificate_files import (
     CertificateFileError,
     data_hash,
@@ -56,7 +68,7 @@ from lipjax.certificate_files import (
     network_hash,
     statement,
 )
-from lipjax.check_layers import Add, Affine, CannotCheck, Node, nodes_of
+from lipjax.check_layers import Add, Affine, CannotCheck, Move, Node, by_nodes, nodes_of
 from lipjax.check_norms import Norms, U
 from lipjax.check_walk import ARITHMETICS, Derived, Network, derive
 from lipjax.files import Npz, Unreadable, quoted
@@ -185,7 +197,7 @@ def check(
     as the network itself, up to three allowances.
 
     Args:
-        layers: the network as `describe` writes it.
+        layers: the network as `describe` writes it, by layers or by nodes.
         images, labels: ``(N, ...)`` floats in [0, 1] and ``(N,)`` integers, the rows of the file in
             its order.
         header, arrays: as `lipjax.certificate_files.load` returns them.
@@ -224,7 +236,11 @@ def check(
     chosen = np.arange(count) if examples is None else np.sort(rng.choice(count, examples, replace=False))
     nodes = nodes_of(layers, images.shape[1:])
     affine = [node.step for node in nodes if isinstance(node.step, Affine)]
-    _check_precision(layers, header["arithmetic"])
+    if by_nodes(layers):
+        order = list(ARITHMETICS)
+        check_nodes.check_arithmetic(layers, header["arithmetic"], images, order, ALGORITHMS)
+    else:
+        _check_precision(layers, header["arithmetic"])
     if problems := _misfits(header, arrays, nodes, affine):
         return rejected(problems)
     delta = header["failure_probability"] or DETERMINISTIC_FILE_DELTA
@@ -373,14 +389,17 @@ def _misfits(header, arrays, nodes: Sequence[Node], affine: Sequence[Affine]) ->
 
 def _constant(nodes: Sequence[Node], norms: np.ndarray) -> np.ndarray:
     """The Lipschitz constant up to the last affine layer: products along the graph, sums where it
-    adds."""
+    adds, roots of the sum of squares where it puts values beside each other."""
     found, used = [np.ones(len(norms))], 0
     for node in nodes[:-1]:
         first = found[node.inputs[0]]
         if isinstance(node.step, Affine):
             first, used = first * norms[:, used], used + 1
         elif isinstance(node.step, Add):
-            first = first + found[node.inputs[1]]
+            first = sum((found[number] for number in node.inputs[1:]), first)
+        elif isinstance(node.step, Move):
+            squares = sum(np.square(found[number]) for number in node.inputs)
+            first = np.sqrt(node.step.copies * squares)
         found.append(first)
     return found[nodes[-1].inputs[0]]
 

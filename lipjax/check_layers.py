@@ -5,6 +5,7 @@ Part of `lipjax.check`; shares nothing with the bounds that it checks. What it d
 """
 
 import dataclasses
+import functools
 import itertools
 import math
 from collections.abc import Mapping, Sequence
@@ -21,6 +22,22 @@ class CannotCheck(ValueError):
 
 
 @dataclasses.dataclass(frozen=True)
+class Executed:
+    """How a step computes, where its own description says it.
+
+    Attributes:
+        types: of all that goes in, comes out, or is kept between.
+        product: is it a product of matrices? On some devices its operands are converted first, and
+            its sums are kept in a wider type; all else computes in its own type.
+        results: how often a result is rounded to its type; 0: the step is exact.
+    """
+
+    types: frozenset[str]
+    product: bool
+    results: float
+
+
+@dataclasses.dataclass(frozen=True)
 class Affine:
     """``x -> W x + b`` on flattened arrays.
 
@@ -30,6 +47,7 @@ class Affine:
         terms: the largest number of entries in a row, which is that of the roundings of products in an output.
         row_norms: ``(outputs,)``, upper bounds of the norms of the rows.
         largest: ``max |W|``.
+        executed: None: in the network's arithmetic, as a layer with a bias.
     """
 
     matrix: Any
@@ -39,15 +57,19 @@ class Affine:
     terms: int
     row_norms: np.ndarray
     largest: float
+    executed: Executed | None = None
 
 
 @dataclasses.dataclass(frozen=True)
 class Activation:
-    """An activation on flattened arrays of `shape`: "relu", or "maxmin" on the two halves of the last axis.
+    """An activation on flattened arrays of `shape`: clipping, or "maxmin" on the two halves of the
+    last axis.
 
     Attributes:
-        top: values above it are cut to it; of the outputs of ReLU, or of the first output of each pair. May be infinite.
-        bottom: values below it are cut to it; of the second output of each pair.
+        pairs: is it maxmin?
+        top: values above it are cut to it; of all, or of the first of each pair. May be infinite.
+        bottom: values below it are cut to it, before; of all (0 makes a ReLU), or of the second of
+            each pair. May be infinite.
     """
 
     pairs: bool
@@ -65,14 +87,64 @@ class Activation:
 
     def __call__(self, z: np.ndarray) -> np.ndarray:
         if not self.pairs:
-            return np.minimum(np.maximum(z.reshape(self.shape), 0.0), self.top).reshape(-1)
+            return np.minimum(np.maximum(z.reshape(self.shape), self.bottom), self.top).reshape(-1)
         a, b = self.halves(z)
         return self.joined(np.minimum(np.maximum(a, b), self.top), np.maximum(np.minimum(a, b), self.bottom))
 
 
 @dataclasses.dataclass(frozen=True)
 class Add:
-    """The sum of two arrays."""
+    """The sum of one or two arrays, or of one and a constant.
+
+    Attributes:
+        signs: 1 or -1, one an array.
+        constant: flattened, or None.
+        roundings: units of roundoff that the constant may be off by when the program runs.
+        executed: None: one rounding in the network's arithmetic.
+    """
+
+    signs: tuple[int, ...] = (1, 1)
+    constant: np.ndarray | None = None
+    roundings: float = 0.0
+    executed: Executed | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Move:
+    """Entries of one or more arrays in other places, some several times, some not at all; exact.
+
+    Attributes:
+        index: ``(outputs,)``, positions in the arrays one behind the other; -1: a constant.
+        fill: ``(outputs,)``, the constants; 0 elsewhere.
+        sizes: of the arrays.
+    """
+
+    index: np.ndarray
+    fill: np.ndarray
+    sizes: tuple[int, ...]
+
+    def __call__(self, *arrays: np.ndarray, filled: bool = True) -> np.ndarray:
+        """The entries in their places; without `filled`, 0 (or False) in place of the constants."""
+        joined = np.concatenate([*arrays, np.zeros(1, arrays[0].dtype)])
+        moved = joined[self.index]
+        return np.where(self.index < 0, self.fill, moved) if filled else moved
+
+    @functools.cached_property
+    def copies(self) -> int:
+        """In how many places the most frequent entry stands."""
+        counts = np.bincount(self.index[self.index >= 0], minlength=1)
+        return int(np.max(counts))
+
+    @functools.cached_property
+    def _back(self):
+        places = np.flatnonzero(self.index >= 0)
+        entries = (np.ones(len(places)), (self.index[places], places))
+        return scipy.sparse.csr_array(entries, shape=(sum(self.sizes), len(self.index)))
+
+    def back(self, rows: np.ndarray) -> list[np.ndarray]:
+        """``(n, outputs)`` rows on the value as rows on each array: up to `copies` add up."""
+        found = (self._back @ rows.T).T
+        return np.split(found, np.cumsum(self.sizes)[:-1], axis=1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,7 +156,7 @@ class Node:
             node's own number.
     """
 
-    step: Affine | Activation | Add
+    step: Affine | Activation | Add | Move
     inputs: tuple[int, ...]
 
 
@@ -93,13 +165,18 @@ def nodes_of(layers: Sequence[Mapping[str, Any]], shape: tuple[int, ...]) -> lis
     makes the logits.
 
     Args:
-        layers: as `describe` writes them. The layers between a "fork" and its "join" are a branch:
-            the join adds what they make to what stood at the fork.
+        layers: as `describe` writes them: of an nnx.Sequential its layers, of any other function
+            its nodes, which say what they read (`check_nodes`). The layers between a "fork" and its
+            "join" are a branch: the join adds what they make to what stood at the fork.
         shape: of one example.
 
     Raises:
         CannotCheck: a layer, a setting or a shape that this checker does not know.
     """
+    if by_nodes(layers):
+        from lipjax import check_nodes  # it is written in the terms of this module
+
+        return check_nodes.read(layers, shape)
     nodes: list[Node] = []
     forks: list[tuple[int, tuple[int, ...]]] = []  # the values that wait for their branch's end, and their shapes
     at = 0  # the value that the next layer takes
@@ -152,10 +229,10 @@ def nodes_of(layers: Sequence[Mapping[str, Any]], shape: tuple[int, ...]) -> lis
                     raise CannotCheck(f"{name} adds arrays of shapes {before} and {shape}: they must be the same.")
                 then(Add(), past)
             case "relu":
-                then(Activation(False, shape, np.array(np.inf), np.array(-np.inf)))
+                then(Activation(False, shape, np.array(np.inf), np.array(0.0)))
             case "clipped_relu":
                 top = _fitting(name, layer["threshold"], shape)
-                then(Activation(False, shape, top, np.array(-np.inf)))
+                then(Activation(False, shape, top, np.array(0.0)))
             case "maxmin" | "clipped_maxmin":
                 if not shape or shape[-1] % 2:
                     raise CannotCheck(f"{name} needs an even number of channels, got an input of shape {shape}.")
@@ -174,7 +251,12 @@ def nodes_of(layers: Sequence[Mapping[str, Any]], shape: tuple[int, ...]) -> lis
     return nodes
 
 
-def _affine(matrix, bias, shape, more: int = 0) -> Affine:
+def by_nodes(layers: Sequence[Mapping[str, Any]]) -> bool:
+    """Is it a description by nodes? Every dict of such a one says what it reads."""
+    return any("inputs" in layer for layer in layers)
+
+
+def _affine(matrix, bias, shape, more: int = 0, executed: Executed | None = None) -> Affine:
     matrix = scipy.sparse.csr_array(matrix)
     matrix.eliminate_zeros()  # also for the executed network: adding a zero, of the kernel or of padding, rounds nothing
     terms = int(np.max(np.diff(matrix.indptr), initial=0)) + more
@@ -187,7 +269,8 @@ def _affine(matrix, bias, shape, more: int = 0) -> Affine:
     # A square may underflow; its root is below 2^-500.
     norms = up(np.sqrt(up(squared.sum(axis=1), terms))) + terms * 2.0**-500
     sizes = np.abs(matrix.data)
-    return Affine(matrix, like(sizes), squared, bias.reshape(-1), terms, norms, float(np.max(sizes, initial=0.0)))
+    largest = float(np.max(sizes, initial=0.0))
+    return Affine(matrix, like(sizes), squared, bias.reshape(-1), terms, norms, largest, executed)
 
 
 def _fitting(name, threshold, shape) -> np.ndarray:

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from lipjax.check_layers import Activation, Affine
+from lipjax.check_layers import Activation, Add, Affine, Move
 from lipjax.check_norms import TINY, U, gamma, up, up_norm
 
 
@@ -68,21 +68,31 @@ def linear_gains(
                 cost = worst_gains(met[:, open_], -piece.reach[open_], piece.reach[open_], piece.radius)
                 spent = up(spent + cost + 16 * U * _lengths(g) * length)
                 g = piece.back(g)
-        else:
+        elif not isinstance(node.step, Move):
             spent = up(spent + np.abs(g) @ walked.slack[number], g.shape[1])
+        parts = [g]
         if isinstance(node.step, Affine):
             outputs, inside = g.shape[1], before.varies
             sizes = node.step.absolute.T @ np.abs(g).T
-            g = (node.step.matrix.T @ g.T).T * inside
+            parts = [(node.step.matrix.T @ g.T).T * inside]
             # (TINY: `up_norm` is 0 where all sizes have underflowed.)
             rounded = 2 * gamma(outputs + 8) * (_lengths(sizes.T[:, inside]) + TINY)
             spent = up(spent + rounded * before.radius)
-        for taken in node.inputs:
+        elif isinstance(node.step, Add):
+            parts = [sign * g for sign in node.step.signs]
+        elif isinstance(node.step, Move):
+            parts = node.step.back(g)
+            if node.step.copies > 1:  # what meets in one entry is added up, and that is rounded
+                unit = 2 * gamma(node.step.copies + 4)
+                for taken, sizes in zip(node.inputs, node.step.back(np.abs(g)), strict=True):
+                    offset = walked.values[taken].offset()
+                    spent = up(spent + up(unit * (sizes @ offset), offset.size))
+        for taken, part in zip(node.inputs, parts, strict=True):
             if taken in live:  # both ways lead here, and their sum is rounded
-                live[taken] = live[taken] + g
+                live[taken] = live[taken] + part
                 spent = up(spent + 4 * U * _lengths(live[taken]) * up_norm(walked.values[taken].offset()))
             else:
-                live[taken] = g
+                live[taken] = part
         value = max(live)
         if len(live) == 1 and value not in walked.kept:  # of those only the box is known
             best = np.minimum(best, up(_of_value(live[value], walked.values[value], worst_gains) + spent))
@@ -103,7 +113,8 @@ def _lengths(rows: np.ndarray) -> np.ndarray:
 
 def _pieces(step: Activation, known, moving: float) -> list[Piece]:
     if not step.pairs:
-        kinks = (np.zeros(known.center.shape), np.broadcast_to(step.top, step.shape).reshape(-1))
+        ends = (step.bottom, step.top)
+        kinks = tuple(np.broadcast_to(end, step.shape).reshape(-1) for end in ends)
         return [_elementwise(step, kinks, known.center, known.lower, known.upper, moving)]
     (a, b), (lower_a, lower_b), (upper_a, upper_b) = (
         step.halves(end) for end in (known.center, known.lower, known.upper)

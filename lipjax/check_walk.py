@@ -8,11 +8,12 @@ with every rounding error turned outwards.
 import dataclasses
 import functools
 import math
+from collections.abc import Sequence
 
 import numpy as np
 
 from lipjax import check_slopes
-from lipjax.check_layers import Activation, Add, Affine, Node
+from lipjax.check_layers import Activation, Add, Affine, Executed, Move, Node
 from lipjax.check_norms import TINY, Norms, U, gamma, up, up_norm
 
 BISECTION_STEPS = 60
@@ -44,24 +45,29 @@ class Network:
     arithmetic: str
 
     @functools.cached_property
-    def followers(self) -> dict[int, Activation]:
+    def followers(self) -> dict[int, tuple[list[Move], Activation]]:
         """The activation behind each affine layer whose value nothing else takes, by the value's
-        number.
+        number, and the moves on the way to it, whose values nothing else takes either.
 
         Only there the layer's rows that cannot move an output of the activation may be left out.
         """
-        takers: dict[int, list[Node]] = {}
-        for node in self.nodes:
+        takers: dict[int, list[int]] = {}
+        for taker, node in enumerate(self.nodes, 1):
             for number in node.inputs:
-                takers.setdefault(number, []).append(node)
-        return {
-            number: steps[0].step
-            for number, steps in takers.items()
-            if number > 0
-            and isinstance(self.nodes[number - 1].step, Affine)
-            and len(steps) == 1
-            and isinstance(steps[0].step, Activation)
-        }
+                takers.setdefault(number, []).append(taker)
+        found = {}
+        for number, node in enumerate(self.nodes, 1):
+            path: list[Move] = []
+            at = takers.get(number, []) if isinstance(node.step, Affine) else []
+            while len(at) == 1:
+                step = self.nodes[at[0] - 1].step
+                if isinstance(step, Activation):
+                    found[number] = path, step
+                if not isinstance(step, Move) or len(step.sizes) != 1:
+                    break
+                path.append(step)
+                at = takers.get(at[0], [])
+        return found
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,9 +127,9 @@ class Walk:
         values: of x' itself and of each node that was passed.
         slack: of a node's own value: per output, how far it can be from where the changes of its
             inputs take the center (`transform`, `add`); zeros of an activation, which moves no
-            further than its input.
+            further than its input, and of a move, which is exact.
         kept: of an affine layer with a follower: its radius over the rows that can move an output
-            of that activation.
+            of that activation; and of the moves on the way.
         moving: of an activation: bound of ``||z(x') - center||_2`` over its inputs that can move an
             output, and of what is not known of those that do not vary.
         norms: ``(lower, upper)`` of the masked norms of the affine layers that were passed, in
@@ -165,10 +171,17 @@ def walk(network: Network, x: np.ndarray, epsilon: float, norms: Norms, by_rows:
     image = Known(x, ends[0], ends[1], np.full(x.shape, epsilon > 0), epsilon, none, 0.0)
     walked = Walk(network.nodes, [image], [none])
     for number, node in enumerate(network.nodes[:-1], 1):
-        before = walked.values[node.inputs[-1]]
+        taken = [walked.values[taken] for taken in node.inputs]
+        before = taken[-1]
         if isinstance(node.step, Add):
-            known, slack = add(walked.values[node.inputs[0]], before, network.arithmetic)
+            known, slack = summed(node.step, taken, network.arithmetic)
             radius = known.radius
+        elif isinstance(node.step, Move):
+            known = move(node.step, taken)
+            slack, radius = np.zeros(known.center.shape), known.radius
+            if node.inputs[0] in walked.kept and len(node.inputs) == 1:
+                # What reaches an output of the activation behind comes from rows that do.
+                walked.kept[number] = _spread(node.step, [walked.kept[node.inputs[0]]])
         elif isinstance(node.step, Activation):
             known, rows = activate(node.step, before)
             slack = np.zeros(known.center.shape)
@@ -182,7 +195,7 @@ def walk(network: Network, x: np.ndarray, epsilon: float, norms: Norms, by_rows:
                 known = _cut(known, node, walked, slack)
             rows = known.varies
             if number in network.followers:
-                _, rows = activate(network.followers[number], known)
+                rows = _moving_rows(*network.followers[number], known)
             lower, upper = whole
             if not (rows.all() and before.varies.all()):
                 lower, upper = norms(node.step.matrix[rows][:, before.varies])
@@ -274,10 +287,13 @@ def _executed(layer: Affine, known: Known, whole: float, arithmetic: str) -> tup
     by at most g(n) of the sum of its terms' sizes; the sizes are those of the executed activation, |h| + error. Results
     below the smallest number may be flushed to zero. Infinity where a sum could overflow.
     """
-    u_in, u_acc, u_out, smallest, largest = ARITHMETICS[arithmetic]
-    n = layer.terms
-    # (1 + u_in)^2 (1 + gamma) (1 + u_out)^3 - 1, in which nothing cancels
-    growth = up(math.expm1(2 * math.log1p(u_in) + math.log1p(gamma(n + 2, u_acc)) + 3 * math.log1p(u_out)))
+    if layer.executed is not None and layer.executed.results == 0:
+        return known.error, known.distance  # the identity
+    u_in, u_acc, u_out, smallest, largest = _units(layer.executed, arithmetic)
+    n, results = layer.terms, 3 if layer.executed is None else layer.executed.results
+    # (1 + u_in)^2 (1 + gamma) (1 + u_out)^results - 1, in which nothing cancels
+    growth = 2 * math.log1p(u_in) + math.log1p(gamma(n + 2, u_acc)) + results * math.log1p(u_out)
+    growth = up(math.expm1(growth))
     size = up(np.maximum(np.abs(known.lower), np.abs(known.upper)) + known.error)
     total = up(layer.absolute @ size + np.abs(layer.bias), n)
     flushed = (n + 2) * smallest * (1 + layer.largest + np.max(size, initial=0.0))
@@ -290,7 +306,91 @@ def _executed(layer: Affine, known: Known, whole: float, arithmetic: str) -> tup
     return error, float(distance)
 
 
-def add(first: Known, second: Known, arithmetic: str) -> tuple[Known, np.ndarray]:
+def _units(executed: Executed | None, arithmetic: str) -> tuple[float, float, float, float, float]:
+    """What a step of the network rounds by, as `ARITHMETICS` has it.
+
+    Only products of matrices depend on the device, of which the recorded arithmetic tells. All else
+    computes in its own types, sums included.
+    """
+    if executed is None:
+        return ARITHMETICS[arithmetic]
+    name = arithmetic
+    if "bfloat16" in executed.types:
+        name = "bfloat16"
+    elif not executed.product:
+        name = "float32" if "float32" in executed.types else "float64"
+    elif arithmetic == "bfloat16":  # whatever the device makes of its float32 products
+        name = "bfloat16_products"
+    u_in, u_acc, u_out, smallest, largest = ARITHMETICS[name]
+    if not executed.product:
+        u_in, u_acc = 0.0, u_out
+    return u_in, u_acc, u_out, smallest, largest
+
+
+def move(step: Move, taken: Sequence[Known]) -> Known:
+    """What is known of entries in other places, where a constant is known exactly."""
+    return Known(
+        step(*(known.center for known in taken)),
+        step(*(known.lower for known in taken)),
+        step(*(known.upper for known in taken)),
+        step(*(known.varies for known in taken), filled=False),
+        _spread(step, [known.radius for known in taken]),
+        step(*(known.error for known in taken), filled=False),
+        _spread(step, [known.distance for known in taken]),
+    )
+
+
+def _spread(step: Move, lengths: Sequence[float]) -> float:
+    """Bound of an l2 length behind a move, given those of what it moves."""
+    if len(lengths) == 1 and step.copies <= 1:
+        return lengths[0]
+    return float(up(math.sqrt(step.copies) * up_norm(np.array(lengths))))
+
+
+def _moving_rows(path: Sequence[Move], activation: Activation, known: Known) -> np.ndarray:
+    """Which entries can move an output of the activation behind these moves."""
+    for step in path:
+        known = move(step, [known])
+    _, rows = activate(activation, known)
+    for step in reversed(path):
+        (found,) = step.back(rows[None].astype(np.float64))
+        rows = found[0] > 0
+    return rows
+
+
+def summed(step: Add, taken: Sequence[Known], arithmetic: str) -> tuple[Known, np.ndarray]:
+    """What is known of a sum, and the slack of its center (`add`)."""
+    signed = zip(step.signs, taken, strict=True)
+    parts = [known if sign == 1 else _negated(known) for sign, known in signed]
+    u_out = _units(step.executed, arithmetic)[2]
+    if step.constant is not None:
+        c = step.constant
+        off = np.zeros(c.shape)
+        if step.roundings:
+            off = up(math.expm1(step.roundings * math.log1p(u_out)) * np.abs(c))
+        parts.append(Known(c, c, c, np.zeros(c.shape, bool), 0.0, off, up_norm(off)))
+    known = parts[0]
+    if len(parts) == 2:
+        return add(known, parts[1], arithmetic, step.executed)
+    none = np.zeros(known.center.shape)
+    if step.executed is not None and step.executed.results == 0:
+        return known, none
+    # The same number in a narrower type.
+    box, off, length = (known.lower, known.upper), known.error, known.distance
+    error, distance = _stored(*box, off, length, step.executed, arithmetic)
+    return dataclasses.replace(known, error=error, distance=distance), none
+
+
+def _negated(known: Known) -> Known:
+    return dataclasses.replace(known, center=-known.center, lower=-known.upper, upper=-known.lower)
+
+
+def add(
+    first: Known,
+    second: Known,
+    arithmetic: str,
+    executed: Executed | None = None,
+) -> tuple[Known, np.ndarray]:
     """What is known of the sum of two values, and the slack of its center: the rounding of the sum
     of the centers.
 
@@ -305,15 +405,24 @@ def add(first: Known, second: Known, arithmetic: str) -> tuple[Known, np.ndarray
     still = [up_norm(known.offset()[varies & ~known.varies]) for known in (first, second)]
     radius = up(first.radius + second.radius + sum(still) + up_norm(slack[varies]))
 
-    _, _, u_out, smallest, largest = ARITHMETICS[arithmetic]
-    carried = up(first.error + second.error)
+    carried, length = up(first.error + second.error), up(first.distance + second.distance)
+    error, distance = _stored(lower, upper, carried, length, executed, arithmetic)
+    return Known(center, lower, upper, varies, float(radius), error, distance), slack
+
+
+def _stored(lower, upper, carried, length, executed, arithmetic) -> tuple[np.ndarray, float]:
+    """How far a value in this box, already off by so much, can be once it is rounded to its type.
+
+    Infinity where it could overflow.
+    """
+    _, _, u_out, smallest, largest = _units(executed, arithmetic)
     size = up(np.maximum(np.abs(lower), np.abs(upper)) + carried)
     local = up(u_out * size) + 4 * smallest
     error = up(carried + local)
-    distance = np.minimum(up(first.distance + second.distance + up_norm(local)), up_norm(error))
+    distance = np.minimum(up(length + up_norm(local)), up_norm(error))
     if not np.max(size + local, initial=0.0) < largest:
-        error, distance = np.full(error.shape, np.inf), math.inf
-    return Known(center, lower, upper, varies, float(radius), error, float(distance)), slack
+        return np.full(error.shape, np.inf), math.inf
+    return error, float(distance)
 
 
 def activate(step: Activation, known: Known) -> tuple[Known, np.ndarray]:

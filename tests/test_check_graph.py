@@ -155,7 +155,7 @@ def affine(rng, n, m, scale=1.0):
 
 
 def relu(n, top=np.inf):
-    return Activation(False, (n,), np.full(n, top), np.array(-np.inf))
+    return Activation(False, (n,), np.full(n, top), np.array(0.0))
 
 
 def maxmin(n, bound=np.inf):

@@ -61,6 +61,7 @@ def rescaled() -> nnx.Sequential:
 @pytest.mark.parametrize("arithmetic", [None, "bfloat16"])
 def test_a_certified_class_is_the_executed_one_behind_a_bfloat16_layer(arithmetic):
     image, one = np.ones((1, 32, 32, 1), np.float32), np.ones((1, 1), np.float32)
+
     def plain_pool(x):
         return jax.lax.reduce_window(x, np.zeros((), x.dtype), jax.lax.add, (32, 32, 1), (1, 1, 1), "VALID") / 1024
 
@@ -401,3 +402,14 @@ def test_the_rounding_of_an_activation_of_ones_own_is_in_the_length_of_the_error
         boxes = [(value, value) for value in every_value(wide, jnp.ones(2))]
         error = rounding.forward_error(wide, boxes, found, proven_norms(wide))
     assert np.all(np.asarray(error) >= 0.25)
+
+
+def test_a_constant_beside_the_example_that_is_computed_anew_is_refused():
+    """No equation stands for it, so no rounding of it is in the allowance."""
+    gain = jnp.asarray([0.3, 0.7])
+
+    def f(x):
+        return jnp.concatenate([x, gain * gain / 3]) @ jnp.eye(4)
+
+    with pytest.raises(TypeError, match="computed anew"):
+        arithmetics(f)

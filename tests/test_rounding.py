@@ -316,3 +316,14 @@ def test_the_model_is_data():
         assert few < many
         with pytest.raises(dataclasses.FrozenInstanceError):
             arithmetic.name = "other"
+
+
+@pytest.mark.parametrize("roundings", [1, 10, 100])
+def test_parameters_that_are_computed_twice_may_be_off_to_both_sides(roundings):
+    """The certified kernel and that of the program as it runs each err by so many units from what
+    they stand for; the product of one term is rounded once."""
+    unit = Fraction(2) ** -24
+    certified, executed = (1 - unit) ** roundings, (1 + unit) ** roundings
+    away = executed * (1 + unit) / certified - 1
+    arithmetic = rounding.ARITHMETICS["float32"]
+    assert Fraction(rounding.executed.relative([arithmetic], 1, float(roundings))) >= away

@@ -135,6 +135,18 @@ class Rule:
         """The hinge that pushes boxes off the kinks, whichever way is shorter; >= 0."""
         return jnp.zeros((), lower.dtype)
 
+    def described(self) -> dict[str, Any]:
+        """It as plain data for certificate files: "kind", by which the checker knows it, and its
+        parameters, numbers and arrays.
+
+        Raises:
+            TypeError: there is none for this kind.
+        """
+        raise TypeError(
+            f"no plain description of the activation {self.kind}: it cannot be written to a "
+            "certificate file. Give its Rule a method `described`, and the checker its kind."
+        )
+
     def then(self, following: "Rule") -> "Rule | None":
         """One rule for this one and another behind it, or None."""
         return None
@@ -176,9 +188,7 @@ class Relaxation:
         return (a - b) / math.sqrt(2)
 
 
-def relaxed(
-    low, high, exact, z, lower, upper, unit, radius, arithmetic, paired: bool = False
-) -> Relaxation:
+def relaxed(low, high, exact, z, lower, upper, unit, radius, arithmetic, paired: bool = False) -> Relaxation:
     """From the smallest and largest slope to any point of the box, seen from the center z.
 
     Args:
@@ -208,8 +218,6 @@ def hinge(low: jax.Array, high: jax.Array, kink: Any) -> jax.Array:
 def clip_above(z: jax.Array, threshold: jax.Array) -> jax.Array:
     """``min(z, threshold)``, the threshold broadcast over leading (batch) axes."""
     if z.shape[z.ndim - threshold.ndim :] != threshold.shape:
-        raise ValueError(
-            f"thresholds of shape {threshold.shape} do not fit an activation of shape {z.shape}."
-        )
+        raise ValueError(f"thresholds of shape {threshold.shape} do not fit an activation of shape {z.shape}.")
     leading = z.shape[: z.ndim - threshold.ndim]
     return smaller(z, jax.lax.broadcast(threshold, leading))

@@ -123,6 +123,12 @@ class Clip(Rule):
             total += hinge(lower, upper, top)
         return total
 
+    def described(self):
+        if type(self) is not Clip:  # what another class computes is not known
+            return super().described()
+        bottom = 0.0 if self.rectifies else self.bottom
+        return {"kind": "clip", "bottom": bottom, "top": self.top}
+
     def then(self, following):
         if type(following) is not Clip:
             return None

@@ -158,6 +158,11 @@ class Pairs(Rule):
             total += hinge(jnp.minimum(lower_a, lower_b), largest, self.bottom)
         return total
 
+    def described(self):
+        if type(self) is not Pairs:  # what another class computes is not known
+            return super().described()
+        return {"kind": "maxmin", "top": self.top, "bottom": self.bottom}
+
 
 def _pair_relaxation(z, lower, upper, radius, arithmetic):
     """``(a, b) -> ((a + b) + |a - b|, (a + b) - |a - b|) / 2``, by the slopes of ``|a - b|``."""

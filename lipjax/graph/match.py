@@ -72,9 +72,7 @@ def _flat(jaxpr: Jaxpr, names: dict, lines: list) -> Iterator[tuple]:
                 raise _Unprintable
             local = dict(zip(inner.invars, operands, strict=True))
             yield from _flat(inner, local, lines)
-            names.update(
-                (v, _name(w, local)) for v, w in zip(equation.outvars, inner.outvars, strict=True)
-            )
+            names.update((v, _name(w, local)) for v, w in zip(equation.outvars, inner.outvars, strict=True))
             continue
         for k, variable in enumerate(equation.outvars):
             names[variable] = ("line", len(lines), k)

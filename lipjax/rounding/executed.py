@@ -83,7 +83,8 @@ def arithmetics_of(graph: Graph, declared: str | None = None) -> tuple[tuple[Ari
                 f"{node.where}: a value of type {node.dtype}; what rounding does there is not in "
                 f"the error model (known: {', '.join(KNOWN_TYPES)}). Compute in float32."
             )
-        least = FEW if isinstance(node, Linear | Add) else 0.0
+        # Where no equation rounds, none counts how far the parameters are off either.
+        least = FEW if isinstance(node, Linear | Add) and node.executed else 0.0
         if getattr(node, "roundings", 0.0) > least:
             raise TypeError(
                 f"{node.where}: parameters that are computed anew at every call (by more than a "
@@ -178,13 +179,14 @@ def relative(arithmetics: Sequence[Arithmetic], terms: int, roundings: float = 0
     Args:
         arithmetics: of its equations: the product first, then what is added or scaled.
         terms: of its longest inner product.
-        roundings: of the computation of its parameters.
+        roundings: by which its parameters may differ from what they stand for (`Linear`).
     """
     first = arithmetics[0]
     output = max(a.output for a in arithmetics)
     # By logarithms: 1 + u is 1 in the arithmetic of this computation, and would be lost.
     logarithm = 2 * math.log1p(first.input)
-    logarithm += (len(arithmetics) + 2 + roundings) * math.log1p(output)
+    # Twice: the parameters that are certified err as those of the program do.
+    logarithm += (len(arithmetics) + 2 + 2 * roundings) * math.log1p(output)
     logarithm += math.log1p(gamma(terms + 2, first.accumulate))
     return math.expm1(logarithm * (1 + 1e-14)) * (1 + 1e-14)
 
