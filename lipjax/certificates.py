@@ -385,16 +385,20 @@ class _Prover:
         }
 
     def __enter__(self):
-        self._context = _exact()
-        self._context.__enter__()
+        with contextlib.ExitStack() as stack:  # left again if anything here fails
+            stack.enter_context(_exact())
+            self._prepare()
+            self._context = stack.pop_all()
+        return self
+
+    def _prepare(self) -> None:
         self.graph = jax.tree.map(_in_float64, self.graph)
         # In 64 bits, where no bit of the seed is lost, and by the generator whose draws are meant.
         self._key = jax.random.key(self.seed, impl="threefry2x32")
         self._global = _global_norms(self.graph)
-        return self
 
     def __exit__(self, *error):
-        self._context.__exit__(*error)
+        self._context.close()
 
     def verdicts(self, images, labels, radii, indices=None, attempt=None):
         """`_verdict` of each image at its own radius; `indices` are the images' positions in the whole call."""
@@ -643,18 +647,28 @@ def _certifiable(network, images, tier, failure_probability, arithmetic) -> Grap
         )
     if not 0 < failure_probability < 1:
         raise ValueError(f"failure_probability must lie in (0, 1), got {failure_probability}.")
+    _check_finite(network)
     with jax.enable_x64(arithmetic == "float64" or jax.config.jax_enable_x64):  # type: ignore[attr-defined]
         graph, again = (bounds.graph_of(network, _example(images, arithmetic)) for _ in range(2))
-    if not _same(graph, again):
-        raise ValueError(
-            "the network computes something else each time it is traced (a parameter that changes when it is "
-            "read, random numbers of Python): what will be executed is not known."
-        )
     for node in graph.nodes:
         for leaf in jax.tree.leaves(node):
             if not np.all(np.isfinite(np.asarray(leaf, np.float64))):
                 raise ValueError(f"{node.where}: a parameter holds NaN or infinity.")
+    if not _same(graph, again):
+        raise ValueError(
+            "the network computes something else each time it is traced (a parameter that changes "
+            "when it is read, random numbers of Python): what will be executed is not known."
+        )
     return graph
+
+
+def _check_finite(network) -> None:
+    """Raises a ValueError that names the parameter of a module that holds NaN or infinity."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(network):
+        if isinstance(leaf, jax.Array | np.ndarray) and jnp.issubdtype(leaf.dtype, jnp.floating):
+            if not np.all(np.isfinite(np.asarray(leaf, np.float64))):
+                name = jax.tree_util.keystr(path, simple=True, separator=".")
+                raise ValueError(f"parameter {name} of the network holds NaN or infinity.")
 
 
 def _same(first: Graph, second: Graph) -> bool:

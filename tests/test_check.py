@@ -764,8 +764,9 @@ def test_only_rows_that_move_nothing_are_dropped(activation):
     # As many are dropped as the tool drops, whose code this is not.
     with jax.enable_x64(True):
         ends = jnp.asarray(lower), jnp.asarray(upper)
-        assert np.array_equal(behind.varies, lipjax.activations.varies(*lipjax.activations.box_image(layer, *ends)))
-        assert np.array_equal(rows, lipjax.activations.live_rows(layer, *ends, "local"))
+        (_, node) = lipjax.trace(layer, ends[0]).nodes
+        assert np.array_equal(behind.varies, lipjax.activations.varies(*node.rule.interval(*ends)))
+        assert np.array_equal(rows, node.rule.active(*ends))
     assert 0 < rows.sum() < 2 * half
 
 

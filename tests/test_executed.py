@@ -228,8 +228,9 @@ def test_a_setting_that_changes_what_a_layer_computes_changes_what_is_bounded(ki
     x = jnp.asarray(np.random.default_rng(0).uniform(size=(2,) if kind is nnx.Linear else (3, 3, 2)), jnp.float32)
     graph = trace(layer, x, batched=False)
     np.testing.assert_allclose(graph(x), layer(x), rtol=1e-2 if value is in_bfloat16 else 1e-6)
-    if value is in_bfloat16:
-        assert "bfloat16" in arithmetics(layer)
+    if value is in_bfloat16:  # the kernel is cast anew at each call, or is not: XLA may drop it
+        with pytest.raises(TypeError, match="computed anew"):
+            arithmetics(layer)
 
 
 @pytest.mark.parametrize("kind", [nnx.Linear, lipjax.ReLU, lipjax.AveragePool])

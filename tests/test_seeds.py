@@ -129,13 +129,14 @@ def test_files_of_version_1_stay_readable_and_say_what_they_said(tmp_path):
     report = check.check(certificate_files.describe(net), x, found.predicted, read, arrays, np.random.default_rng(0))
     assert report.confirmed, report
     certificate_files.write(path, {**header, "version": 1}, arrays)
-    with pytest.raises(certificate_files.CertificateFileError, match=r"not known: \['seed_from'\]"):
+    with pytest.raises(certificate_files.CertificateFileError, match=r"not known: .*seed_from"):
         certificate_files.load(path)
 
 
 def test_no_bit_of_a_seed_is_lost(x64):
     def key(seed):
-        prover = certificates._Prover(small_net(), images(), "probabilistic", 0.1, "local", None, 1.0, seed, 1)
+        graph = lipjax.trace(small_net(), images()[0])
+        prover = certificates._Prover(graph, images(), "probabilistic", 0.1, "local", None, 1.0, seed, 1)
         with prover:
             return tuple(jax.random.key_data(prover._key).tolist())
 
@@ -185,7 +186,7 @@ def draws(monkeypatch):
     monkeypatch.setattr(certificates, "probabilistic_norm", record)
     monkeypatch.setattr(certificates, "_compiled", eager)
     # So that what was recorded is what counts.
-    monkeypatch.setattr(certificates, "_global_norms", lambda network, shape: (jnp.asarray(1e90),) * 3)
+    monkeypatch.setattr(certificates, "_global_norms", lambda graph: (jnp.asarray(1e90),) * 3)
     monkeypatch.setattr(deterministic, "schur_bound", lambda *_: jnp.asarray(1e90))
     return found
 

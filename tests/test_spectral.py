@@ -275,7 +275,7 @@ def test_what_was_observed_is_at_most_half_of_the_least_start_in_exact_arithmeti
     identity both sides are
     known: B is a number b, and ``T_k(B) G = T_k(b) G``."""
     steps, key, size = 25, jax.random.key(3), 6
-    operator = lipjax.LinearOperator.from_matrix(norm * jnp.eye(size), (size,), (size,))
+    operator = LinearOperator.from_matrix(norm * jnp.eye(size), (size,), (size,))
     found = spectral.probabilistic_norm_bound(operator, key, jnp.ones(()), steps, delta, jnp.zeros(size))
     start = np.asarray(jax.random.normal(key, (spectral.STARTS, size)))
     length = sum(Fraction(float(g)) ** 2 for g in start.reshape(-1))

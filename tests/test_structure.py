@@ -27,7 +27,7 @@ LAYERS = {
         *("lowering",),
     ),
 }
-CHECKER = ("check", "check_layers", "check_norms", "check_slopes", "check_walk")
+CHECKER = ("check", "check_layers", "check_nodes", "check_norms", "check_slopes", "check_walk")
 
 
 def imported(path: Path) -> set[str]:

@@ -420,7 +420,7 @@ def test_arithmetic_inside_of_layers_is_seen():
     assert names(lambda x: wide(x.astype(half))) == [{"bfloat16"}, {"bfloat16"}]
     graph = trace(lambda x: wide(x.astype(half)), VECTOR)
     assert graph.nodes[-1].executed[0].accumulate == "float32" and graph.nodes[-1].dtype == "float32"
-    pool = trace(lambda x: lipjax.AveragePool(2)(x.astype(half)), IMAGE, batched=False)
+    pool = trace(lambda x: lax.reduce_sum(x.astype(half), (0, 1)), IMAGE, batched=False)
     assert pool.nodes[-1].executed[0].operands == ("bfloat16",)
     (window, *_) = rounding.arithmetics_of(pool)[-1]
     assert window.name == "bfloat16" and window.accumulate == 2.0**-8
@@ -433,16 +433,14 @@ def test_arithmetic_inside_of_layers_is_seen():
 
 
 @pytest.mark.parametrize("operands", [jnp.float32, jnp.bfloat16])
-def test_products_by_an_algorithm_are_not_in_the_error_model(operands):
-    """One may add up in bfloat16."""
-    preset = lax.DotAlgorithmPreset.BF16_BF16_F32
-    if operands == jnp.bfloat16:
-        preset = lax.DotAlgorithmPreset.BF16_BF16_BF16
+def test_a_product_by_an_algorithm_that_adds_up_in_bfloat16_is_refused(operands):
+    """Also where the operands are of that type themselves, whose products are summed in float32."""
+    preset = lax.DotAlgorithmPreset.BF16_BF16_BF16
 
     def f(x):
         return lax.dot(x.astype(operands), W.astype(operands), precision=preset)
 
-    with pytest.raises(TypeError, match=r"dot_general.*algorithm.*not in the error model"):
+    with pytest.raises(TypeError, match=r"BF16_BF16_BF16, which the error model does not know"):
         names(f)
 
 

@@ -134,21 +134,25 @@ def _arithmetic(node: Node, equation: Executed, declared: str | None) -> Arithme
 
 def _own(equation: Executed, floats: set[str]) -> str:
     """The arithmetic of an equation on this process's default device."""
-    if "bfloat16" in floats:
-        return "bfloat16"
+    own = "bfloat16" if "bfloat16" in floats else "float32"
     if floats == {"float64"}:
-        return "float64"
-    if not equation.product or equation.primitive.startswith("reduce"):
-        return "float32"
+        own = "float64"
     platform = jax.default_backend()
-    if equation.precision is not None and equation.precision.startswith("algorithm"):
-        algorithm = equation.precision.removeprefix("algorithm ").rpartition(".")[2]
-        if algorithm not in ALGORITHMS:
+    algorithm = equation.precision or ""
+    if algorithm.startswith("algorithm"):
+        algorithm = algorithm.removeprefix("algorithm ").rpartition(".")[2]
+        # Numbers of float64 would first be rounded to what it multiplies.
+        if algorithm not in ALGORITHMS or (own == "float64" and algorithm != "F64_F64_F64"):
             raise TypeError(
-                f"`{equation.primitive}` by {algorithm}, which the error model does not know "
-                f"(it knows {', '.join(ALGORITHMS)})."
+                f"`{equation.primitive}` of {own} by {algorithm}, which the error model does not "
+                f"know (it knows {', '.join(ALGORITHMS)}). Give no algorithm, or a precision of "
+                "jax.lax.Precision."
             )
-        return _coarser(ALGORITHMS[algorithm], "bfloat16_products" if platform == "tpu" else "float32")
+        # On a TPU the algorithm is taken at its word only where it rounds no less than the device.
+        device = "bfloat16_products" if platform == "tpu" and own != "float64" else own
+        return _coarser(ALGORITHMS[algorithm], own, device)
+    if own != "float32" or not equation.product or equation.primitive.startswith("reduce"):
+        return own
     if platform == "tpu":
         return "bfloat16_products"
     if platform != "cpu" and equation.precision != "HIGHEST":
