@@ -84,7 +84,7 @@ GUARDS = {
         _guard("activations/base", "relaxed regions residual rounding"),
         _guard("activations/clip", "relaxed regions residual rounding linear"),
         _guard("activations/maxmin", "relaxed regions residual rounding linear"),
-        _guard("rounding/outward", "underflow rounding residual executed"),
+        _guard("rounding/outward", "outward underflow rounding residual executed"),
         _guard("rounding/executed", "executed underflow rounding residual"),
         _guard("graph/linear", "linear underflow executed regions deterministic"),
         _guard("graph/nodes", "residual linear executed regions"),
@@ -173,18 +173,8 @@ UNWRAPPED |= {
 # The test of an `if` as a whole: a guard that always or never speaks.
 GUARDING = "guard"
 # What trains or reports: no proof rests on it.
-IDLE = {
-    "sparsity",
-    "instability",
-    "stable",
-    "kind",
-    "where",
-    "__repr__",
-    "hinge",
-    "_line",
-    "_place",
-    "_unknown",
-}
+IDLE = {"sparsity", "instability", "stable", "kind", "where", "__repr__", "hinge", "Exact"}
+IDLE |= {"_line", "_place", "_unknown"}
 
 
 @dataclasses.dataclass(frozen=True)
