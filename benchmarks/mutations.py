@@ -76,7 +76,7 @@ def _guard(path: str, tests: str, only: str = "") -> Guard:
 GUARDS = {
     guard.path.removeprefix("lipjax/").removesuffix(".py").replace("/", "."): guard
     for guard in (
-        _guard("bounds/modes", "regions residual"),
+        _guard("bounds/modes", "modes regions residual"),
         _guard("bounds/margins", "margins underflow relaxed rounding certificates"),
         _guard("bounds/relaxed", "margins underflow relaxed residual rounding"),
         _guard("bounds/regions", "regions residual underflow executed rounding relaxed"),
