@@ -5,15 +5,16 @@
 
 A mutant is a copy of the checkout with one change in one module: a comparison made loose, a term or
 factor dropped, an end of a box exchanged, a rounding left out. The tests that guard the module
-(`GUARDS`) run on it up to the first that fails, the quickest file first and in it the quickest test.
-*Killed*: one failed, or the module cannot be imported, or the time limit ended it, which follows
-from the time that the unchanged code took. *Survived*: all passed, so either the change is
-equivalent (`mutations_equivalent.json` says of which this was argued, and why) or a test is missing.
+(`GUARDS`) run on it up to the first that fails, the quickest file first and in it the quickest
+test. *Killed*: one failed, or the module cannot be imported, or the time limit ended it, which
+follows from the time that the unchanged code took. *Survived*: all passed, so either the change is
+equivalent (`mutations_equivalent.json` says of which this was argued, and why) or a test is
+missing.
 
 Each result is a line of a JSON file, and a later run goes on where one stopped: a killed mutant is
-done, one that survived runs again once its tests have changed. Mutants come in random order, so that
-a campaign that was cut short is a fair sample of the module. Tests that fail on the unchanged code
-are named and left out.
+done, one that survived runs again once its tests have changed. Mutants come in random order, so
+that a campaign that was cut short is a fair sample of the module. Tests that fail on the unchanged
+code are named and left out.
 """
 
 import argparse
@@ -27,7 +28,6 @@ import itertools
 import json
 import math
 import os
-import random
 import shutil
 import signal
 import subprocess
@@ -94,8 +94,8 @@ GUARDS = {
         _guard(
             "certificates",
             "seeds executed certificates",
-            "split_failure_probability _checked_seed _Prover _exact _facts _verdict _view probabilistic_norm "
-            "_certify_batch _certifiable _check_images _check_labels _example _in_float64",
+            "split_failure_probability _checked_seed _Prover _exact _facts _verdict _view "
+            "probabilistic_norm _certify_batch _certifiable _check_images _check_labels _example _in_float64",
         ),
         _guard("check_norms", "underflow check check_graph forgery"),
         _guard("check_walk", "check_graph underflow check forgery"),
@@ -427,7 +427,8 @@ class Copy:
         failed = sorted({line["test"] for line in reports if line["failed"]})
         slow = [test for test, took in seconds.items() if took > slowest]
         total = sum(took for test, took in seconds.items() if test not in slow)
-        return {"seconds": seconds, "failed": failed, "slow": slow, "limit": LEAST_LIMIT + 4 * total}
+        limit = LEAST_LIMIT + 4 * total
+        return {"seconds": seconds, "failed": failed, "slow": slow, "limit": limit}
 
     def passes(self, guard: Guard, options: Sequence[str], known: dict) -> None:
         """Does the code as it is pass here and now what mutants have to? It compiles for them, too.
@@ -548,7 +549,7 @@ def _digest(*parts) -> str:
 
 
 def campaign(root: Path, guards: dict[str, Guard], entries: list[dict], options) -> tuple:
-    """Runs what is not known yet; a row a module, and the mutants that survived without a reason."""
+    """Runs what is not known yet; a row a module, and what survived without a reason."""
     out = options.out
     lines = [json.loads(line) for line in out.read_text().splitlines()] if out.exists() else []
     known = {(line["kind"], line["id"]): line for line in lines}
@@ -571,7 +572,8 @@ def campaign(root: Path, guards: dict[str, Guard], entries: list[dict], options)
             files = [(root / test).read_text() for test in guard.tests]
             tests = _digest(*files, extra, options.slowest)
             chosen = [mutant for mutant in everything if mutant.key not in reasons]
-            random.Random(options.seed).shuffle(chosen)
+            # At random, and the same mutants again where others were argued equivalent or changed.
+            chosen.sort(key=lambda mutant: _digest(options.seed, *mutant.key))
             row = {
                 "module": module,
                 "mutants": len(everything),
@@ -643,7 +645,8 @@ def table(rows: list[dict]) -> str:
 
 def parser() -> argparse.ArgumentParser:
     """Of the program's arguments."""
-    found = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    plain = argparse.RawDescriptionHelpFormatter
+    found = argparse.ArgumentParser(description=__doc__, formatter_class=plain)
     add = found.add_argument
     add("--modules", default=",".join(GUARDS), help="names of GUARDS, by commas")
     add("--only", default="", help="functions or classes of them, by commas")

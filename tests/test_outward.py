@@ -1,5 +1,5 @@
-"""Each step of outward rounding by itself, in exact rational arithmetic: never below what it covers,
-and no larger than its own margin."""
+"""Each step of outward rounding by itself, in exact rational arithmetic: never below what it
+covers, and no larger than its own margin."""
 
 import itertools
 import math
@@ -16,6 +16,7 @@ from lipjax.rounding import OUTWARD
 
 pytestmark = pytest.mark.usefixtures("x64")
 U = Fraction(1, 2**53)
+TINY = Fraction(1e-149)  # more than is added against underflow
 SIZES = (1e-140, 1e-9, 1.0, 12345.6, 1e60)
 
 
@@ -34,7 +35,9 @@ def test_up_covers_the_rounding_of_so_many_terms_and_of_eight_operations_more(te
         found = Fraction(float(OUTWARD.up(jnp.float64(x), terms)))
         # What was computed as x is at least the exact value times 1 - gamma.
         assert found >= Fraction(x) / (1 - exact_gamma(terms + 8))
-        assert found <= Fraction(x) * (1 + 3 * exact_gamma(terms + 8)) + Fraction(1e-149)
+        assert found <= Fraction(x) * (1 + 3 * exact_gamma(terms + 8)) + TINY
+    # A 0 may be what underflow has left of a million terms, each multiplied once more.
+    assert OUTWARD.up(jnp.float64(0.0), terms) >= 1e6 * 2.0**-1022 * rounding.outward.LARGEST
     assert OUTWARD.up(jnp.float64(1.0)) == OUTWARD.up(jnp.float64(1.0), 1)
 
 
@@ -47,11 +50,12 @@ def boxes():
 
 def test_middle_and_half_width_contain_both_ends():
     lower, upper = boxes()
-    middle, half = (rational(part) for part in OUTWARD.around(jnp.asarray(lower), jnp.asarray(upper)))
+    found = OUTWARD.around(jnp.asarray(lower), jnp.asarray(upper))
+    middle, half = (rational(part) for part in found)
     size = np.maximum(abs(rational(lower)), abs(rational(upper)))
     assert np.all(middle - half <= rational(lower)) and np.all(rational(upper) <= middle + half)
     wide = (rational(upper) - rational(lower)) / 2
-    assert np.all(half <= wide + 64 * U * size + Fraction(1e-149))
+    assert np.all(half <= wide + 64 * U * size + TINY)
 
 
 @pytest.mark.parametrize("slack", [0.0, 1e-100, 1e-3, 1e20])
@@ -63,7 +67,7 @@ def test_a_widened_box_covers_its_slack_and_ends_that_were_rounded_themselves(sl
     size = np.maximum(abs(low), abs(high))
     assert np.all(found_lower <= low - U * abs(low) - Fraction(slack))
     assert np.all(found_upper >= high + U * abs(high) + Fraction(slack))
-    widest = Fraction(slack) * (1 + 64 * U) + 16 * U * size + Fraction(1e-149)
+    widest = Fraction(slack) * (1 + 64 * U) + 16 * U * size + TINY
     assert np.all(low - found_lower <= widest) and np.all(found_upper - high <= widest)
     still = (low == 0) & (high == 0) & (slack == 0)
     moved = (found_lower < low) & (found_upper > high)
@@ -72,24 +76,37 @@ def test_a_widened_box_covers_its_slack_and_ends_that_were_rounded_themselves(sl
     assert np.all(~still | ((found_lower == 0) & (found_upper == 0)))
 
 
+def least_slack(operator, kernel, offset, lower, upper):
+    """Slack of a box over four times the error model's share, of each output; 1 is needed."""
+    found = rational(OUTWARD.slack(operator, jnp.asarray(lower), jnp.asarray(upper)))
+    largest = np.maximum(abs(rational(lower)), abs(rational(upper)))
+    magnitude = abs(rational(kernel)).T @ largest + abs(rational(offset))
+    needed = 4 * exact_gamma(len(kernel) + 2) * magnitude
+    return (found - Fraction(1e-150)) / needed
+
+
+@pytest.mark.parametrize("inputs", [1, 3])
 @pytest.mark.parametrize("bias", [True, False])
-def test_slack_covers_products_absolute_products_and_two_sums_at_any_corner_of_the_box(bias):
-    layer = nnx.Linear(3, 2, use_bias=bias, rngs=nnx.Rngs(0))
-    kernel = np.array([[1.0, -2.0], [-0.5, 1e-3], [3.0, 7.0]])
+def test_slack_covers_products_absolute_products_and_two_sums_on_the_whole_box(inputs, bias):
+    """``W x + b``, ``|W| x`` and two sums of them, each wrong by a share of the products' sizes."""
+    layer = nnx.Linear(inputs, 2, use_bias=bias, rngs=nnx.Rngs(0))
+    kernel = np.array([[1.0, -2.0], [-0.5, 1e-3], [3.0, 7.0]])[:inputs]
     layer.kernel[...] = jnp.asarray(kernel, jnp.float32)
-    offset = np.array([-5.0, 100.0]) if bias else np.zeros(2)
+    kernel = np.asarray(layer.kernel[...], np.float64)
+    offset = np.array([-500.0, 100.0]) if bias else np.zeros(2)
     if bias:
         layer.bias[...] = jnp.asarray(offset, jnp.float32)
-    # The end of largest size: once the lower, once the upper, once both.
-    lower, upper = np.array([-9.0, 1.0, -2.0]), np.array([1.0, 4.0, 2.0])
-    operator = operator_of(layer, (3,))
-    found = rational(OUTWARD.slack(operator, jnp.asarray(lower), jnp.asarray(upper)))
-    weights = rational(np.asarray(layer.kernel[...], np.float64))
-    magnitude = abs(weights).T @ rational(np.array([9.0, 4.0, 2.0])) + abs(rational(offset))
-    assert np.all(found >= 4 * exact_gamma(3 + 2) * magnitude)
-    assert np.all(found <= 16 * exact_gamma(3 + 8) * magnitude + Fraction(1e-149))
-    nothing = OUTWARD.slack(operator_of(nnx.Linear(3, 2, use_bias=False, rngs=nnx.Rngs(0)), (3,)), *(jnp.zeros(3),) * 2)
-    assert np.all(np.asarray(nothing) > 0)  # a product may have underflowed
+    operator = operator_of(layer, (inputs,))
+    near, far = np.full(inputs, 1.0), np.array([900.0, 400.0, 200.0])[:inputs]
+    # The end of largest size: the upper, the lower, each once; on one side of 0 and on both.
+    first = np.arange(inputs) == 0
+    mixed = np.where(first, -far, -near), np.where(first, near, far)
+    for lower, upper in ((near, far), (-near, far), (-far, near), (-far, -near), mixed):
+        shares = least_slack(operator, kernel, offset, lower, upper)
+        assert np.all(shares >= 1) and np.all(shares <= 8)
+    if not bias:
+        nothing = OUTWARD.slack(operator, jnp.zeros(inputs), jnp.zeros(inputs))
+        assert np.all(np.asarray(nothing) > 0)  # a product may have underflowed
 
 
 def test_lengths_are_rounded_up_and_only_nothing_has_none():
@@ -101,9 +118,7 @@ def test_lengths_are_rounded_up_and_only_nothing_has_none():
                 found = Fraction(float(length(jnp.asarray(x))))
                 exact = sum(rational(x) ** 2)
                 assert (
-                    exact
-                    <= found**2
-                    <= exact * (1 + 8 * exact_gamma(n + 8)) + Fraction(1e-149) ** 2 + Fraction(1e-149) * abs(x).max()
+                    exact <= found**2 <= exact * (1 + 8 * exact_gamma(n + 8)) + TINY**2 + 10**4 * TINY * Fraction(size)
                 )
     for length in (OUTWARD.length, OUTWARD.norm):
         assert length(jnp.zeros(3)) == 0 and length(jnp.array([0.0, 1e-300])) > 0
