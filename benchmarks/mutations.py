@@ -97,7 +97,7 @@ GUARDS = {
             "split_failure_probability _checked_seed _Prover _exact _facts _verdict _view "
             "probabilistic_norm _certify_batch _certifiable _check_images _check_labels _example _in_float64",
         ),
-        _guard("check_norms", "underflow check check_graph forgery"),
+        _guard("check_norms", "check_norms underflow check check_graph forgery"),
         _guard("check_walk", "check_graph underflow check forgery"),
         _guard("check_layers", "check_graph check forgery"),
         _guard("check_slopes", "check_graph check forgery"),
@@ -663,6 +663,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: list[str] | None = None) -> int:
     options = parser().parse_args(arguments)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("told to stop"))  # and cleans up
     unknown = sorted(set(options.modules.split(",")) - GUARDS.keys())
     if unknown:
         parser().error(f"unknown modules: {', '.join(unknown)}. Known are {', '.join(GUARDS)}.")

@@ -117,6 +117,7 @@ def test_lengths_are_rounded_up_and_only_nothing_has_none():
             for length in (OUTWARD.length, OUTWARD.norm):
                 found = Fraction(float(length(jnp.asarray(x))))
                 exact = sum(rational(x) ** 2)
+                assert found > 0
                 assert (
                     exact <= found**2 <= exact * (1 + 8 * exact_gamma(n + 8)) + TINY**2 + 10**4 * TINY * Fraction(size)
                 )
@@ -139,7 +140,7 @@ def test_what_is_left_over_of_a_row_covers_its_share_of_every_product():
     for relative, length in itertools.product((2.0**-50, 1e-3, 1.0), (1e-9, 1.0, 1e20)):
         found = Fraction(float(OUTWARD.left_over(relative, jnp.asarray(g), jnp.float64(length))))
         exact = (Fraction(relative) * Fraction(length)) ** 2 * size
-        assert exact <= found**2 <= exact * Fraction(1 + 1e-12)
+        assert found > 0 and exact <= found**2 <= exact * Fraction(1 + 1e-12)
     # A share that is 0 may have underflowed; so much of what is large is not nothing.
     share = Fraction(float(OUTWARD.left_over(0.0, jnp.full(4, 1e90), jnp.float64(1e90))))
     assert Fraction(2.0**-1001) * 2 * Fraction(1e90) ** 2 <= share <= Fraction(1e-100)
