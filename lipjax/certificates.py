@@ -665,10 +665,12 @@ def _certifiable(network, images, tier, failure_probability, arithmetic) -> Grap
 def _check_finite(network) -> None:
     """Raises a ValueError that names the parameter of a module that holds NaN or infinity."""
     for path, leaf in jax.tree_util.tree_leaves_with_path(network):
-        if isinstance(leaf, jax.Array | np.ndarray) and jnp.issubdtype(leaf.dtype, jnp.floating):
-            if not np.all(np.isfinite(np.asarray(leaf, np.float64))):
-                name = jax.tree_util.keystr(path, simple=True, separator=".")
-                raise ValueError(f"parameter {name} of the network holds NaN or infinity.")
+        if not isinstance(leaf, jax.Array | np.ndarray):
+            continue
+        real = jnp.issubdtype(leaf.dtype, jnp.floating)
+        if real and not np.all(np.isfinite(np.asarray(leaf, np.float64))):
+            name = jax.tree_util.keystr(path, simple=True, separator=".")
+            raise ValueError(f"parameter {name} of the network holds NaN or infinity.")
 
 
 def _same(first: Graph, second: Graph) -> bool:

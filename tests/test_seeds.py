@@ -155,7 +155,16 @@ def test_seeds_that_are_no_integers_of_63_bits_are_errors(function, seed, error)
         getattr(lipjax, function)(*arguments, seed=seed)
 
 
+def test_a_seed_of_63_bits_is_taken_as_it_is():
+    for seed in (0, 1, 2**62 + 1, 2**63 - 1, np.int64(7)):
+        assert certificates._checked_seed(seed) == seed
+
+
 # ------------------------------------------------------------------------------------------- the split
+
+
+def test_a_call_that_says_nothing_of_attempts_makes_one():
+    assert certificates.split_failure_probability(0.5, 3, 2) == certificates.split_failure_probability(0.5, 3, 2, 1)
 
 
 @pytest.mark.parametrize("delta", [1e-6, 0.3, 1 / 3, 0.999])

@@ -12,7 +12,6 @@ from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import lipjax
 from lipjax import rounding, spectral
 from lipjax.graph.linear import LinearOperator
 

@@ -1,0 +1,689 @@
+"""Changes the code that proofs rest on, one operator at a time, and counts what the tests notice.
+
+    python -m benchmarks.mutations --modules=bounds.modes --sample=20
+    python -m benchmarks.mutations --budget=36000
+
+A mutant is a copy of the checkout with one change in one module: a comparison made loose, a term or
+factor dropped, an end of a box exchanged, a rounding left out. The tests that guard the module
+(`GUARDS`) run on it up to the first that fails, the quickest file first and in it the quickest
+test. *Killed*: one failed, or the module cannot be imported, or the time limit ended it, which
+follows from the time that the unchanged code took. *Survived*: all passed, so either the change is
+equivalent (`mutations_equivalent.json` says of which this was argued, and why) or a test is
+missing.
+
+Each result is a line of a JSON file, and a later run goes on where one stopped: a killed mutant is
+done, one that survived runs again once its tests have changed. Mutants come in random order, so
+that a campaign that was cut short is a fair sample of the module. Tests that fail on the unchanged
+code are named and left out.
+"""
+
+import argparse
+import ast
+import contextlib
+import dataclasses
+import hashlib
+import importlib
+import importlib.util
+import itertools
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+EQUIVALENT = Path(__file__).with_name("mutations_equivalent.json")
+# Seconds that a mutant has at least: Python and JAX have to start.
+LEAST_LIMIT = 30
+LEFT_BEHIND = (
+    ".*",
+    "*.egg-info",
+    "__pycache__",
+    "runs",
+    "build",
+    "dist",
+    "site",
+    "docs",
+    "notebooks",
+    "shared",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Guard:
+    """A module, the tests that guard it, and its functions and classes, if not all, that count."""
+
+    path: str
+    tests: tuple[str, ...]
+    only: tuple[str, ...] = ()
+
+
+def _guard(path: str, tests: str, only: str = "") -> Guard:
+    files = tuple(f"tests/test_{name}.py" for name in tests.split())
+    return Guard(f"lipjax/{path}.py", files, tuple(only.split()))
+
+
+GUARDS = {
+    guard.path.removeprefix("lipjax/").removesuffix(".py").replace("/", "."): guard
+    for guard in (
+        _guard("bounds/modes", "modes regions residual"),
+        _guard("bounds/margins", "margins underflow relaxed rounding certificates"),
+        _guard("bounds/relaxed", "margins underflow relaxed residual rounding"),
+        _guard("bounds/regions", "regions residual underflow executed rounding relaxed"),
+        _guard("bounds/estimate", "regions residual"),
+        _guard("activations/base", "relaxed regions residual rounding"),
+        _guard("activations/clip", "relaxed regions residual rounding linear"),
+        _guard("activations/maxmin", "relaxed regions residual rounding linear"),
+        _guard("rounding/outward", "outward underflow rounding residual executed"),
+        _guard("rounding/executed", "executed underflow rounding residual"),
+        _guard("graph/linear", "linear underflow executed regions deterministic"),
+        _guard("graph/nodes", "residual linear executed regions"),
+        _guard("graph/trace", "residual linear executed regions models"),
+        _guard("spectral", "spectral seeds certificates"),
+        _guard("deterministic", "deterministic underflow certificates"),
+        _guard(
+            "certificates",
+            "seeds executed certificates",
+            "split_failure_probability _checked_seed _Prover _exact _facts _verdict _view "
+            "probabilistic_norm _certify_batch _certifiable _check_images _check_labels _example _in_float64",
+        ),
+        _guard("check_norms", "check_norms underflow check check_graph forgery"),
+        _guard("check_walk", "check_graph underflow check forgery"),
+        _guard("check_layers", "check_graph check forgery"),
+        _guard("check_slopes", "check_graph check forgery"),
+        _guard(
+            "check",
+            "forgery check check_graph fuzz",
+            "check _contradictions _check_precision _misfits _differences",
+        ),
+    )
+}
+
+# ----------------------------------------------------------------------------- mutants
+
+COMPARED = {
+    ast.Lt: ast.LtE,
+    ast.LtE: ast.Lt,
+    ast.Gt: ast.GtE,
+    ast.GtE: ast.Gt,
+    ast.Eq: ast.NotEq,
+    ast.NotEq: ast.Eq,
+}
+COMPARED |= {ast.Is: ast.IsNot, ast.IsNot: ast.Is, ast.In: ast.NotIn, ast.NotIn: ast.In}
+COMPUTED = {
+    ast.Add: ast.Sub,
+    ast.Sub: ast.Add,
+    ast.Mult: ast.Div,
+    ast.Div: ast.Mult,
+    ast.FloorDiv: ast.Mult,
+}
+COMPUTED |= {ast.Pow: ast.Mult, ast.BitAnd: ast.BitOr, ast.BitOr: ast.BitAnd}
+OPPOSITES = (
+    ("min", "max"),
+    ("minimum", "maximum"),
+    ("smaller", "larger"),
+    ("floor", "ceil"),
+    ("all", "any"),
+)
+OPPOSITES += (("argmin", "argmax"),)
+CALLED = {a: b for pair in OPPOSITES for a, b in (pair, pair[::-1])}
+ENDS = (
+    ("lower", "upper"),
+    ("low", "high"),
+    ("left", "right"),
+    ("least", "most"),
+    ("bottom", "top"),
+)
+# Calls that may be left out, with one of their arguments in their place.
+UNWRAPPED = {
+    "up",
+    "sqrt",
+    "safe_sqrt",
+    "abs",
+    "absolute",
+    "raised",
+    "nextafter",
+    "ceil",
+    "clip",
+    "clip_above",
+    "relu",
+}
+UNWRAPPED |= {
+    "square",
+    "minimum",
+    "maximum",
+    "smaller",
+    "larger",
+    "min",
+    "max",
+    "up_norm",
+    "length",
+    "nan_to_num",
+}
+# The test of an `if` as a whole: a guard that always or never speaks.
+GUARDING = "guard"
+# What trains or reports: no proof rests on it.
+IDLE = {"sparsity", "instability", "stable", "kind", "where", "__repr__", "hinge", "Exact"}
+IDLE |= {"_line", "_place", "_unknown"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Mutant:
+    """One change: the bytes from `start` to `end` of a module become `after`; `turn` counts those
+    that read the same."""
+
+    module: str
+    line: int
+    source: str
+    before: str
+    after: str
+    start: int
+    end: int
+    turn: int = 1
+
+    @property
+    def key(self) -> tuple[str, str, str]:
+        more = f" #{self.turn}" if self.turn > 1 else ""
+        return self.module, self.source, f"{self.before} -> {self.after}{more}"
+
+    def applied(self, text: str) -> str:
+        """The module's text with the change."""
+        data = text.encode()
+        return (data[: self.start] + self.after.encode() + data[self.end :]).decode()
+
+
+def mutants_of(module: str, text: str, only: Sequence[str] = ()) -> list[Mutant]:
+    """All mutants of a module, in the order of its text, each meaning something else."""
+    data = text.encode()
+    lines = data.splitlines(keepends=True)
+    starts = [0, *itertools.accumulate(map(len, lines))]
+    found: list[Mutant] = []
+    turns: dict[tuple, int] = {}
+    for top in ast.parse(text).body:
+        if only and getattr(top, "name", "") not in only:
+            continue
+        origin, limit = starts[top.lineno - 1], starts[top.end_lineno]
+        seen = {ast.dump(ast.parse(data[origin:limit]))}
+        for node, returns in _nodes(top, "", True):
+            start = starts[node.lineno - 1] + node.col_offset
+            end = starts[node.end_lineno - 1] + node.end_col_offset
+            source = " ".join(lines[node.lineno - 1].decode().split())
+            before = ast.unparse(node)
+            for after in _variants(node, returns):
+                after = after if isinstance(node, ast.stmt) else f"({after})"
+                changed = data[origin:start] + after.encode() + data[end:limit]
+                shape = ast.dump(ast.parse(changed))
+                if shape in seen:
+                    continue
+                seen.add(shape)
+                turn = turns[source, before, after] = turns.get((source, before, after), 0) + 1
+                found.append(Mutant(module, node.lineno, source, before, after, start, end, turn))
+    return found
+
+
+def _nodes(node: ast.AST, returns: str, outside: bool) -> Iterator[tuple]:
+    """What computes something, each with the type that its function is said to return."""
+    if isinstance(node, ast.Raise | ast.JoinedStr | ast.Import | ast.ImportFrom | ast.Assert):
+        return
+    children = ast.iter_child_nodes(node)
+    if isinstance(node, ast.FunctionDef | ast.ClassDef):
+        if node.name in IDLE:
+            return
+        children = iter(node.body)
+        if isinstance(node, ast.FunctionDef):
+            returns = ast.unparse(node.returns) if node.returns else ""
+            children = iter([*node.args.defaults, *filter(None, node.args.kw_defaults), *node.body])
+            outside = False
+    elif isinstance(node, ast.Assign | ast.AnnAssign):
+        names = [ast.unparse(t) for t in getattr(node, "targets", None) or [node.target]]
+        union = outside and isinstance(getattr(node.value, "op", None), ast.BitOr)
+        if node.value is None or "__all__" in names or union:  # a union is a type
+            return
+        children = iter([node.value])
+    elif isinstance(node, ast.If):
+        yield node.test, GUARDING
+    elif isinstance(node, ast.expr | ast.AugAssign | ast.Return):
+        yield node, returns
+        if _number(node) is not None:
+            return
+    for child in children:
+        yield from _nodes(child, returns, outside)
+
+
+def _number(node: ast.AST) -> int | float | None:
+    """The value of what is written with numbers alone, such as ``2.0**-53``."""
+    parts = (ast.Constant, ast.BinOp, ast.UnaryOp, ast.operator, ast.unaryop)
+    if not all(isinstance(part, parts) for part in ast.walk(node)):
+        return None
+    value = eval(compile(ast.Expression(node), "", "eval"), {})
+    return value if type(value) in (int, float) else None
+
+
+def _variants(node, returns: str) -> Iterator[str]:
+    """What may stand in the place of a node, as source."""
+    text = ast.unparse
+    if returns == GUARDING:
+        yield from ("True", "False")
+        return
+    value = _number(node)
+    if value is not None:
+        half = value // 2 if isinstance(value, int) else value / 2
+        yield from (repr(type(value)(other)) for other in (0, 1, value * 2, half) if other != value)
+        return
+    match node:
+        case ast.Constant(value=bool(value)):
+            yield text(ast.Constant(not value))
+        case ast.Compare(left=left, ops=ops, comparators=comparators):
+            for i, op in enumerate(ops):
+                changed = [*ops[:i], COMPARED[type(op)](), *ops[i + 1 :]]
+                yield text(ast.Compare(left, changed, comparators))
+        case ast.BinOp(left=left, op=op, right=right) if type(op) in COMPUTED:
+            if any(isinstance(getattr(side, "value", 0), str) for side in (left, right)):
+                return
+            yield text(ast.BinOp(left, COMPUTED[type(op)](), right))
+            yield text(left)
+            yield text(ast.UnaryOp(ast.USub(), right) if isinstance(op, ast.Sub) else right)
+        case ast.BoolOp(op=op, values=values):
+            yield text(ast.BoolOp(ast.Or() if isinstance(op, ast.And) else ast.And(), values))
+            for i in range(len(values)):
+                rest = values[:i] + values[i + 1 :]
+                yield text(ast.BoolOp(op, rest) if len(rest) > 1 else rest[0])
+        case ast.UnaryOp(operand=operand):
+            yield text(operand)
+        case ast.IfExp(body=body, orelse=orelse):
+            yield from (text(body), text(orelse))
+        case ast.AugAssign(target=target, op=op, value=value) if type(op) in COMPUTED:
+            yield text(ast.AugAssign(target, COMPUTED[type(op)](), value))
+            yield "pass"
+        case ast.Attribute(value=value, attr="lower" | "upper" as end):
+            yield text(ast.Attribute(value, "upper" if end == "lower" else "lower"))
+        case ast.Tuple(elts=elements):
+            for i in _exchangeable(elements):
+                yield text(ast.Tuple(_exchanged(elements, i), node.ctx))
+        case ast.Call(func=function, args=arguments):
+            yield from _calls(node, function, arguments)
+        case ast.Return(value=value) if value is not None and "tuple" not in returns:
+            if "bool" in returns:
+                yield from ("return True", "return False")
+            elif not isinstance(value, ast.Tuple | ast.Constant | ast.Dict | ast.List):
+                numbers = ("Array", "ndarray", "float", "int")
+                if not returns or any(name in returns for name in numbers):
+                    yield f"return ({text(value)}) * 0"
+
+
+def _calls(node: ast.Call, function, arguments) -> Iterator[str]:
+    """A call of the opposite, with arguments exchanged, or left out."""
+    text = ast.unparse
+    name = getattr(function, "attr", getattr(function, "id", ""))
+    if name in CALLED:
+        other = CALLED[name]
+        plain = isinstance(function, ast.Name)
+        opposite = ast.Name(other) if plain else ast.Attribute(function.value, other)
+        yield text(ast.Call(opposite, arguments, node.keywords))
+    if name in UNWRAPPED and not any(isinstance(a, ast.Starred) for a in arguments):
+        yield from (text(argument) for argument in arguments[: 2 if name in CALLED else 1])
+    swapped = _exchangeable(arguments)
+    if name in ("where", "select") and len(arguments) == 3:
+        swapped = [*swapped, 1]
+    for i in swapped:
+        yield text(ast.Call(function, _exchanged(arguments, i), node.keywords))
+
+
+def _exchangeable(elements) -> list[int]:
+    """Positions at which the two ends of the same box stand side by side."""
+    found = []
+    for i, (first, second) in enumerate(itertools.pairwise(elements)):
+        a, b = ast.unparse(first), ast.unparse(second)
+        both = [(word, other) for pair in ENDS for word, other in (pair, pair[::-1])]
+        if any(word in a and a.replace(word, other) == b for word, other in both):
+            found.append(i)
+    return found
+
+
+def _exchanged(elements, i: int) -> list:
+    return [*elements[:i], elements[i + 1], elements[i], *elements[i + 2 :]]
+
+
+def equivalent(entries: list[dict], mutants: Sequence[Mutant], modules: Sequence[str]) -> dict:
+    """The entries of these modules by the mutant's key.
+
+    Raises:
+        ValueError: an entry that is no mutant of the code as it is.
+    """
+    named = [entry for entry in entries if entry["module"] in modules]
+    known = {(e["module"], e["line"], e["mutation"]): e["reason"] for e in named}
+    for key in known.keys() - {mutant.key for mutant in mutants}:
+        raise ValueError(f"{EQUIVALENT.name}: {key} is no mutant any more. Look at it anew.")
+    return known
+
+
+# ----------------------------------------------------------------------------- runs
+
+
+class Copy:
+    """A copy of a checkout, in which mutants take the place of one module. A context."""
+
+    def __init__(self, root: Path):
+        self.root = root
+
+    def __enter__(self):
+        self.folder = Path(tempfile.mkdtemp(prefix="lipjax-mutants-"))
+        self.here = self.folder / "checkout"
+        shutil.copytree(self.root, self.here, ignore=shutil.ignore_patterns(*LEFT_BEHIND))
+        shutil.copy(__file__, self.here / "mutations_plugin.py")
+        if (self.root.parent / "shared").exists():  # real data, which some tests want
+            (self.folder / "shared").symlink_to(self.root.parent / "shared")
+        told = {"MUTATIONS": str(self.folder), "JAX_PLATFORMS": "cpu"}
+        told |= {"PYTHONPATH": str(self.here), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+        self.server = subprocess.Popen(
+            [sys.executable, "-c", "import mutations_plugin; mutations_plugin.serve()"],
+            cwd=self.here,
+            env=os.environ | told,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        return self
+
+    def __exit__(self, *error):
+        self.server.terminate()
+        self.server.communicate()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def run(self, tests: Sequence[str], options: Sequence[str], plan: dict, limit: float | None):
+        """``(status of pytest or None where the time was up, what the tests did, seconds)``."""
+        report, plan_file = self.folder / "report.jsonl", self.folder / "plan.json"
+        report.write_text("")
+        plan_file.write_text(json.dumps(plan))
+        began = time.monotonic()
+        command = ["-q", "-p", "no:cacheprovider", *options, *tests]
+        self.server.stdin.write(json.dumps([command, limit]) + "\n")
+        self.server.stdin.flush()
+        status = json.loads(self.server.stdout.readline())
+        if status is None:  # a compiled program may be there in half
+            shutil.rmtree(self.folder / "compiled", ignore_errors=True)
+        took = time.monotonic() - began
+        return status, [json.loads(line) for line in report.read_text().splitlines()], took
+
+    def baseline(self, guard: Guard, options: Sequence[str], slowest: float) -> dict:
+        """Of the code as it is: seconds of each test, those to leave out, the time limit."""
+        status, reports, _ = self.run(guard.tests, options, {"baseline": True}, None)
+        if status not in (0, 1) or not reports:
+            said = (self.folder / "output.txt").read_text()
+            raise RuntimeError(f"the tests of {guard.path} do not run: {said}")
+        seconds: dict[str, float] = {}
+        for line in reports:
+            seconds[line["test"]] = seconds.get(line["test"], 0) + line["seconds"]
+        failed = sorted({line["test"] for line in reports if line["failed"]})
+        slow = [test for test, took in seconds.items() if took > slowest]
+        total = sum(took for test, took in seconds.items() if test not in slow)
+        limit = LEAST_LIMIT + 4 * total
+        return {"seconds": seconds, "failed": failed, "slow": slow, "limit": limit}
+
+    def passes(self, guard: Guard, options: Sequence[str], known: dict) -> None:
+        """Does the code as it is pass here and now what mutants have to? It compiles for them, too.
+
+        Raises:
+            RuntimeError: it does not, and mutants would be killed by whatever else is wrong.
+        """
+        plan = {"seconds": known["seconds"], "without": [*known["failed"], *known["slow"]]}
+        status, _, _ = self.run(guard.tests, ["-x", *options], plan, None)
+        if status != 0:
+            said = (self.folder / "output.txt").read_text()
+            raise RuntimeError(f"the tests of {guard.path} fail without a mutant: {said}")
+
+    def verdict(self, mutant: Mutant, guard: Guard, options: Sequence[str], known: dict) -> dict:
+        """Runs the tests on a mutant: ``result``, the test that killed it, seconds."""
+        path = self.here / guard.path
+        text = path.read_text()
+        plan = {"seconds": known["seconds"], "without": [*known["failed"], *known["slow"]]}
+        try:
+            path.write_text(mutant.applied(text))
+            # Python tells a module that has changed by size and full seconds.
+            Path(importlib.util.cache_from_source(path)).unlink(missing_ok=True)
+            status, reports, took = self.run(guard.tests, ["-x", *options], plan, known["limit"])
+        finally:
+            path.write_text(text)
+            Path(importlib.util.cache_from_source(path)).unlink(missing_ok=True)
+        killers = [line["test"] for line in reports if line["failed"]]
+        ended = {None: "timeout", 0: "survived"}
+        result = ended.get(status, "killed" if killers else "crashed")
+        return {"result": result, "by": killers[0] if killers else "", "seconds": round(took, 1)}
+
+
+def serve() -> None:
+    """Runs pytest with the arguments of each line of standard input, up to a limit of seconds, and
+    answers with its status, or null where the time was up.
+
+    Each in a fork of this process, which has imported what takes seconds, but nothing of lipjax.
+    """
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit())
+    needed = ("jax", "flax.nnx", "hypothesis.strategies", "scipy.sparse")
+    for name in needed if Path("lipjax").is_dir() else ():
+        importlib.import_module(name)
+    for line in sys.stdin:
+        arguments, limit = json.loads(line)
+        with warnings.catch_warnings(action="ignore"):  # JAX has no threads yet
+            child = os.fork()
+        if not child:
+            os.setsid()
+            with Path(os.environ["MUTATIONS"], "output.txt").open("w") as output:
+                for stream in (1, 2):
+                    os.dup2(output.fileno(), stream)
+            status = 3
+            try:
+                status = pytest.main(arguments, plugins=[sys.modules[__name__]])
+            except BaseException:
+                traceback.print_exc()
+            sys.stdout.flush()
+            os._exit(status)  # without what this process has to clean up
+        try:
+            status = _waited(child, limit)
+        finally:  # also where this process is told to stop
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(child, signal.SIGKILL)  # it, and what its tests have started
+        print(json.dumps(status), flush=True)
+
+
+def _waited(child: int, limit: float | None) -> int | None:
+    deadline = math.inf if limit is None else time.monotonic() + limit
+    while time.monotonic() < deadline:
+        done, status = os.waitpid(child, os.WNOHANG)
+        if done:
+            return os.waitstatus_to_exitcode(status)
+        time.sleep(0.02)
+    os.killpg(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    return None
+
+
+# As a plugin of pytest, in the processes that run the tests.
+
+
+@pytest.hookimpl(trylast=True)  # after the order of conftest.py
+def pytest_collection_modifyitems(items):
+    """The quickest file first, and in it the quickest test; without what is to be left out."""
+    plan = json.loads(Path(os.environ["MUTATIONS"], "plan.json").read_text())
+    seconds = plan.get("seconds", {})
+    files: dict[Path, float] = {}
+    items[:] = [item for item in items if item.nodeid not in plan.get("without", [])]
+    for item in items:
+        files[item.path] = files.get(item.path, 0) + seconds.get(item.nodeid, 0)
+    items.sort(key=lambda item: (files[item.path], str(item.path), seconds.get(item.nodeid, 0)))
+
+
+def pytest_sessionstart(session):
+    """Most programs of a mutant are those of the code as it is: they are compiled once for all."""
+    if "jax" in sys.modules:
+        import jax
+
+        folder = Path(os.environ["MUTATIONS"], "compiled")
+        jax.config.update("jax_compilation_cache_dir", str(folder))
+    if "lipjax" in sys.modules:
+        found = Path(sys.modules["lipjax"].__file__).resolve()
+        here = Path(os.environ["MUTATIONS"]).resolve()
+        assert found.is_relative_to(here), f"{found} is not the mutant"
+
+
+def pytest_runtest_logreport(report):
+    line = {"test": report.nodeid, "seconds": report.duration, "failed": report.failed}
+    with Path(os.environ["MUTATIONS"], "report.jsonl").open("a") as file:
+        file.write(json.dumps(line) + "\n")
+
+
+# ----------------------------------------------------------------------------- the campaign
+
+
+def _digest(*parts) -> str:
+    return hashlib.sha256("\0".join(map(str, parts)).encode()).hexdigest()[:16]
+
+
+def campaign(root: Path, guards: dict[str, Guard], entries: list[dict], options) -> tuple:
+    """Runs what is not known yet; a row a module, and what survived without a reason."""
+    out = options.out
+    lines = [json.loads(line) for line in out.read_text().splitlines()] if out.exists() else []
+    known = {(line["kind"], line["id"]): line for line in lines}
+    out.parent.mkdir(parents=True, exist_ok=True)
+    deadline, rows, survivors = time.monotonic() + options.budget, [], []
+
+    def note(kind, name, facts):
+        known[kind, name] = {"kind": kind, "id": name, **facts}
+        with out.open("a") as file:
+            file.write(json.dumps(known[kind, name]) + "\n")
+
+    with Copy(root) as copy:
+        for module, guard in guards.items():
+            text = (root / guard.path).read_text()
+            everything = mutants_of(module, text, guard.only)
+            reasons = equivalent(entries, everything, [module])
+            if options.only:
+                everything = [m for m in mutants_of(module, text, options.only.split(","))]
+            extra = ["-k", options.k] if options.k else []
+            files = [(root / test).read_text() for test in guard.tests]
+            tests = _digest(*files, extra, options.slowest)
+            chosen = [mutant for mutant in everything if mutant.key not in reasons]
+            # At random, and the same mutants again where others were argued equivalent or changed.
+            chosen.sort(key=lambda mutant: _digest(options.seed, *mutant.key))
+            row = {
+                "module": module,
+                "mutants": len(everything),
+                "equivalent": len(everything) - len(chosen),
+            }
+            chosen = chosen[: options.sample or None]
+            results, name, tried = [], _digest(module, text, tests), False
+            for mutant in chosen:
+                which = _digest(module, mutant.applied(text))
+                before = known.get(("mutant", which))
+                if before and (before["result"] != "survived" or before["tests"] == tests):
+                    results.append((mutant, before))
+                    continue
+                if time.monotonic() > deadline:
+                    continue
+                if ("baseline", name) not in known:
+                    note("baseline", name, copy.baseline(guard, extra, options.slowest))
+                    for test in known["baseline", name]["failed"]:
+                        print(f"left out, as it fails on the unchanged code: {test}", flush=True)
+                if not tried:
+                    copy.passes(guard, extra, known["baseline", name])
+                    tried = True
+                found = copy.verdict(mutant, guard, extra, known["baseline", name])
+                place = {
+                    "module": module,
+                    "line": mutant.line,
+                    "mutation": mutant.key[2],
+                    "source": mutant.source,
+                }
+                note("mutant", which, {**place, "tests": tests, **found})
+                results.append((mutant, known["mutant", which]))
+                print(
+                    f"{found['result']:9} {found['seconds']:6.1f} s  {_shown(guard, mutant)}",
+                    flush=True,
+                )
+            left = [mutant for mutant, result in results if result["result"] == "survived"]
+            survivors += [(guard, mutant) for mutant in left]
+            row |= {"run": len(results), "killed": len(results) - len(left), "survived": len(left)}
+            row["seconds"] = sum(result["seconds"] for _, result in results)
+            rows.append(row)
+    return rows, survivors
+
+
+def _shown(guard: Guard, mutant: Mutant) -> str:
+    before, after = (" ".join(part.split()) for part in (mutant.before, mutant.after))
+    return f"{guard.path}:{mutant.line}  {before}  →  {after}"
+
+
+def table(rows: list[dict]) -> str:
+    """Module, mutants, and what became of those that were run; hours that the rest would take."""
+    head = (
+        "module",
+        "mutants",
+        "equivalent",
+        "run",
+        "killed",
+        "survived",
+        "share killed",
+        "hours left",
+    )
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for row in rows:
+        share = f"{100 * row['killed'] / row['run']:.0f} %" if row["run"] else "–"
+        rest = row["mutants"] - row["equivalent"] - row["run"]
+        hours = f"{rest * row['seconds'] / row['run'] / 3600:.1f}" if row["run"] else "–"
+        lines.append(f"| {' | '.join([*(str(row[name]) for name in head[:6]), share, hours])} |")
+    return "\n".join(lines)
+
+
+def parser() -> argparse.ArgumentParser:
+    """Of the program's arguments."""
+    plain = argparse.RawDescriptionHelpFormatter
+    found = argparse.ArgumentParser(description=__doc__, formatter_class=plain)
+    add = found.add_argument
+    add("--modules", default=",".join(GUARDS), help="names of GUARDS, by commas")
+    add("--only", default="", help="functions or classes of them, by commas")
+    add("--sample", type=int, default=0, help="at most so many mutants a module, drawn at random")
+    add("--seed", type=int, default=0, help="of the order")
+    add("--budget", type=float, default=math.inf, help="seconds after which none is begun")
+    add("--tests", default="", help="files in the place of those of GUARDS, by commas")
+    add("-k", default="", help="chooses among the tests, as pytest's -k")
+    add("--slowest", type=float, default=math.inf, help="leave out tests of more seconds")
+    add("--out", type=Path, default=ROOT / "runs" / "mutations.jsonl")
+    add("--list", action="store_true", help="print the mutants, run nothing")
+    return found
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parser().parse_args(arguments)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("told to stop"))  # and cleans up
+    unknown = sorted(set(options.modules.split(",")) - GUARDS.keys())
+    if unknown:
+        parser().error(f"unknown modules: {', '.join(unknown)}. Known are {', '.join(GUARDS)}.")
+    guards = {name: GUARDS[name] for name in options.modules.split(",")}
+    if options.tests:
+        files = tuple(options.tests.split(","))
+        guards = {name: dataclasses.replace(guard, tests=files) for name, guard in guards.items()}
+    if options.list:
+        for name, guard in guards.items():
+            only = options.only.split(",") if options.only else guard.only
+            for mutant in mutants_of(name, (ROOT / guard.path).read_text(), only):
+                print(_shown(guard, mutant))
+        return 0
+    entries = json.loads(EQUIVALENT.read_text())
+    rows, survivors = campaign(ROOT, guards, entries, options)
+    print(table(rows))
+    for guard, mutant in survivors:
+        print(f"survived: {_shown(guard, mutant)}")
+    return 1 if survivors else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
