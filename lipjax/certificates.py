@@ -240,7 +240,8 @@ def certify(
     bounds.check_epsilon(epsilon)
     images = _check_images(images)
     graph = _certifiable(network, images, tier, failure_probability, arithmetic)
-    labels = _check_labels(graph, images, labels)
+    with _as_executed(arithmetic):
+        labels = _check_labels(graph, images, labels)
     rows = _examined(examine, len(images))
     with _Prover(graph, images, tier, failure_probability, mode, arithmetic, budget, seed, batch_size) as prover:
         if len(rows) == len(images):
@@ -282,7 +283,8 @@ def certified_radius(
         raise ValueError(f"max_radius must be positive and finite, got {max_radius}.")
     images = _check_images(images)
     graph = _certifiable(network, images, tier, failure_probability, arithmetic)
-    labels = _check_labels(graph, images, labels)
+    with _as_executed(arithmetic):
+        labels = _check_labels(graph, images, labels)
     examined = _examined(examine, len(images))
     attempts = len(RADIUS_SHARES)
     with _Prover(
@@ -648,7 +650,7 @@ def _certifiable(network, images, tier, failure_probability, arithmetic) -> Grap
     if not 0 < failure_probability < 1:
         raise ValueError(f"failure_probability must lie in (0, 1), got {failure_probability}.")
     _check_finite(network)
-    with jax.enable_x64(arithmetic == "float64" or jax.config.jax_enable_x64):  # type: ignore[attr-defined]
+    with _as_executed(arithmetic):
         graph, again = (bounds.graph_of(network, _example(images, arithmetic)) for _ in range(2))
     for node in graph.nodes:
         for leaf in jax.tree.leaves(node):
@@ -660,6 +662,12 @@ def _certifiable(network, images, tier, failure_probability, arithmetic) -> Grap
             "when it is read, random numbers of Python): what will be executed is not known."
         )
     return graph
+
+
+def _as_executed(arithmetic: str | None):
+    """With JAX's 64 bits where float64 is declared, else as this process has them."""
+    wide = jax.config.jax_enable_x64  # type: ignore[attr-defined]
+    return jax.enable_x64(arithmetic == "float64" or wide)
 
 
 def _check_finite(network) -> None:

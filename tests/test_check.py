@@ -378,7 +378,7 @@ def test_saving_what_is_no_certificate_of_these_images_is_an_error(tmp_path):
         certificate_files.save(
             path, dataclasses.replace(certificate, margin=certificate.margin * 1j), net, images, labels
         )
-    with pytest.raises(TypeError, match=r"Sequential, got .*Linear"):
+    with pytest.raises(TypeError, match="expected one axis"):
         certificate_files.save(path, certificate, nnx.Linear(2, 2, rngs=nnx.Rngs(0)), images, labels)
     assert not list(tmp_path.iterdir())
 
