@@ -8,8 +8,9 @@ Medians over the images:
 
 - *Lipschitz, global / local*: bound from the input to the penultimate activation, over the largest norm of its Jacobian
   found in the ball by gradient ascent (`lower bound`). ("bcp" has the constant of "global", "linear" that of "local".)
-- *linear part*: norm of P_0 (`lipjax.bounds.relaxed`, mode "local"), the network with every activation replaced by
-  its mean slope, over the product of the layers' norms: no norm of products of layers, plus what the activations' errors add, is smaller.
+- *linear part*: norm of P_0 (`lipjax.bounds.relaxed`, mode "local"), the network with every activation
+  replaced by its mean slope, over the product of the layers' norms: no norm of products of layers,
+  plus what the activations' errors add, is smaller.
 - *margin, by bound*: how far the bound lets a rival gain on the label, over the largest gain found by projected gradient
   ascent from the center and random starts; mean over the rivals. 1 would be a bound that nothing can improve.
 """
