@@ -209,7 +209,7 @@ def certify(
     | wrong prediction | not certified |
     | epsilon = 0 | certified iff the prediction is right and no rival is within rounding of it |
     | a NaN, an infinity or a number above 1e100 anywhere in the walk | not certified |
-    | NaN or infinite weights or pixels, negative ReLU threshold, pixels outside [0, 1], unknown layer | error |
+    | NaN or infinite weights or pixels, pixels outside [0, 1], an operation without a bound | error |
     | a dtype that the error model does not know; a layer of `lipjax.orthogonal` (certify its `plain`) | error |
 
     Args:
