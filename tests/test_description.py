@@ -435,6 +435,59 @@ def test_other_arithmetics_and_parameters_that_are_rounded_are_confirmed(tmp_pat
     assert any(node["roundings"] for node in described) == (name == "computed parameters")
 
 
+def test_copies_lengthen_what_is_known_and_rows_count_if_any_of_their_places_does():
+    step = Move(np.array([1, 0, 1, -1]), np.array([0.0, 0.0, 0.0, 7.0]), (2,))
+    center, half = np.array([0.0, 5.0]), np.array([0.1, 0.2])
+    length = float(np.linalg.norm(half))
+    known = check_walk.Known(
+        center, center - half, center + half, np.array([True, True]), length, half, length
+    )
+    moved = check_walk.move(step, [known])
+    assert moved.lower[3] == moved.center[3] == moved.upper[3] == 7
+    assert moved.varies.tolist() == [True, True, True, False] and moved.error[3] == 0
+    for bound in (moved.radius, moved.distance):
+        assert np.linalg.norm([0.2, 0.1, 0.2]) <= bound <= np.sqrt(2) * length * (1 + 1e-12)
+    # Of entry 1 one place is clipped for good, the other is open.
+    top = np.array([1.0, 9.0, 9.0, 9.0])
+    clip = Activation(False, (4,), top, np.array(0.0))
+    assert check_walk._moving_rows([step], clip, known).tolist() == [True, True]
+    shut = Activation(False, (4,), np.array([1.0, 9.0, 1.0, 9.0]), np.array(0.0))
+    assert check_walk._moving_rows([step], shut, known).tolist() == [True, False]
+
+
+def test_the_allowance_counts_computed_parameters_and_sums_in_their_own_type():
+    def error(f, arithmetic, kind=None, **changes):
+        x = np.full(64, 0.5, np.float32)
+        described = check.describe(lambda x: f(x).reshape(-1), x)
+        for node in described:
+            if node["kind"] == kind:
+                node.update(changes)
+        network, norms = network_of(check_layers.nodes_of(described, x.shape), arithmetic)
+        return check_walk.derive(network, x, 0, 0.0, norms).rounding
+
+    unit = 2.0**-24
+    scaled = functools.partial(error, lambda x: x * np.float32(3.0), "float32")
+    assert np.all(scaled() < 10 * unit * 1.5)
+    assert np.all(scaled("scale", roundings=50.0) >= 100 * unit * 1.5)
+    shifted = functools.partial(error, lambda x: jax.nn.relu(x) + np.float32(3.0), "float32")
+    assert np.all(shifted() < 10 * unit * 4)
+    assert np.all(shifted("add", roundings=50.0) >= 100 * unit * 3)
+
+    def summed(x):
+        return jnp.sum(x.astype(jnp.bfloat16).reshape(2, 32), axis=1, dtype=jnp.bfloat16)
+
+    def total(x):
+        return jnp.sum(x.reshape(2, 32), axis=1)
+
+    # 32 terms of 0.5, summed in bfloat16; in float32, whatever the device makes of products.
+    own = check.describe(summed, np.zeros(64, np.float32))
+    if own[-1]["executed"][0][1] == ["bfloat16"]:
+        assert np.all(error(summed, "bfloat16") >= 31 * 2.0**-9 * 16)
+    assert np.all(error(total, "tf32") < 50 * unit * 16)
+    product = error(lambda x: x @ np.ones((64, 2), np.float32), "tf32")
+    assert np.all(product >= 2 * 2.0**-10 * 32)
+
+
 def edited(name="function", **changes):
     """The description of a function with some nodes changed, by their kind."""
     described = copy.deepcopy(_described(name))
