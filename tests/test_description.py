@@ -439,9 +439,7 @@ def test_copies_lengthen_what_is_known_and_rows_count_if_any_of_their_places_doe
     step = Move(np.array([1, 0, 1, -1]), np.array([0.0, 0.0, 0.0, 7.0]), (2,))
     center, half = np.array([0.0, 5.0]), np.array([0.1, 0.2])
     length = float(np.linalg.norm(half))
-    known = check_walk.Known(
-        center, center - half, center + half, np.array([True, True]), length, half, length
-    )
+    known = check_walk.Known(center, center - half, center + half, np.array([True, True]), length, half, length)
     moved = check_walk.move(step, [known])
     assert moved.lower[3] == moved.center[3] == moved.upper[3] == 7
     assert moved.varies.tolist() == [True, True, True, False] and moved.error[3] == 0

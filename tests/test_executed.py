@@ -414,3 +414,13 @@ def test_a_constant_beside_the_example_that_is_computed_anew_is_refused():
 
     with pytest.raises(TypeError, match="computed anew"):
         arithmetics(f)
+
+
+def test_a_number_in_the_program_is_that_of_its_type():
+    """0.1 is more in float32 than in float64, and the end of a clip is met exactly."""
+    graph = trace(lambda x: jnp.clip(x, -0.1, 0.1) * 0.7 + 0.3, jnp.ones(2))
+    for leaf in jax.tree.leaves(graph):
+        held = np.asarray(leaf)
+        assert held.dtype == np.float32 or np.array_equal(held, held.astype(np.float32))
+    (clip,) = (node for node in graph.nodes if hasattr(node, "rule"))
+    assert float(np.asarray(clip.rule.top, np.float64)) == float(np.float32(0.1))

@@ -126,6 +126,11 @@ def _explain(error: Exception) -> None:
         ) from error
 
 
+def _literal(variable: Literal) -> Known:
+    """A number in an equation, in the type in which it is computed with, and rounded to it."""
+    return Known(np.asarray(variable.val, variable.aval.dtype))
+
+
 def _held(value):
     """A constant of a trace in the type in which JAX computes with it."""
     return value if isinstance(value, jax.core.Tracer) else jnp.asarray(value)
@@ -211,11 +216,11 @@ class _Reader:
         outside = self.where
         for equation in jaxpr.eqns:
             self.where = source.line_of(equation, outside)
-            inputs = [Known(v.val) if isinstance(v, Literal) else values[v] for v in equation.invars]
+            inputs = [_literal(v) if isinstance(v, Literal) else values[v] for v in equation.invars]
             results = self.equation(equation, inputs)
             values.update(zip(equation.outvars, results, strict=True))
         self.where = outside
-        return [Known(v.val) if isinstance(v, Literal) else values[v] for v in jaxpr.outvars]
+        return [_literal(v) if isinstance(v, Literal) else values[v] for v in jaxpr.outvars]
 
     def equation(self, equation, inputs: list[Value]) -> list[Value]:
         name = equation.primitive.name
