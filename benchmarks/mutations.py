@@ -332,7 +332,7 @@ def _calls(node: ast.Call, function, arguments) -> Iterator[str]:
         yield text(ast.Call(opposite, arguments, node.keywords))
     if name in UNWRAPPED and not any(isinstance(a, ast.Starred) for a in arguments):
         yield from (text(argument) for argument in arguments[: 2 if name in CALLED else 1])
-    swapped = _exchangeable(arguments)
+    swapped = [] if name in CALLED else _exchangeable(arguments)  # these are symmetric
     if name in ("where", "select") and len(arguments) == 3:
         swapped = [*swapped, 1]
     for i in swapped:
