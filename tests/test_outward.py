@@ -29,6 +29,10 @@ def test_gamma_ends_where_the_model_says_nothing():
     assert rounding.gamma(10, 0.1) == rounding.gamma(11, 0.1) == math.inf
 
 
+def test_bounds_are_given_up_long_before_they_overflow_and_not_before_they_are_of_no_use():
+    assert rounding.LARGEST >= 1e30 and math.isfinite(rounding.LARGEST**3)
+
+
 @pytest.mark.parametrize("terms", [1, 10**3, 10**9])
 def test_up_covers_the_rounding_of_so_many_terms_and_of_eight_operations_more(terms):
     for x in SIZES:
@@ -85,23 +89,24 @@ def least_slack(operator, kernel, offset, lower, upper):
     return (found - Fraction(1e-150)) / needed
 
 
-@pytest.mark.parametrize("inputs", [1, 3])
+@pytest.mark.parametrize("inputs", [1, 3, 60])
 @pytest.mark.parametrize("bias", [True, False])
 def test_slack_covers_products_absolute_products_and_two_sums_on_the_whole_box(inputs, bias):
     """``W x + b``, ``|W| x`` and two sums of them, each wrong by a share of the products' sizes."""
     layer = nnx.Linear(inputs, 2, use_bias=bias, rngs=nnx.Rngs(0))
-    kernel = np.array([[1.0, -2.0], [-0.5, 1e-3], [3.0, 7.0]])[:inputs]
+    kernel = np.tile([[1.0, -2.0], [-0.5, 1e-3], [3.0, 7.0]], (20, 1))[:inputs]
     layer.kernel[...] = jnp.asarray(kernel, jnp.float32)
     kernel = np.asarray(layer.kernel[...], np.float64)
     offset = np.array([-500.0, 100.0]) if bias else np.zeros(2)
     if bias:
         layer.bias[...] = jnp.asarray(offset, jnp.float32)
     operator = operator_of(layer, (inputs,))
-    near, far = np.full(inputs, 1.0), np.array([900.0, 400.0, 200.0])[:inputs]
+    near, far = np.full(inputs, 1.0), np.tile([900.0, 400.0, 200.0], 20)[:inputs]
     # The end of largest size: the upper, the lower, each once; on one side of 0 and on both.
     first = np.arange(inputs) == 0
     mixed = np.where(first, -far, -near), np.where(first, near, far)
-    for lower, upper in ((near, far), (-near, far), (-far, near), (-far, -near), mixed):
+    ends = (near, far), (-near, far), (-far, near), (-far, -near), (-near, near), mixed
+    for lower, upper in ends:
         shares = least_slack(operator, kernel, offset, lower, upper)
         assert np.all(shares >= 1) and np.all(shares <= 8)
     if not bias:
