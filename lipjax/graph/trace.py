@@ -128,7 +128,8 @@ def _explain(error: Exception) -> None:
 
 def _literal(variable: Literal) -> Known:
     """A number in an equation, in the type in which it is computed with, and rounded to it."""
-    return Known(np.asarray(variable.val, variable.aval.dtype))
+    aval: Any = variable.aval
+    return Known(np.asarray(variable.val, aval.dtype))
 
 
 def _held(value):
