@@ -424,3 +424,20 @@ def test_a_number_in_the_program_is_that_of_its_type():
         assert held.dtype == np.float32 or np.array_equal(held, held.astype(np.float32))
     (clip,) = (node for node in graph.nodes if hasattr(node, "rule"))
     assert float(np.asarray(clip.rule.top, np.float64)) == float(np.float32(0.1))
+
+
+@pytest.mark.parametrize("pool", [lipjax.AveragePool(32), lambda x: jnp.mean(x, axis=(0, 1), keepdims=True)])
+def test_a_mean_whose_sum_overflows_is_not_certified(pool):
+    """The mean of 1024 numbers of 1e37 is one, their sum is none."""
+    first = conv()
+    first.kernel[...] = jnp.full((1, 1, 1, 1), 1e37)
+    head = linear([[1e-37, 0.0]], [0.0, 0.5])
+    net = nnx.Sequential(first, pool, lipjax.Flatten(), head)
+    graph = trace(net, jnp.ones((32, 32, 1)))
+    found = rounding.arithmetics_of(graph)
+    assert not np.all(np.isfinite(net(jnp.ones((32, 32, 1)))))
+    with jax.enable_x64(True):
+        wide = cast64(graph)
+        boxes = [(value, value) for value in every_value(wide, jnp.ones((32, 32, 1)))]
+        error = rounding.forward_error(wide, boxes, found, [jnp.asarray(1e38)] * len(wide.linear))
+    assert not np.any(np.isfinite(np.asarray(error)))

@@ -251,6 +251,10 @@ class Walk:
             radius = arithmetic.up(radius * constant)
             lipschitz = arithmetic.up(lipschitz * constant)
             whole = arithmetic.up(whole * constant)
+        if not rule.selects:  # the center is rounded, by some units where it is transcendental
+            moved = arithmetic.norm(2**10 * rounding.DOUBLE * jnp.abs(center))
+            radius = arithmetic.up(radius + moved)
+            whole = arithmetic.up(whole + moved)
         if not self.mode.boxes:
             return Known(_ball(center, radius, arithmetic), lipschitz, whole)
         after = Region(center, radius, *rule.interval(region.lower, region.upper))

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from lipjax.graph import Activation, Add, Executed, Graph, Input, Linear, Node, Rearrange
+from lipjax.graph.linear import Sum
 from lipjax.rounding.outward import LARGEST, OUTWARD, gamma, terms_of
 
 
@@ -276,6 +277,10 @@ def _linear_error(node: Linear, box, error, total, arithmetics, whole, view):
     length = jnp.minimum(length, OUTWARD.norm(grown))
     largest = min(LARGEST, *(a.largest for a in arithmetics))  # of what FLOOR covers
     fits = OUTWARD.up(magnitude + grown, lower.size) < largest
+    if isinstance(node.operator.apply, Sum):
+        # A mean is added up before it is divided: the sum itself must not overflow.
+        ones = dataclasses.replace(node.operator, kernel=jnp.ones_like(node.operator.kernel))
+        fits &= OUTWARD.up(2 * ones.absolute(size), lower.size) < largest
     return jnp.where(fits, grown, jnp.inf), length
 
 
