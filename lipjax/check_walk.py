@@ -301,7 +301,9 @@ def _executed(layer: Affine, known: Known, whole: float, arithmetic: str) -> tup
     carried = np.minimum(layer.absolute @ known.error, layer.row_norms * known.distance)
     error = up(up(carried, n) + local)
     distance = np.minimum(up(whole * known.distance + up_norm(local)), up_norm(error))
-    if not np.max(total + local, initial=0.0) < largest:
+    # A mean is added up before it is divided: so many of the largest input must not overflow either.
+    added = n * np.max(size, initial=0.0)
+    if not max(float(np.max(total + local, initial=0.0)), float(added)) < largest:
         return np.full(error.shape, np.inf), math.inf
     return error, float(distance)
 

@@ -907,3 +907,14 @@ print(*sorted(name for name in sys.modules if name.startswith("lipjax.")))
     )
     assert done.returncode == 0, done.stderr
     assert set(done.stdout.split()) <= {f"lipjax.{name}" for name in MODULES}
+
+
+def test_a_mean_whose_sum_overflows_certifies_nothing():
+    """It is added up before it is divided, and the matrix of the mean does not show that."""
+    pool = {"kind": "average_pool", "window": [32, 32], "strides": [32, 32]}
+    described = [pool, {"kind": "flatten", "ndim": 3}, identity(1)]
+    layer = check_layers.nodes_of(described, (32, 32, 1))[0].step
+    values = np.full(1024, 1e37)
+    known = check_walk.Known(values, values, values, np.zeros(1024, bool), 0.0, np.zeros(1024), 0.0)
+    error, _ = check_walk._executed(layer, known, 1.0, "float32")
+    assert np.all(np.isinf(error))
