@@ -149,7 +149,6 @@ def refusals():
         "float16": copy.deepcopy(nn.Sequential(conv, *head)).half(),
         "takes (height, width, 3), got (6, 6, 1)": nn.Sequential(nn.Conv2d(3, 2, 3), *head),
         "Flatten missing": nn.Sequential(conv, nn.Linear(6, 3)),
-        "end in an affine layer": nn.Sequential(conv, *head, nn.ReLU()),
         "ceil_mode": nn.Sequential(conv, nn.AvgPool2d(2, ceil_mode=True), *head),
         "before the Flatten": nn.Sequential(conv, nn.Flatten(), ClampGroupSort((1, 36), 0.3, -0.3), head[1]),
         "thresholds of shape (1, 2, 6)": nn.Sequential(conv, ReLU_x((1, 2, 6), 0.3), *head),
