@@ -1,14 +1,17 @@
 """Trains and certifies a grid of settings: what training with each bound is worth, by each bound.
 
     python -m benchmarks.ablation --modes=global,paper,local,linear --seeds=3
-    python -m benchmarks.ablation --modes=local,linear --activations=relu,clipped_maxmin --stability=0,0.01 \\
+    python -m benchmarks.ablation --modes=local,linear --activations=relu,clipped_maxmin
+    --stability=0,0.01 \\
         -- --config.schedule.epochs=60
-    python -m benchmarks.ablation --configs=configs/baselines.py:gloro,configs/baselines.py:bcp --seeds=3
+    python -m benchmarks.ablation --configs=configs/baselines.py:gloro,configs/baselines.py:bcp
+    --seeds=3
 
-Runs of one command in --out, one per combination and seed, kept and not repeated; prints and stores a Markdown table
-(table.md) and a picture (table.png): certified accuracy at the configuration's epsilon by each of --bounds, beside clean
-and PGD accuracy, mean (range) over the seeds, and the mean of the median Lipschitz constants of the last bound. Every run
-certifies at tier probabilistic with delta 1e-6.
+Runs of one command in --out, one per combination and seed, kept and not repeated; prints and stores
+a Markdown table (table.md) and a picture (table.png): certified accuracy at the configuration's
+    epsilon by each of --bounds, beside clean
+and PGD accuracy, mean (range) over the seeds, and the mean of the median Lipschitz constants of the
+last bound. Every run certifies at tier probabilistic with delta 1e-6.
 """
 
 import argparse
@@ -33,11 +36,20 @@ FIELDS = {
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--configs", default="configs/digits.py", help="configurations, separated by commas")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--configs", default="configs/digits.py", help="configurations, separated by commas"
+    )
     for name, field in FIELDS.items():
-        parser.add_argument(f"--{name}", help=f"values of {field}, separated by commas; the configuration's if unset")
-    parser.add_argument("--bounds", default=",".join(bounds.MODES), help="to certify with, from the loosest")
+        parser.add_argument(
+            f"--{name}",
+            help=f"values of {field}, separated by commas; the configuration's if unset",
+        )
+    parser.add_argument(
+        "--bounds", default=",".join(bounds.MODES), help="to certify with, from the loosest"
+    )
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--out", type=Path, default=Path("runs/ablation"))
     parser.add_argument("extra", nargs="*", help="further flags of train.py, after --")
@@ -45,10 +57,18 @@ def main(arguments: list[str] | None = None) -> None:
     options.bounds, options.config = options.bounds.split(","), None
 
     names = ["configs", *FIELDS]
-    chosen = {name: values.split(",") for name in names if (values := getattr(options, name)) is not None}
+    chosen = {
+        name: values.split(",") for name in names if (values := getattr(options, name)) is not None
+    }
     if len(chosen["configs"]) == 1 < len(chosen):
         (options.config,) = chosen.pop("configs")
-    head = [*chosen, "clean", "PGD", *(f"certified, {mode}" for mode in options.bounds), "median Lipschitz"]
+    head = [
+        *chosen,
+        "clean",
+        "PGD",
+        *(f"certified, {mode}" for mode in options.bounds),
+        "median Lipschitz",
+    ]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     print("\n".join(lines))
     rows = []
@@ -58,12 +78,21 @@ def main(arguments: list[str] | None = None) -> None:
         columns = {
             "clean": [s["clean_accuracy"] for s in found],
             "PGD": [s["pgd_accuracy"] for s in found],
-            **{mode: [s["modes"][mode]["certified_accuracy"] for s in found] for mode in options.bounds},
+            **{
+                mode: [s["modes"][mode]["certified_accuracy"] for s in found]
+                for mode in options.bounds
+            },
         }
         rows.append((combination, columns))
-        lipschitz = statistics.mean(s["modes"][options.bounds[-1]]["median_lipschitz"] for s in found)
+        lipschitz = statistics.mean(
+            s["modes"][options.bounds[-1]]["median_lipschitz"] for s in found
+        )
         lines.append(
-            "| " + " | ".join([*map(short, combination), *map(spread, columns.values()), f"{lipschitz:.2f}"]) + " |"
+            "| "
+            + " | ".join(
+                [*map(short, combination), *map(spread, columns.values()), f"{lipschitz:.2f}"]
+            )
+            + " |"
         )
         print(lines[-1], flush=True)
     facts = statement(found[0]["run"], options.seeds)
@@ -77,9 +106,14 @@ def run(options, settings: dict[str, str], seed: int) -> dict:
     workdir = options.out / "-".join([*map(short, settings.values()), str(seed)])
     summary = workdir / "certification" / "summary.json"
     if not summary.exists():
-        flags = [f"--config.{FIELDS[name]}={value}" for name, value in settings.items() if name in FIELDS]
+        flags = [
+            f"--config.{FIELDS[name]}={value}" for name, value in settings.items() if name in FIELDS
+        ]
         # All runs compile the same programs.
-        environment = {"JAX_COMPILATION_CACHE_DIR": str(options.out.absolute() / "compiled"), **os.environ}
+        environment = {
+            "JAX_COMPILATION_CACHE_DIR": str(options.out.absolute() / "compiled"),
+            **os.environ,
+        }
         for command in (
             [
                 "train.py",
@@ -97,7 +131,12 @@ def run(options, settings: dict[str, str], seed: int) -> dict:
 
 def short(value: str) -> str:
     """A setting's value as tables and folders carry it: a configuration by its name."""
-    return value.removeprefix("configs/").replace(".py", "").replace("baselines:", "").replace("/", "-")
+    return (
+        value.removeprefix("configs/")
+        .replace(".py", "")
+        .replace("baselines:", "")
+        .replace("/", "-")
+    )
 
 
 def spread(values: list[float]) -> str:
@@ -109,13 +148,16 @@ def spread(values: list[float]) -> str:
 def statement(run: dict, seeds: int) -> str:
     """What the figures are about and rest on."""
     return (
-        f"{run['data']}, {run['split']} split, {run['examples']} images, ε = {run['epsilon']:g}, tier {run['tier']}, "
-        f"δ = {run['failure_probability']:g} a run, {run['arithmetic']}, training seeds 0 to {seeds - 1}"
+        f"{run['data']}, {run['split']} split, {run['examples']} images, ε = {run['epsilon']:g}, "
+        f"tier {run['tier']}, "
+        f"δ = {run['failure_probability']:g} a run, {run['arithmetic']}, training seeds 0 to "
+        f"{seeds - 1}"
     )
 
 
 def picture(path: Path, rows: list, bounds: list[str], facts: str) -> None:
-    """Bars of certified accuracy by each bound, their range over the seeds, and the PGD accuracy as a line above them."""
+    """Bars of certified accuracy by each bound, their range over the seeds, and the PGD accuracy as
+    a line above them."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -132,8 +174,17 @@ def picture(path: Path, rows: list, bounds: list[str], facts: str) -> None:
     for i, (_, columns) in enumerate(rows):
         for name, style in (("PGD", "-"), ("clean", ":")):
             label = f"{name}{' (upper bound)' if name == 'PGD' else ''}" if i == 0 else None
-            axes.hlines(statistics.mean(columns[name]), i - 0.45, i + 0.45, color="black", linestyle=style, label=label)
-    axes.set_xticks(range(len(rows)), ["\n".join(map(short, combination)) for combination, _ in rows])
+            axes.hlines(
+                statistics.mean(columns[name]),
+                i - 0.45,
+                i + 0.45,
+                color="black",
+                linestyle=style,
+                label=label,
+            )
+    axes.set_xticks(
+        range(len(rows)), ["\n".join(map(short, combination)) for combination, _ in rows]
+    )
     axes.set(ylabel="accuracy", ylim=(0, 1.02), xlabel="trained with")
     axes.set_title(facts, fontsize=7, wrap=True)
     figure.legend(loc="outside lower center", ncols=3, fontsize=8)

@@ -1,12 +1,15 @@
-"""Images a second that are certified, by tier, beside the power iteration that proves nothing, in one run.
+"""Images a second that are certified, by tier, beside the power iteration that proves nothing, in
+one run.
 
-    python -m benchmarks.certify --network=conv6_dense2 --activation=clipped_relu --examples=32 --json
-    python -m benchmarks.certify --workdir=runs/cifar10 --examples=128 --json
+    python -m benchmarks.certify --network=conv6_dense2 --activation=clipped_relu --examples=32
+    --json python -m benchmarks.certify --workdir=runs/cifar10 --examples=128 --json
 
-Without --workdir: fresh weights, random images, their predictions as labels. One JSON line (or plain text): seconds an
-image of each tier and of `lipjax.estimate` with 20 and with 2000 iterations (as many as the published evaluation has), each
-the median of --rounds rounds in turn, compilation apart; the smallest and largest ratio of each one's Lipschitz constants to
-those of the estimate with most iterations; certified shares; peak memory.
+Without --workdir: fresh weights, random images, their predictions as labels. One JSON line (or
+plain text): seconds an image of each tier and of `lipjax.estimate` with 20 and with 2000 iterations
+    (as many as the published evaluation has), each
+the median of --rounds rounds in turn, compilation apart; the smallest and largest ratio of each
+one's Lipschitz constants to those of the estimate with most iterations; certified shares; peak
+memory.
 """
 
 import argparse
@@ -22,11 +25,13 @@ from ml_collections import ConfigDict
 import lipjax
 from benchmarks.step import SHAPES, peak_memory
 from lipjax import bounds, models, training
-from lipjax.checkpoints import Checkpoints, load_config
+from lipjax.training.checkpoints import Checkpoints, load_config
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--network", default="conv6_dense2", choices=models.NETWORKS)
     parser.add_argument("--activation", default="clipped_relu", choices=models.ACTIVATIONS)
     parser.add_argument("--workdir", help="a run of train.py instead: its network and test images")
@@ -44,7 +49,12 @@ def main(arguments: list[str] | None = None) -> None:
     network, images, labels = subject(options)
 
     def certifier(tier):
-        how = {"tier": tier, "mode": options.mode, "batch_size": options.batch_size, "seed": options.seed}
+        how = {
+            "tier": tier,
+            "mode": options.mode,
+            "batch_size": options.batch_size,
+            "seed": options.seed,
+        }
         how["failure_probability"] = options.failure_probability
         return lambda: lipjax.certify(network, images, labels, options.epsilon, **how)
 
@@ -74,8 +84,12 @@ def main(arguments: list[str] | None = None) -> None:
         "seed": options.seed,
         "split": "test" if options.workdir else "random images",
         "examples": len(images),
-        "seconds_per_image": {name: round(value / len(images), 4) for name, value in seconds.items()},
-        "images_per_second": {name: round(len(images) / value, 2) for name, value in seconds.items()},
+        "seconds_per_image": {
+            name: round(value / len(images), 4) for name, value in seconds.items()
+        },
+        "images_per_second": {
+            name: round(len(images) / value, 2) for name, value in seconds.items()
+        },
         "compile_seconds": {name: round(first[name] - seconds[name], 1) for name in runs},
         "share": {
             name: float(np.mean(r.likely_robust if name.startswith("estimate") else r.certified))
@@ -88,9 +102,14 @@ def main(arguments: list[str] | None = None) -> None:
     if iterations:
         reference = results[f"estimate_{max(iterations)}"].lipschitz
         found["lipschitz_over_estimate"] = {
-            name: [round(float(f(r.lipschitz / reference)), 4) for f in (np.min, np.max)] for name, r in results.items()
+            name: [round(float(f(r.lipschitz / reference)), 4) for f in (np.min, np.max)]
+            for name, r in results.items()
         }
-    print(json.dumps(found) if options.json else "\n".join(f"{name}: {value}" for name, value in found.items()))
+    print(
+        json.dumps(found)
+        if options.json
+        else "\n".join(f"{name}: {value}" for name, value in found.items())
+    )
 
 
 def subject(options):
@@ -100,7 +119,9 @@ def subject(options):
         config.data.test_examples = options.examples
         test = training.load_data(config).test
         with Checkpoints(options.workdir) as checkpoints:
-            network, _ = training.selected_network(checkpoints, config, test.images.shape[1:], test.classes)
+            network, _ = training.selected_network(
+                checkpoints, config, test.images.shape[1:], test.classes
+            )
         return network, test.unit_images(slice(None)), test.labels
     shape, classes = SHAPES[options.network]
     network = models.build(
@@ -110,7 +131,11 @@ def subject(options):
         classes=classes,
         rngs=nnx.Rngs(options.seed),
     )
-    images = np.random.default_rng(options.seed).uniform(size=(options.examples, *shape)).astype(np.float32)
+    images = (
+        np.random.default_rng(options.seed)
+        .uniform(size=(options.examples, *shape))
+        .astype(np.float32)
+    )
     return network, images, None
 
 

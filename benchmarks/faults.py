@@ -1,14 +1,16 @@
-"""Kills training at random moments, many times, and compares the end with that of a run that was never stopped.
+"""Kills training at random moments, many times, and compares the end with that of a run that was
+never stopped.
 
     python -m benchmarks.faults --rounds=50 --json
     python -m benchmarks.faults --rounds=10 --fault=sigterm --processes=2 --json
 
-A small net on digits, a checkpoint each epoch. Each round starts train.py in the same workdir, waits for a random moment, from
-the start of the process to some seconds after its first epoch, and kills it (--fault=kill), tells it to stop (sigterm), or kills
-one of its processes (one). Then the run goes on to its end. One JSON line: rounds, in how many of them training had
-begun, epochs of finished work that the next start did again (most; the last lines of metrics against where it
-continued), seconds from start to the first new epoch (median), whether metrics and checkpoints at the end are those of
-the run never stopped, bit for bit.
+A small net on digits, a checkpoint each epoch. Each round starts train.py in the same workdir,
+waits for a random moment, from the start of the process to some seconds after its first epoch, and
+kills it (--fault=kill), tells it to stop (sigterm), or kills one of its processes (one). Then the
+run goes on to its end. One JSON line: rounds, in how many of them training had begun, epochs of
+    finished work that the next start did again (most; the last lines of metrics against where it
+continued), seconds from start to the first new epoch (median), whether metrics and checkpoints at
+the end are those of the run never stopped, bit for bit.
 """
 
 import argparse
@@ -28,17 +30,21 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from lipjax.reporting import read_metrics
+from lipjax.training.metrics import read_metrics
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rounds", type=int, default=50)
     parser.add_argument("--fault", choices=("kill", "sigterm", "one"), default="kill")
     parser.add_argument("--processes", type=int, default=1)
-    parser.add_argument("--epochs", type=int, default=0, help="of the run; default 30 for each round")
+    parser.add_argument(
+        "--epochs", type=int, default=0, help="of the run; default 30 for each round"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", action="store_true", help="one line of JSON")
     options = parser.parse_args(arguments)
@@ -61,7 +67,9 @@ def main(arguments: list[str] | None = None) -> None:
         "rounds": sum(not round_["ended"] for round_ in found),
         "in_training": len(begun),
         "epochs_done_again_most": max((round_["again"] for round_ in found), default=0),
-        "recovery_seconds_median": round(statistics.median([r["recovery"] for r in begun]), 1) if begun else None,
+        "recovery_seconds_median": round(statistics.median([r["recovery"] for r in begun]), 1)
+        if begun
+        else None,
         "end_seconds_most": round(max((round_["end"] for round_ in found), default=0), 1),
         "same_metrics": metrics_of(straight) == metrics_of(broken),
         "same_checkpoints": all(same(straight, broken, kind) for kind in ("last", "best")),
@@ -70,7 +78,11 @@ def main(arguments: list[str] | None = None) -> None:
         "seed": options.seed,
     }
     shutil.rmtree(folder)
-    print(json.dumps(result) if options.json else "\n".join(f"{name}: {value}" for name, value in result.items()))
+    print(
+        json.dumps(result)
+        if options.json
+        else "\n".join(f"{name}: {value}" for name, value in result.items())
+    )
 
 
 def start(workdir, epochs, processes, folder):
@@ -89,8 +101,11 @@ def start(workdir, epochs, processes, folder):
         "--config.evaluation.every=10",
         f"--workdir={workdir}",
     ]
-    launcher = ["-m", "lipjax.hosts", str(processes)] if processes > 1 else []
-    cache = {"JAX_COMPILATION_CACHE_DIR": str(folder / "cache"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    launcher = ["-m", "lipjax.runtime.hosts", str(processes)] if processes > 1 else []
+    cache = {
+        "JAX_COMPILATION_CACHE_DIR": str(folder / "cache"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
     return subprocess.Popen(
         [sys.executable, *launcher, "train.py", *flags],
         cwd=ROOT,
@@ -113,7 +128,11 @@ def one_round(workdir, epochs, options, dice, folder) -> dict:
         least = min(least, steps)  # a start drops the metrics of what it does again
         if recovery is None and steps > before:
             recovery = time.monotonic() - began
-        since = time.monotonic() - began if after_first is None else (time.monotonic() - began - (recovery or 1e9))
+        since = (
+            time.monotonic() - began
+            if after_first is None
+            else (time.monotonic() - began - (recovery or 1e9))
+        )
         if since > moment or time.monotonic() - began > 120:
             break
     if process.poll() is not None:
@@ -126,10 +145,17 @@ def one_round(workdir, epochs, options, dice, folder) -> dict:
     else:
         children: list[str] = []
         while not children:
-            children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+            children = subprocess.run(
+                ["pgrep", "-P", str(process.pid)], capture_output=True, text=True
+            ).stdout.split()
         os.kill(int(dice.choice(children)), signal.SIGKILL)
     process.wait(timeout=180)
-    return {"ended": False, "recovery": recovery, "again": (before - least) // 4, "end": time.monotonic() - told}
+    return {
+        "ended": False,
+        "recovery": recovery,
+        "again": (before - least) // 4,
+        "end": time.monotonic() - told,
+    }
 
 
 def finish(process):
@@ -143,7 +169,10 @@ def steps_done(workdir) -> int:
 
 
 def metrics_of(workdir):
-    return [{k: v for k, v in line.items() if k != "seconds"} for line in read_metrics(workdir / "metrics.jsonl")]
+    return [
+        {k: v for k, v in line.items() if k != "seconds"}
+        for line in read_metrics(workdir / "metrics.jsonl")
+    ]
 
 
 def same(first, second, kind) -> bool:
@@ -160,7 +189,9 @@ def same(first, second, kind) -> bool:
                 name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here)
                 for name, leaf in manager.item_metadata(step).state.items()
             }
-            items = ocp.args.Composite(state=ocp.args.StandardRestore(wanted), meta=ocp.args.JsonRestore())
+            items = ocp.args.Composite(
+                state=ocp.args.StandardRestore(wanted), meta=ocp.args.JsonRestore()
+            )
             restored = manager.restore(step, args=items)
         state = {name: np.asarray(value).tobytes() for name, value in restored.state.items()}
         found.append((step, restored.meta, state))

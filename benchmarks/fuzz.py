@@ -64,8 +64,9 @@ import numpy as np
 from flax import nnx
 
 import lipjax
-from lipjax import certificate_files, check
-from lipjax.certificate_files import ARRAYS, CertificateFileError
+from lipjax.check import checker
+from lipjax.formats import certificate_files
+from lipjax.formats.certificate_files import ARRAYS, CertificateFileError
 
 POOL = 9  # images that an index can lead to
 PRECISION = (
@@ -78,12 +79,22 @@ PRECISION = (
 OUTCOMES = ("unreadable", "not checked", "rejected", "true", "FALSE", "CRASH")
 
 # What no derivation leads back to.
-TRUSTED = ("tier", "failure_probability", "seed", "mode", "data_name", "split", "precision", "command", "versions")
+TRUSTED = (
+    "tier",
+    "failure_probability",
+    "seed",
+    "mode",
+    "data_name",
+    "split",
+    "precision",
+    "command",
+    "versions",
+)
 
 Members = list[tuple[str, bytes]]
 
 
-# ---------------------------------------------------------------------------------------------------- the true files
+# ----------------------------------------------------------------------------------- the true files
 
 
 class Subject:
@@ -116,7 +127,7 @@ class Subject:
         certificate_files.save(path, certificate, self.network, images, labels, **options)
         self.content = path.read_bytes()
         self.header, self.arrays = certificate_files.load(path)
-        self.steps = check.nodes_of(self.layers, (2,))
+        self.steps = checker.nodes_of(self.layers, (2,))
         angles = np.linspace(0, 2 * math.pi, 361)[:-1]
         self.circle = np.stack([np.cos(angles), np.sin(angles)], axis=1)
 
@@ -154,14 +165,20 @@ def false_claims(subject: Subject, header, arrays, report) -> list[str]:
         if item["correct"] != (item["predicted"] == item["label"]):
             found.append("correct")
         left = subject.left(position, float(item["epsilon"]))
-        if item["margin"] > left + 1e-12 or (item["certified"] and not (item["correct"] and left > 0)):
+        if item["margin"] > left + 1e-12 or (
+            item["certified"] and not (item["correct"] and left > 0)
+        ):
             found.append("margin or verdict")
         derived = report.margin[row] + 0.1 * np.max(subject.arrays["allowance"]) + 1e-6
         if item["margin"] > max(derived, 0.0) or (item["certified"] and not report.margin[row] > 0):
             found.append("more than was derived")
     text = str(report)
     lines = text.split("\n")
-    if header["tier"] == "deterministic" and report.random_norms and "NOT deterministically" not in lines[0]:
+    if (
+        header["tier"] == "deterministic"
+        and report.random_norms
+        and "NOT deterministically" not in lines[0]
+    ):
         found.append("tier")
     if header["statement"] != certificate_files.statement(header):
         found.append("statement")
@@ -170,9 +187,13 @@ def false_claims(subject: Subject, header, arrays, report) -> list[str]:
         certificate_files.network_hash(subject.layers),
         certificate_files.data_hash(images, labels),
     )
-    if (header["network"], header["data"]) != hashes or header["digest"] != certificate_files.digest(header, arrays):
+    if (header["network"], header["data"]) != hashes or header[
+        "digest"
+    ] != certificate_files.digest(header, arrays):
         found.append("hashes")
-    if [line.startswith("CONFIRMED") for line in text.splitlines()] != [True] + [False] * (len(lines) - 1):
+    if [line.startswith("CONFIRMED") for line in text.splitlines()] != [True] + [False] * (
+        len(lines) - 1
+    ):
         found.append("lines")
     if not text.replace("\n", "").isascii() or not text.replace("\n", "").isprintable():
         found.append("text")
@@ -182,7 +203,7 @@ def false_claims(subject: Subject, header, arrays, report) -> list[str]:
     return found
 
 
-# ---------------------------------------------------------------------------------------------------- changes
+# ------------------------------------------------------------------------------------------ changes
 
 
 def npy(array) -> bytes:
@@ -217,7 +238,9 @@ def refitted(subject: Subject, header, arrays):
         ("statement", lambda: certificate_files.statement(header)),
         (
             "data",
-            lambda: certificate_files.data_hash(*(a[arrays["index"]] for a in (subject.images, subject.labels))),
+            lambda: certificate_files.data_hash(
+                *(a[arrays["index"]] for a in (subject.images, subject.labels))
+            ),
         ),
         ("digest", lambda: certificate_files.digest(header, arrays)),
     ):
@@ -317,7 +340,11 @@ def change_header_field(subject, dice):
 def _nudged(value, dice):
     if isinstance(value, str) and value:
         at = dice.randrange(len(value))
-        return value[:at] + chr(dice.choice((dice.randrange(32, 127), dice.randrange(0x3000)))) + value[at + 1 :]
+        return (
+            value[:at]
+            + chr(dice.choice((dice.randrange(32, 127), dice.randrange(0x3000))))
+            + value[at + 1 :]
+        )
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         return dice.choice(
             (
@@ -338,7 +365,9 @@ def change_header_names(subject, dice):
     name = dice.choice(sorted(header))
     value = header.pop(name)
     if dice.random() < 0.6:
-        header[dice.choice((name.upper(), name + " ", "more", "a\nCONFIRMED", "digest2", ""))] = value
+        header[dice.choice((name.upper(), name + " ", "more", "a\nCONFIRMED", "digest2", ""))] = (
+            value
+        )
     return written(refitted(subject, header, subject.arrays), subject.arrays)
 
 
@@ -378,12 +407,16 @@ def change_values(subject, dice):
         if array.dtype == bool:
             array[at] = not array[at]
         elif array.dtype.kind == "i":
-            array[at] = dice.choice((0, 1, 2, 3, -1, POOL - 1, POOL, 2**31 - 1, -(2**31), array[at] + 1))
+            array[at] = dice.choice(
+                (0, 1, 2, 3, -1, POOL - 1, POOL, 2**31 - 1, -(2**31), array[at] + 1)
+            )
         else:
             size = dice.choice((1e-15, 1e-12, 1e-9, 1e-6, 1e-3, 0.1, 1.0, 10.0))
             was = float(array[at])
             moved = was * (1 + size), was * (1 - size), was + size, was - size
-            array[at] = dice.choice((*moved, 0.0, -0.0, math.nan, math.inf, -math.inf, 1e308, 5e-324, -array[at]))
+            array[at] = dice.choice(
+                (*moved, 0.0, -0.0, math.nan, math.inf, -math.inf, 1e308, 5e-324, -array[at])
+            )
         if name == "epsilon" and dice.random() < 0.7:
             arrays[name][:] = array[at]
             header["epsilon"] = float(array[at])
@@ -417,7 +450,9 @@ def change_consistently(subject, dice):
             arrays["certified"], arrays["margin"] * dice.choice((1.0, 0.9, 1e-9)), arrays["margin"]
         )
     elif kind == 2:  # larger margins
-        arrays["margin"] = arrays["margin"] + dice.choice((1e-12, 1e-9, 1e-7, 1e-6, 1e-5, 1e-3, 0.1))
+        arrays["margin"] = arrays["margin"] + dice.choice(
+            (1e-12, 1e-9, 1e-7, 1e-6, 1e-5, 1e-3, 0.1)
+        )
         arrays["certified"] = arrays["correct"] & (arrays["margin"] > 0)
     elif kind == 3:  # smaller norms
         factor = 1 - dice.choice((1e-12, 1e-9, 1e-6, 1e-3, 0.1))
@@ -458,7 +493,11 @@ def change_rows(subject, dice):
             [],
         )
     )
-    names = sorted(arrays) if dice.random() < 0.5 else dice.sample(sorted(arrays), dice.choice((1, 2, 3)))
+    names = (
+        sorted(arrays)
+        if dice.random() < 0.5
+        else dice.sample(sorted(arrays), dice.choice((1, 2, 3)))
+    )
     for name in names:
         arrays[name] = arrays[name][rows]
     if dice.random() < 0.7:
@@ -527,7 +566,10 @@ def change_npy(subject, dice):
         )
     )
     dtype = dice.choice(("<f8", "|O", "|b1", "<f16", "<U1000000000", "|V0", "<i8", "", "\0"))
-    start = f"{{'descr': '{dtype}', 'fortran_order': {dice.choice((True, False, 7))}, 'shape': {shape}, }}\n".encode()
+    start = (
+        f"{{'descr': '{dtype}', 'fortran_order': {dice.choice((True, False, 7))}, 'shape': "
+        f"{shape}, }}\n"
+    ).encode()
     where = dice.randrange(len(content))
     content = dice.choice(
         (
@@ -570,7 +612,9 @@ def change_zip(subject, dice):
     if kind == 0:
         del members[at]
     elif kind == 1:
-        members.append((dice.choice(("more.npy", "../x.npy", "a\nCONFIRMED.npy", "header", "margin")), content))
+        members.append(
+            (dice.choice(("more.npy", "../x.npy", "a\nCONFIRMED.npy", "header", "margin")), content)
+        )
     elif kind == 2:
         members.append(("bomb.npy", npy(np.zeros(10**6))))
     elif kind == 3:
@@ -579,10 +623,16 @@ def change_zip(subject, dice):
         members = dice.sample(members, len(members))
     elif kind == 5:
         members += [(f"{i}.npy", b"") for i in range(1100)]
-    method = dice.choice((zipfile.ZIP_DEFLATED, zipfile.ZIP_STORED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA))
+    method = dice.choice(
+        (zipfile.ZIP_DEFLATED, zipfile.ZIP_STORED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA)
+    )
     forged = bytearray(packed(members, method if kind >= 6 else zipfile.ZIP_DEFLATED))
     if kind >= 6:  # a number in one of the places where the zip says what it holds
-        places = [i for i in range(len(forged) - 3) if forged[i : i + 4] in (b"PK\1\2", b"PK\3\4", b"PK\5\6")]
+        places = [
+            i
+            for i in range(len(forged) - 3)
+            if forged[i : i + 4] in (b"PK\1\2", b"PK\3\4", b"PK\5\6")
+        ]
         start = dice.choice(places) + dice.randrange(4, 40)
         forged[start : start + 4] = struct.pack("<I", dice.choice((0, 1, 2**16, 2**31, 2**32 - 1)))
     return bytes(forged)
@@ -612,7 +662,7 @@ CHANGES: dict[str, tuple[int, Callable]] = {
 }
 
 
-# ---------------------------------------------------------------------------------------------------- the run
+# ------------------------------------------------------------------------------------------ the run
 
 
 def outcome(subject: Subject, path: Path) -> tuple[str, str]:
@@ -628,9 +678,11 @@ def outcome(subject: Subject, path: Path) -> tuple[str, str]:
         return "not checked", "no such image"
     try:
         rng = np.random.default_rng(0)
-        report = check.check(subject.layers, subject.images[index], subject.labels[index], header, arrays, rng)
+        report = checker.check(
+            subject.layers, subject.images[index], subject.labels[index], header, arrays, rng
+        )
         text = str(report)
-    except check.CannotCheck as error:
+    except checker.CannotCheck as error:
         return "not checked", str(error)
     except BaseException:
         return "CRASH", traceback.format_exc()
@@ -640,7 +692,9 @@ def outcome(subject: Subject, path: Path) -> tuple[str, str]:
     return ("FALSE", f"{', '.join(sorted(set(wrong)))}\n{text}") if wrong else ("true", text)
 
 
-def fuzz(files: int, seed: int, keep: Path | None = None) -> tuple[dict[str, collections.Counter], list[str], int]:
+def fuzz(
+    files: int, seed: int, keep: Path | None = None
+) -> tuple[dict[str, collections.Counter], list[str], int]:
     """Outcomes per kind of change, what happened where it should not, and by how many MiB the most
     memory in use grew."""
     dice = random.Random(seed)
@@ -675,7 +729,9 @@ def peak_memory() -> int:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--files", type=int, default=10_000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
@@ -695,7 +751,11 @@ def main(arguments: list[str] | None = None) -> int:
         "memory_grew_MiB": memory,
     }
     if options.json:
-        print(json.dumps({**facts, **{name: dict(counts) for name, counts in found.items()}, "wrong": wrong}))
+        print(
+            json.dumps(
+                {**facts, **{name: dict(counts) for name, counts in found.items()}, "wrong": wrong}
+            )
+        )
     else:
         print(f"{'':20}" + "".join(f"{word:>13}" for word in OUTCOMES))
         for name, counts in [*found.items(), ("all", sum(found.values(), collections.Counter()))]:

@@ -1,26 +1,35 @@
-"""Attacks certificates, just inside what they certify, and reports whether anything broke. Nothing may.
+"""Attacks certificates, just inside what they certify, and reports whether anything broke. Nothing
+may.
 
-    python -m benchmarks.hunt [--nets=random_relu,digits_maxmin,...] [--workdirs=runs/a,runs/b] [--examples=32]
-                              [--tiers=probabilistic,deterministic] [--mode=local] [--seed=0] [--json] [--quick]
+    python -m benchmarks.hunt [--nets=random_relu,digits_maxmin,...] [--workdirs=runs/a,runs/b]
+    [--examples=32]
+                              [--tiers=probabilistic,deterministic] [--mode=local] [--seed=0]
+                              [--json] [--quick]
 
-Random networks, networks trained on scikit-learn's digits here and now, and runs of train.py. Radii are certified at each
-tier, and the certified images attacked on the whole ball (pixels may leave [0, 1]), at `SHARE` of each radius:
+Random networks, networks trained on scikit-learn's digits here and now, and runs of train.py. Radii
+are certified at each tier, and the certified images attacked on the whole ball (pixels may leave
+[0, 1]), at `SHARE` of each radius:
 
 - *sampling*: random points on the sphere, the worst of them;
 - *pgd*, *targeted*: `lipjax.attacks`, the second on every rival class;
-- *boundary*, *smallest*: the nearest adversarial image that they find must not lie within the certified radius;
-- *precise*: every image that these found, evaluated once more as the real-number function of the network, in NumPy's
-  longdouble, through matrices that are written down from the layers' description and not by the library;
-- *norms*: certified norms against the SVD of the explicitly masked matrices (layers with a side of at most
-  `SVD_LIMIT`), at each image's radius; for mode "rows" of what random points of the ball reach.
+- *boundary*, *smallest*: the nearest adversarial image that they find must not lie within the
+  certified radius;
+- *precise*: every image that these found, evaluated once more as the real-number function of the
+  network, in NumPy's longdouble, through matrices that are written down from the layers'
+  description and not by the library;
+- *norms*: certified norms against the SVD of the explicitly masked matrices (layers with a side of
+  at most `SVD_LIMIT`), at each image's radius; for mode "rows" of what random points of the ball
+  reach.
 
-Each column counts the images whose certificate was broken. One Markdown row per network and tier; epsilon is each image's
-certified radius, of which the row says the median; *certified / found* compares it with the smallest perturbation that
-*boundary* and *smallest* have found: 1 would be a certificate that touches what is broken. delta is the failure
-probability of each row by itself.
+Each column counts the images whose certificate was broken. One Markdown row per network and tier;
+epsilon is each image's certified radius, of which the row says the median; *certified / found*
+compares it with the smallest perturbation that
+*boundary* and *smallest* have found: 1 would be a certificate that touches what is broken. delta is
+the failure probability of each row by itself.
 
-A second table shows that the opposition bites: the same attacks on certifiers that are unsound (`benchmarks.unsound`)
-must find violations. Exit status 1 if a certificate was broken, or an unsound one was not.
+A second table shows that the opposition bites: the same attacks on certifiers that are unsound
+(`benchmarks.unsound`) must find violations. Exit status 1 if a certificate was broken, or an
+unsound one was not.
 
 All of it takes about ten minutes on two cores, most of it compilation; --quick half a minute.
 """
@@ -41,10 +50,12 @@ from ml_collections import ConfigDict
 
 import lipjax
 from benchmarks import unsound
-from lipjax import attacks, check_layers, feeding, training
-from lipjax.certificate_files import describe
-from lipjax.checkpoints import Checkpoints, load_config
+from lipjax import attacks, training
+from lipjax.check import layers as check_layers
 from lipjax.configs import digits
+from lipjax.formats.certificate_files import describe
+from lipjax.training import feeding
+from lipjax.training.checkpoints import Checkpoints, load_config
 
 ACTIVATIONS = ("relu", "clipped_relu", "maxmin", "clipped_maxmin")
 SHARE = 0.9999
@@ -91,7 +102,10 @@ def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     device = jax.devices()[0].device_kind
     if not options.json:
-        print(f"{device}, JAX {jax.__version__}, seed {options.seed}, radii attacked at {SHARE} of their size\n")
+        print(
+            f"{device}, JAX {jax.__version__}, seed {options.seed}, radii attacked at {SHARE} of "
+            "their size\n"
+        )
     broken = False
     for table, fields in ((sound_rows, SOUND_FIELDS), (unsound_rows, UNSOUND_FIELDS)):
         if not options.json:
@@ -101,11 +115,18 @@ def main(arguments: list[str] | None = None) -> int:
             if options.json:
                 print(json.dumps({**row, "seed": options.seed, "device": device}), flush=True)
             else:
-                print("| " + " | ".join(show(row[field]) for field in fields.values()) + " |", flush=True)
+                print(
+                    "| " + " | ".join(show(row[field]) for field in fields.values()) + " |",
+                    flush=True,
+                )
         if not options.json:
             print()
     if not options.json:
-        print("BROKEN: see the rows above" if broken else "no certificate was broken; every unsound certifier was")
+        print(
+            "BROKEN: see the rows above"
+            if broken
+            else "no certificate was broken; every unsound certifier was"
+        )
     return int(broken)
 
 
@@ -113,20 +134,39 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """Options of the command, checked."""
     known = list(SUBJECTS)
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.hunt", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m benchmarks.hunt",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--nets", help=f"of {', '.join(known)}; default all, none with --workdirs")
     parser.add_argument("--workdirs", default="", help="runs of train.py, separated by commas")
-    parser.add_argument("--data_dir", help="where TFDS keeps its sets, if not where training found them")
+    parser.add_argument(
+        "--data_dir", help="where TFDS keeps its sets, if not where training found them"
+    )
     parser.add_argument("--examples", type=int, help="images per network; default 32")
     parser.add_argument("--tiers", default=",".join(lipjax.certificates.TIERS))
-    parser.add_argument("--mode", default="local", choices=lipjax.bounds.MODES, help="bound of the certificates")
-    parser.add_argument("--failure_probability", type=float, default=1e-6, help="of each row of a probabilistic tier")
-    parser.add_argument("--batch_size", type=int, default=16, help="of certification; no influence on the result")
-    parser.add_argument("--seed", type=int, default=0, help="of networks, images, draws and attacks")
-    parser.add_argument("--json", action="store_true", help="one JSON object per row instead of the tables")
     parser.add_argument(
-        "--quick", action="store_true", help="two random networks of a few hundred weights, little effort"
+        "--mode", default="local", choices=lipjax.bounds.MODES, help="bound of the certificates"
+    )
+    parser.add_argument(
+        "--failure_probability",
+        type=float,
+        default=1e-6,
+        help="of each row of a probabilistic tier",
+    )
+    parser.add_argument(
+        "--batch_size", type=int, default=16, help="of certification; no influence on the result"
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, help="of networks, images, draws and attacks"
+    )
+    parser.add_argument(
+        "--json", action="store_true", help="one JSON object per row instead of the tables"
+    )
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="two random networks of a few hundred weights, little effort",
     )
     options = parser.parse_args(arguments)
     options.effort = QUICK if options.quick else Effort()
@@ -134,9 +174,15 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         options.examples = 8 if options.quick else 32
     options.workdirs = [name for name in options.workdirs.split(",") if name]
     default = (
-        [] if options.workdirs else ["quick_0", "quick_1"] if options.quick else [n for n in known if "quick" not in n]
+        []
+        if options.workdirs
+        else ["quick_0", "quick_1"]
+        if options.quick
+        else [n for n in known if "quick" not in n]
     )
-    options.nets = default if options.nets is None else [name for name in options.nets.split(",") if name]
+    options.nets = (
+        default if options.nets is None else [name for name in options.nets.split(",") if name]
+    )
     options.tiers = options.tiers.split(",")
     for chosen, allowed in ((options.nets, known), (options.tiers, lipjax.certificates.TIERS)):
         if strange := set(chosen) - set(allowed):
@@ -153,7 +199,7 @@ def show(value) -> str:
     return f"{value:.4g}" if isinstance(value, float) else "" if value is None else str(value)
 
 
-# ---------------------------------------------------------------------------------------------------- certificates
+# ------------------------------------------------------------------------------------- certificates
 
 SOUND_FIELDS = {
     "net": "net",
@@ -184,8 +230,15 @@ def sound_rows(options: argparse.Namespace) -> Iterator[dict]:
         # What is nearest does not depend on any certificate.
         nearest = distances(*target, effort, key)
         for tier in options.tiers:
-            certify = {"tier": tier, "mode": options.mode, "seed": options.seed, "batch_size": options.batch_size}
-            found = lipjax.certified_radius(*target, failure_probability=options.failure_probability, **certify)
+            certify = {
+                "tier": tier,
+                "mode": options.mode,
+                "seed": options.seed,
+                "batch_size": options.batch_size,
+            }
+            found = lipjax.certified_radius(
+                *target, failure_probability=options.failure_probability, **certify
+            )
             rows = np.flatnonzero(found.radius > 0)
             row = {
                 "net": subject.name,
@@ -200,18 +253,29 @@ def sound_rows(options: argparse.Namespace) -> Iterator[dict]:
                 "certified": len(rows),
             }
             if len(rows):
-                part = tuple(column[rows] for column in (subject.images, subject.labels, found.radius))
-                near = {name: attacks.Nearest(*(column[rows] for column in result)) for name, result in nearest.items()}
+                part = tuple(
+                    column[rows] for column in (subject.images, subject.labels, found.radius)
+                )
+                near = {
+                    name: attacks.Nearest(*(column[rows] for column in result))
+                    for name, result in nearest.items()
+                }
                 row["median_epsilon"] = float(np.median(part[2]))
                 row.update(violations(subject.network, *part, near, effort, key, precise))
                 some = rows[: effort.svd_images]
                 row.update(
                     norms_below_svd(
-                        precise, subject.images[some], found.radius[some], found.norms[some], options.mode == "rows"
+                        precise,
+                        subject.images[some],
+                        found.radius[some],
+                        found.norms[some],
+                        options.mode == "rows",
                     )
                 )
                 ratios = part[2] / np.min([result.distance for result in near.values()], axis=0)
-                row.update(median_ratio=float(np.median(ratios)), largest_ratio=float(np.max(ratios)))
+                row.update(
+                    median_ratio=float(np.median(ratios)), largest_ratio=float(np.max(ratios))
+                )
             else:
                 row.update(dict.fromkeys((*OPPONENTS, "precise", "norms", "norms_compared"), 0))
                 row.update(median_epsilon=None, median_ratio=None, largest_ratio=None)
@@ -219,31 +283,49 @@ def sound_rows(options: argparse.Namespace) -> Iterator[dict]:
             row["alarm"] = any(row[name] > 0 for name in (*OPPONENTS, "precise", "norms"))
             yield row
             started = time.monotonic()
-        # Each compiled program takes some of the memory maps that Linux allows a process: a hunt of all nets ran out of them.
+        # Each compiled program takes some of the memory maps that Linux allows a process: a hunt of
+        # all nets ran out of them.
         jax.clear_caches()
 
 
 def distances(network, images, labels, effort: Effort, key) -> dict[str, attacks.Nearest]:
     """The opponents that look for the smallest perturbation."""
     return {
-        "boundary": attacks.boundary(network, images, labels, steps=effort.walk, clip=None, key=key),
-        "smallest": attacks.smallest(network, images, labels, restarts=effort.searches, clip=None, key=key),
+        "boundary": attacks.boundary(
+            network, images, labels, steps=effort.walk, clip=None, key=key
+        ),
+        "smallest": attacks.smallest(
+            network, images, labels, restarts=effort.searches, clip=None, key=key
+        ),
     }
 
 
-def violations(network, images, labels, radii, nearest, effort: Effort, key, precise) -> dict[str, int]:
-    """How many of the claims "no image within its radius is misclassified" each opponent refutes."""
+def violations(
+    network, images, labels, radii, nearest, effort: Effort, key, precise
+) -> dict[str, int]:
+    """How many of the claims "no image within its radius is misclassified" each opponent
+    refutes."""
     inside = SHARE * radii
     options = {"clip": None, "steps": effort.steps, "key": key}
     found = {
         "sampling": sampling(network, images, labels, inside, effort.samples, key),
-        "pgd": attacks.pgd(network, images, labels, inside, restarts=effort.pgd_restarts, schedule="cosine", **options),
+        "pgd": attacks.pgd(
+            network,
+            images,
+            labels,
+            inside,
+            restarts=effort.pgd_restarts,
+            schedule="cosine",
+            **options,
+        ),
         "targeted": attacks.targeted(network, images, labels, inside, **options),
     }
     counts, refuted = {}, np.zeros(len(images), bool)
     for name in OPPONENTS:
         result = found[name] if name in found else nearest[name]
-        distance = np.linalg.norm((result.adversarial.astype(np.float64) - images).reshape(len(images), -1), axis=1)
+        distance = np.linalg.norm(
+            (result.adversarial.astype(np.float64) - images).reshape(len(images), -1), axis=1
+        )
         lost = result.broken if name in found else np.isfinite(result.distance)
         counts[name] = int(np.sum(lost & (distance <= radii)))
         refuted |= ~(precise.margins(result.adversarial, labels) > 0) & (distance <= radii)
@@ -253,8 +335,12 @@ def violations(network, images, labels, radii, nearest, effort: Effort, key, pre
 def sampling(network, images, labels, radii, count: int, key) -> attacks.Attack:
     """The worst of `count` random points on each sphere."""
     x, y = jnp.asarray(images), jnp.asarray(labels)
-    worst, margin, clean, predicted = _sampled(network, x, y, jnp.asarray(radii, jnp.float32), count, key)
-    return attacks.Attack(np.asarray(worst), ~(np.minimum(margin, clean) > 0), np.asarray(predicted))
+    worst, margin, clean, predicted = _sampled(
+        network, x, y, jnp.asarray(radii, jnp.float32), count, key
+    )
+    return attacks.Attack(
+        np.asarray(worst), ~(np.minimum(margin, clean) > 0), np.asarray(predicted)
+    )
 
 
 @jax.jit
@@ -273,18 +359,21 @@ def _sampled(network, x, y, radii, count, key):
         candidate = x + radii.reshape(size.shape) * noise / size
         margin, _ = margins(candidate)
         better = margin < least
-        return jnp.where(better.reshape(size.shape), candidate, worst), jnp.where(better, margin, least)
+        return jnp.where(better.reshape(size.shape), candidate, worst), jnp.where(
+            better, margin, least
+        )
 
     clean, predicted = margins(x)
     worst, least = jax.lax.fori_loop(0, count, draw, (x, jnp.full_like(clean, jnp.inf)))
     return worst, least, clean, predicted
 
 
-# ---------------------------------------------------------------------------------------------------- a second opinion
+# --------------------------------------------------------------------------------- a second opinion
 
 
 class PreciseNetwork:
-    """The network as a function of real numbers, in longdouble, by matrices that the library did not write down."""
+    """The network as a function of real numbers, in longdouble, by matrices that the library did
+    not write down."""
 
     def __init__(self, network: nnx.Sequential, shape: tuple[int, ...]):
         self.nodes = check_layers.nodes_of(describe(network), shape)
@@ -306,12 +395,15 @@ class PreciseNetwork:
         rivals = np.where(np.arange(x.shape[1]) == labels[:, None], -np.inf, x)
         return x[np.arange(len(x)), labels] - rivals.max(axis=1)
 
-    def masked_norms(self, image: np.ndarray, epsilon: float, sampled: bool = False) -> list[float | None]:
-        """Norms of the affine layers but the last, masked as METHOD 1 says for mode "local", by SVD; None if too large,
-        or all None where the network adds anything up.
+    def masked_norms(
+        self, image: np.ndarray, epsilon: float, sampled: bool = False
+    ) -> list[float | None]:
+        """Norms of the affine layers but the last, masked as METHOD 1 says for mode "local", by
+        SVD; None if too large, or all None where the network adds anything up.
 
-        Boxes and radii by these norms, so they are at most those of any certificate, and so are the masks. `sampled`: boxes
-        of what `MASK_SAMPLES` random points of the sphere reach instead, for modes whose boxes are narrower.
+        Boxes and radii by these norms, so they are at most those of any certificate, and so are the
+        masks. `sampled`: boxes of what `MASK_SAMPLES` random points of the sphere reach instead,
+            for modes whose boxes are narrower.
         """
         if self.adds:
             return [None] * (sum(isinstance(step, check_layers.Affine) for step in self.steps) - 1)
@@ -338,7 +430,10 @@ class PreciseNetwork:
                 radius *= norms[-1]
             else:
                 center, low, high = step(center), step(low), step(high)
-            if not (isinstance(step, check_layers.Affine) and isinstance(following, check_layers.Activation)):
+            if not (
+                isinstance(step, check_layers.Affine)
+                and isinstance(following, check_layers.Activation)
+            ):
                 radius = min(radius, float(np.linalg.norm(np.maximum(high - center, center - low))))
         return norms
 
@@ -354,7 +449,9 @@ class PreciseNetwork:
                 rows = _live_rows(following, points.min(axis=0), points.max(axis=0))
                 small = max(step.matrix.shape) <= SVD_LIMIT
                 block = step.matrix[rows][:, varies].toarray() if small else np.zeros((0, 0))
-                norms.append((float(np.linalg.norm(block, 2)) if block.size else 0.0) if small else None)
+                norms.append(
+                    (float(np.linalg.norm(block, 2)) if block.size else 0.0) if small else None
+                )
             else:
                 points = np.stack([step(point) for point in points])
         return norms
@@ -379,19 +476,21 @@ def _live_rows(activation, low, high) -> np.ndarray:
 def norms_below_svd(
     precise: PreciseNetwork, images, epsilons, certified: np.ndarray, sampled: bool = False
 ) -> dict[str, int]:
-    """In how many of the images a norm certified at the image's own epsilon is below the one that the SVD gives, and how
-    many norms were compared."""
+    """In how many of the images a norm certified at the image's own epsilon is below the one that
+    the SVD gives, and how many norms were compared."""
     wrong, compared = 0, 0
     for image, epsilon, norms in zip(images, epsilons, certified, strict=True):
         pairs = [
-            (c, n) for c, n in zip(norms, precise.masked_norms(image, epsilon, sampled), strict=True) if n is not None
+            (c, n)
+            for c, n in zip(norms, precise.masked_norms(image, epsilon, sampled), strict=True)
+            if n is not None
         ]
         compared += len(pairs)
         wrong += any(not c >= n * (1 - 1e-10) for c, n in pairs)
     return {"norms": wrong, "norms_compared": compared}
 
 
-# ---------------------------------------------------------------------------------------------------- unsound ones
+# ------------------------------------------------------------------------------------- unsound ones
 
 UNSOUND_FIELDS = {
     "unsound certifier": "net",
@@ -407,7 +506,8 @@ UNSOUND_FIELDS = {
 
 
 def unsound_rows(options: argparse.Namespace) -> Iterator[dict]:
-    """One row per unsound certifier: how many of its claims each opponent refuted. Alarm: none, or a tier agrees with it."""
+    """One row per unsound certifier: how many of its claims each opponent refuted. Alarm: none, or
+    a tier agrees with it."""
     effort, key = options.effort, jax.random.key(options.seed)
     for trap in unsound.traps(options.seed):
         started = time.monotonic()
@@ -422,7 +522,11 @@ def unsound_rows(options: argparse.Namespace) -> Iterator[dict]:
         tiers = {}
         for tier in options.tiers if effort.traps_at_tiers else ():
             certificate = lipjax.certify(
-                *target, trap.epsilon, tier=tier, failure_probability=options.failure_probability, seed=options.seed
+                *target,
+                trap.epsilon,
+                tier=tier,
+                failure_probability=options.failure_probability,
+                seed=options.seed,
             )
             tiers[tier] = int(np.sum(certificate.certified))
         yield {
@@ -439,7 +543,7 @@ def unsound_rows(options: argparse.Namespace) -> Iterator[dict]:
         }
 
 
-# ---------------------------------------------------------------------------------------------------- networks
+# ----------------------------------------------------------------------------------------- networks
 
 
 def subjects(options: argparse.Namespace) -> Iterator[Subject]:
@@ -460,18 +564,31 @@ def random_subject(activation: str, shape, convolutions, dense, number=0) -> Cal
         size = shape
         for channels, kernel, stride in convolutions:
             layers.append(
-                nnx.Conv(size[-1], channels, (kernel, kernel), strides=stride, padding=1, rngs=rngs, bias_init=bias)
+                nnx.Conv(
+                    size[-1],
+                    channels,
+                    (kernel, kernel),
+                    strides=stride,
+                    padding=1,
+                    rngs=rngs,
+                    bias_init=bias,
+                )
             )
             size = jax.eval_shape(layers[-1], jnp.zeros(size)).shape
             layers.append(_activation(activation, size))
         layers.append(lipjax.Flatten())
         features = int(np.prod(size))
         for width in dense:
-            layers += [nnx.Linear(features, width, rngs=rngs, bias_init=bias), _activation(activation, (width,))]
+            layers += [
+                nnx.Linear(features, width, rngs=rngs, bias_init=bias),
+                _activation(activation, (width,)),
+            ]
             features = width
         layers.append(nnx.Linear(features, 4, rngs=rngs, bias_init=bias))
         network = nnx.Sequential(*layers)
-        images = np.random.default_rng([options.seed, number]).uniform(0, 1, (options.examples, *shape))
+        images = np.random.default_rng([options.seed, number]).uniform(
+            0, 1, (options.examples, *shape)
+        )
         images = images.astype(np.float32)
         labels = np.asarray(jnp.argmax(jax.vmap(network)(jnp.asarray(images)), axis=1))
         return Subject(name, activation, network, images, labels, "random, labels as predicted")
@@ -489,7 +606,8 @@ def _activation(name, shape):
 
 
 def trained_on_digits(activation: str) -> Callable[..., Subject]:
-    """`small_conv`, trained for a minute as configs/digits.py says, but on fewer channels and for fewer epochs."""
+    """`small_conv`, trained for a minute as configs/digits.py says, but on fewer channels and for
+    fewer epochs."""
 
     def make(name, options):
         config = digits.get_config()
@@ -503,7 +621,9 @@ def trained_on_digits(activation: str) -> Callable[..., Subject]:
         transform = optax.adam(training.learning_rate(config, steps))
         state = training.initial_state(network, transform, config, len(train.labels), shape)
         # One device: the networks are small, and the hunt itself runs on one.
-        mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:1])
+        mesh = jax.make_mesh(
+            (1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:1]
+        )
         run = training.make_steps(config, transform, steps, train, mesh, state, steps)
         feed = feeding.Feeder(train, config, mesh, steps)
         for epoch in range(config.schedule.epochs):
@@ -520,7 +640,9 @@ def from_workdir(workdir: str, options) -> Subject:
         config.data.data_dir = options.data_dir
     test = training.load_data(config).test
     with Checkpoints(workdir) as checkpoints:
-        network, _ = training.selected_network(checkpoints, config, test.images.shape[1:], test.classes)
+        network, _ = training.selected_network(
+            checkpoints, config, test.images.shape[1:], test.classes
+        )
     name = f"{config.model.name} on {config.data.name}"
     return _on_test_images(name, config.model.activation, network, test, options)
 
@@ -528,12 +650,25 @@ def from_workdir(workdir: str, options) -> Subject:
 def _on_test_images(name, activation, network, test, options) -> Subject:
     count = min(options.examples, len(test.labels))
     rows = np.sort(np.random.default_rng(options.seed).permutation(len(test.labels))[:count])
-    return Subject(name, activation, network, test.unit_images(rows), test.labels[rows].astype(np.int32), "test")
+    return Subject(
+        name,
+        activation,
+        network,
+        test.unit_images(rows),
+        test.labels[rows].astype(np.int32),
+        "test",
+    )
 
 
 SUBJECTS: dict[str, Callable[..., Subject]] = {
-    **{f"quick_{i}": random_subject("clipped_maxmin", (4, 4, 2), [(4, 3, 2)], [], i) for i in range(2)},
-    **{f"random_{a}": random_subject(a, (6, 6, 2), [(4, 3, 1), (6, 4, 2)], [12], 2) for a in ACTIVATIONS},
+    **{
+        f"quick_{i}": random_subject("clipped_maxmin", (4, 4, 2), [(4, 3, 2)], [], i)
+        for i in range(2)
+    },
+    **{
+        f"random_{a}": random_subject(a, (6, 6, 2), [(4, 3, 1), (6, 4, 2)], [12], 2)
+        for a in ACTIVATIONS
+    },
     "random_dense": random_subject("relu", (4, 4, 1), [], [24, 24, 16], 3),
     **{f"digits_{a}": trained_on_digits(a) for a in ACTIVATIONS},
 }

@@ -2,9 +2,10 @@
 
     python -m benchmarks.import_time --rounds=15 --json
 
-Each import has a fresh process, and they take turns, so that what else the machine does falls on all of them. Seconds are
-those of the import statement alone (without the interpreter's start), once as they pass and once as the processor works;
-medians over the rounds, after one round that warms the disk's cache.
+Each import has a fresh process, and they take turns, so that what else the machine does falls on
+all of them. Seconds are those of the import statement alone (without the interpreter's start), once
+as they pass and once as the processor works; medians over the rounds, after one round that warms
+the disk's cache.
 """
 
 import argparse
@@ -14,11 +15,16 @@ import subprocess
 import sys
 
 STATEMENTS = {"jax and flax.nnx": "import jax, flax.nnx", "lipjax": "import lipjax"}
-TIMED = "from time import *; t, c = perf_counter(), process_time(); {}; print(perf_counter() - t, process_time() - c)"
+TIMED = (
+    "from time import *; t, c = perf_counter(), process_time(); {}; print(perf_counter() - t, "
+    "process_time() - c)"
+)
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--json", action="store_true", help="one line of JSON")
     options = parser.parse_args(arguments)
@@ -31,14 +37,23 @@ def main(arguments: list[str] | None = None) -> None:
             wall, cpu = map(float, subprocess.check_output(command, text=True).split())
             taken[name].append((wall, cpu))
     medians = {
-        name: dict(zip(("seconds", "cpu_seconds"), map(statistics.median, zip(*times[1:], strict=True)), strict=True))
+        name: dict(
+            zip(
+                ("seconds", "cpu_seconds"),
+                map(statistics.median, zip(*times[1:], strict=True)),
+                strict=True,
+            )
+        )
         for name, times in taken.items()
     }
     if options.json:
         print(json.dumps({"rounds": options.rounds, **medians}))
         return
     for name, found in medians.items():
-        print(f"import {name}: {found['seconds']:.3f} s, {found['cpu_seconds']:.3f} s of processor time")
+        print(
+            f"import {name}: {found['seconds']:.3f} s, {found['cpu_seconds']:.3f} s of processor "
+            "time"
+        )
     more = medians["lipjax"]["cpu_seconds"] - medians["jax and flax.nnx"]["cpu_seconds"]
     print(f"lipjax's own: {more:.3f} s of processor time (medians of {options.rounds})")
 

@@ -1,9 +1,11 @@
-"""What each convolution of a network costs: forwards, to its images, to its kernel; as JAX has it and as `for_cpu` rewrites it.
+"""What each convolution of a network costs: forwards, to its images, to its kernel; as JAX has it
+and as `for_cpu` rewrites it.
 
     python -m benchmarks.kernels [--network=conv6_dense2] [--batch=32] [--rounds=5]
 
-Within a loop, as in training: kernel gradients and transposed strided convolutions that were not rewritten leave the quick
-path of XLA's CPU backend there. Milliseconds, medians, in turn; and GFlop a second.
+Within a loop, as in training: kernel gradients and transposed strided convolutions that were not
+rewritten leave the quick path of XLA's CPU backend there. Milliseconds, medians, in turn; and GFlop
+a second.
 """
 
 import argparse
@@ -24,15 +26,22 @@ REPEATS = 3
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--network", default="conv6_dense2", choices=models.NETWORKS)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args(arguments)
     shape, classes = SHAPES[options.network]
-    network = models.build(options.network, activation="relu", input_shape=shape, classes=classes, rngs=nnx.Rngs(0))
+    network = models.build(
+        options.network, activation="relu", input_shape=shape, classes=classes, rngs=nnx.Rngs(0)
+    )
     print(f"{jax.devices()[0].device_kind}, JAX {jax.__version__}, batch {options.batch}\n")
-    print("| input, kernel, stride | product | as it is, ms | rewritten, ms | GFlop/s as it is | rewritten |")
+    print(
+        "| input, kernel, stride | product | as it is, ms | rewritten, ms | GFlop/s as it is | "
+        "rewritten |"
+    )
     print("|---|---|---|---|---|---|")
     x = jax.ShapeDtypeStruct(shape, jnp.float32)
     graph = bounds.graph_of(network, x)
@@ -59,7 +68,10 @@ def report(operator, shape, options) -> None:
         return jax.linear_transpose(lambda kernel: forwards(kernel, x), operator.kernel)(y)[0]
 
     flops = 2 * outputs.size * operator.kernel.size / operator.kernel.shape[-1]
-    what = f"{'x'.join(map(str, shape))}, {'x'.join(map(str, operator.kernel.shape))}, {operator.apply.strides[0]}"
+    what = (
+        f"{'x'.join(map(str, shape))}, {'x'.join(map(str, operator.kernel.shape))}, "
+        f"{operator.apply.strides[0]}"
+    )
     products = {
         "forwards": (forwards, operator.kernel, images),
         "to the images": (to_images, operator.kernel, outputs),

@@ -101,7 +101,8 @@ GUARDS = {
             "certificates",
             "seeds executed certificates",
             "split_failure_probability _checked_seed _Prover _exact _facts _verdict _view "
-            "probabilistic_norm _certify_batch _certifiable _check_images _check_labels _example _in_float64",
+            "probabilistic_norm _certify_batch _certifiable _check_images _check_labels _example "
+            "_in_float64",
         ),
         _guard("check_norms", "check_norms underflow check check_graph forgery"),
         _guard("check_walk", "check_graph underflow check forgery"),

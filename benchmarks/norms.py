@@ -2,15 +2,18 @@
 
     python -m benchmarks.norms [--networks=conv4_dense3,conv6_dense2,conv8_dense2] [--json]
 
-For each affine layer but the last, with fresh weights and random masks that keep each input and output with
-probability 1/2. One Markdown row per layer and way:
+For each affine layer but the last, with fresh weights and random masks that keep each input and
+output with probability 1/2. One Markdown row per layer and way:
 
-- *inflation*: largest of bound / norm - 1 over the examples, the norm being that of a power iteration of --steps steps
-  (from below, so an inflation is not understated). Negative for an estimate: its deficit.
-- *ms*: median wall time of one example by itself, without compilation; the guess that a bound needs is included. Of the
+- *inflation*: largest of bound / norm - 1 over the examples, the norm being that of a power
+  iteration of --steps steps (from below, so an inflation is not understated). Negative for an
+  estimate: its deficit.
+- *ms*: median wall time of one example by itself, without compilation; the guess that a bound needs
+  is included. Of the
   global bound: once per network.
-- *GFlop*: what `deterministic` counts for one example with one attempt and nothing masked; a bound that costs more than
-  the budget is computed with blocks as large as the budget allows, or falls back on the global one.
+- *GFlop*: what `deterministic` counts for one example with one attempt and nothing masked; a bound
+  that costs more than the budget is computed with blocks as large as the budget allows, or falls
+  back on the global one.
 """
 
 import argparse
@@ -24,7 +27,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from lipjax import bounds, certificates, deterministic, models, spectral
+from lipjax import bounds, models
+from lipjax.certificates import prover
+from lipjax.norms import deterministic, power
 
 SHAPES = {
     "conv4_dense3": (28, 28, 1),
@@ -35,36 +40,62 @@ SHAPES = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--networks", default="conv4_dense3,conv6_dense2,conv8_dense2", help=", ".join(SHAPES))
-    parser.add_argument("--layers", default="", help="only these affine layers, counted from 0, e.g. 0,2")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--networks", default="conv4_dense3,conv6_dense2,conv8_dense2", help=", ".join(SHAPES)
+    )
+    parser.add_argument(
+        "--layers", default="", help="only these affine layers, counted from 0, e.g. 0,2"
+    )
     parser.add_argument("--examples", type=int, default=3, help="pairs of masks per layer")
     parser.add_argument("--steps", type=int, default=2000, help="of the reference power iteration")
-    parser.add_argument("--failure_probability", type=float, default=1e-9, help="of each probabilistic bound")
-    parser.add_argument("--budget", type=float, default=deterministic.BUDGET, help="flops of each deterministic bound")
+    parser.add_argument(
+        "--failure_probability", type=float, default=1e-9, help="of each probabilistic bound"
+    )
+    parser.add_argument(
+        "--budget",
+        type=float,
+        default=deterministic.BUDGET,
+        help="flops of each deterministic bound",
+    )
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", action="store_true", help="one JSON object per row instead of the table")
+    parser.add_argument(
+        "--json", action="store_true", help="one JSON object per row instead of the table"
+    )
     arguments = parser.parse_args()
     unknown = set(arguments.networks.split(",")) - set(SHAPES)
     if unknown:
-        parser.error(f"unknown networks {', '.join(sorted(unknown))}; there are {', '.join(SHAPES)}.")
+        parser.error(
+            f"unknown networks {', '.join(sorted(unknown))}; there are {', '.join(SHAPES)}."
+        )
 
     jax.config.update("jax_enable_x64", True)
     jax.config.update("jax_default_matmul_precision", "highest")
     device = jax.devices()[0]
     if not arguments.json:
-        print(f"{device.device_kind}, JAX {jax.__version__}, seed {arguments.seed}, {arguments.examples} examples\n")
+        print(
+            f"{device.device_kind}, JAX {jax.__version__}, seed {arguments.seed}, "
+            f"{arguments.examples} examples\n"
+        )
         print("| network | layer | bound | tier | delta | inflation | ms | GFlop |")
         print("|---|---|---|---|---|---|---|---|")
     for name in arguments.networks.split(","):
         for row in rows(name, arguments):
             if arguments.json:
-                print(json.dumps({**row, "seed": arguments.seed, "device": device.device_kind}), flush=True)
+                print(
+                    json.dumps({**row, "seed": arguments.seed, "device": device.device_kind}),
+                    flush=True,
+                )
             else:
                 cost = "" if row["gflop"] is None else f"{row['gflop']:.3g}"
-                delta = "" if row["failure_probability"] is None else f"{row['failure_probability']:g}"
+                delta = (
+                    "" if row["failure_probability"] is None else f"{row['failure_probability']:g}"
+                )
                 print(
-                    f"| {row['network']} | {row['layer']} | {row['bound']} | {row['tier']} | {delta} "
+                    f"| {row['network']} | {row['layer']} | {row['bound']} | {row['tier']} | "
+                    f"{delta} "
                     f"| {100 * row['inflation']:+.2f} % | {row['milliseconds']:.3g} | {cost} |",
                     flush=True,
                 )
@@ -85,41 +116,49 @@ def rows(name: str, arguments: argparse.Namespace) -> Iterator[dict]:
 
         def converged(operator, key, mask_in, mask_out, like=like):
             start = jax.random.normal(key, like.shape)
-            return spectral.power_iteration(operator, start, arguments.steps, mask_in, mask_out)[0]
+            return power.power_iteration(operator, start, arguments.steps, mask_in, mask_out)[0]
 
         key = jax.random.fold_in(jax.random.key(arguments.seed), k)
         references, _ = measure(converged, operator, key, masks)
         reached, took = measure(
-            lambda operator, *_, like=like: deterministic.global_norm_bound(operator, like), operator, key, masks[:1]
+            lambda operator, *_, like=like: deterministic.global_norm_bound(operator, like),
+            operator,
+            key,
+            masks[:1],
         )
         global_bound = reached[0]
         for bound, tier, delta, gflop, function in ways(operator, like, global_bound, arguments):
             if function is None:
                 values, milliseconds = [global_bound] * len(masks), took
             else:
-                values, milliseconds = measure(function, operator, jax.random.fold_in(key, 1), masks)
+                values, milliseconds = measure(
+                    function, operator, jax.random.fold_in(key, 1), masks
+                )
             yield {
                 "network": name,
                 "layer": f"{k}: {label}",
                 "bound": bound,
                 "tier": tier,
                 "failure_probability": delta,
-                "inflation": max((v / r - 1 for v, r in zip(values, references, strict=True)), key=abs),
+                "inflation": max(
+                    (v / r - 1 for v, r in zip(values, references, strict=True)), key=abs
+                ),
                 "milliseconds": milliseconds,
                 "gflop": gflop,
             }
 
 
 def ways(operator, like, global_bound: float, arguments: argparse.Namespace) -> Iterator[tuple]:
-    """What is compared: name, tier, failure probability, GFlop, ``function(operator, key, mask_in, mask_out)``."""
+    """What is compared: name, tier, failure probability, GFlop, ``function(operator, key, mask_in,
+    mask_out)``."""
     delta = arguments.failure_probability
 
     def estimate(operator, key, mask_in, mask_out, iterations=20):
         start = jax.random.normal(key, like.shape)
-        return spectral.power_iteration(operator, start, iterations, mask_in, mask_out)[0]
+        return power.power_iteration(operator, start, iterations, mask_in, mask_out)[0]
 
     def probabilistic(operator, key, mask_in, mask_out):
-        return certificates.probabilistic_norm(operator, key, delta, like, mask_in, mask_out)
+        return prover.probabilistic_norm(operator, key, delta, like, mask_in, mask_out)
 
     def schur(operator, _, mask_in, mask_out):
         return deterministic.schur_bound(operator, like, mask_in, mask_out)
@@ -129,7 +168,10 @@ def ways(operator, like, global_bound: float, arguments: argparse.Namespace) -> 
             operator, like, mask_in, mask_out, global_bound=global_bound, budget=arguments.budget
         )
 
-    banded, dense = deterministic.masked_convolution_cost(operator, like), deterministic.dense_cost(operator, like)
+    banded, dense = (
+        deterministic.masked_convolution_cost(operator, like),
+        deterministic.dense_cost(operator, like),
+    )
     yield "power iteration, 20 steps", "estimate", None, None, estimate
     yield "Chebyshev", "probabilistic", delta, None, probabilistic
     yield "Schur", "deterministic", None, None, schur

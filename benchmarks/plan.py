@@ -1,12 +1,15 @@
-"""The plan (`lipjax.plan`) against what XLA and the operating system say, one line of JSON for each case.
+"""The plan (`lipjax.training.plan`) against what XLA and the operating system say, one line of JSON
+for each case.
 
-    python -m benchmarks.plan                       # nets, modes and batches of `CASES`: compiled, nothing runs
-    JAX_NUM_CPU_DEVICES=8 python -m benchmarks.plan --cases=4C3F
-    python -m benchmarks.plan --run --exact --cases=6C2F    # creates the state, takes steps, looks at the process's peak
+    python -m benchmarks.plan                       # nets, modes and batches of `CASES`: compiled,
+    nothing runs JAX_NUM_CPU_DEVICES=8 python -m benchmarks.plan --cases=4C3F
+    python -m benchmarks.plan --run --exact --cases=6C2F    # creates the state, takes steps, looks
+    at the process's peak
 
-`planned` and `compiled` are bytes on each device: all of it (arguments, results that are not donated, temporary memory), and
-temporary memory alone, gradients included. With --run, `peak_growth` is what the process's largest resident set grew by from
-before the state was there to after two calls; it holds the compiler's own memory unless the program was compiled before (run it
+`planned` and `compiled` are bytes on each device: all of it (arguments, results that are not
+donated, temporary memory), and temporary memory alone, gradients included. With --run,
+`peak_growth` is what the process's largest resident set grew by from before the state was there to
+after two calls; it holds the compiler's own memory unless the program was compiled before (run it
 twice).
 """
 
@@ -23,8 +26,11 @@ import numpy as np
 import optax
 
 from benchmarks.step import SHAPES, random_images
-from lipjax import data, feeding, lowering, plan, training
+from lipjax import training
 from lipjax.configs import digits
+from lipjax.data import sets
+from lipjax.runtime import cpu
+from lipjax.training import feeding, plan
 
 _SMALL = {"network": "small_conv", "image": (16, 16, 1), "widths": (16, 32), "batch": 64}
 _6C2F = {"network": "conv6_dense2", "batch": 256}
@@ -44,7 +50,12 @@ CASES = {
     "small, float8": {**_SMALL, "dtype": "float8_e4m3fn"},
     "small, layer": {**_SMALL, "store": "layer"},
     "small, none": {**_SMALL, "store": "none"},
-    "dense 1024-1024": {"network": "small_dense", "image": (16, 16, 1), "widths": (1024, 1024), "batch": 64},
+    "dense 1024-1024": {
+        "network": "small_dense",
+        "image": (16, 16, 1),
+        "widths": (1024, 1024),
+        "batch": 64,
+    },
     "residual": {"network": "small_residual", "image": (16, 16, 1), "batch": 64},
     "4C3F": {"network": "conv4_dense3", "batch": 256, "iterations": 5, "loss": "gloro"},
     "6C2F": _6C2F,
@@ -58,18 +69,33 @@ CASES = {
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cases", default="", help=f"those that begin so, separated by semicolons: {'; '.join(CASES)}")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--cases",
+        default="",
+        help=f"those that begin so, separated by semicolons: {'; '.join(CASES)}",
+    )
     parser.add_argument("--exact", action="store_true", help="the cases of exactly these names")
     parser.add_argument("--run", action="store_true")
     options = parser.parse_args(arguments)
-    lowering.keep_compiled()
+    cpu.keep_compiled()
     wanted = options.cases.split(";")
-    chosen = [name for name in CASES if (name in wanted if options.exact else name.startswith(tuple(wanted)))]
+    chosen = [
+        name
+        for name in CASES
+        if (name in wanted if options.exact else name.startswith(tuple(wanted)))
+    ]
     if options.run and len(chosen) != 1:
-        parser.error(f"--run takes one case, as a process has one peak; these are {', '.join(chosen) or 'none'}.")
+        parser.error(
+            "--run takes one case, as a process has one peak; these are "
+            f"{', '.join(chosen) or 'none'}."
+        )
     for name, case in ((name, CASES[name]) for name in chosen):
-        print(json.dumps({"case": name, **compared(*configured(**case), run=options.run)}), flush=True)
+        print(
+            json.dumps({"case": name, **compared(*configured(**case), run=options.run)}), flush=True
+        )
 
 
 def configured(
@@ -129,7 +155,8 @@ def compared(config, sizes, run: bool) -> dict:
 
 
 def peak_growth(config, sizes, steps_per_epoch) -> int:
-    """What this process's largest resident set grows by when the state is created and two calls of two steps are taken."""
+    """What this process's largest resident set grows by when the state is created and two calls of
+    two steps are taken."""
     mesh = training.device_mesh()
     transform = optax.adam(training.learning_rate(config, steps_per_epoch))
     network = training.build_network(config, sizes.input_shape, sizes.classes)
@@ -141,8 +168,12 @@ def peak_growth(config, sizes, steps_per_epoch) -> int:
         input_shape=sizes.input_shape,
     )
     abstract = jax.eval_shape(create, network)
-    images, labels = random_images(np.random.default_rng(0), sizes.examples, sizes.input_shape, sizes.classes)
-    split = data.Dataset("random", "train", images, labels, 255.0, sizes.classes, np.arange(sizes.examples))
+    images, labels = random_images(
+        np.random.default_rng(0), sizes.examples, sizes.input_shape, sizes.classes
+    )
+    split = sets.Dataset(
+        "random", "train", images, labels, 255.0, sizes.classes, np.arange(sizes.examples)
+    )
     before = _peak()
     steps = plan.compiled_step(config, sizes)
     state = jax.jit(create, out_shardings=training.state_shardings(abstract, config, mesh))(network)
@@ -154,7 +185,9 @@ def peak_growth(config, sizes, steps_per_epoch) -> int:
 
 
 def _peak() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
+        1 if sys.platform == "darwin" else 1024
+    )
 
 
 if __name__ == "__main__":

@@ -1,10 +1,12 @@
-"""Makes the files of a network that comes with lipjax from a run: `lipjax/pretrained/NAME.safetensors`, .json and .html.
+"""Makes the files of a network that comes with lipjax from a run:
+`lipjax/pretrained/NAME.safetensors`, .json and .html.
 
     python train.py --config=digits --workdir=runs/digits && python certify.py --workdir=runs/digits
     python -m benchmarks.pretrained digits-maxmin --workdir=runs/digits
 
-The card takes its figures from the summaries of the run's certifications, and the page from the first of them: the run's
-`certification`, or the folders given by --certifications (move that folder away before certifying at another radius).
+The card takes its figures from the summaries of the run's certifications, and the page from the
+first of them: the run's `certification`, or the folders given by --certifications (move that folder
+    away before certifying at another radius).
 """
 
 import argparse
@@ -15,7 +17,8 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from lipjax import pretrained, storage, subjects
+from lipjax import pretrained, storage
+from lipjax.cli import networks
 
 FACTS = (
     "tier",
@@ -33,21 +36,26 @@ FACTS = (
 
 def main() -> None:
     """Writes the files."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("name", help="of the network")
     parser.add_argument("--workdir", type=Path, required=True, help="a certified run of train.py")
     parser.add_argument("--command", required=True, help="the command of its training")
-    parser.add_argument("--certifications", nargs="*", type=Path, help="folders; default: that of the run")
+    parser.add_argument(
+        "--certifications", nargs="*", type=Path, help="folders; default: that of the run"
+    )
     options = parser.parse_args()
 
-    subject = subjects.of_run(options.workdir)
-    subject.config["data"] |= {"data_dir": "", "manual_dir": ""}  # where they were says nothing elsewhere
+    subject = networks.of_run(options.workdir)
+    # where they were says nothing elsewhere
+    subject.config["data"] |= {"data_dir": "", "manual_dir": ""}
     shape = subject.test.images.shape[1:]
     certifications = options.certifications or [options.workdir / "certification"]
     summaries = [json.loads((folder / "summary.json").read_text()) for folder in certifications]
     folder = Path(pretrained.__file__).parent
     path = folder / f"{options.name}.safetensors"
-    storage.save(subject.network, path, input_shape=shape, notes=subjects.notes(subject))
+    storage.save(subject.network, path, input_shape=shape, notes=networks.notes(subject))
     card = {
         "name": options.name,
         "data": subject.test.name,
@@ -64,7 +72,9 @@ def main() -> None:
             | {
                 "clean_accuracy": summary["clean_accuracy"],
                 "pgd_accuracy": summary["pgd_accuracy"],
-                "certified_accuracy": {mode: row["certified_accuracy"] for mode, row in summary["modes"].items()},
+                "certified_accuracy": {
+                    mode: row["certified_accuracy"] for mode, row in summary["modes"].items()
+                },
             }
             for summary in summaries
         ],

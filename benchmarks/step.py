@@ -1,11 +1,15 @@
-"""What a training step costs, as a ratio to the plain step (cross-entropy, no bound) of the same network, in one run.
+"""What a training step costs, as a ratio to the plain step (cross-entropy, no bound) of the same
+network, in one run.
 
-    python -m benchmarks.step --network=conv6_dense2 --activation=clipped_relu --mode=local --iterations=2 --batch=256 --json
+    python -m benchmarks.step --network=conv6_dense2 --activation=clipped_relu --mode=local
+    --iterations=2 --batch=256 --json
 
-Random images, Adam, full epsilon. The plain step is taken twice: by the same means as the bound's (`plain_seconds`, what
-`ratio` refers to), and as JAX compiles it if nothing is done for it (`untuned_plain_seconds`). They take turns with the
-bound's step, round by round, and medians are compared, so that what else the machine does falls on all of them.
-Compilation apart. `counted_gflop` is the number of operations by hand (`lipjax.plan.counted`), `lowered_gflop` XLA's own.
+Random images, Adam, full epsilon. The plain step is taken twice: by the same means as the bound's
+(`plain_seconds`, what `ratio` refers to), and as JAX compiles it if nothing is done for it
+(`untuned_plain_seconds`). They take turns with the bound's step, round by round, and medians are
+compared, so that what else the machine does falls on all of them. Compilation apart.
+`counted_gflop` is the number of operations by hand (`lipjax.training.plan.counted`),
+`lowered_gflop` XLA's own.
 """
 
 import argparse
@@ -23,9 +27,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from lipjax import activations, bounds, data, feeding, losses, models, training
+from lipjax import activations, bounds, losses, models, training
 from lipjax.configs import digits
-from lipjax.plan import counted
+from lipjax.data import sets
+from lipjax.training import feeding
+from lipjax.training.plan import counted
 
 SHAPES = {
     "conv4_dense3": ((28, 28, 1), 10),
@@ -36,7 +42,9 @@ SHAPES = {
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--network", default="conv6_dense2", choices=models.NETWORKS)
     parser.add_argument("--activation", default="clipped_relu", choices=models.ACTIVATIONS)
     parser.add_argument("--mode", default="local", choices=bounds.MODES)
@@ -44,7 +52,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--iterations", type=int, default=2)
     parser.add_argument("--batch", type=int, default=256)
     parser.add_argument(
-        "--image", type=int, help="height and width of the images; default: those of the network's data"
+        "--image",
+        type=int,
+        help="height and width of the images; default: those of the network's data",
     )
     parser.add_argument("--classes", type=int, help="likewise")
     parser.add_argument("--widths", default="", help="of small_conv and small_dense, e.g. 16,32")
@@ -73,7 +83,10 @@ def main(arguments: list[str] | None = None) -> None:
     seconds = {name: statistics.median(values) for name, values in times.items()}
     network = training.build_network(config, shape, classes)
     found = {
-        **{name: getattr(options, name) for name in ("network", "activation", "mode", "loss", "iterations", "batch")},
+        **{
+            name: getattr(options, name)
+            for name in ("network", "activation", "mode", "loss", "iterations", "batch")
+        },
         "image": shape,
         "classes": classes,
         "vectors": options.vectors,
@@ -104,14 +117,19 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def configured(options):
-    """The configuration of the options; epsilon and thresholds as for CIFAR-10, full epsilon at once."""
+    """The configuration of the options; epsilon and thresholds as for CIFAR-10, full epsilon at
+    once."""
     config = digits.get_config()
     config.model.name, config.model.activation = options.network, options.activation
     if options.network.startswith("conv"):
         del config.model.threshold  # published thresholds
     if options.widths:
         config.model.widths = tuple(map(int, options.widths.split(",")))
-    config.bound.mode, config.bound.loss, config.bound.iterations = options.mode, options.loss, options.iterations
+    config.bound.mode, config.bound.loss, config.bound.iterations = (
+        options.mode,
+        options.loss,
+        options.iterations,
+    )
     config.batch_size, config.examples_at_once = options.batch, options.examples_at_once
     config.vectors.dtype = options.vectors
     config.epsilon.train, config.schedule.ramp = 0.15, 0.0
@@ -143,7 +161,7 @@ class Steps:
         self.state = jax.device_put(state, training.state_shardings(state, config, mesh))
         self.count, self.done = count, 0
         images, labels = random_images(np.random.default_rng(0), examples, shape, classes)
-        split = data.Dataset("random", "train", images, labels, 255.0, classes, np.arange(examples))
+        split = sets.Dataset("random", "train", images, labels, 255.0, classes, np.arange(examples))
         self.feed = feeding.Feeder(split, config, mesh, count)
         steps = training.make_steps(config, transform, 1, split, mesh, self.state, count, loss)
         began = time.perf_counter()
@@ -168,7 +186,9 @@ class Untuned:
         transform = optax.adam(1e-3)
         network = training.build_network(config, shape, classes)
         self.carried, self.count = (network, transform.init(network)), count
-        self.images, self.labels = random_images(np.random.default_rng(0), config.batch_size, shape, classes)
+        self.images, self.labels = random_images(
+            np.random.default_rng(0), config.batch_size, shape, classes
+        )
 
         def step(carried, images, labels):
             network, optimizer = carried
@@ -182,7 +202,9 @@ class Untuned:
             return activations.project(optax.apply_updates(network, updates)), optimizer
 
         began = time.perf_counter()
-        self.step = jax.jit(step, donate_argnums=0).lower(self.carried, self.images, self.labels).compile()
+        self.step = (
+            jax.jit(step, donate_argnums=0).lower(self.carried, self.images, self.labels).compile()
+        )
         self.compile_seconds = time.perf_counter() - began
         self.temporary = self.step.memory_analysis().temp_size_in_bytes
         self()
@@ -195,12 +217,14 @@ class Untuned:
 
 def random_images(rng, count, shape, classes):
     """``(count, *shape)`` uint8 and labels."""
-    return rng.integers(0, 256, (count, *shape)).astype(np.uint8), rng.integers(0, classes, count).astype(np.int32)
+    return rng.integers(0, 256, (count, *shape)).astype(np.uint8), rng.integers(
+        0, classes, count
+    ).astype(np.int32)
 
 
 def lowered_flops(config, shape, classes, loss) -> float:
-    """XLA's own count of the gradient of one batch, before anything is rewritten or put into loops (their length is unknown
-    to it). The loops of the margin count once."""
+    """XLA's own count of the gradient of one batch, before anything is rewritten or put into loops
+    (their length is unknown to it). The loops of the margin count once."""
     network = training.build_network(config, shape, classes)
     size = config.batch_size
     shapes = bounds.vector_shapes(network, shape)
@@ -212,18 +236,28 @@ def lowered_flops(config, shape, classes, loss) -> float:
 
     def total(network, images, labels):
         one = functools.partial(loss, network, config=config)
-        values, _ = jax.vmap(one, in_axes=(0, 0, None, None, axes))(images, labels, 0.1, 0.5, vectors)
+        values, _ = jax.vmap(one, in_axes=(0, 0, None, None, axes))(
+            images, labels, 0.1, 0.5, vectors
+        )
         return jnp.sum(values)
 
     images = jax.ShapeDtypeStruct((size, *shape), jnp.float32)
     labels = jax.ShapeDtypeStruct((size,), jnp.int32)
-    return jax.jit(jax.grad(total)).lower(network, images, labels).cost_analysis().get("flops", math.nan)
+    return (
+        jax.jit(jax.grad(total))
+        .lower(network, images, labels)
+        .cost_analysis()
+        .get("flops", math.nan)
+    )
 
 
 def peak_memory() -> int:
-    """Bytes on the device where it tells, else of this process (which holds the compiler and all three steps)."""
+    """Bytes on the device where it tells, else of this process (which holds the compiler and all
+    three steps)."""
     statistics_ = jax.devices()[0].memory_stats() or {}
-    whole = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    whole = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
+        1 if sys.platform == "darwin" else 1024
+    )
     return statistics_.get("peak_bytes_in_use", whole)
 
 

@@ -1,9 +1,12 @@
-"""Unsound certifiers, and networks that they get wrong. **Nothing here proves anything; never use it to certify.**
+"""Unsound certifiers, and networks that they get wrong. **Nothing here proves anything; never use
+it to certify.**
 
-Each makes one mistake that has been seen in published code, so that `benchmarks.hunt` can show that it would notice:
-an opposition that finds nothing is worth something only if it finds these. All networks have the same architecture,
-``W2 relu(W1 x + b1) + b2`` with `SIZE` inputs, as many hidden units and two classes. (METHOD 7 tells where the first
-three come from; the fourth is what a tool does that runs at a GPU's default precision.)
+Each makes one mistake that has been seen in published code, so that `benchmarks.hunt` can show that
+it would notice: an opposition that finds nothing is worth something only if it finds these. All
+    networks have the same architecture,
+``W2 relu(W1 x + b1) + b2`` with `SIZE` inputs, as many hidden units and two classes. (METHOD 7
+tells where the first three come from; the fourth is what a tool does that runs at a GPU's default
+precision.)
 """
 
 import dataclasses
@@ -23,7 +26,8 @@ COPIES = 4
 
 @dataclasses.dataclass(frozen=True)
 class Trap:
-    """A network, ``(COPIES, SIZE)`` images and a radius at which `claims` says "robust", and is wrong.
+    """A network, ``(COPIES, SIZE)`` images and a radius at which `claims` says "robust", and is
+    wrong.
 
     Attributes:
         claims: ``(network, images, labels, epsilon) -> (COPIES,)`` booleans.
@@ -42,19 +46,25 @@ def traps(seed: int = 0) -> list[Trap]:
     rng = np.random.default_rng(seed)
     zeros = np.zeros(COPIES, np.int32)
 
-    # W1 = I + (s - 1) v v^T, all units on: an input moved along v moves the margin 2 s times as far. Images that agree
-    # along v have one margin, a little less than the radius can move it.
+    # W1 = I + (s - 1) v v^T, all units on: an input moved along v moves the margin 2 s times as
+    # far. Images that agree along v have one margin, a little less than the radius can move it.
     scale, epsilon = 2.0, 0.1
     v = rng.choice([-1.0, 1.0], SIZE) / np.sqrt(SIZE)
     images = rng.uniform(0.3, 0.7, (COPIES, SIZE))
     images = (images - np.outer((images - 0.5) @ v, v)).astype(np.float32)
     hidden = two_layers(
-        np.eye(SIZE) + (scale - 1) * np.outer(v, v), np.full(SIZE, 10.0), np.stack([v, -v]), np.zeros(2)
+        np.eye(SIZE) + (scale - 1) * np.outer(v, v),
+        np.full(SIZE, 10.0),
+        np.stack([v, -v]),
+        np.zeros(2),
     )
     margin = float(np.mean(np.asarray(hidden(images) @ jnp.array([1.0, -1.0]), np.float64)))
-    hidden.layers[2].bias[...] = jnp.array([2 * epsilon * scale * 0.9995 - margin, 0.0], jnp.float32)
+    hidden.layers[2].bias[...] = jnp.array(
+        [2 * epsilon * scale * 0.9995 - margin, 0.0], jnp.float32
+    )
 
-    # The label wins by relu(x_0 - 0.5): in a part of the ball both logits are 0 and class 0 is predicted.
+    # The label wins by relu(x_0 - 0.5): in a part of the ball both logits are 0 and class 0 is
+    # predicted.
     head = np.zeros((2, SIZE))
     head[1, 0] = 1.0
     shift = np.zeros(SIZE)
@@ -63,34 +73,54 @@ def traps(seed: int = 0) -> list[Trap]:
     on = rng.uniform(0.3, 0.7, (COPIES, SIZE)).astype(np.float32)
     on[:, 0] = 0.6
 
-    # Weights 1 + 2^-11 and -1 on pairs of equal pixels: TF32 rounds the first to 1, and they cancel.
+    # Weights 1 + 2^-11 and -1 on pairs of equal pixels: TF32 rounds the first to 1, and they
+    # cancel.
     weights = np.where(np.arange(SIZE) % 2, -1.0, 1 + 2.0**-11 * 0.98)
     pixels = np.repeat(128 + rng.integers(-20, 20, (COPIES, SIZE // 2)), 2, axis=1) / 256
     # Without rounding the label's margin is this much smaller than with it.
     lost = np.max(pixels @ np.where(np.arange(SIZE) % 2, 0.0, weights - 1))
     cancelling = two_layers(
-        np.eye(SIZE), np.zeros(SIZE), np.stack([weights, np.zeros(SIZE)]), np.array([0, 1.02 * lost])
+        np.eye(SIZE),
+        np.zeros(SIZE),
+        np.stack([weights, np.zeros(SIZE)]),
+        np.array([0, 1.02 * lost]),
     )
     return [
-        Trap("two steps of power iteration", hidden, images, zeros, epsilon, takes_two_power_steps_for_the_norm),
-        Trap("NaN is no perturbation", hidden, images, zeros, epsilon, takes_nan_for_no_perturbation),
+        Trap(
+            "two steps of power iteration",
+            hidden,
+            images,
+            zeros,
+            epsilon,
+            takes_two_power_steps_for_the_norm,
+        ),
+        Trap(
+            "NaN is no perturbation", hidden, images, zeros, epsilon, takes_nan_for_no_perturbation
+        ),
         Trap("ties count", plateau, on, zeros + 1, 0.3, takes_a_tie_for_a_win),
-        Trap("TF32", cancelling, pixels.astype(np.float32), zeros + 1, 1e-3, forgets_that_tf32_rounds),
+        Trap(
+            "TF32", cancelling, pixels.astype(np.float32), zeros + 1, 1e-3, forgets_that_tf32_rounds
+        ),
     ]
 
 
 def two_layers(first, shift, second, bias) -> nnx.Sequential:
     """``second relu(first x + shift) + bias``; matrices as ``(outputs, inputs)``."""
     network = nnx.Sequential(
-        nnx.Linear(SIZE, SIZE, rngs=nnx.Rngs(0)), lipjax.ReLU(), nnx.Linear(SIZE, 2, rngs=nnx.Rngs(0))
+        nnx.Linear(SIZE, SIZE, rngs=nnx.Rngs(0)),
+        lipjax.ReLU(),
+        nnx.Linear(SIZE, 2, rngs=nnx.Rngs(0)),
     )
-    for layer, matrix, offset in ((network.layers[0], first, shift), (network.layers[2], second, bias)):
+    for layer, matrix, offset in (
+        (network.layers[0], first, shift),
+        (network.layers[2], second, bias),
+    ):
         layer.kernel[...] = jnp.asarray(matrix.T, jnp.float32)
         layer.bias[...] = jnp.asarray(offset, jnp.float32)
     return network
 
 
-# ---------------------------------------------------------------------------------------------------- the mistakes
+# ------------------------------------------------------------------------------------- the mistakes
 
 
 def takes_two_power_steps_for_the_norm(network, images, labels, epsilon) -> np.ndarray:
@@ -99,7 +129,8 @@ def takes_two_power_steps_for_the_norm(network, images, labels, epsilon) -> np.n
 
 
 def takes_nan_for_no_perturbation(network, images, labels, epsilon) -> np.ndarray:
-    """UNSOUND: a stored vector that a dead layer has left behind as 0 makes the norm 0/0, and that counts as nothing."""
+    """UNSOUND: a stored vector that a dead layer has left behind as 0 makes the norm 0/0, and that
+    counts as nothing."""
 
     def norm(k, operator, like, mask_in, mask_out):
         stored = jnp.zeros(like.shape, like.dtype)
@@ -122,7 +153,8 @@ def takes_a_tie_for_a_win(network, images, labels, epsilon) -> np.ndarray:
 
 
 def forgets_that_tf32_rounds(network, images, labels, epsilon) -> np.ndarray:
-    """UNSOUND: computes norms and logits from operands rounded to 10 bits, and claims it of the network as given."""
+    """UNSOUND: computes norms and logits from operands rounded to 10 bits, and claims it of the
+    network as given."""
     graph, state = nnx.split(network)
     state = jax.tree.map(
         lambda leaf: tf32(leaf) if leaf.ndim == 2 else leaf, state
@@ -136,9 +168,12 @@ def forgets_that_tf32_rounds(network, images, labels, epsilon) -> np.ndarray:
 
 
 def tf32(x: jax.Array) -> jax.Array:
-    """float32 rounded to the 10 explicit bits of TF32's mantissa, to nearest, halves away from zero."""
+    """float32 rounded to the 10 explicit bits of TF32's mantissa, to nearest, halves away from
+    zero."""
     bits = jax.lax.bitcast_convert_type(x.astype(jnp.float32), jnp.uint32)
-    return jax.lax.bitcast_convert_type((bits + jnp.uint32(0x1000)) & jnp.uint32(0xFFFFE000), jnp.float32)
+    return jax.lax.bitcast_convert_type(
+        (bits + jnp.uint32(0x1000)) & jnp.uint32(0xFFFFE000), jnp.float32
+    )
 
 
 def _norm(k, operator, like, mask_in, mask_out):

@@ -3,9 +3,10 @@
     python train.py --config=configs/cifar10_maxmin.py --workdir=runs/cifar10
     python certify.py --workdir=runs/cifar10 --examples=1000
 
-Published (Huang et al. 2021, power-iteration estimates, not measured here): clean 77.4, PGD 70.4, verified 60.7 %.
-800 epochs are a GPU's work. The power-iteration vectors of 45,000 training images take 5.1 GB as float8 (20.5 GB as
-float32): --config.vectors.dtype. Downloads CIFAR-10 through TFDS; from files: --config.data.name=npz:train.npz,test.npz.
+Published (Huang et al. 2021, power-iteration estimates, not measured here): clean 77.4, PGD 70.4,
+verified 60.7 %. 800 epochs are a GPU's work. The power-iteration vectors of 45,000 training images
+take 5.1 GB as float8 (20.5 GB as float32): --config.vectors.dtype. Downloads CIFAR-10 through TFDS;
+    from files: --config.data.name=npz:train.npz,test.npz.
 """
 
 from lipjax.configs import digits

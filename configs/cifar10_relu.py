@@ -3,8 +3,8 @@
     python train.py --config=configs/cifar10_relu.py --workdir=runs/cifar10_relu
     python certify.py --workdir=runs/cifar10_relu --examples=1000
 
-Published (Huang et al. 2021, power-iteration estimates, not measured here): clean 70.7, PGD 64.8, verified 54.3 %.
-Data, time and memory as cifar10_maxmin.py.
+Published (Huang et al. 2021, power-iteration estimates, not measured here): clean 70.7, PGD 64.8,
+verified 54.3 %. Data, time and memory as cifar10_maxmin.py.
 """
 
 from lipjax.configs import cifar10_maxmin

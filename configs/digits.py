@@ -1,9 +1,11 @@
 """scikit-learn's bundled digits (8x8), the default: no download.
 
-    python train.py --config=configs/digits.py --workdir=runs/digits && python certify.py --workdir=runs/digits
+    python train.py --config=configs/digits.py --workdir=runs/digits && python certify.py
+    --workdir=runs/digits
 
-Measured (seed 0, two CPU cores): clean 97.5, PGD 76.9, certified 65.0 % at epsilon 0.5 (bound local, tier probabilistic
-with delta 1e-6, test split, float32). Training takes half a minute (26 s, 9 of them compilation), certifying a minute.
+Measured (seed 0, two CPU cores): clean 97.5, PGD 76.9, certified 65.0 % at epsilon 0.5 (bound
+local, tier probabilistic with delta 1e-6, test split, float32). Training takes half a minute (26 s,
+9 of them compilation), certifying a minute.
 
 The other experiments start from this file and change fields.
 """
@@ -26,14 +28,16 @@ def get_config() -> ml_collections.ConfigDict:
     data.train_examples = 0  # 0: all
     data.test_examples = 0
     data.image_size = 0  # resize and crop encoded images to this size; 0: as stored
-    data.augment = False  # random crops (padding 4) and flips; with an image_size random resized crops and flips
+    # random crops (padding 4) and flips; with an image_size random resized crops and flips
+    data.augment = False
     data.workers = 0  # processes that decode sets which stay on disk; 0: a thread of this one
     data.read_ahead = 2  # batches decoded before they are needed
 
     config.model = model = ml_collections.ConfigDict()
     model.name = "small_conv"
     model.activation = "clipped_maxmin"
-    model.mean, model.deviation = (), ()  # of the pixels, per channel: a first layer that normalises them
+    # of the pixels, per channel: a first layer that normalises them
+    model.mean, model.deviation = (), ()
     model.orthogonal = False  # layers of norm at most 1 by construction
     model.threshold = 1.0  # initial ReLU thresholds, and +- MaxMin thresholds
 
@@ -61,18 +65,21 @@ def get_config() -> ml_collections.ConfigDict:
     bound.rivals = 0  # mode "linear": rival classes that get the tighter bound in training; 0: all
 
     config.vectors = vectors = ml_collections.ConfigDict()
-    # One per training example, on the devices or, slower, in the host's memory ("host"); "layer" (shared) and "none" cost
-    # accuracy.
+    # One per training example, on the devices or, slower, in the host's memory ("host"); "layer"
+    # (shared) and "none" cost accuracy.
     vectors.store = "example"
-    vectors.dtype = "float32"  # of the stored power-iteration vectors; or "bfloat16", "float8_e4m3fn"
+    # of the stored power-iteration vectors; or "bfloat16", "float8_e4m3fn"
+    vectors.dtype = "float32"
 
     config.devices = devices = ml_collections.ConfigDict()
-    devices.shard_parameters = False  # large parameters, and what Adam keeps of them, split over the devices
+    # large parameters, and what Adam keeps of them, split over the devices
+    devices.shard_parameters = False
 
     # Of training alone: certificates are computed in float64 whatever is said here.
     config.precision = precision = ml_collections.ConfigDict()
     precision.products = (
-        "default"  # of float32: as the device is quick at (TF32 on GPUs), or "high", "highest" (float32)
+        # of float32: as the device is quick at (TF32 on GPUs), or "high", "highest" (float32)
+        "default"
     )
     precision.power_iteration = "float32"  # or "bfloat16", for GPUs and TPUs; slower on CPUs
 

@@ -1,10 +1,12 @@
-"""A plan, never trained: ImageNet at 224x224, `small_conv` behind 7x7 patches, clipped MaxMin, BCP loss.
+"""A plan, never trained: ImageNet at 224x224, `small_conv` behind 7x7 patches, clipped MaxMin, BCP
+loss.
 
     python train.py --config=configs/imagenet.py --plan --plan_device=v5e --plan_devices=64
     python train.py --config=configs/imagenet.py --plan --plan_device=h200 --plan_devices=8
 
-There is no accuracy to expect: no setting was tried. The patches make maps of 32x32, as CIFAR-10 has, because vectors of
-single examples at 224x224 would take terabytes (benchmarks/README.md, "ImageNet, on paper").
+There is no accuracy to expect: no setting was tried. The patches make maps of 32x32, as CIFAR-10
+has, because vectors of single examples at 224x224 would take terabytes (benchmarks/README.md,
+"ImageNet, on paper").
 """
 
 from lipjax.configs import cifar10_maxmin

@@ -1,10 +1,12 @@
 """The published MNIST experiment: 4C3F, clipped ReLU, GloRo loss, epsilon 1.58.
 
-    python train.py --config=configs/mnist.py --workdir=runs/mnist && python certify.py --workdir=runs/mnist
+    python train.py --config=configs/mnist.py --workdir=runs/mnist && python certify.py
+    --workdir=runs/mnist
 
-Published (Huang et al. 2021, power-iteration estimates, not measured here): clean 96.3, PGD 78.2, verified 55.8 %.
-300 epochs are days on two CPU cores: a GPU's work. Downloads MNIST through TFDS, or takes the four original archives from
---config.data.manual_dir.
+Published (Huang et al. 2021, power-iteration estimates, not measured here): clean 96.3, PGD 78.2,
+verified 55.8 %.
+300 epochs are days on two CPU cores: a GPU's work. Downloads MNIST through TFDS, or takes the four
+original archives from --config.data.manual_dir.
 """
 
 from lipjax.configs import digits

@@ -1,13 +1,15 @@
-"""The published TinyImageNet experiment: 8C2F, clipped MaxMin, BCP and sparsity losses, epsilon 36/255.
+"""The published TinyImageNet experiment: 8C2F, clipped MaxMin, BCP and sparsity losses, epsilon
+36/255.
 
     python train.py --config=configs/tiny_imagenet_maxmin.py --workdir=runs/tiny
     python certify.py --workdir=runs/tiny --examples=1000
 
-Published (Huang et al. 2021, power-iteration estimates, not measured here): clean 36.9, PGD 33.3, verified 23.4 %; they
-take local norms on some layers only, this takes them on all. Unpack tiny-imagenet-200.zip and give its folder:
---config.data.name=folder:<path>, or records:<dir> after python -m lipjax.records folder:<path> --out=<dir>. The
-power-iteration vectors of 90,000 images take about 84 GB as float8: several devices, --config.vectors.store=host, or a
-smaller --config.data.train_examples.
+Published (Huang et al. 2021, power-iteration estimates, not measured here): clean 36.9, PGD 33.3,
+verified 23.4 %; they take local norms on some layers only, this takes them on all. Unpack
+tiny-imagenet-200.zip and give its folder: --config.data.name=folder:<path>, or records:<dir> after
+python -m lipjax.data.records folder:<path> --out=<dir>. The power-iteration vectors of 90,000
+images take about 84 GB as float8: several devices, --config.vectors.store=host, or a smaller
+    --config.data.train_examples.
 """
 
 from lipjax.configs import cifar10_maxmin

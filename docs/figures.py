@@ -1,6 +1,8 @@
-"""Draws the figures of docs/method.md, each from a computation: python -m docs.figures (a minute on two CPU cores).
+"""Draws the figures of docs/method.md, each from a computation: python -m docs.figures (a minute on
+two CPU cores).
 
-Writes docs/images/*.svg. The nets of two of them are trained on scikit-learn's digits in a temporary folder.
+Writes docs/images/*.svg. The nets of two of them are trained on scikit-learn's digits in a
+temporary folder.
 """
 
 import subprocess
@@ -18,9 +20,10 @@ from matplotlib.patches import Circle, Rectangle
 from ml_collections import ConfigDict
 
 import lipjax
-from lipjax import spectral, training
-from lipjax.checkpoints import Checkpoints, load_config
+from lipjax import training
 from lipjax.graph.linear import LinearOperator
+from lipjax.norms import power
+from lipjax.training.checkpoints import Checkpoints, load_config
 
 ROOT = Path(__file__).resolve().parents[1]
 IMAGES = ROOT / "docs" / "images"
@@ -30,7 +33,12 @@ TRUE, BALL, BOX, MASK = "#00796b", "#1565c0", "#c62828", "#bdbdbd"
 def main() -> None:
     matplotlib.use("svg")
     plt.rcParams.update(
-        {"font.size": 10, "svg.hashsalt": "lipjax", "axes.spines.top": False, "axes.spines.right": False}
+        {
+            "font.size": 10,
+            "svg.hashsalt": "lipjax",
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+        }
     )
     IMAGES.mkdir(exist_ok=True)
     region()
@@ -50,22 +58,37 @@ def trained(folder: str, mode: str, epsilon: float, activation: str):
     """A 64-64-64-10 net trained on digits for 30 epochs, seed 0, and the test split."""
     workdir = Path(folder) / mode
     settings = [f"bound.mode={mode}", f"epsilon.train={epsilon}", f"model.activation={activation}"]
-    settings += ["model.name=small_dense", "schedule.epochs=30", "schedule.ramp=12.0", "optimizer.decay_start=15.0"]
-    command = [sys.executable, "train.py", f"--workdir={workdir}", *(f"--config.{setting}" for setting in settings)]
+    settings += [
+        "model.name=small_dense",
+        "schedule.epochs=30",
+        "schedule.ramp=12.0",
+        "optimizer.decay_start=15.0",
+    ]
+    command = [
+        sys.executable,
+        "train.py",
+        f"--workdir={workdir}",
+        *(f"--config.{setting}" for setting in settings),
+    ]
     subprocess.run(command, cwd=ROOT, check=True)
     config = ConfigDict(load_config(workdir))
     test = training.load_data(config).test
     with Checkpoints(workdir) as checkpoints:
-        network, _ = training.selected_network(checkpoints, config, test.images.shape[1:], test.classes)
+        network, _ = training.selected_network(
+            checkpoints, config, test.images.shape[1:], test.classes
+        )
     return network, test.unit_images(slice(None)), test.labels
 
 
 def region() -> None:
-    """A ball of inputs, what a matrix and a clipped ReLU make of it, and what the walk knows of it."""
+    """A ball of inputs, what a matrix and a clipped ReLU make of it, and what the walk knows of
+    it."""
     rng = np.random.default_rng(0)
     x, epsilon = np.array([0.6, 0.5]), 0.3
     network = nnx.Sequential(
-        nnx.Linear(2, 2, rngs=nnx.Rngs(0)), lipjax.ClippedReLU((2,), threshold=0.0), nnx.Linear(2, 2, rngs=nnx.Rngs(1))
+        nnx.Linear(2, 2, rngs=nnx.Rngs(0)),
+        lipjax.ClippedReLU((2,), threshold=0.0),
+        nnx.Linear(2, 2, rngs=nnx.Rngs(1)),
     )
     network.layers[0].kernel[...] = jnp.array([[1.3, 0.4], [-0.9, 1.4]])
     network.layers[0].bias[...] = jnp.array([0.0, 0.3])
@@ -101,7 +124,12 @@ def region() -> None:
 
 def margin() -> None:
     """The largest change of a margin over a ball, a box, and both."""
-    d, radius, low, high = np.array([1.0, 0.75]), 1.0, np.array([-0.9, -0.75]), np.array([1.2, 0.35])
+    d, radius, low, high = (
+        np.array([1.0, 0.75]),
+        1.0,
+        np.array([-0.9, -0.75]),
+        np.array([1.2, 0.35]),
+    )
     zero, wide = jnp.zeros(2), jnp.full(2, 10.0)
     made = [
         lipjax.Region(zero, jnp.asarray(radius), -wide, wide),
@@ -109,7 +137,11 @@ def margin() -> None:
         lipjax.Region(zero, jnp.asarray(radius), jnp.asarray(low), jnp.asarray(high)),
     ]
     found = [float(lipjax.bounds.ascent(jnp.asarray(d), one)) for one in made]
-    at = [radius * d / np.linalg.norm(d), high, np.array([np.sqrt(radius**2 - high[1] ** 2), high[1]])]
+    at = [
+        radius * d / np.linalg.norm(d),
+        high,
+        np.array([np.sqrt(radius**2 - high[1] ** 2), high[1]]),
+    ]
     figure, axis = plt.subplots(figsize=(6, 3.8), layout="constrained")
     axis.add_patch(Circle((0, 0), radius, fill=False, color=BALL, label="ball"))
     axis.add_patch(Rectangle(low, *(high - low), fill=False, color=BOX, label="box"))
@@ -128,29 +160,47 @@ def margin() -> None:
 
 
 def estimate_and_proof() -> None:
-    """A norm that hides in one direction: power iteration from below, the Chebyshev bound from above."""
+    """A norm that hides in one direction: power iteration from below, the Chebyshev bound from
+    above."""
     size, norm = 3072, 2.0
-    steps_power, steps_proof = [1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 16, 20], [5, 7, 10, 14, 20, 28, 40, 56, 80, 113, 160]
+    steps_power, steps_proof = (
+        [1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 16, 20],
+        [5, 7, 10, 14, 20, 28, 40, 56, 80, 113, 160],
+    )
     with jax.enable_x64(True):
         v = jnp.asarray(np.random.default_rng(0).choice([-1.0, 1.0], size) / np.sqrt(size))
         operator = LinearOperator(Hidden(), v, None)
         like = jnp.zeros(size)
         starts = jax.random.normal(jax.random.key(0), (20, size))
         below = [
-            np.asarray(jax.vmap(lambda s, k=k: spectral.power_iteration(operator, s, k)[0])(starts))
+            np.asarray(jax.vmap(lambda s, k=k: power.power_iteration(operator, s, k)[0])(starts))
             for k in steps_power
         ]
         above = [
-            float(spectral.probabilistic_norm_bound(operator, jax.random.key(k), 1.002 * norm, k, 1e-9, like))
+            float(
+                power.probabilistic_norm_bound(
+                    operator, jax.random.key(k), 1.002 * norm, k, 1e-9, like
+                )
+            )
             for k in steps_proof
         ]
     figure, axis = plt.subplots(figsize=(7, 3.6), layout="constrained")
     axis.axhline(norm, color="k", linewidth=1, label="the norm")
     axis.plot(
-        steps_proof, above, "o-", color=TRUE, markersize=4, label="Chebyshev bound: fails with probability ≤ 1e-9"
+        steps_proof,
+        above,
+        "o-",
+        color=TRUE,
+        markersize=4,
+        label="Chebyshev bound: fails with probability ≤ 1e-9",
     )
     axis.plot(
-        steps_power, np.mean(below, 1), "o-", color=BOX, markersize=4, label="power iteration: an estimate, from below"
+        steps_power,
+        np.mean(below, 1),
+        "o-",
+        color=BOX,
+        markersize=4,
+        label="power iteration: an estimate, from below",
     )
     axis.fill_between(steps_power, np.min(below, 1), np.max(below, 1), color=BOX, alpha=0.2)
     axis.set(xscale="log", xlabel="products with WᵀW", ylabel="‖W‖", ylim=(0.9, 4))
@@ -160,14 +210,16 @@ def estimate_and_proof() -> None:
 
 
 class Hidden:
-    """``x + v <v, x>`` for v of entries +-1/sqrt(n): norm 2, and a random start has hardly any weight on v."""
+    """``x + v <v, x>`` for v of entries +-1/sqrt(n): norm 2, and a random start has hardly any
+    weight on v."""
 
     def __call__(self, kernel, x):
         return x + kernel * jnp.sum(jax.lax.stop_gradient(kernel) * x)
 
 
 def masks(network, images, labels) -> None:
-    """A weight matrix around one image: rows and columns that cannot matter, and the norm without them."""
+    """A weight matrix around one image: rows and columns that cannot matter, and the norm without
+    them."""
     epsilon, image = 0.5, 0
     bound = jax.jit(lambda x: lipjax.bound(network, x, epsilon, iterations=200))(images[image])
     weights = np.asarray(network.layers[3].kernel[...]).T  # Flatten, Linear, activation, Linear
@@ -178,7 +230,11 @@ def masks(network, images, labels) -> None:
     reach = np.abs(weights).max()
     for axis, title, shown in (
         (axes[0], f"W: norm {np.linalg.norm(weights, 2):.2f}", weights),
-        (axes[1], f"rows and columns that can matter: norm {np.linalg.norm(masked, 2):.2f}", masked),
+        (
+            axes[1],
+            f"rows and columns that can matter: norm {np.linalg.norm(masked, 2):.2f}",
+            masked,
+        ),
     ):
         shown = shown[order_out][:, order_in]
         axis.imshow(shown, cmap="RdBu", vmin=-reach, vmax=reach)
@@ -194,7 +250,11 @@ def masks(network, images, labels) -> None:
 
 def modes(network, images, labels) -> None:
     """The six bounds of the largest change of a margin, over epsilon."""
-    images, labels, radii = jnp.asarray(images[:40]), jnp.asarray(labels[:40]), np.geomspace(0.005, 1, 13)
+    images, labels, radii = (
+        jnp.asarray(images[:40]),
+        jnp.asarray(labels[:40]),
+        np.geomspace(0.005, 1, 13),
+    )
 
     def gain(x, label, epsilon, mode):
         bound = lipjax.bound(network, x, epsilon, mode=mode, iterations=50)
@@ -208,7 +268,12 @@ def modes(network, images, labels) -> None:
     figure, axis = plt.subplots(figsize=(7, 4), layout="constrained")
     for mode in lipjax.bounds.MODES:
         each = jax.jit(jax.vmap(lambda x, y, e, mode=mode: gain(x, y, e, mode), (0, 0, None)))
-        axis.plot(radii, [float(jnp.median(each(images, labels, radius))) for radius in radii], ".-", label=mode)
+        axis.plot(
+            radii,
+            [float(jnp.median(each(images, labels, radius))) for radius in radii],
+            ".-",
+            label=mode,
+        )
     least = float(jnp.median(jax.vmap(slope)(images, labels)))
     axis.axhline(least, color="k", linestyle=":", label="gradient at the image")
     axis.set(xscale="log", xlabel="ε", ylabel="bound of a margin's change / ε", ylim=(0, None))

@@ -1,34 +1,39 @@
-"""Local Lipschitz bounds for JAX: train and certify networks whose predictions provably do not change in an l2 ball."""
+"""Local Lipschitz bounds for JAX: train and certify networks whose predictions provably do not
+change in an l2 ball."""
 
 from lipjax import (
     activations,
     attacks,
     bounds,
     bridges,
-    certificate_files,
-    deterministic,
-    folding,
+    certificates,
+    formats,
     graph,
     layers,
     losses,
-    lowering,
     models,
-    onnx_export,
+    norms,
     orthogonal,
     pretrained,
     rounding,
-    spectral,
+    runtime,
     storage,
-    torch_files,
 )
 from lipjax.activations import ClippedMaxMin, ClippedReLU, MaxMin, ReLU
 from lipjax.bounds import Bound, Region, bound, initial_vectors, worst_logits
-from lipjax.certificates import Certificate, CertifiedRadius, Estimate, certified_radius, certify, estimate
+from lipjax.certificates import (
+    Certificate,
+    CertifiedRadius,
+    Estimate,
+    certified_radius,
+    certify,
+    estimate,
+)
 from lipjax.graph import Graph, TraceError, trace
 from lipjax.layers import AveragePool, Flatten, Normalize, Residual
-from lipjax.lowering import for_cpu
 from lipjax.orthogonal import AOLConv, CayleyLinear
 from lipjax.pretrained import load
+from lipjax.runtime.cpu import for_cpu
 from lipjax.storage import save
 
 __version__ = "0.2.0"
@@ -56,28 +61,25 @@ __all__ = [
     "bound",
     "bounds",
     "bridges",
-    "certificate_files",
+    "certificates",
     "certified_radius",
     "certify",
-    "deterministic",
     "estimate",
-    "folding",
     "for_cpu",
+    "formats",
     "graph",
     "initial_vectors",
     "layers",
     "load",
     "losses",
-    "lowering",
     "models",
-    "onnx_export",
+    "norms",
     "orthogonal",
     "pretrained",
     "rounding",
+    "runtime",
     "save",
-    "spectral",
     "storage",
-    "torch_files",
     "trace",
     "worst_logits",
 ]

@@ -1,10 +1,13 @@
 """Attacks: what is certainly not robust. They bound from above what any certificate can claim.
 
-Within a given radius: `pgd`, and `targeted`, which goes for every rival class in turn. At the smallest distance that they
-can find: `smallest`, by gradients, and `boundary`, which sees nothing but whether the label is predicted.
+Within a given radius: `pgd`, and `targeted`, which goes for every rival class in turn. At the
+smallest distance that they
+can find: `smallest`, by gradients, and `boundary`, which sees nothing but whether the label is
+predicted.
 
-Own code and not foolbox: that (3.3.4, its last release) runs beside JAX 0.10 and NumPy 2.4, but it steps outside `jit`,
-wants a pixel range where certificates speak of the whole ball, and imports what SciPy has deprecated.
+Own code and not foolbox: that (3.3.4, its last release) runs beside JAX 0.10 and NumPy 2.4, but it
+steps outside `jit`, wants a pixel range where certificates speak of the whole ball, and imports
+what SciPy has deprecated.
 """
 
 import functools
@@ -17,8 +20,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from lipjax import lowering
 from lipjax.bounds import check_epsilon
+from lipjax.runtime import cpu
 
 # How the length of a step falls, as a function of the share of the steps that is done.
 SCHEDULES: dict[str, Callable[[jax.Array], jax.Array]] = {
@@ -26,17 +29,20 @@ SCHEDULES: dict[str, Callable[[jax.Array], jax.Array]] = {
     "cosine": lambda done: (1 + jnp.cos(jnp.pi * done)) / 2,
     "halving": lambda done: 0.5 ** jnp.floor(8 * done),
 }
-# Halvings of a segment between the image and an adversarial one: 2^-20 of its length is about float32's resolution.
+# Halvings of a segment between the image and an adversarial one: 2^-20 of its length is about
+# float32's resolution.
 BISECTIONS = 20
-# Share by which `smallest` lets the radius of its search grow or shrink in a step, and what remains of it in the last.
+# Share by which `smallest` lets the radius of its search grow or shrink in a step, and what remains
+# of it in the last.
 RADIUS_SHARE, LAST_SHARE = 0.1, 0.01
-# Starts that `boundary` tries per example: so many of the images to start from, and so many of noise, in strengths from a
-# twentieth of the range to six times it (then clipped: nearly all pixels black or white).
+# Starts that `boundary` tries per example: so many of the images to start from, and so many of
+# noise, in strengths from a twentieth of the range to six times it (then clipped: nearly all pixels
+# black or white).
 START_IMAGES, START_NOISES, STRENGTHS = 32, 192, 8
 # Beyond it float32's squares overflow: an attack within a larger radius looks no farther.
 LARGEST_RADIUS = 1e15
-# A boundary point found in one program may be on the other side in another, by rounding: it is moved out by these shares
-# of its distance until a forward pass confirms it.
+# A boundary point found in one program may be on the other side in another, by rounding: it is
+# moved out by these shares of its distance until a forward pass confirms it.
 STRETCHES = (0.0, 1e-6, 1e-4, 1e-2)
 
 _ENTROPY, _MARGIN, _RIVAL = range(3)  # what a gradient step makes larger, see `_gradient`
@@ -46,8 +52,10 @@ class Attack(NamedTuple):
     """Outcome per example of an attack within a radius, NumPy arrays.
 
     Attributes:
-        adversarial: ``(N, ...)`` the image nearest to, or beyond, the decision boundary that was found; within epsilon.
-        broken: ``(N,)`` the label's logit is not strictly the largest there, or at the image itself (a NaN counts too).
+        adversarial: ``(N, ...)`` the image nearest to, or beyond, the decision boundary that was
+            found; within epsilon.
+        broken: ``(N,)`` the label's logit is not strictly the largest there, or at the image itself
+            (a NaN counts too).
         predicted: ``(N,)`` class predicted at the unperturbed image.
     """
 
@@ -60,9 +68,10 @@ class Nearest(NamedTuple):
     """Outcome per example of a search for the smallest perturbation, NumPy arrays.
 
     Attributes:
-        adversarial: ``(N, ...)`` the nearest image found at which the label's logit is not strictly the largest (a NaN
-            counts too); the image itself where none was found.
-        distance: ``(N,)`` its l2 distance, of float64; 0 where the image itself is one, infinity where none was found.
+        adversarial: ``(N, ...)`` the nearest image found at which the label's logit is not strictly
+            the largest (a NaN counts too); the image itself where none was found.
+        distance: ``(N,)`` its l2 distance, of float64; 0 where the image itself is one, infinity
+            where none was found.
         predicted: ``(N,)`` class predicted at the unperturbed image.
     """
 
@@ -71,7 +80,7 @@ class Nearest(NamedTuple):
     predicted: np.ndarray
 
 
-# ---------------------------------------------------------------------------------------------------- within a radius
+# ---------------------------------------------------------------------------------- within a radius
 
 
 def pgd(
@@ -88,10 +97,12 @@ def pgd(
     key: jax.Array | None = None,
     batch_size: int = 256,
 ) -> Attack:
-    """l2 projected gradient descent with random starts; cross-entropy and margin loss in turn over the restarts.
+    """l2 projected gradient descent with random starts; cross-entropy and margin loss in turn over
+    the restarts.
 
-    Every image returned lies within epsilon of the image as float32 (as a float64 norm) and within `clip`, and `broken`
-    is what one more forward pass says of it. When all of a batch is broken it uses no more restarts.
+    Every image returned lies within epsilon of the image as float32 (as a float64 norm) and within
+    `clip`, and `broken` is what one more forward pass says of it. When all of a batch is broken it
+    uses no more restarts.
 
     Args:
         network: any module that maps one example to logits ``(classes,)``.
@@ -100,13 +111,18 @@ def pgd(
         step_size: length of the first step; ``epsilon / 4`` by default.
         schedule: how it falls: "constant", "cosine" (to 0) or "halving" (seven times).
         clip: range of valid pixels, or None to search the whole ball.
-        key: randomness; ``jax.random.key(0)`` by default. The same key and batch_size give the same result.
+        key: randomness; ``jax.random.key(0)`` by default. The same key and batch_size give the same
+            result.
 
     Raises:
-        ValueError: negative or NaN epsilon, images and labels that do not fit the network or each other, pixels outside
-            `clip`, steps or restarts < 1, a step_size that is not positive, an unknown schedule.
+        ValueError: negative or NaN epsilon, images and labels that do not fit the network or each
+            other, pixels outside `clip`, steps or restarts < 1, a step_size that is not positive,
+            an unknown schedule.
     """
-    searches = [((_ENTROPY, _MARGIN)[restart % 2], 1) for restart in range(_at_least_one(restarts, "restarts"))]
+    searches = [
+        ((_ENTROPY, _MARGIN)[restart % 2], 1)
+        for restart in range(_at_least_one(restarts, "restarts"))
+    ]
     problem = _Problem(network, images, labels, clip, key, batch_size)
     return _within(problem, searches, epsilon, steps, step_size, schedule)
 
@@ -125,20 +141,27 @@ def targeted(
     key: jax.Array | None = None,
     batch_size: int = 256,
 ) -> Attack:
-    """As `pgd`, but every rival class j in turn: ``z_label - z_j`` is made small, from `restarts` random starts each.
+    """As `pgd`, but every rival class j in turn: ``z_label - z_j`` is made small, from `restarts`
+    random starts each.
 
-    The largest logit of the rivals changes on the way, and with it the goal of `pgd`; here each goal stays. Arguments,
+    The largest logit of the rivals changes on the way, and with it the goal of `pgd`; here each
+    goal stays. Arguments,
     guarantee and errors as in `pgd`. Cost: ``(classes - 1) * restarts`` runs.
     """
     problem = _Problem(network, images, labels, clip, key, batch_size)
     searches = [
-        (_RIVAL, rival) for _ in range(_at_least_one(restarts, "restarts")) for rival in range(1, problem.classes)
+        (_RIVAL, rival)
+        for _ in range(_at_least_one(restarts, "restarts"))
+        for rival in range(1, problem.classes)
     ]
     return _within(problem, searches, epsilon, steps, step_size, schedule)
 
 
-def _within(problem: "_Problem", searches: Sequence[tuple[int, int]], epsilon, steps, step_size, schedule) -> Attack:
-    """Projected descent; a search is a loss and how far behind the label, cyclically, its rival class comes."""
+def _within(
+    problem: "_Problem", searches: Sequence[tuple[int, int]], epsilon, steps, step_size, schedule
+) -> Attack:
+    """Projected descent; a search is a loss and how far behind the label, cyclically, its rival
+    class comes."""
     _at_least_one(steps, "steps")
     if schedule not in SCHEDULES:
         raise ValueError(f"schedule must be one of {', '.join(SCHEDULES)}, got {schedule!r}.")
@@ -146,7 +169,10 @@ def _within(problem: "_Problem", searches: Sequence[tuple[int, int]], epsilon, s
         raise ValueError(f"step_size must be positive and finite, got {step_size}.")
     radii = np.asarray(epsilon, np.float64)
     if radii.ndim and radii.shape != problem.labels.shape:
-        raise ValueError(f"epsilon must be one radius or {len(problem.labels)}, got an array of shape {radii.shape}.")
+        raise ValueError(
+            f"epsilon must be one radius or {len(problem.labels)}, got an array of shape "
+            f"{radii.shape}."
+        )
     radii = np.broadcast_to(radii, problem.labels.shape)
     for radius in np.unique(radii):
         check_epsilon(radius)
@@ -154,12 +180,23 @@ def _within(problem: "_Problem", searches: Sequence[tuple[int, int]], epsilon, s
 
     def search(x, y, margin, key, rows, kept):
         best, best_margin = x, margin
-        radius, length = (jnp.asarray(np.minimum(a[rows], LARGEST_RADIUS), x.dtype) for a in (radii, lengths))
+        radius, length = (
+            jnp.asarray(np.minimum(a[rows], LARGEST_RADIUS), x.dtype) for a in (radii, lengths)
+        )
         for i, (loss, behind) in enumerate(searches):
             if not np.any(np.asarray(best_margin)[:kept] > 0):
                 break
-            ways = (y + behind) % problem.classes, loss, radius, length, jax.random.fold_in(key, i), steps
-            found, margin = _descend(problem.network, x, y, *ways, *problem.range, schedule=schedule)
+            ways = (
+                (y + behind) % problem.classes,
+                loss,
+                radius,
+                length,
+                jax.random.fold_in(key, i),
+                steps,
+            )
+            found, margin = _descend(
+                problem.network, x, y, *ways, *problem.range, schedule=schedule
+            )
             better = margin < best_margin
             best = jnp.where(_column(better, x), found, best)
             best_margin = jnp.where(better, margin, best_margin)
@@ -178,7 +215,8 @@ def _descend(network, x, y, rival, loss, radius, length, key, steps, low, high, 
     radius, length = _column(radius * (1 - 1e-5), x), _column(length, x)
 
     def project(candidate):
-        """To the nearest point of ball and range at once: clipping what was first put on the ball would fall short."""
+        """To the nearest point of ball and range at once: clipping what was first put on the ball
+        would fall short."""
         offset = candidate - x
         # The projection is a clipped multiple of the offset, the largest that the ball holds.
         share = jnp.minimum(1.0, radius / jnp.maximum(_norm(offset), 1e-30))
@@ -198,20 +236,24 @@ def _descend(network, x, y, rival, loss, radius, length, key, steps, low, high, 
 
     def step(i, carry):
         current, best, best_margin = carry
-        direction, _, _, margin = _gradient(network, current, y, rival, loss, jax.random.fold_in(direction_key, i))
+        direction, _, _, margin = _gradient(
+            network, current, y, rival, loss, jax.random.fold_in(direction_key, i)
+        )
         best, best_margin = keep(current, margin, best, best_margin)
         share = SCHEDULES[schedule](i / jnp.asarray(steps, x.dtype))
         return project(current + length * share * direction), best, best_margin
 
     direction = _unit(jax.random.normal(start_key, x.shape, x.dtype))
-    share = jax.random.uniform(jax.random.fold_in(start_key, 1), (len(x),), x.dtype) ** (1 / x[0].size)
+    share = jax.random.uniform(jax.random.fold_in(start_key, 1), (len(x),), x.dtype) ** (
+        1 / x[0].size
+    )
     start = project(x + direction * radius * _column(share, x))
     first = (start, x, jnp.full(len(x), jnp.inf, x.dtype))
     last, best, best_margin = jax.lax.fori_loop(0, steps, step, first)
     return keep(last, _margins(network, last, y)[1], best, best_margin)
 
 
-# ---------------------------------------------------------------------------------------------------- smallest distance
+# -------------------------------------------------------------------------------- smallest distance
 
 
 def smallest(
@@ -225,15 +267,18 @@ def smallest(
     key: jax.Array | None = None,
     batch_size: int = 256,
 ) -> Nearest:
-    """The nearest adversarial image that gradients find, each example searching at a radius of its own.
+    """The nearest adversarial image that gradients find, each example searching at a radius of its
+    own.
 
-    Direction and norm are decoupled (Rony et al., *Decoupling Direction and Norm*, CVPR 2019): the offset follows the
-    gradient on a sphere that shrinks while the label has lost and grows while it has not. The first sphere is where the
-    boundary would be if the network were linear. The first start follows the margin to whatever rival is largest, the
-    others go for the rivals one by one, the one with the largest logit first; when they are through it starts again from
-    random offsets. Bisection towards the image ends each.
+    Direction and norm are decoupled (Rony et al., *Decoupling Direction and Norm*, CVPR 2019): the
+    offset follows the gradient on a sphere that shrinks while the label has lost and grows while it
+    has not. The first sphere is where the boundary would be if the network were linear. The first
+    start follows the margin to whatever rival is largest, the others go for the rivals one by one,
+    the one with the largest logit first; when they are through it starts again from random offsets.
+    Bisection towards the image ends each.
 
-    An upper bound of the distance to the decision boundary; guarantee, arguments and errors otherwise as in `pgd`.
+    An upper bound of the distance to the decision boundary; guarantee, arguments and errors
+    otherwise as in `pgd`.
     """
     _at_least_one(steps, "steps")
     _at_least_one(restarts, "restarts")
@@ -247,7 +292,9 @@ def smallest(
             rival = ranked[:, max(0, restart - 1) % (problem.classes - 1)]
             draw = jax.random.fold_in(key, restart)
             spread = float(restart >= problem.classes)
-            found, distance = _approach(problem.network, x, y, rival, loss, spread, draw, steps, *problem.range)
+            found, distance = _approach(
+                problem.network, x, y, rival, loss, spread, draw, steps, *problem.range
+            )
             better = distance < best_distance
             best = jnp.where(_column(better, x), found, best)
             best_distance = jnp.where(better, distance, best_distance)
@@ -260,12 +307,15 @@ def smallest(
 def _ranked(network, x, y):
     """The other classes, largest logit first."""
     logits, _ = _margins(network, x, y)
-    return jnp.argsort(jnp.where(jnp.arange(logits.shape[1]) == y[:, None], jnp.inf, logits), descending=True)[:, 1:]
+    return jnp.argsort(
+        jnp.where(jnp.arange(logits.shape[1]) == y[:, None], jnp.inf, logits), descending=True
+    )[:, 1:]
 
 
 @jax.jit
 def _approach(network, x, y, rival, loss, spread, key, steps, low, high):
-    """One start; the nearest adversarial image met on the way and its distance, infinity if there was none.
+    """One start; the nearest adversarial image met on the way and its distance, infinity if there
+    was none.
 
     It starts at x, or with spread = 1 somewhere on the first sphere.
     """
@@ -285,20 +335,32 @@ def _approach(network, x, y, rival, loss, spread, key, steps, low, high):
         direction, _, _, margin = _gradient(network, x + offset, y, rival, loss, draw)
         distance, adversarial = _norm(offset), _column(~(margin > 0), x)
         better = adversarial & (distance < best_distance)
-        best, best_distance = jnp.where(better, offset, best), jnp.where(better, distance, best_distance)
+        best, best_distance = (
+            jnp.where(better, offset, best),
+            jnp.where(better, distance, best_distance),
+        )
         share = LAST_SHARE + (1 - LAST_SHARE) * SCHEDULES["cosine"](i / jnp.asarray(steps, x.dtype))
         # While nothing adversarial is known the radius is only a guess, and grows at full pace.
         change = RADIUS_SHARE * jnp.where(jnp.isinf(best_distance), 1.0, share)
-        radius = jnp.where(adversarial, jnp.minimum(radius, distance) * (1 - change), radius * (1 + change))
+        radius = jnp.where(
+            adversarial, jnp.minimum(radius, distance) * (1 - change), radius * (1 + change)
+        )
         offset = jnp.clip(x + radius * _unit(offset + radius * share * direction), low, high) - x
         # At the end of the range and still nothing: somewhere else.
         stuck = jnp.isinf(best_distance) & (radius > farthest)
-        elsewhere = farthest * jax.random.uniform(jax.random.fold_in(draw, 1), radius.shape, x.dtype)
+        elsewhere = farthest * jax.random.uniform(
+            jax.random.fold_in(draw, 1), radius.shape, x.dtype
+        )
         radius = jnp.where(stuck, elsewhere, radius)
         offset = jnp.where(stuck, random_offset(jax.random.fold_in(draw, 2), radius), offset)
         return offset, radius, best, best_distance
 
-    carry = (spread * random_offset(start_key, radius), radius, jnp.zeros_like(x), jnp.full_like(radius, jnp.inf))
+    carry = (
+        spread * random_offset(start_key, radius),
+        radius,
+        jnp.zeros_like(x),
+        jnp.full_like(radius, jnp.inf),
+    )
     _, _, best, best_distance = jax.lax.fori_loop(0, steps + 1, step, carry)
     known = jnp.isfinite(best_distance)
     end = _bisected(network, x, y, jnp.where(known, x + best, x), BISECTIONS)
@@ -317,17 +379,19 @@ def boundary(
     key: jax.Array | None = None,
     batch_size: int = 256,
 ) -> Nearest:
-    """The nearest adversarial image that a walk along the decision boundary finds, using predicted classes only.
+    """The nearest adversarial image that a walk along the decision boundary finds, using predicted
+    classes only.
 
-    Blind to gradients, hence to whatever hides them (Brendel, Rauber and Bethge, *Decision-Based Adversarial Attacks*,
-    ICLR 2018). It starts from the nearest it can find among images of other classes and noise, and bisects the way to the
-    boundary; the next starts are of a certain rival class each, as each may have a nearest point of its own. Each step is
-    random and orthogonal to the offset, on the sphere around the image, and then inward; both lengths adapt per example,
-    so that about half of the first and a quarter of the second find the label lost. Only steps that come nearer are taken.
-    Bisection towards the image ends it.
+    Blind to gradients, hence to whatever hides them (Brendel, Rauber and Bethge, *Decision-Based
+    Adversarial Attacks*, ICLR 2018). It starts from the nearest it can find among images of other
+    classes and noise, and bisects the way to the boundary; the next starts are of a certain rival
+    class each, as each may have a nearest point of its own. Each step is random and orthogonal to
+    the offset, on the sphere around the image, and then inward; both lengths adapt per example, so
+    that about half of the first and a quarter of the second find the label lost. Only steps that
+    come nearer are taken. Bisection towards the image ends it.
 
-    An upper bound of the distance to the decision boundary, weaker than `smallest` where gradients tell the way;
-    guarantee, arguments and errors otherwise as in `pgd`.
+    An upper bound of the distance to the decision boundary, weaker than `smallest` where gradients
+    tell the way; guarantee, arguments and errors otherwise as in `pgd`.
 
     Args:
         steps: random steps of each start, two forward passes each.
@@ -338,7 +402,9 @@ def boundary(
     problem = _Problem(network, images, labels, clip, key, batch_size)
     pool = problem.images if starts is None else np.asarray(starts, np.float32)
     if pool.shape[1:] != problem.images.shape[1:] or not len(pool):
-        raise ValueError(f"starts of shape {pool.shape} do not fit images of shape {problem.images.shape}.")
+        raise ValueError(
+            f"starts of shape {pool.shape} do not fit images of shape {problem.images.shape}."
+        )
     problem.check_pixels(pool, "starts")
 
     def search(x, y, margin, key, rows, kept):
@@ -347,7 +413,9 @@ def boundary(
             behind = restart % problem.classes
             rival = (y + behind) % problem.classes if behind else jnp.full_like(y, -1)
             draw = jax.random.fold_in(key, restart)
-            found, distance = _walk(problem.network, x, y, rival, jnp.asarray(pool), draw, steps, *problem.range)
+            found, distance = _walk(
+                problem.network, x, y, rival, jnp.asarray(pool), draw, steps, *problem.range
+            )
             better = distance < best_distance
             best = jnp.where(_column(better, x), found, best)
             best_distance = jnp.where(better, distance, best_distance)
@@ -358,7 +426,8 @@ def boundary(
 
 @jax.jit
 def _walk(network, x, y, rival, pool, key, steps, low, high):
-    """One start, where possible in class `rival` (-1: any); the nearest image found and its distance, or infinity."""
+    """One start, where possible in class `rival` (-1: any); the nearest image found and its
+    distance, or infinity."""
     start_key, walk_key = jax.random.split(key)
     span = jnp.where(jnp.isfinite(high - low), high - low, 1.0)
 
@@ -395,7 +464,9 @@ def _walk(network, x, y, rival, pool, key, steps, low, high):
         success = success & (_norm(nearer - x) < distance)
         current = jnp.where(success, nearer, current)
         along = jnp.clip(along * jnp.exp(0.1 * (still - 0.5)), 1e-6, 1.0)
-        inward = jnp.clip(inward * jnp.where(still, jnp.exp(0.1 * (success - 0.25)), 1.0), 1e-7, 0.5)
+        inward = jnp.clip(
+            inward * jnp.where(still, jnp.exp(0.1 * (success - 0.25)), 1.0), 1e-7, 0.5
+        )
         return current, along, inward
 
     nothing = jnp.full_like(_norm(x), jnp.inf)
@@ -408,7 +479,8 @@ def _walk(network, x, y, rival, pool, key, steps, low, high):
 
 
 def _bisected(network, x, y, adversarial, halvings):
-    """A point at which the label is still lost on the segment from x to `adversarial`, near the last such one."""
+    """A point at which the label is still lost on the segment from x to `adversarial`, near the
+    last such one."""
 
     def halve(_, bracket):
         near, far = bracket
@@ -422,29 +494,40 @@ def _bisected(network, x, y, adversarial, halvings):
     return jnp.where(far < 1, x + far * (adversarial - x), adversarial)
 
 
-# ---------------------------------------------------------------------------------------------------- what they share
+# ---------------------------------------------------------------------------------- what they share
 
 
 class _Problem:
-    """Checked arguments, batches, and what is computed anew of the images that an attack has found."""
+    """Checked arguments, batches, and what is computed anew of the images that an attack has
+    found."""
 
     def __init__(self, network, images, labels, clip, key, batch_size):
         self.network = network
         self.images, self.labels = np.asarray(images, np.float32), np.asarray(labels)
         if self.images.ndim < 2 or not len(self.images):
-            raise ValueError(f"images must be a non-empty batch (N, ...), got shape {self.images.shape}.")
-        if self.labels.shape != self.images.shape[:1] or not np.issubdtype(self.labels.dtype, np.integer):
             raise ValueError(
-                f"labels must be {len(self.images)} integers, got {self.labels.dtype} of shape {self.labels.shape}: images "
+                f"images must be a non-empty batch (N, ...), got shape {self.images.shape}."
+            )
+        if self.labels.shape != self.images.shape[:1] or not np.issubdtype(
+            self.labels.dtype, np.integer
+        ):
+            raise ValueError(
+                f"labels must be {len(self.images)} integers, got {self.labels.dtype} of shape "
+                f"{self.labels.shape}: images "
                 f"have shape {self.images.shape}."
             )
-        logits = jax.eval_shape(lambda x: network(x), jax.ShapeDtypeStruct(self.images.shape[1:], jnp.float32))
+        logits = jax.eval_shape(
+            lambda x: network(x), jax.ShapeDtypeStruct(self.images.shape[1:], jnp.float32)
+        )
         if len(logits.shape) != 1 or logits.shape[0] < 2:
-            raise ValueError(f"the network must give at least 2 logits on one axis, got shape {logits.shape}.")
+            raise ValueError(
+                f"the network must give at least 2 logits on one axis, got shape {logits.shape}."
+            )
         self.classes = logits.shape[0]
         if self.labels.min() < 0 or self.labels.max() >= self.classes:
             raise ValueError(
-                f"labels must lie in 0..{self.classes - 1}, got {self.labels.min()} to {self.labels.max()}."
+                f"labels must lie in 0..{self.classes - 1}, got {self.labels.min()} to "
+                f"{self.labels.max()}."
             )
         self.range = _float32_range(clip)
         self.check_pixels(self.images, "images")
@@ -453,21 +536,26 @@ class _Problem:
 
     def check_pixels(self, images, name):
         low, high = images.min(), images.max()
-        if not (low >= self.range[0] and high <= self.range[1] and np.isfinite(high - low)):  # a NaN fails too
+        # a NaN fails too
+        if not (low >= self.range[0] and high <= self.range[1] and np.isfinite(high - low)):
             raise ValueError(
-                f"{name} must be finite and within clip, {self.range[0]} to {self.range[1]}: {low} to {high}."
+                f"{name} must be finite and within clip, {self.range[0]} to {self.range[1]}: {low} "
+                f"to {high}."
             )
 
     def _batches(self) -> Iterator[tuple[np.ndarray, int]]:
-        """Rows of equal batches, the last one padded with its last row, and how many of them are meant."""
-        # A power of two, so that attacks on changing subsets of some images compile a few times only.
+        """Rows of equal batches, the last one padded with its last row, and how many of them are
+        meant."""
+        # A power of two, so that attacks on changing subsets of some images compile a few times
+        # only.
         size = min(self.batch_size, 1 << (len(self.images) - 1).bit_length())
         for first in range(0, len(self.images), size):
             rows = np.minimum(np.arange(first, first + size), len(self.images) - 1)
             yield rows, min(size, len(self.images) - first)
 
     def searched(self, search) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """``search(x, y, margin, key, rows, kept)`` of each batch; predictions; is the image itself lost?"""
+        """``search(x, y, margin, key, rows, kept)`` of each batch; predictions; is the image itself
+        lost?"""
         parts = []
         for rows, kept in self._batches():
             x, y = jnp.asarray(self.images[rows]), jnp.asarray(self.labels[rows], jnp.int32)
@@ -481,7 +569,9 @@ class _Problem:
         """Is the label's logit not strictly the largest?"""
         parts = []
         for rows, kept in self._batches():
-            _, margin = _clean(self.network, jnp.asarray(images[rows]), jnp.asarray(self.labels[rows], jnp.int32))
+            _, margin = _clean(
+                self.network, jnp.asarray(images[rows]), jnp.asarray(self.labels[rows], jnp.int32)
+            )
             parts.append(~(np.asarray(margin)[:kept] > 0))
         return np.concatenate(parts)
 
@@ -492,7 +582,9 @@ class _Problem:
         for stretch in STRETCHES:
             if confirmed.all():
                 break
-            candidates = self.images + np.float32(1 + stretch) * (found - self.images) if stretch else found
+            candidates = (
+                self.images + np.float32(1 + stretch) * (found - self.images) if stretch else found
+            )
             candidates = np.clip(candidates, *self.range)
             new = self.fooled(candidates) & ~confirmed
             adversarial[new] = candidates[new]
@@ -524,7 +616,8 @@ def _distances(candidates: np.ndarray, images: np.ndarray) -> np.ndarray:
 
 
 def _pulled_inside(candidates: np.ndarray, images: np.ndarray, radii: np.ndarray) -> np.ndarray:
-    """The candidates, those outside their balls moved towards their images until no rounding is left outside."""
+    """The candidates, those outside their balls moved towards their images until no rounding is
+    left outside."""
     distances = _distances(candidates, images)
     outside = np.flatnonzero(distances > radii)
     x = images[outside]
@@ -556,7 +649,8 @@ def _unit(v):
 
 
 def _margins(network, x, y):
-    """Logits, and the label's minus the largest of the others; minus infinity where a NaN makes them incomparable."""
+    """Logits, and the label's minus the largest of the others; minus infinity where a NaN makes
+    them incomparable."""
     logits = jax.vmap(network)(x)
     own = jnp.take_along_axis(logits, y[:, None], axis=1)[:, 0]
     others = jnp.where(jnp.arange(logits.shape[1])[None] == y[:, None], -jnp.inf, logits)
@@ -571,9 +665,11 @@ def _clean(network, x, y):
 
 
 def _gradient(network, x, y, rival, loss, key):
-    """Direction in which the loss grows (a random one where it has no slope), slope, loss, and the margin.
+    """Direction in which the loss grows (a random one where it has no slope), slope, loss, and the
+    margin.
 
-    `loss` may be traced: cross-entropy, or minus the margin to the largest rival, or minus that to `rival`.
+    `loss` may be traced: cross-entropy, or minus the margin to the largest rival, or minus that to
+    `rival`.
     """
 
     def objective(candidate):
@@ -584,8 +680,9 @@ def _gradient(network, x, y, rival, loss, key):
         value = jnp.stack([entropy, -margin, goal - own])[loss].astype(x.dtype)
         return jnp.sum(value), (value, margin)
 
-    gradient, (value, margin) = lowering.for_cpu(jax.grad(objective, has_aux=True))(x)
-    # Scaled first: the squares of a tiny or huge gradient under- or overflow, and would hide the way.
+    gradient, (value, margin) = cpu.for_cpu(jax.grad(objective, has_aux=True))(x)
+    # Scaled first: the squares of a tiny or huge gradient under- or overflow, and would hide the
+    # way.
     largest = jnp.max(jnp.abs(gradient), axis=tuple(range(1, x.ndim)), keepdims=True)
     usable = (largest > 0) & jnp.isfinite(largest)  # False also for NaN
     noise = jax.random.normal(key, x.shape, x.dtype)

@@ -1,4 +1,5 @@
-"""Layers that Flax has not: flattening, sums of branches, average pooling, normalisation of pixels."""
+"""Layers that Flax has not: flattening, sums of branches, average pooling, normalisation of
+pixels."""
 
 import math
 from collections.abc import Sequence
@@ -10,25 +11,30 @@ from flax import nnx
 
 
 class Flatten(nnx.Module):
-    """Flattens the last `ndim` axes: one example ``(H, W, C) -> (H*W*C,)`` or a batch of them, row-major."""
+    """Flattens the last `ndim` axes: one example ``(H, W, C) -> (H*W*C,)`` or a batch of them,
+    row-major."""
 
     def __init__(self, ndim: int = 3):
         self.ndim = ndim
 
     def __call__(self, x: jax.Array) -> jax.Array:
         if x.ndim < self.ndim:
-            raise ValueError(f"Flatten(ndim={self.ndim}) needs at least {self.ndim} axes, got shape {x.shape}.")
+            raise ValueError(
+                f"Flatten(ndim={self.ndim}) needs at least {self.ndim} axes, got shape {x.shape}."
+            )
         return x.reshape(*x.shape[: x.ndim - self.ndim], math.prod(x.shape[x.ndim - self.ndim :]))
 
 
 class Residual(nnx.Module):
-    """``x + f(x)``, f the given layers in order, which keep the shape. Bounds go through f and through the sum.
+    """``x + f(x)``, f the given layers in order, which keep the shape. Bounds go through f and
+    through the sum.
 
-    A ball of radius r becomes one of r plus what f makes of it, a box the sum of the boxes, and in modes "linear" and "rows" a
-    row goes back through both ways at once.
+    A ball of radius r becomes one of r plus what f makes of it, a box the sum of the boxes, and in
+    modes "linear" and "rows" a row goes back through both ways at once.
 
     Args:
-        layers: registered layers, activations or other Residuals; not the last affine layer of a network.
+        layers: registered layers, activations or other Residuals; not the last affine layer of a
+            network.
 
     Raises:
         ValueError: when called, if they change the shape.
@@ -48,7 +54,9 @@ def joined(x: jax.Array, y: jax.Array) -> jax.Array:
         ValueError: if they differ in shape.
     """
     if x.shape != y.shape:
-        raise ValueError(f"the layers of a Residual must keep the shape: {x.shape} became {y.shape}.")
+        raise ValueError(
+            f"the layers of a Residual must keep the shape: {x.shape} became {y.shape}."
+        )
     return x + y
 
 
@@ -89,13 +97,17 @@ def _window_sum(window, strides, scale, x):
     if x.ndim < 3 or x.shape[-3] < window[0] or x.shape[-2] < window[1]:
         raise ValueError(f"a pooling window of {window} does not fit an input of shape {x.shape}.")
     batch = (1,) * (x.ndim - 3)
-    zero = np.zeros((), x.dtype)  # of NumPy: under `jit` a JAX constant hides that this is a sum, which has a transpose
-    total = jax.lax.reduce_window(x, zero, jax.lax.add, (*batch, *window, 1), (*batch, *strides, 1), [(0, 0)] * x.ndim)
+    # of NumPy: under `jit` a JAX constant hides that this is a sum, which has a transpose
+    zero = np.zeros((), x.dtype)
+    total = jax.lax.reduce_window(
+        x, zero, jax.lax.add, (*batch, *window, 1), (*batch, *strides, 1), [(0, 0)] * x.ndim
+    )
     return scale.astype(x.dtype) * total
 
 
 class Normalize(nnx.Module):
-    """``(x - mean) / deviation`` per channel, inside the network: epsilon stays a radius on pixels in [0, 1].
+    """``(x - mean) / deviation`` per channel, inside the network: epsilon stays a radius on pixels
+    in [0, 1].
 
     Computed as ``x * scale + shift`` with float32 constants, in float32 at least, and returned in
     the input's type. No parameters: nothing here is trained.
@@ -104,29 +116,41 @@ class Normalize(nnx.Module):
         mean, deviation: one number per channel, or one for all of them.
 
     Raises:
-        ValueError: numbers that are not finite, deviations that are not positive, lengths that differ.
+        ValueError: numbers that are not finite, deviations that are not positive, lengths that
+            differ.
     """
 
     def __init__(self, mean: Sequence[float], deviation: Sequence[float]):
         mean, deviation = tuple(mean), tuple(deviation)
         if len(mean) != len(deviation) or not mean:
-            raise ValueError(f"mean and deviation need one number per channel each, got {mean} and {deviation}.")
-        if not (np.all(np.isfinite(mean)) and np.all(np.isfinite(deviation)) and min(deviation) > 0):
-            raise ValueError(f"expected finite means and deviations > 0, got {mean} and {deviation}.")
+            raise ValueError(
+                f"mean and deviation need one number per channel each, got {mean} and {deviation}."
+            )
+        if not (
+            np.all(np.isfinite(mean)) and np.all(np.isfinite(deviation)) and min(deviation) > 0
+        ):
+            raise ValueError(
+                f"expected finite means and deviations > 0, got {mean} and {deviation}."
+            )
         self.scale = tuple(float(np.float32(1 / d)) for d in deviation)
         self.shift = tuple(float(np.float32(-m / d)) for m, d in zip(mean, deviation, strict=True))
 
     @classmethod
     def of(cls, scale: Sequence[float], shift: Sequence[float]) -> "Normalize":
-        """``x * scale + shift``, numbers of any sign, rounded to float32: what a BatchNorm is that has stopped learning.
+        """``x * scale + shift``, numbers of any sign, rounded to float32: what a BatchNorm is that
+        has stopped learning.
 
         Raises:
             ValueError: numbers that float32 cannot hold, lengths that differ.
         """
         with np.errstate(over="ignore"):
-            rounded = [tuple(float(np.float32(number)) for number in numbers) for numbers in (scale, shift)]
+            rounded = [
+                tuple(float(np.float32(number)) for number in numbers) for numbers in (scale, shift)
+            ]
         if len(rounded[0]) != len(rounded[1]) or not rounded[0] or not np.all(np.isfinite(rounded)):
-            raise ValueError(f"expected one finite scale and shift per channel, got {scale} and {shift}.")
+            raise ValueError(
+                f"expected one finite scale and shift per channel, got {scale} and {shift}."
+            )
         layer = cls(mean=(0.0,), deviation=(1.0,))
         layer.scale, layer.shift = rounded
         return layer
@@ -139,5 +163,7 @@ class Normalize(nnx.Module):
 
 def _scaled(scale, x):
     if x.shape[-1] != scale.shape[0] and scale.shape[0] != 1:
-        raise ValueError(f"{scale.shape[0]} channels are normalised, got an input of shape {x.shape}.")
+        raise ValueError(
+            f"{scale.shape[0]} channels are normalised, got an input of shape {x.shape}."
+        )
     return x * jax.lax.broadcast_in_dim(scale, x.shape, (x.ndim - 1,))

@@ -1,4 +1,5 @@
-"""Losses of certified training, of one example each, written on bounds. `vmap` makes the batch, the mean is yours."""
+"""Losses of certified training, of one example each, written on bounds. `vmap` makes the batch, the
+mean is yours."""
 
 import math
 
@@ -21,7 +22,8 @@ def bcp(bound: Bound, label: jax.Array, kappa) -> jax.Array:
 
 
 def gloro_logits(bound: Bound, label: jax.Array) -> jax.Array:
-    """The logits and, as class number `classes`, the largest worst-case rival: ``(classes + 1,)``."""
+    """The logits and, as class number `classes`, the largest worst-case rival: ``(classes +
+    1,)``."""
     worst = worst_logits(bound, label)
     rival = jnp.max(jnp.where(jnp.arange(worst.shape[0]) == label, -jnp.inf, worst))
     return jnp.concatenate([bound.logits, rival[None]])
@@ -33,11 +35,11 @@ def gloro(bound: Bound, label: jax.Array) -> jax.Array:
 
 
 def trades(bound: Bound, label: jax.Array, weight=1.0) -> jax.Array:
-    """``CE(logits) + weight KL(softmax(logits), softmax(gloro_logits of the predicted class))``: TRADES (Zhang et al. 2019) with
-    a bound in the place of its attack, as in GloRo's code.
+    """``CE(logits) + weight KL(softmax(logits), softmax(gloro_logits of the predicted class))``:
+    TRADES (Zhang et al. 2019) with a bound in the place of its attack, as in GloRo's code.
 
-    Both distributions are the same up to a factor on the classes, so that the divergence is that factor's logarithm:
-    minus the logarithm of what the "not robust" class leaves to the others.
+    Both distributions are the same up to a factor on the classes, so that the divergence is that
+    factor's logarithm: minus the logarithm of what the "not robust" class leaves to the others.
     """
     extended = gloro_logits(bound, jnp.argmax(bound.logits))
     rest = jax.nn.logsumexp(bound.logits)
@@ -45,10 +47,11 @@ def trades(bound: Bound, label: jax.Array, weight=1.0) -> jax.Array:
 
 
 def lmt(bound: Bound, label: jax.Array) -> jax.Array:
-    """Cross-entropy with ``sqrt(2) ||W|| r`` added to every rival's logit (Lipschitz-margin training, Tsuzuku et al. 2018).
+    """Cross-entropy with ``sqrt(2) ||W|| r`` added to every rival's logit (Lipschitz-margin
+    training, Tsuzuku et al. 2018).
 
-    W is the last layer, r the penultimate radius; with mode "global" that is LMT, which knows the Lipschitz constant of the
-    whole network and nothing of the pairs of classes.
+    W is the last layer, r the penultimate radius; with mode "global" that is LMT, which knows the
+    Lipschitz constant of the whole network and nothing of the pairs of classes.
     """
     operator = bound.graph.linear_nodes[-1].operator
     matrix = operator.materialized(bound.penultimate.center).kernel
@@ -58,9 +61,11 @@ def lmt(bound: Bound, label: jax.Array) -> jax.Array:
 
 
 def emma(bound: Bound, label: jax.Array) -> jax.Array:
-    """Cross-entropy on rivals raised only as far as to the label's logit (EMMA: Hu et al., NeurIPS 2023).
+    """Cross-entropy on rivals raised only as far as to the label's logit (EMMA: Hu et al., NeurIPS
+    2023).
 
-    Each rival's gain is multiplied by the share of the ball at which it would draw level with the label, in [0, 1] and
+    Each rival's gain is multiplied by the share of the ball at which it would draw level with the
+    label, in [0, 1] and
     held fixed: the loss works at the boundary of what is robust already, not beyond it.
     """
     gain = worst_logits(bound, label) - bound.logits
@@ -82,11 +87,12 @@ def sparsity(bound: Bound) -> jax.Array:
 
 
 def stability(bound: Bound) -> jax.Array:
-    """The hinge that pushes boxes off the kinks of their activation, whichever way is shorter; >= 0.
+    """The hinge that pushes boxes off the kinks of their activation, whichever way is shorter; >=
+    0.
 
     Mode "linear" pays only for neurons whose box has a kink strictly inside. For each kink c in a
-    box ``[l, u]`` the hinge is ``min(u - c, c - l)``; the kinks of a ReLU are 0 and its threshold, a
-    pair of MaxMin has one in ``a - b`` and those of its thresholds. Mean over the neurons, summed
+    box ``[l, u]`` the hinge is ``min(u - c, c - l)``; the kinks of a ReLU are 0 and its threshold,
+    a pair of MaxMin has one in ``a - b`` and those of its thresholds. Mean over the neurons, summed
     over the activations; of other activations nothing is known: 0.
 
     Raises:

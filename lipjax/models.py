@@ -1,9 +1,11 @@
-"""The published networks and small ones for small images: flat nnx.Sequential of convolutions, dense layers, activations.
+"""The published networks and small ones for small images: flat nnx.Sequential of convolutions,
+dense layers, activations.
 
-Inputs are NHWC (or one example, HWC). An activation follows each layer but the last. Convolution kernels start normal
-with variance ``2 / (kernel_h * kernel_w * out_channels)`` and zero bias, dense layers as the reference's framework
-(PyTorch) starts them: uniform within ``+-1 / sqrt(inputs)``, weights and bias. Thresholds are those of METHOD 6, where it
-gives them; the others are marked below.
+Inputs are NHWC (or one example, HWC). An activation follows each layer but the last. Convolution
+kernels start normal with variance ``2 / (kernel_h * kernel_w * out_channels)`` and zero bias, dense
+layers as the reference's framework (PyTorch) starts them: uniform within ``+-1 / sqrt(inputs)``,
+weights and bias. Thresholds are those of METHOD 6, where it gives them; the others are marked
+below.
 """
 
 import difflib
@@ -39,7 +41,9 @@ def conv4_dense3(
     """4C3F, published for MNIST with ReLU thresholds 1.0. MaxMin thresholds +-1.0 are ours."""
     convs = [_Conv(32, 3, 1), _Conv(32, 4, 2), _Conv(64, 3, 1), _Conv(64, 4, 2)]
     pairs = [(1.0, -1.0)] * 6
-    return _build(convs, [512, 512], activation, [1.0] * 6, pairs, classes, input_shape, orthogonal, rngs)
+    return _build(
+        convs, [512, 512], activation, [1.0] * 6, pairs, classes, input_shape, orthogonal, rngs
+    )
 
 
 def conv6_dense2(
@@ -51,9 +55,26 @@ def conv6_dense2(
     rngs: nnx.Rngs,
 ) -> nnx.Sequential:
     """6C2F, published for CIFAR-10: ReLU thresholds 2.0, MaxMin thresholds per layer."""
-    convs = [_Conv(32, 3, 1), _Conv(32, 3, 1), _Conv(32, 4, 2), _Conv(64, 3, 1), _Conv(64, 3, 1), _Conv(64, 4, 2)]
-    pairs = [(0.1, -0.1), (0.1, -0.15), (0.15, -0.15), (0.15, -0.15), (0.2, -0.2), (0.3, -0.3), (1.2, -1.2)]
-    return _build(convs, [512], activation, [2.0] * 7, pairs, classes, input_shape, orthogonal, rngs)
+    convs = [
+        _Conv(32, 3, 1),
+        _Conv(32, 3, 1),
+        _Conv(32, 4, 2),
+        _Conv(64, 3, 1),
+        _Conv(64, 3, 1),
+        _Conv(64, 4, 2),
+    ]
+    pairs = [
+        (0.1, -0.1),
+        (0.1, -0.15),
+        (0.15, -0.15),
+        (0.15, -0.15),
+        (0.2, -0.2),
+        (0.3, -0.3),
+        (1.2, -1.2),
+    ]
+    return _build(
+        convs, [512], activation, [2.0] * 7, pairs, classes, input_shape, orthogonal, rngs
+    )
 
 
 def conv8_dense2(
@@ -65,10 +86,18 @@ def conv8_dense2(
     rngs: nnx.Rngs,
 ) -> nnx.Sequential:
     """8C2F, published for TinyImageNet: ReLU thresholds 1.0, MaxMin thresholds per layer."""
-    convs = [_Conv(64, 3, 1), _Conv(64, 3, 1), _Conv(64, 4, 2, 0), _Conv(128, 3, 1), _Conv(128, 3, 1)]
+    convs = [
+        _Conv(64, 3, 1),
+        _Conv(64, 3, 1),
+        _Conv(64, 4, 2, 0),
+        _Conv(128, 3, 1),
+        _Conv(128, 3, 1),
+    ]
     convs += [_Conv(128, 4, 2, 0), _Conv(256, 3, 1), _Conv(256, 4, 2, 0)]
     pairs = [(t, -t) for t in (0.8, 1.0, 1.4, 1.4, 1.4, 1.6, 2.0, 3.0, 1.6)]
-    return _build(convs, [256], activation, [1.0] * 9, pairs, classes, input_shape, orthogonal, rngs)
+    return _build(
+        convs, [256], activation, [1.0] * 9, pairs, classes, input_shape, orthogonal, rngs
+    )
 
 
 def small_conv(
@@ -83,10 +112,12 @@ def small_conv(
     orthogonal: bool = False,
     rngs: nnx.Rngs,
 ) -> nnx.Sequential:
-    """A small net of our own: per width one 3x3 convolution and one 4x4 of stride 2, then one hidden dense layer.
+    """A small net of our own: per width one 3x3 convolution and one 4x4 of stride 2, then one
+    hidden dense layer.
 
     Args:
-        stem: for large images: side of the patches that a first convolution, of ``widths[0]`` channels, takes apart; 0: none.
+        stem: for large images: side of the patches that a first convolution, of ``widths[0]``
+            channels, takes apart; 0: none.
         widths: channels of each pair of convolutions; each pair halves the image.
         dense: width of the hidden dense layer.
         threshold: ReLU thresholds, and +- MaxMin thresholds, of every layer.
@@ -98,7 +129,17 @@ def small_conv(
     convs += [conv for width in widths for conv in (_Conv(width, 3, 1), _Conv(width, 4, 2))]
     count = len(convs) + 1
     pairs = [(threshold, -threshold)] * count
-    return _build(convs, [dense], activation, [threshold] * count, pairs, classes, input_shape, orthogonal, rngs)
+    return _build(
+        convs,
+        [dense],
+        activation,
+        [threshold] * count,
+        pairs,
+        classes,
+        input_shape,
+        orthogonal,
+        rngs,
+    )
 
 
 def small_dense(
@@ -129,7 +170,8 @@ def small_residual(
     orthogonal: bool = False,
     rngs: nnx.Rngs,
 ) -> nnx.Sequential:
-    """A 4x4 convolution of stride 2, residual blocks of two 3x3 convolutions, one hidden dense layer.
+    """A 4x4 convolution of stride 2, residual blocks of two 3x3 convolutions, one hidden dense
+    layer.
 
     Args:
         width: channels of all convolutions.
@@ -140,14 +182,22 @@ def small_residual(
     height, side, channels = input_shape
     shape = (_size(height, stem, 0, input_shape), _size(side, stem, 0, input_shape), width)
     pair = (threshold, -threshold)
-    layers: list = [_convolution(stem, channels, orthogonal, rngs), _activation(activation, shape, threshold, pair)]
+    layers: list = [
+        _convolution(stem, channels, orthogonal, rngs),
+        _activation(activation, shape, threshold, pair),
+    ]
     for _ in range(blocks):
         first, second = (_convolution(inside, width, orthogonal, rngs) for _ in range(2))
         layers.append(Residual(first, _activation(activation, shape, threshold, pair), second))
         layers.append(_activation(activation, shape, threshold, pair))
     flat = math.prod(shape)
     hidden = CayleyLinear(flat, dense, rngs=rngs) if orthogonal else _dense(flat, dense, rngs)
-    layers += [Flatten(), hidden, _activation(activation, (dense,), threshold, pair), _dense(dense, classes, rngs)]
+    layers += [
+        Flatten(),
+        hidden,
+        _activation(activation, (dense,), threshold, pair),
+        _dense(dense, classes, rngs),
+    ]
     return nnx.Sequential(*layers)
 
 
@@ -161,28 +211,38 @@ NETWORKS = {
 }
 
 
-def build(name: str, *, mean: Sequence[float] = (), deviation: Sequence[float] = (), **arguments) -> nnx.Sequential:
-    """The network of that name, as configurations name it; see the functions above for the other arguments.
+def build(
+    name: str, *, mean: Sequence[float] = (), deviation: Sequence[float] = (), **arguments
+) -> nnx.Sequential:
+    """The network of that name, as configurations name it; see the functions above for the other
+    arguments.
 
     Args:
         name: a key of `NETWORKS`.
-        mean, deviation: of the pixels, per channel or one number for all; if given, the network begins with
-            `lipjax.Normalize`.
-        orthogonal: all layers but the last have norm at most 1 by construction (`lipjax.orthogonal`): train this one,
-            certify its `lipjax.orthogonal.plain`.
+        mean, deviation: of the pixels, per channel or one number for all; if given, the network
+            begins with `lipjax.Normalize`.
+        orthogonal: all layers but the last have norm at most 1 by construction
+            (`lipjax.orthogonal`): train this one, certify its `lipjax.orthogonal.plain`.
 
     Raises:
-        ValueError: unknown name, with the nearest known ones; what the network's own function refuses.
+        ValueError: unknown name, with the nearest known ones; what the network's own function
+            refuses.
     """
     if name not in NETWORKS:
         near = difflib.get_close_matches(name, NETWORKS, n=1)
         hint = f" Did you mean {near[0]!r}?" if near else ""
         raise ValueError(f"no network is called {name!r}; there are {', '.join(NETWORKS)}.{hint}")
     network = NETWORKS[name](**arguments)
-    return nnx.Sequential(Normalize(mean, deviation), *network.layers) if mean or deviation else network
+    return (
+        nnx.Sequential(Normalize(mean, deviation), *network.layers)
+        if mean or deviation
+        else network
+    )
 
 
-def _build(convs, dense, activation, thresholds, pairs, classes, input_shape, orthogonal, rngs) -> nnx.Sequential:
+def _build(
+    convs, dense, activation, thresholds, pairs, classes, input_shape, orthogonal, rngs
+) -> nnx.Sequential:
     if classes < 2:
         raise ValueError(f"a classifier needs at least 2 classes, got {classes}.")
     input_shape = tuple(input_shape)
@@ -202,7 +262,9 @@ def _build(convs, dense, activation, thresholds, pairs, classes, input_shape, or
     layers.append(Flatten())
     size = height * width * channels
     for i, features in enumerate(dense):
-        layers.append(CayleyLinear(size, features, rngs=rngs) if orthogonal else _dense(size, features, rngs))
+        layers.append(
+            CayleyLinear(size, features, rngs=rngs) if orthogonal else _dense(size, features, rngs)
+        )
         layers.append(activate((features,), len(convs) + i))
         size = features
     layers.append(_dense(size, classes, rngs))
@@ -222,14 +284,20 @@ def _activation(name, shape, threshold, pair) -> nnx.Module:
 def _size(size, conv, i, input_shape):
     out = (size + 2 * conv.padding - conv.kernel) // conv.stride + 1
     if out < 1:
-        raise ValueError(f"images of {input_shape} are too small: convolution {i} ({conv}) would have no output.")
+        raise ValueError(
+            f"images of {input_shape} are too small: convolution {i} ({conv}) would have no output."
+        )
     return out
 
 
-def _convolution(conv: _Conv, channels: int, orthogonal: bool, rngs: nnx.Rngs) -> nnx.Conv | AOLConv:
+def _convolution(
+    conv: _Conv, channels: int, orthogonal: bool, rngs: nnx.Rngs
+) -> nnx.Conv | AOLConv:
     if orthogonal:
         window = (conv.kernel, conv.kernel)
-        return AOLConv(channels, conv.channels, window, strides=conv.stride, padding=conv.padding, rngs=rngs)
+        return AOLConv(
+            channels, conv.channels, window, strides=conv.stride, padding=conv.padding, rngs=rngs
+        )
     deviation = math.sqrt(2 / (conv.kernel**2 * conv.channels))
     return nnx.Conv(
         channels,

@@ -1,12 +1,15 @@
-"""Networks in files: plain named arrays in one safetensors file, with a description from which `load` builds the network.
+"""Networks in files: plain named arrays in one safetensors file, with a description from which
+`load` builds the network.
 
-The arrays are those of Flax (``layers.0.kernel``, ``layers.1.threshold``), so any tool that reads safetensors can use them.
-The file's metadata holds, under "lipjax", a JSON text: format and version, the layers with their settings, the shape of an
-image, the caller's notes, and a SHA-256 over all of it, which finds damage (it is no signature: it needs no key). Nothing in
-a file is executed, and only the layers listed in `KINDS` are built.
+The arrays are those of Flax (``layers.0.kernel``, ``layers.1.threshold``), so any tool that reads
+safetensors can use them. The file's metadata holds, under "lipjax", a JSON text: format and
+version, the layers with their settings, the shape of an image, the caller's notes, and a SHA-256
+over all of it, which finds damage (it is no signature: it needs no key). Nothing in a file is
+    executed, and only the layers listed in `KINDS` are built.
 
-Layers of `lipjax.orthogonal` are not stored: their kernels are computed anew wherever they run, and may differ there in
-their last bits. `lipjax.orthogonal.plain` writes the kernels down; that network is the one to store and to certify.
+Layers of `lipjax.orthogonal` are not stored: their kernels are computed anew wherever they run, and
+may differ there in their last bits. `lipjax.orthogonal.plain` writes the kernels down; that network
+is the one to store and to certify.
 """
 
 import json
@@ -19,9 +22,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from lipjax import bounds, certificate_files, orthogonal
+from lipjax import bounds, orthogonal
 from lipjax.activations import ClippedMaxMin, ClippedReLU, MaxMin, ReLU
-from lipjax.files import Unreadable, parsed, quoted, replaced
+from lipjax.formats import certificate_files
+from lipjax.formats.files import Unreadable, parsed, quoted, replaced
 from lipjax.layers import AveragePool, Flatten, Normalize, Residual
 
 FORMAT = "lipjax network"
@@ -37,37 +41,54 @@ class StorageError(ValueError):
     """The file is no network that this version can read; the message says why."""
 
 
-# ---------------------------------------------------------------------------------------------------- write and read
+# ----------------------------------------------------------------------------------- write and read
 
 
-def save(network: nnx.Sequential, path, *, input_shape: Sequence[int], notes: Mapping[str, Any] | None = None) -> None:
-    """Writes a network to one safetensors file; a kill leaves the old file or the new, never a part.
+def save(
+    network: nnx.Sequential,
+    path,
+    *,
+    input_shape: Sequence[int],
+    notes: Mapping[str, Any] | None = None,
+) -> None:
+    """Writes a network to one safetensors file; a kill leaves the old file or the new, never a
+    part.
 
     Args:
-        network: an nnx.Sequential of the layers in `KINDS`, nested sequences and Residuals included, that ends in logits.
+        network: an nnx.Sequential of the layers in `KINDS`, nested sequences and Residuals
+            included, that ends in logits.
         path: the file, by custom ``*.safetensors``.
-        input_shape: of one image, ``(height, width, channels)``, or of what else the first layer takes.
+        input_shape: of one image, ``(height, width, channels)``, or of what else the first layer
+            takes.
         notes: what JSON can hold, e.g. how the network was trained; `description` returns it.
 
     Raises:
         TypeError: a layer that is not in `KINDS`, by its exact type; notes that JSON cannot hold.
-        ValueError: settings that are not stored; parameters that are not finite or of another type than `DTYPES`; layers
-            that do not fit the input shape.
+        ValueError: settings that are not stored; parameters that are not finite or of another type
+            than `DTYPES`; layers that do not fit the input shape.
         OSError: the file cannot be written.
     """
     import safetensors.numpy
 
     if type(network) is not nnx.Sequential:
         kind = f"{type(network).__module__}.{type(network).__qualname__}"
-        raise TypeError(f"expected a flax.nnx.Sequential, got {kind}: of others there is no description.")
+        raise TypeError(
+            f"expected a flax.nnx.Sequential, got {kind}: of others there is no description."
+        )
     arrays: dict[str, np.ndarray] = {}
     layers = _described(network, "layers", arrays)
     shape = _checked_shape(network, input_shape)
     try:
         kept = json.loads(json.dumps(dict(notes or {}), allow_nan=False))
     except (TypeError, ValueError) as error:
-        raise TypeError(f"notes must be a dict of what JSON can hold, numbers finite: {error}") from error
-    header: dict[str, Any] = {"format": FORMAT, "version": VERSION, "versions": certificate_files.versions()}
+        raise TypeError(
+            f"notes must be a dict of what JSON can hold, numbers finite: {error}"
+        ) from error
+    header: dict[str, Any] = {
+        "format": FORMAT,
+        "version": VERSION,
+        "versions": certificate_files.versions(),
+    }
     header |= {"input_shape": shape, "notes": kept, "layers": layers}
     header["digest"] = certificate_files.digest(header, arrays)
     text = json.dumps(header, sort_keys=True, allow_nan=False)
@@ -76,38 +97,44 @@ def save(network: nnx.Sequential, path, *, input_shape: Sequence[int], notes: Ma
 
 
 def load(path) -> nnx.Sequential:
-    """The network of a file that `save` wrote: the same layers with the same settings, every parameter bit for bit.
+    """The network of a file that `save` wrote: the same layers with the same settings, every
+    parameter bit for bit.
 
     Raises:
-        StorageError: not there, no such file, damaged, of a newer version, with layers or settings that this version does not
-            know, or with float64 parameters where JAX has no 64 bits.
+        StorageError: not there, no such file, damaged, of a newer version, with layers or settings
+            that this version does not know, or with float64 parameters where JAX has no 64 bits.
     """
     path = Path(path)
     header, arrays = _read(path, arrays=True)
     if header["digest"] != certificate_files.digest(header, arrays):
-        raise StorageError(f"{path} is damaged: its contents do not fit the digest that it was written with.")
+        raise StorageError(
+            f"{path} is damaged: its contents do not fit the digest that it was written with."
+        )
     for name, array in arrays.items():
         problem = _problem(array)
         if problem:
             raise StorageError(f"{path}: {name} {problem}.")
         if array.dtype == np.float64 and not jax.config.jax_enable_x64:  # type: ignore[attr-defined]
             raise StorageError(
-                f"{path}: {name} is float64, which needs jax.config.update('jax_enable_x64', True), or JAX_ENABLE_X64=1."
+                f"{path}: {name} is float64, which needs jax.config.update('jax_enable_x64', "
+                "True), or JAX_ENABLE_X64=1."
             )
     left = dict(arrays)
     try:
         network = _built(header["layers"], "layers", left)
         _checked_shape(network, header["input_shape"])
     except (TypeError, ValueError, ArithmeticError, LookupError, AttributeError) as error:
-        raise StorageError(f"{path}: no network can be built from the description: {error}") from error
+        raise StorageError(
+            f"{path}: no network can be built from the description: {error}"
+        ) from error
     if left:
         raise StorageError(f"{path}: no layer takes {', '.join(sorted(left))}.")
     return network
 
 
 def description(path) -> dict[str, Any]:
-    """What a file says of its network, without reading arrays: "input_shape", "notes", "layers" and the "versions" it was
-    written with. `load` verifies it.
+    """What a file says of its network, without reading arrays: "input_shape", "notes", "layers" and
+    the "versions" it was written with. `load` verifies it.
 
     Raises:
         StorageError: not there, no file that `save` wrote, its head damaged, or of a newer version.
@@ -127,7 +154,8 @@ def _read(path: Path, arrays: bool) -> tuple[dict[str, Any], dict[str, np.ndarra
             length = int.from_bytes(start.read(8), "little")
         if length > HEAD_BYTES:
             raise StorageError(
-                f"{path} is damaged, cut short, or no safetensors file: a list of arrays of {length} bytes, expected at most "
+                f"{path} is damaged, cut short, or no safetensors file: a list of arrays of "
+                f"{length} bytes, expected at most "
                 f"{HEAD_BYTES}."
             )
         with safetensors.safe_open(path, framework="np") as file:
@@ -135,11 +163,15 @@ def _read(path: Path, arrays: bool) -> tuple[dict[str, Any], dict[str, np.ndarra
             names = list(file.keys()) if arrays else []
             found = {name: np.asarray(file.get_tensor(name)) for name in names}
     except (OSError, safetensors.SafetensorError) as error:
-        raise StorageError(f"{path} is damaged, cut short, or no safetensors file: {error}") from error
+        raise StorageError(
+            f"{path} is damaged, cut short, or no safetensors file: {error}"
+        ) from error
     if "lipjax" not in metadata:
         raise StorageError(
-            f"{path} is a safetensors file of something else: lipjax.storage.save did not write it, so which layers its "
-            "arrays belong to is not known. Build the network and set its parameters, or see lipjax.bridges."
+            f"{path} is a safetensors file of something else: lipjax.storage.save did not write "
+            "it, so which layers its "
+            "arrays belong to is not known. Build the network and set its parameters, or see "
+            "lipjax.bridges."
         )
     try:
         header = parsed(metadata["lipjax"], HEAD_BYTES)
@@ -150,11 +182,13 @@ def _read(path: Path, arrays: bool) -> tuple[dict[str, Any], dict[str, np.ndarra
     version = header.get("version")
     if type(version) is not int or not 1 <= version <= VERSION:
         raise StorageError(
-            f"{path} has format version {quoted(version)}, this lipjax reads up to {VERSION}: use a newer lipjax."
+            f"{path} has format version {quoted(version)}, this lipjax reads up to {VERSION}: use "
+            "a newer lipjax."
         )
     if set(header) != set(FIELDS):
         raise StorageError(
-            f"{path}: expected the fields {', '.join(FIELDS)}, got {', '.join(map(quoted, sorted(header)[:20]))}."
+            f"{path}: expected the fields {', '.join(FIELDS)}, got "
+            f"{', '.join(map(quoted, sorted(header)[:20]))}."
         )
     shape = header["input_shape"]
     if not (
@@ -163,7 +197,9 @@ def _read(path: Path, arrays: bool) -> tuple[dict[str, Any], dict[str, np.ndarra
         and isinstance(header["layers"], list)
         and isinstance(header["notes"], dict)
     ):
-        raise StorageError(f"{path}: input_shape (of positive numbers) and layers must be lists and notes a dict.")
+        raise StorageError(
+            f"{path}: input_shape (of positive numbers) and layers must be lists and notes a dict."
+        )
     return header, found
 
 
@@ -172,15 +208,22 @@ def _checked_shape(network, input_shape) -> list[int]:
     shape = list(input_shape)
     if not shape or not all(isinstance(n, (int, np.integer)) and n > 0 for n in shape):
         raise ValueError(
-            f"input_shape must be positive numbers, (height, width, channels) for images, got {input_shape}."
+            "input_shape must be positive numbers, (height, width, channels) for images, got "
+            f"{input_shape}."
         )
     try:
         bounds.graph_of(network, jax.ShapeDtypeStruct(tuple(shape), jnp.float32))
-        logits = jax.eval_shape(lambda x: network(x), jax.ShapeDtypeStruct(tuple(shape), jnp.float32))
+        logits = jax.eval_shape(
+            lambda x: network(x), jax.ShapeDtypeStruct(tuple(shape), jnp.float32)
+        )
     except (TypeError, ValueError) as error:
-        raise ValueError(f"an input of shape {tuple(shape)} does not go through the network: {error}") from error
+        raise ValueError(
+            f"an input of shape {tuple(shape)} does not go through the network: {error}"
+        ) from error
     if logits.ndim != 1:
-        raise ValueError(f"the logits must have one axis, got shape {logits.shape}: a lipjax.Flatten is missing.")
+        raise ValueError(
+            f"the logits must have one axis, got shape {logits.shape}: a lipjax.Flatten is missing."
+        )
     return [int(n) for n in shape]
 
 
@@ -193,11 +236,12 @@ def _problem(array: np.ndarray) -> str | None:
     return None
 
 
-# ---------------------------------------------------------------------------------------------------- layers
+# ------------------------------------------------------------------------------------------- layers
 
 
 def convolution(kernel, bias, **settings) -> nnx.Conv:
-    """An nnx.Conv with these parameters, arrays as Flax has them; bias may be None. `settings` as nnx.Conv takes them."""
+    """An nnx.Conv with these parameters, arrays as Flax has them; bias may be None. `settings` as
+    nnx.Conv takes them."""
     groups = settings.get("feature_group_count", 1)
     *window, inputs, outputs = kernel.shape
     size = {"in_features": inputs * groups, "out_features": outputs, "kernel_size": tuple(window)}
@@ -213,7 +257,9 @@ def dense(kernel, bias, **settings) -> nnx.Linear:
 def _given(kernel, bias) -> dict[str, Any]:
     """Arguments with which a Flax layer starts from these arrays."""
     if bias is not None and bias.shape != kernel.shape[-1:]:
-        raise ValueError(f"a bias of shape {bias.shape} does not fit a kernel of shape {kernel.shape}.")
+        raise ValueError(
+            f"a bias of shape {bias.shape} does not fit a kernel of shape {kernel.shape}."
+        )
     return {
         "use_bias": bias is not None,
         "param_dtype": getattr(jnp, kernel.dtype.name),
@@ -233,14 +279,18 @@ def clipped_relu(threshold) -> ClippedReLU:
 def clipped_maxmin(upper, lower) -> ClippedMaxMin:
     """A ClippedMaxMin with these thresholds."""
     if upper.shape != lower.shape:
-        raise ValueError(f"the upper and lower thresholds of a MaxMin differ in shape: {upper.shape}, {lower.shape}.")
+        raise ValueError(
+            f"the upper and lower thresholds of a MaxMin differ in shape: {upper.shape}, "
+            f"{lower.shape}."
+        )
     layer = ClippedMaxMin(2)
     layer.upper, layer.lower = nnx.Param(jnp.asarray(upper)), nnx.Param(jnp.asarray(lower))
     return layer
 
 
 class Kind(NamedTuple):
-    """How a type of layer is stored: its settings as JSON values, its arrays by name, and how it is built from both."""
+    """How a type of layer is stored: its settings as JSON values, its arrays by name, and how it is
+    built from both."""
 
     type: type
     settings: Callable[[Any], dict[str, Any]]
@@ -251,7 +301,15 @@ class Kind(NamedTuple):
 # What an affine layer's constructor takes beside its sizes and parameters, by its own names.
 SETTINGS: dict[type, tuple[str, ...]] = {
     nnx.Linear: ("dtype", "precision"),
-    nnx.Conv: ("strides", "padding", "input_dilation", "kernel_dilation", "feature_group_count", "dtype", "precision"),
+    nnx.Conv: (
+        "strides",
+        "padding",
+        "input_dilation",
+        "kernel_dilation",
+        "feature_group_count",
+        "dtype",
+        "precision",
+    ),
 }
 
 
@@ -264,7 +322,9 @@ def _settings(*names: str) -> Callable[[Any], dict[str, Any]]:
 
 
 def _arrays(*names: str) -> Callable[[Any], dict[str, Any]]:
-    return lambda layer: {name: getattr(layer, name)[...] for name in names if getattr(layer, name) is not None}
+    return lambda layer: {
+        name: getattr(layer, name)[...] for name in names if getattr(layer, name) is not None
+    }
 
 
 def _plain(name: str, value):
@@ -301,8 +361,12 @@ def _affine(make):
 
 # Names that a description may use; each stands for this exact type and no subclass.
 KINDS = {
-    "Conv": Kind(nnx.Conv, _settings(*SETTINGS[nnx.Conv]), _arrays("kernel", "bias"), _affine(convolution)),
-    "Linear": Kind(nnx.Linear, _settings(*SETTINGS[nnx.Linear]), _arrays("kernel", "bias"), _affine(dense)),
+    "Conv": Kind(
+        nnx.Conv, _settings(*SETTINGS[nnx.Conv]), _arrays("kernel", "bias"), _affine(convolution)
+    ),
+    "Linear": Kind(
+        nnx.Linear, _settings(*SETTINGS[nnx.Linear]), _arrays("kernel", "bias"), _affine(dense)
+    ),
     "AveragePool": Kind(AveragePool, _settings("window", "strides"), _nothing, AveragePool),
     "Normalize": Kind(Normalize, _settings("scale", "shift"), _nothing, Normalize.of),
     "Flatten": Kind(Flatten, _settings("ndim"), _nothing, Flatten),
@@ -320,10 +384,17 @@ def _described(network, prefix: str, arrays: dict[str, np.ndarray]) -> list[dict
     for i, layer in enumerate(network.layers):
         where = f"{prefix}.{i}"
         if type(layer) is nnx.Sequential:
-            layers.append({"type": "Sequential", "layers": _described(layer, f"{where}.layers", arrays)})
+            layers.append(
+                {"type": "Sequential", "layers": _described(layer, f"{where}.layers", arrays)}
+            )
             continue
         if type(layer) is Residual:
-            layers.append({"type": "Residual", "layers": _described(layer.branch, f"{where}.branch.layers", arrays)})
+            layers.append(
+                {
+                    "type": "Residual",
+                    "layers": _described(layer.branch, f"{where}.branch.layers", arrays),
+                }
+            )
             continue
         if type(layer) in orthogonal.KINDS:
             raise TypeError(
@@ -331,15 +402,18 @@ def _described(network, prefix: str, arrays: dict[str, np.ndarray]) -> list[dict
                 "lipjax.orthogonal.plain(network), the one to certify and to run."
             )
         if type(layer) not in _NAMES:
-            kind = layer if hasattr(layer, "__qualname__") else type(layer)  # a function by its own name
+            # a function by its own name
+            kind = layer if hasattr(layer, "__qualname__") else type(layer)
             raise TypeError(
-                f"{where}, {kind.__module__}.{kind.__qualname__}, is not stored: known are {', '.join(KINDS)}, "
+                f"{where}, {kind.__module__}.{kind.__qualname__}, is not stored: known are "
+                f"{', '.join(KINDS)}, "
                 "Sequential and Residual, by exact type."
             )
         unusual = certificate_files.describe(nnx.Sequential(layer))[0].get("unusual")
         if unusual:
             raise ValueError(
-                f"{where}, {type(layer).__name__}, has a {', '.join(unusual)} of its own, which is not stored."
+                f"{where}, {type(layer).__name__}, has a {', '.join(unusual)} of its own, which is "
+                "not stored."
             )
         kind = KINDS[_NAMES[type(layer)]]
         for name, value in kind.arrays(layer).items():
@@ -351,17 +425,25 @@ def _described(network, prefix: str, arrays: dict[str, np.ndarray]) -> list[dict
     return layers
 
 
-def _built(layers: Sequence[Mapping[str, Any]], prefix: str, arrays: dict[str, np.ndarray]) -> nnx.Sequential:
+def _built(
+    layers: Sequence[Mapping[str, Any]], prefix: str, arrays: dict[str, np.ndarray]
+) -> nnx.Sequential:
     """The inverse of `_described`; takes what it uses out of `arrays`."""
     found: list[Any] = []
     for i, layer in enumerate(layers):
         where = f"{prefix}.{i}"
-        settings = {name: _settled(name, value) for name, value in layer.items() if name not in ("type", "layers")}
+        settings = {
+            name: _settled(name, value)
+            for name, value in layer.items()
+            if name not in ("type", "layers")
+        }
         match layer["type"]:
             case "Sequential":
                 found.append(_built(layer["layers"], f"{where}.layers", arrays))
             case "Residual":
-                found.append(Residual(*_built(layer["layers"], f"{where}.branch.layers", arrays).layers))
+                found.append(
+                    Residual(*_built(layer["layers"], f"{where}.branch.layers", arrays).layers)
+                )
             case name if name in KINDS:
                 own = {
                     key.removeprefix(where + "."): arrays.pop(key)
@@ -373,5 +455,7 @@ def _built(layers: Sequence[Mapping[str, Any]], prefix: str, arrays: dict[str, n
                 except TypeError as error:
                     raise TypeError(f"{where}, {name}: {error}") from error
             case name:
-                raise ValueError(f"{where} is a {name!r}; known are {', '.join(KINDS)}, Sequential and Residual.")
+                raise ValueError(
+                    f"{where} is a {name!r}; known are {', '.join(KINDS)}, Sequential and Residual."
+                )
     return nnx.Sequential(*found)

@@ -10,11 +10,11 @@ import tempfile
 from fractions import Fraction
 from pathlib import Path
 
-# Before JAX starts: eight CPU devices would slow every test down, so the sharding tests ask for them in a process of
-# their own.
+# Before JAX starts: eight CPU devices would slow every test down, so the sharding tests ask for
+# them in a process of their own.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# The tests compile much and compute little. XLA's older way to emit fused loops takes half as long to compile; from 0.11 on
-# there is none, and the flag would be an error.
+# The tests compile much and compute little. XLA's older way to emit fused loops takes half as long
+# to compile; from 0.11 on there is none, and the flag would be an error.
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"
 if importlib.metadata.version("jaxlib").startswith("0.10."):
     os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
@@ -29,8 +29,9 @@ import lipjax
 from lipjax import bounds, rounding
 from lipjax.graph import trace
 
-# The same examples every time on one installation (hypothesis takes some constants from what is imported), as everything
-# here is reproducible; no shrinking, which compiles for many minutes: a test prints what failed.
+# The same examples every time on one installation (hypothesis takes some constants from what is
+# imported), as everything here is reproducible; no shrinking, which compiles for many minutes: a
+# test prints what failed.
 hypothesis.settings.register_profile(
     "lipjax",
     deadline=None,
@@ -45,13 +46,18 @@ SHARED = ROOT.parent / "shared"
 
 
 def pytest_configure(config):
-    """What was compiled once need not be again, neither by a test nor by the processes that it starts.
+    """What was compiled once need not be again, neither by a test nor by the processes that it
+    starts.
 
-    A folder for each of xdist's workers, since JAX writes an entry while another process may read it.
+    A folder for each of xdist's workers, since JAX writes an entry while another process may read
+    it.
     """
     folder = tempfile.mkdtemp(prefix="lipjax-compiled-")
     config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
-    settings = {"jax_compilation_cache_dir": folder, "jax_persistent_cache_min_compile_time_secs": 0}
+    settings = {
+        "jax_compilation_cache_dir": folder,
+        "jax_persistent_cache_min_compile_time_secs": 0,
+    }
     for name, value in settings.items():
         jax.config.update(name, value)
         os.environ[name.upper()] = str(value)
@@ -68,8 +74,8 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(autouse=True, scope="module")
 def few_programs():
-    """Forgets compiled programs when there are many: each takes several of the 65,530 memory maps that Linux allows a process
-    by default, and without a free one the compiler crashes."""
+    """Forgets compiled programs when there are many: each takes several of the 65,530 memory maps
+    that Linux allows a process by default, and without a free one the compiler crashes."""
     yield
     maps = Path("/proc/self/maps")
     if maps.exists() and len(maps.read_text().splitlines()) > 15_000:
@@ -105,8 +111,11 @@ def make_activation(kind: str, shape, threshold: float = 0.3) -> nnx.Module:
     }[kind]()
 
 
-def tiny_net(activation: str, seed: int = 0, threshold: float = 0.3, scale: float = 1.0) -> nnx.Sequential:
-    """6x6x2 images, two convolutions and two dense layers, random biases, small enough for explicit matrices."""
+def tiny_net(
+    activation: str, seed: int = 0, threshold: float = 0.3, scale: float = 1.0
+) -> nnx.Sequential:
+    """6x6x2 images, two convolutions and two dense layers, random biases, small enough for explicit
+    matrices."""
     rngs = nnx.Rngs(seed)
 
     def act(shape):
@@ -143,11 +152,14 @@ def dense_matrix(function, shape) -> np.ndarray:
 
 def rational(array) -> np.ndarray:
     """The same numbers, exactly."""
-    return np.vectorize(lambda v: Fraction(float(v)), otypes=[object])(np.asarray(array, np.float64))
+    return np.vectorize(lambda v: Fraction(float(v)), otypes=[object])(
+        np.asarray(array, np.float64)
+    )
 
 
 def exact_layers(net, x) -> list[np.ndarray]:
-    """The activations behind each layer at x (an object array of Fractions), in exact arithmetic."""
+    """The activations behind each layer at x (an object array of Fractions), in exact
+    arithmetic."""
     found = []
     for layer in net.layers:
         if type(layer) is nnx.Linear:
@@ -170,7 +182,8 @@ def exact_layers(net, x) -> list[np.ndarray]:
 
 
 def proven_norm(k, operator, like, mask_in, mask_out):
-    """A norm function of a walk: SVD of the explicit masked matrix, plus far more than its rounding."""
+    """A norm function of a walk: SVD of the explicit masked matrix, plus far more than its
+    rounding."""
     matrix = dense_matrix(operator, like.shape)
     if mask_in is not None:
         matrix = matrix * np.asarray(mask_in).reshape(-1)
@@ -194,7 +207,10 @@ def proven_norms(graph) -> list:
     """`proven_norm` of each linear node, whole."""
     nodes = [graph.nodes[i] for i in graph.linear]
     likes = [jax.ShapeDtypeStruct(graph.nodes[n.inputs[0]].shape, jax.numpy.float64) for n in nodes]
-    return [proven_norm(0, n.operator, like, None, None)[0] for n, like in zip(nodes, likes, strict=True)]
+    return [
+        proven_norm(0, n.operator, like, None, None)[0]
+        for n, like in zip(nodes, likes, strict=True)
+    ]
 
 
 def outward_bound(graph, x, epsilon, mode, arithmetic=rounding.OUTWARD):
@@ -204,7 +220,8 @@ def outward_bound(graph, x, epsilon, mode, arithmetic=rounding.OUTWARD):
 
 
 def largest_by_bisection(d, radius, low, high):
-    """max <d, t> over ball and box by bisection on the multiplier in NumPy, with the box's corner where that fits."""
+    """max <d, t> over ball and box by bisection on the multiplier in NumPy, with the box's corner
+    where that fits."""
     corner = np.where(d > 0, high, np.where(d < 0, low, 0))
     if np.linalg.norm(corner) <= radius:
         return float(d @ corner)

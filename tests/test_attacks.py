@@ -1,4 +1,5 @@
-"""Attacks: within their radius always, near the nearest boundary where it is known, and never wrong about what broke."""
+"""Attacks: within their radius always, near the nearest boundary where it is known, and never wrong
+about what broke."""
 
 import dataclasses
 import functools
@@ -18,7 +19,10 @@ from lipjax.attacks import SCHEDULES, boundary, pgd, smallest, targeted
 SIZE, CLASSES = 6, 4
 ROWS = 8
 WITHIN = {"pgd": functools.partial(pgd, restarts=3), "targeted": targeted}
-NEAREST = {"smallest": smallest, "boundary": functools.partial(boundary, steps=1000, restarts=CLASSES)}
+NEAREST = {
+    "smallest": smallest,
+    "boundary": functools.partial(boundary, steps=1000, restarts=CLASSES),
+}
 
 
 def linear(seed=0, scale=1.0):
@@ -32,13 +36,17 @@ def linear(seed=0, scale=1.0):
 
 
 def boundary_distances(net, x, labels):
-    """Distance of each image to the nearest boundary of a linear classifier: that of hyperplanes."""
+    """Distance of each image to the nearest boundary of a linear classifier: that of
+    hyperplanes."""
     kernel = np.asarray(net.layers[0].kernel[...], np.float64)
     logits = x.astype(np.float64) @ kernel + np.asarray(net.layers[0].bias[...], np.float64)
     own, direction = logits[np.arange(len(x)), labels], kernel[:, labels]
     with np.errstate(invalid="ignore"):  # the label against itself: 0 / 0
         to_each = np.stack(
-            [(own - logits[:, j]) / np.linalg.norm(direction - kernel[:, [j]], axis=0) for j in range(kernel.shape[1])]
+            [
+                (own - logits[:, j]) / np.linalg.norm(direction - kernel[:, [j]], axis=0)
+                for j in range(kernel.shape[1])
+            ]
         )
     return np.nanmin(to_each, axis=0)
 
@@ -61,12 +69,14 @@ def constant_net():
     return net
 
 
-# ---------------------------------------------------------------------------------------------------- strength
+# ----------------------------------------------------------------------------------------- strength
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("attack", WITHIN)
-def test_the_nearest_boundary_of_a_linear_classifier_is_crossed_just_outside_it_and_never_inside(attack, schedule):
+def test_the_nearest_boundary_of_a_linear_classifier_is_crossed_just_outside_it_and_never_inside(
+    attack, schedule
+):
     net, x, labels = linear()
     truth = boundary_distances(net, x, labels)
     run = functools.partial(WITHIN[attack], net, x, labels, clip=None, schedule=schedule)
@@ -87,9 +97,12 @@ def test_the_smallest_perturbation_of_a_linear_classifier_is_found(attack, exces
 
 
 def relu_net(first, shift, second, bias):
-    """``second relu(first x + shift) + bias``, `SIZE` inputs and hidden units; matrices as ``(outputs, inputs)``."""
+    """``second relu(first x + shift) + bias``, `SIZE` inputs and hidden units; matrices as
+    ``(outputs, inputs)``."""
     net = nnx.Sequential(
-        nnx.Linear(SIZE, SIZE, rngs=nnx.Rngs(0)), lipjax.ReLU(), nnx.Linear(SIZE, CLASSES, rngs=nnx.Rngs(0))
+        nnx.Linear(SIZE, SIZE, rngs=nnx.Rngs(0)),
+        lipjax.ReLU(),
+        nnx.Linear(SIZE, CLASSES, rngs=nnx.Rngs(0)),
     )
     for layer, matrix, offset in ((net.layers[0], first, shift), (net.layers[2], second, bias)):
         layer.kernel[...] = jnp.asarray(np.asarray(matrix).T, jnp.float32)
@@ -99,7 +112,9 @@ def relu_net(first, shift, second, bias):
 
 def random_net(seed, x):
     rng = np.random.default_rng(seed)
-    net = relu_net(*[rng.normal(size=size) for size in ((SIZE, SIZE), SIZE, (CLASSES, SIZE), CLASSES)])
+    net = relu_net(
+        *[rng.normal(size=size) for size in ((SIZE, SIZE), SIZE, (CLASSES, SIZE), CLASSES)]
+    )
     return net, np.asarray(jnp.argmax(net(x), axis=1))
 
 
@@ -109,27 +124,32 @@ def test_on_a_network_with_kinks_the_attacks_agree_on_what_is_near():
     assert len(set(labels.tolist())) == 3
     near, walked = smallest(net, x, labels), NEAREST["boundary"](net, x, labels)
     for found in (near, walked):
-        assert lost(net, found.adversarial, labels).all() and np.array_equal(found.predicted, labels)
+        assert lost(net, found.adversarial, labels).all() and np.array_equal(
+            found.predicted, labels
+        )
         assert np.array_equal(found.distance, distance(found.adversarial, x))
         assert found.adversarial.min() >= 0 and found.adversarial.max() <= 1
     np.testing.assert_allclose(walked.distance, near.distance, rtol=0.05)
     least = np.minimum(near.distance, walked.distance)
     for name, attack in WITHIN.items():
         broken = attack(net, x, labels, least * 1.1, schedule="cosine").broken
-        # The margin to the largest rival can have its maximum in the ball below 0, beside another rival's that has not.
+        # The margin to the largest rival can have its maximum in the ball below 0, beside another
+        # rival's that has not.
         assert broken.all() if name == "targeted" else broken.mean() > 0.8
         assert not attack(net, x, labels, least * 0.97, schedule="cosine").broken.any()
 
 
 def test_a_search_that_ends_in_a_corner_of_the_range_starts_elsewhere():
     _, x, _ = linear()
-    net, labels = random_net(6, x)  # from most images the gradient leads to corners where the label still wins
+    # from most images the gradient leads to corners where the label still wins
+    net, labels = random_net(6, x)
     assert np.all(smallest(net, x, labels).distance < 1)
 
 
 def test_a_rival_that_is_hidden_behind_another_one_is_found_by_aiming_at_it():
-    # With h = relu(0.5 - x_0): the label's logit is 0, rival 1's at most -0.5, and falls with h; rival 2's starts far below
-    # and wins where h > 0.95. Up to h = 0.85 rival 1 is the larger one, and leads away from there.
+    # With h = relu(0.5 - x_0): the label's logit is 0, rival 1's at most -0.5, and falls with h;
+    # rival 2's starts far below and wins where h > 0.95. Up to h = 0.85 rival 1 is the larger one,
+    # and leads away from there.
     first, shift, second = np.zeros((SIZE, SIZE)), np.zeros(SIZE), np.zeros((CLASSES, SIZE))
     first[0, 0], shift[0], second[1, 0], second[2, 0] = -1.0, 0.5, -1.9, 21.0
     net = relu_net(first, shift, second, [0.0, -0.5, -20.0, -100.0])
@@ -139,7 +159,7 @@ def test_a_rival_that_is_hidden_behind_another_one_is_found_by_aiming_at_it():
     assert found.broken.all() and np.all(found.adversarial[:, 0] < 0.5 - 0.95)
 
 
-# ---------------------------------------------------------------------------------------------------- what is promised
+# --------------------------------------------------------------------------------- what is promised
 
 
 @pytest.mark.parametrize("attack", WITHIN)
@@ -150,7 +170,9 @@ def test_images_stay_within_their_own_ball_and_range(attack, size):
     for clip in ((0.25, 0.75), None):
         found = WITHIN[attack](net, x, labels, radii, clip=clip, steps=5)
         assert np.all(distance(found.adversarial, x) <= radii)
-        assert clip is None or (found.adversarial.min() >= clip[0] and found.adversarial.max() <= clip[1])
+        assert clip is None or (
+            found.adversarial.min() >= clip[0] and found.adversarial.max() <= clip[1]
+        )
         assert np.array_equal(found.broken, lost(net, found.adversarial, labels))
     assert found.adversarial.dtype == np.float32
 
@@ -174,7 +196,9 @@ def test_epsilon_zero_breaks_only_what_is_wrong_already(attack):
     wrong[:3] = (wrong[:3] + 1) % CLASSES
     found = WITHIN[attack](net, x, wrong, 0.0)
     assert np.array_equal(found.adversarial, x)
-    assert np.array_equal(found.broken, np.arange(len(x)) < 3) and np.array_equal(found.predicted, labels)
+    assert np.array_equal(found.broken, np.arange(len(x)) < 3) and np.array_equal(
+        found.predicted, labels
+    )
 
 
 @pytest.mark.parametrize("search", NEAREST)
@@ -241,7 +265,7 @@ def test_a_float64_network_under_x64_is_attacked_too(x64):
     assert np.all(found.distance <= truth * 1.001) and np.all(found.distance >= truth * (1 - 1e-6))
 
 
-# ---------------------------------------------------------------------------------------------------- errors
+# ------------------------------------------------------------------------------------------- errors
 
 
 def test_bad_arguments_are_errors_that_name_the_value():
@@ -284,7 +308,7 @@ def test_bad_arguments_are_errors_that_name_the_value():
         boundary(net, x, labels, starts=np.zeros((2, 5)))
 
 
-# ---------------------------------------------------------------------------------------------------- the hunt
+# ----------------------------------------------------------------------------------------- the hunt
 
 
 def test_the_quick_hunt_breaks_no_certificate_and_every_unsound_one():
@@ -297,7 +321,9 @@ def test_the_quick_hunt_breaks_no_certificate_and_every_unsound_one():
         assert 0.1 < row["median_ratio"] <= row["largest_ratio"] < 1
     for row in hunt.unsound_rows(hunt.parse(["--quick"])):
         assert not row["alarm"], row
-        assert row["certified"] == row["pgd"] == row["targeted"] == row["precise"] == row["tried"] > 0
+        assert (
+            row["certified"] == row["pgd"] == row["targeted"] == row["precise"] == row["tried"] > 0
+        )
 
 
 def test_the_hunt_sees_certificates_that_reach_too_far(monkeypatch):
@@ -311,24 +337,36 @@ def test_the_hunt_sees_certificates_that_reach_too_far(monkeypatch):
     monkeypatch.setattr(lipjax, "certified_radius", too_far)
     (row,) = hunt.sound_rows(options)
     assert row["alarm"] and row["largest_ratio"] > 1
-    assert row["pgd"] and row["targeted"] and row["boundary"] and row["smallest"] == row["precise"] == row["tried"]
+    assert (
+        row["pgd"]
+        and row["targeted"]
+        and row["boundary"]
+        and row["smallest"] == row["precise"] == row["tried"]
+    )
 
 
-@pytest.mark.parametrize("alarms, status", [((False, False), 0), ((True, False), 1), ((False, True), 1)])
+@pytest.mark.parametrize(
+    "alarms, status", [((False, False), 0), ((True, False), 1), ((False, True), 1)]
+)
 def test_the_hunts_exit_status_tells_whether_anything_broke(monkeypatch, capsys, alarms, status):
     for table, alarm in zip(("sound_rows", "unsound_rows"), alarms, strict=True):
         monkeypatch.setattr(hunt, table, lambda options, alarm=alarm: iter([{"alarm": alarm}]))
     assert hunt.main(["--json"]) == status
-    assert [json.loads(line)["alarm"] for line in capsys.readouterr().out.splitlines()] == list(alarms)
+    assert [json.loads(line)["alarm"] for line in capsys.readouterr().out.splitlines()] == list(
+        alarms
+    )
 
 
 def test_the_hunt_sees_a_norm_that_is_too_small_and_an_image_that_only_precise_logits_break():
     trap = unsound.traps()[0]
     precise = hunt.PreciseNetwork(trap.network, trap.images.shape[1:])
     (truth,) = precise.masked_norms(trap.images[0], trap.epsilon)
-    assert truth == pytest.approx(2.0, abs=1e-3)  # I + v v^T; the layer's weights are rounded to float32
+    # I + v v^T; the layer's weights are rounded to float32
+    assert truth == pytest.approx(2.0, abs=1e-3)
     for certified, wrong in ((truth, 0), (truth * 0.999, 1), (np.nan, 1)):
-        found = hunt.norms_below_svd(precise, trap.images[:1], [trap.epsilon], np.array([[certified]]))
+        found = hunt.norms_below_svd(
+            precise, trap.images[:1], [trap.epsilon], np.array([[certified]])
+        )
         assert found == {"norms": wrong, "norms_compared": 1}
     net, x, labels = linear()
     precise = hunt.PreciseNetwork(net, (SIZE,))
@@ -336,7 +374,9 @@ def test_the_hunt_sees_a_norm_that_is_too_small_and_an_image_that_only_precise_l
     assert np.all(distance_to_each > 0) and np.all(precise.margins(x, (labels + 1) % CLASSES) < 0)
     logits = x.astype(np.float64) @ np.asarray(net.layers[0].kernel[...], np.float64)
     logits = np.sort(logits + np.asarray(net.layers[0].bias[...], np.float64), axis=1)
-    np.testing.assert_allclose(np.asarray(distance_to_each, float), logits[:, -1] - logits[:, -2], rtol=1e-12)
+    np.testing.assert_allclose(
+        np.asarray(distance_to_each, float), logits[:, -1] - logits[:, -2], rtol=1e-12
+    )
 
 
 def test_the_hunts_masks_are_those_of_the_bounds():
@@ -348,7 +388,9 @@ def test_the_hunts_masks_are_those_of_the_bounds():
     whole = [np.linalg.norm(matrix.toarray(), 2) for matrix in _matrices(net, x.shape[1:])]
     assert np.prod(norms) < 0.9 * np.prod(whole)  # something is masked
     seen = hunt.PreciseNetwork(net, x.shape[1:]).masked_norms(x[0], 0.2, sampled=True)
-    assert np.all(np.array(seen) <= np.array(norms) * (1 + 1e-9)) and np.prod(seen) > 0.5 * np.prod(norms)
+    assert np.all(np.array(seen) <= np.array(norms) * (1 + 1e-9)) and np.prod(seen) > 0.5 * np.prod(
+        norms
+    )
 
 
 def _matrices(net, shape):

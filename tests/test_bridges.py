@@ -1,4 +1,5 @@
-"""Networks of other frameworks: the same logits here, or an error; and checkpoints that are up to no good."""
+"""Networks of other frameworks: the same logits here, or an error; and checkpoints that are up to
+no good."""
 
 import importlib.util
 import json
@@ -33,12 +34,17 @@ def jitted(network, images):
 
 
 def python_with_torch() -> list[str] | None:
-    """An interpreter that can import both PyTorch and what lipjax needs: this one, or the system's of the same version."""
+    """An interpreter that can import both PyTorch and what lipjax needs: this one, or the system's
+    of the same version."""
     if importlib.util.find_spec("torch"):
         return [sys.executable]
-    question = "import sys, importlib.util as u; print(sys.version_info[:2], bool(u.find_spec('torch')))"
+    question = (
+        "import sys, importlib.util as u; print(sys.version_info[:2], bool(u.find_spec('torch')))"
+    )
     try:
-        answer = subprocess.run(["/usr/bin/python3", "-c", question], capture_output=True, text=True, check=True).stdout
+        answer = subprocess.run(
+            ["/usr/bin/python3", "-c", question], capture_output=True, text=True, check=True
+        ).stdout
     except (OSError, subprocess.CalledProcessError):
         return None
     return ["/usr/bin/python3"] if answer.strip() == f"{sys.version_info[:2]} True" else None
@@ -46,10 +52,14 @@ def python_with_torch() -> list[str] | None:
 
 @pytest.fixture(scope="module")
 def torch_made(tmp_path_factory):
-    """What tests/torch_cases.py finds and writes, once for all workers of a run: `found` and the `folder`."""
+    """What tests/torch_cases.py finds and writes, once for all workers of a run: `found` and the
+    `folder`."""
     python = python_with_torch()
     if python is None:
-        pytest.skip("no PyTorch here: pip install torch, or Debian's python3-torch for the same version of Python")
+        pytest.skip(
+            "no PyTorch here: pip install torch, or Debian's python3-torch for the same version of "
+            "Python"
+        )
     base = tmp_path_factory.getbasetemp()
     folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "torch"
     log = folder / "log.txt"  # comes last
@@ -71,7 +81,7 @@ def torch_made(tmp_path_factory):
     return SimpleNamespace(folder=folder, found=json.loads((folder / "found.json").read_text()))
 
 
-# ---------------------------------------------------------------------------------------------------- PyTorch
+# ------------------------------------------------------------------------------------------ PyTorch
 
 
 def test_a_network_of_pytorch_has_the_same_logits(torch_made):
@@ -87,7 +97,9 @@ def test_a_network_of_pytorch_that_is_not_known_is_an_error_that_says_why(torch_
         assert expected in message
 
 
-def test_the_golden_networks_come_through_pytorch_bit_for_bit_and_meet_the_golden_bounds(x64, shared, torch_made):
+def test_the_golden_networks_come_through_pytorch_bit_for_bit_and_meet_the_golden_bounds(
+    x64, shared, torch_made
+):
     paths = sorted(GOLDEN.glob("*.npz"))
     assert len(paths) == 6
     for path in paths:
@@ -95,11 +107,17 @@ def test_the_golden_networks_come_through_pytorch_bit_for_bit_and_meet_the_golde
         expected = golden_net(np.load(path))
         pairs = zip(jax.tree.leaves(network), jax.tree.leaves(expected), strict=True)
         assert all(a.dtype == b.dtype == jnp.float64 and np.array_equal(a, b) for a, b in pairs)
-        assert [type(layer) for layer in network.layers] == [type(layer) for layer in expected.layers]
+        assert [type(layer) for layer in network.layers] == [
+            type(layer) for layer in expected.layers
+        ]
     file = np.load(GOLDEN / "tiny_clmaxmin_scaled.npz")
     network = storage.load(torch_made.folder / "tiny_clmaxmin_scaled.safetensors")
     bound = jitted_bound(
-        network, jnp.asarray(nhwc(file["x"].astype(np.float64)))[0], float(file["eps"]), mode="paper", iterations=3000
+        network,
+        jnp.asarray(nhwc(file["x"].astype(np.float64)))[0],
+        float(file["eps"]),
+        mode="paper",
+        iterations=3000,
     )
     np.testing.assert_allclose(bound.lipschitz, file["lip"][0], rtol=1e-6)
     np.testing.assert_allclose(bound.logits, file["logits"][0], rtol=1e-6, atol=1e-9)
@@ -114,23 +132,34 @@ def test_the_golden_networks_come_through_pytorch_bit_for_bit_and_meet_the_golde
         ("8C2F", "ReLU_x", (64, 64, 3)),
     ],
 )
-def test_a_checkpoint_of_the_papers_networks_has_the_same_logits(torch_made, name, activation, shape):
+def test_a_checkpoint_of_the_papers_networks_has_the_same_logits(
+    torch_made, name, activation, shape
+):
     stem = torch_made.folder / f"{name}-{activation}-{'x'.join(map(str, shape))}"
     given = {"activation": "relu", "input_shape": shape} if activation == "ReLU" else {}
     network = bridges.from_pth(f"{stem}.pth", name, **given)
     made = lipjax.models.NETWORKS[bridges.ARCHITECTURES[name]]
-    kind = {"ReLU_x": "clipped_relu", "ReLU": "relu", "ClampGroupSort": "clipped_maxmin"}[activation]
+    kind = {"ReLU_x": "clipped_relu", "ReLU": "relu", "ClampGroupSort": "clipped_maxmin"}[
+        activation
+    ]
     like = nnx.eval_shape(lambda: made(activation=kind, input_shape=shape, rngs=nnx.Rngs(0)))
     assert [type(layer) for layer in network.layers] == [type(layer) for layer in like.layers]
-    assert [leaf.shape for leaf in jax.tree.leaves(network)] == [leaf.shape for leaf in jax.tree.leaves(like)]
+    assert [leaf.shape for leaf in jax.tree.leaves(network)] == [
+        leaf.shape for leaf in jax.tree.leaves(like)
+    ]
     file = np.load(f"{stem}.npz")
     logits = jitted(network, file["images"])
-    np.testing.assert_allclose(logits, file["logits"], rtol=1e-4, atol=1e-5 * np.abs(file["logits"]).max())
+    np.testing.assert_allclose(
+        logits, file["logits"], rtol=1e-4, atol=1e-5 * np.abs(file["logits"]).max()
+    )
 
 
 def test_a_checkpoint_that_does_not_fit_is_an_error_with_key_and_shapes(torch_made):
     path = torch_made.folder / "4C3F-ReLU-32x32x3.pth"
-    with pytest.raises(ValueError, match=r"0.weight has shape \(32, 3, 3, 3\), expected \(32, 1, 3, 3\).*input_shape"):
+    with pytest.raises(
+        ValueError,
+        match=r"0.weight has shape \(32, 3, 3, 3\), expected \(32, 1, 3, 3\).*input_shape",
+    ):
         bridges.from_pth(path, "4C3F", activation="relu")
     with pytest.raises(ValueError, match=r"13.weight has shape \(10, 512\), expected \(11, 512\)"):
         bridges.from_pth(path, "4C3F", activation="relu", input_shape=(32, 32, 3), classes=11)
@@ -160,7 +189,7 @@ def test_tensors_of_every_kind_are_read_without_pytorch(torch_made):
             bridges.state_dict(torch_made.folder / f"{name}.pth")
 
 
-# ---------------------------------------------------------------------------------------------------- files made here
+# ---------------------------------------------------------------------------------- files made here
 
 
 def text(value: str) -> bytes:
@@ -186,13 +215,28 @@ def tensor(key: str, array: np.ndarray, offset=0, size=None, kind="FloatStorage"
         + numbers([array.size])[1:-1]
     )
     rest = b"J" + int(offset).to_bytes(4, "little", signed=True) + numbers(size) + numbers(stride)
-    return b"ctorch._utils\n_rebuild_tensor_v2\n(" + storage_ + b"tQ" + rest + b"\x89ccollections\nOrderedDict\n)RtR"
+    return (
+        b"ctorch._utils\n_rebuild_tensor_v2\n("
+        + storage_
+        + b"tQ"
+        + rest
+        + b"\x89ccollections\nOrderedDict\n)RtR"
+    )
 
 
 def write_pth(path, entries: dict[str, bytes], arrays=(), **changed) -> Path:
-    """A zip file as torch.save writes it: entries by name, each its pickle; arrays, each a storage. `changed`: members."""
-    pickled = b"\x80\x02ccollections\nOrderedDict\n)R(" + b"".join(text(n) + p for n, p in entries.items()) + b"u."
-    members = {"data.pkl": pickled, **{f"data/{k}": a.tobytes() for k, a in enumerate(arrays)}, "version": b"3\n"}
+    """A zip file as torch.save writes it: entries by name, each its pickle; arrays, each a storage.
+    `changed`: members."""
+    pickled = (
+        b"\x80\x02ccollections\nOrderedDict\n)R("
+        + b"".join(text(n) + p for n, p in entries.items())
+        + b"u."
+    )
+    members = {
+        "data.pkl": pickled,
+        **{f"data/{k}": a.tobytes() for k, a in enumerate(arrays)},
+        "version": b"3\n",
+    }
     with zipfile.ZipFile(path, "w") as archive:
         for name, data in {**members, **changed}.items():
             if data is not None:
@@ -201,12 +245,18 @@ def write_pth(path, entries: dict[str, bytes], arrays=(), **changed) -> Path:
 
 
 def write_state(path, state: dict[str, np.ndarray]) -> Path:
-    return write_pth(path, {name: tensor(str(k), a) for k, (name, a) in enumerate(state.items())}, list(state.values()))
+    return write_pth(
+        path,
+        {name: tensor(str(k), a) for k, (name, a) in enumerate(state.items())},
+        list(state.values()),
+    )
 
 
 def test_a_checkpoint_written_by_hand_is_read(tmp_path):
     state = {"a": np.arange(6, dtype=np.float32).reshape(2, 3), "b": np.ones(4, np.float32)}
-    found = bridges.state_dict(write_state(tmp_path / "a.pth", {f"module.{n}": a for n, a in state.items()}))
+    found = bridges.state_dict(
+        write_state(tmp_path / "a.pth", {f"module.{n}": a for n, a in state.items()})
+    )
     assert found.keys() == state.keys() and all(np.array_equal(found[n], state[n]) for n in state)
 
 
@@ -224,7 +274,11 @@ class Malicious:
 def test_a_malicious_pickle_is_never_executed(tmp_path, protocol):
     witness = tmp_path / "executed"
     code = f"__import__('os').mkdir({str(witness)!r})"
-    for attack in (Malicious(os.mkdir, str(witness)), Malicious(eval, code), {"0.weight": Malicious(exec, code)}):
+    for attack in (
+        Malicious(os.mkdir, str(witness)),
+        Malicious(eval, code),
+        {"0.weight": Malicious(exec, code)},
+    ):
         path = write_pth(tmp_path / "a.pth", {}, **{"data.pkl": pickle.dumps(attack, protocol)})
         with pytest.raises(bridges.TorchFileError, match=r"not executed"):
             bridges.state_dict(path)
@@ -237,7 +291,8 @@ def test_a_malicious_pickle_is_never_executed(tmp_path, protocol):
 @pytest.mark.parametrize(
     "program",
     [
-        # Names that lead further, a look inside an allowed one, objects of other classes, changes of what is allowed.
+        # Names that lead further, a look inside an allowed one, objects of other classes, changes
+        # of what is allowed.
         b"cbuiltins\ngetattr\n",
         b"ctorch._utils\n_rebuild_tensor_v2.__globals__\n",
         b"ctorch\nload\n",
@@ -263,9 +318,20 @@ def test_a_pickle_of_anything_but_tensors_is_an_error(tmp_path, program):
 def test_methods_hung_on_a_dict_are_not_called(tmp_path):
     array = np.ones(3, np.float32)
     hung = (
-        b"}" + text("get") + b"ctorch._utils\n_rebuild_tensor_v2\ns" + text("items") + b"ccollections\nOrderedDict\nsb"
+        b"}"
+        + text("get")
+        + b"ctorch._utils\n_rebuild_tensor_v2\ns"
+        + text("items")
+        + b"ccollections\nOrderedDict\nsb"
     )
-    entries = b"\x80\x02ccollections\nOrderedDict\n)R" + text("x") + tensor("0", array) + b"s" + hung + b"."
+    entries = (
+        b"\x80\x02ccollections\nOrderedDict\n)R"
+        + text("x")
+        + tensor("0", array)
+        + b"s"
+        + hung
+        + b"."
+    )
     found = bridges.state_dict(write_pth(tmp_path / "a.pth", {}, [array], **{"data.pkl": entries}))
     assert found["x"].tolist() == [1, 1, 1]
 
@@ -298,7 +364,12 @@ def test_tensors_that_do_not_fit_their_storage_are_errors(tmp_path):
             bridges.state_dict(write_pth(path, {"x": tensor("0", array)}, [array], **changed))
     write_state(path, {"x": array})
     whole = path.read_bytes()
-    for data in (whole[:-30], whole[:100], b"", whole.replace(array.tobytes(), array[::-1].tobytes())):
+    for data in (
+        whole[:-30],
+        whole[:100],
+        b"",
+        whole.replace(array.tobytes(), array[::-1].tobytes()),
+    ):
         path.write_bytes(data)
         with pytest.raises(bridges.TorchFileError, match="damaged"):
             bridges.state_dict(path)
@@ -311,11 +382,15 @@ def test_tensors_that_do_not_fit_their_storage_are_errors(tmp_path):
 
 
 def published_state(seed=0) -> dict[str, np.ndarray]:
-    """The state_dict of the paper's 4C3F for MNIST with ReLU_x, in its own order, with random numbers."""
+    """The state_dict of the paper's 4C3F for MNIST with ReLU_x, in its own order, with random
+    numbers."""
     rng, state = np.random.default_rng(seed), {}
     convs = [(32, 1, 3, 28), (32, 32, 4, 14), (64, 32, 3, 14), (64, 64, 4, 7)]
     for k, (outputs, inputs, kernel, side) in enumerate(convs):
-        state[f"{2 * k}.weight"], state[f"{2 * k}.bias"] = (outputs, inputs, kernel, kernel), (outputs,)
+        state[f"{2 * k}.weight"], state[f"{2 * k}.bias"] = (
+            (outputs, inputs, kernel, kernel),
+            (outputs,),
+        )
         state[f"{2 * k + 1}.threshold"] = (1, outputs, side, side)
     for i, (outputs, inputs) in ((9, (512, 3136)), (11, (512, 512)), (13, (10, 512))):
         state[f"{i}.weight"], state[f"{i}.bias"] = (outputs, inputs), (outputs,)
@@ -349,16 +424,19 @@ def test_a_checkpoint_with_other_keys_or_numbers_is_an_error(tmp_path):
             r"1.threshold has shape \(28, 28, 32\), expected \(1, 32, 28, 28\)",
         ),
     ):
-        write_state(path, {name: array for name, array in {**state, **change}.items() if array is not None})
+        write_state(
+            path, {name: array for name, array in {**state, **change}.items() if array is not None}
+        )
         with pytest.raises(ValueError, match=expected):
             bridges.from_pth(path, "4C3F")
 
 
-# ---------------------------------------------------------------------------------------------------- batch normalisation
+# ------------------------------------------------------------------------------ batch normalisation
 
 
 def drawn(module: nnx.Module, seed=0) -> nnx.Module:
-    """Statistics, scales and biases drawn at random, scales of both signs and some of them 0; for use, not training."""
+    """Statistics, scales and biases drawn at random, scales of both signs and some of them 0; for
+    use, not training."""
     rng = np.random.default_rng(seed)
     for _, part in nnx.iter_graph(module):
         if type(part) is nnx.BatchNorm:
@@ -374,7 +452,9 @@ def drawn(module: nnx.Module, seed=0) -> nnx.Module:
 
 def conv(inputs, outputs, **arguments):
     bias = jax.nn.initializers.normal(0.3)
-    return nnx.Conv(inputs, outputs, (3, 3), bias_init=bias, rngs=nnx.Rngs(inputs + outputs), **arguments)
+    return nnx.Conv(
+        inputs, outputs, (3, 3), bias_init=bias, rngs=nnx.Rngs(inputs + outputs), **arguments
+    )
 
 
 def norm(channels, **arguments):
@@ -386,20 +466,51 @@ def linear(inputs, outputs):
 
 
 # Layers on images (6, 6, 2), and the types that are left of them.
-C, L, R, F, N, A = nnx.Conv, nnx.Linear, lipjax.ReLU, lipjax.Flatten, lipjax.Normalize, lipjax.AveragePool
+C, L, R, F, N, A = (
+    nnx.Conv,
+    nnx.Linear,
+    lipjax.ReLU,
+    lipjax.Flatten,
+    lipjax.Normalize,
+    lipjax.AveragePool,
+)
 FOLDS = {
-    "behind a zero-padded convolution": ([conv(2, 4), norm(4), R(), F(), linear(144, 3)], [C, R, F, L]),
+    "behind a zero-padded convolution": (
+        [conv(2, 4), norm(4), R(), F(), linear(144, 3)],
+        [C, R, F, L],
+    ),
     "behind a convolution of groups, no bias": (
-        [conv(2, 4, feature_group_count=2, use_bias=False), norm(4, use_bias=False), R(), F(), linear(144, 3)],
+        [
+            conv(2, 4, feature_group_count=2, use_bias=False),
+            norm(4, use_bias=False),
+            R(),
+            F(),
+            linear(144, 3),
+        ],
         [C, R, F, L],
     ),
     "in front of an unpadded convolution of groups": (
-        [R(), norm(2, use_scale=False), conv(2, 4, padding="VALID", feature_group_count=2), F(), linear(64, 3)],
+        [
+            R(),
+            norm(2, use_scale=False),
+            conv(2, 4, padding="VALID", feature_group_count=2),
+            F(),
+            linear(64, 3),
+        ],
         [R, C, F, L],
     ),
-    "in front of a circular convolution": ([norm(2), conv(2, 4, padding="CIRCULAR"), F(), linear(144, 3)], [C, F, L]),
-    "in front of a zero-padded convolution": ([R(), norm(2), conv(2, 4), F(), linear(144, 3)], [R, N, C, F, L]),
-    "images normalised, zero padding": ([N([0.4, 0.5], [0.2, 0.3]), conv(2, 4), F(), linear(144, 3)], [N, C, F, L]),
+    "in front of a circular convolution": (
+        [norm(2), conv(2, 4, padding="CIRCULAR"), F(), linear(144, 3)],
+        [C, F, L],
+    ),
+    "in front of a zero-padded convolution": (
+        [R(), norm(2), conv(2, 4), F(), linear(144, 3)],
+        [R, N, C, F, L],
+    ),
+    "images normalised, zero padding": (
+        [N([0.4, 0.5], [0.2, 0.3]), conv(2, 4), F(), linear(144, 3)],
+        [N, C, F, L],
+    ),
     "images normalised, no padding": (
         [N([0.4, 0.5], [0.2, 0.3]), conv(2, 4, padding=0), F(), linear(64, 3)],
         [C, F, L],
@@ -408,11 +519,27 @@ FOLDS = {
     "through a flatten and a pool": ([R(), norm(2), A(2), F(), linear(18, 3)], [R, A, F, L]),
     "behind a pool": ([conv(2, 4), A(2), norm(4), R(), F(), linear(36, 3)], [C, A, R, F, L]),
     "two in a row": ([conv(2, 4), norm(4), norm(4), R(), F(), linear(144, 3)], [C, R, F, L]),
-    "between activations": ([conv(2, 4), R(), norm(4), R(), F(), linear(144, 3)], [C, R, N, R, F, L]),
-    "on vectors": ([F(), linear(72, 6), norm(6), R(), norm(6), linear(6, 3), norm(3)], [F, L, R, L]),
-    "in a sequence": ([nnx.Sequential(conv(2, 4), norm(4)), R(), F(), linear(144, 3)], [C, R, F, L]),
+    "between activations": (
+        [conv(2, 4), R(), norm(4), R(), F(), linear(144, 3)],
+        [C, R, N, R, F, L],
+    ),
+    "on vectors": (
+        [F(), linear(72, 6), norm(6), R(), norm(6), linear(6, 3), norm(3)],
+        [F, L, R, L],
+    ),
+    "in a sequence": (
+        [nnx.Sequential(conv(2, 4), norm(4)), R(), F(), linear(144, 3)],
+        [C, R, F, L],
+    ),
     "not into a residual": (
-        [conv(2, 4), lipjax.Residual(norm(4), conv(4, 4), norm(4), R()), norm(4), R(), F(), linear(144, 3)],
+        [
+            conv(2, 4),
+            lipjax.Residual(norm(4), conv(4, 4), norm(4), R()),
+            norm(4),
+            R(),
+            F(),
+            linear(144, 3),
+        ],
         [C, lipjax.Residual, N, R, F, L],
     ),
 }
@@ -452,7 +579,9 @@ def test_the_view_of_a_scale_of_any_sign_is_its_matrix():
 
 def test_a_shift_too_large_for_its_scale_stays_with_it():
     scale, shift = [1e-9, 1.0], [0.5, 0.5]
-    network = nnx.Sequential(lipjax.Normalize.of(scale, shift), conv(2, 4), lipjax.Flatten(), linear(144, 3))
+    network = nnx.Sequential(
+        lipjax.Normalize.of(scale, shift), conv(2, 4), lipjax.Flatten(), linear(144, 3)
+    )
     left = bridges.fold(network).layers[0]
     assert left.scale == network.layers[0].scale and left.shift == network.layers[0].shift
 
@@ -472,14 +601,16 @@ def test_a_batch_norm_that_cannot_be_folded_is_an_error():
         bridges.fold(conv(2, 4))
 
 
-# ---------------------------------------------------------------------------------------------------- Linen
+# -------------------------------------------------------------------------------------------- Linen
 
 
 def linen_network() -> tuple[linen.Sequential, dict]:
     network = linen.Sequential(
         [
             linen.BatchNorm(use_running_average=True, use_scale=False),
-            linen.Sequential([linen.Conv(4, (3, 3), strides=2, kernel_dilation=2, name="named"), linen.relu]),
+            linen.Sequential(
+                [linen.Conv(4, (3, 3), strides=2, kernel_dilation=2, name="named"), linen.relu]
+            ),
             linen.BatchNorm(use_running_average=True),
             linen.Conv(4, (2, 2), padding="VALID", feature_group_count=2, use_bias=False),
             lipjax.MaxMin(),
@@ -530,7 +661,7 @@ def test_variables_of_linen_for_another_shape_are_an_error():
         bridges.from_linen(linen.Dense(3), {}, (6,))
 
 
-# ---------------------------------------------------------------------------------------------------- Equinox
+# ------------------------------------------------------------------------------------------ Equinox
 
 
 def equinox_network(mode: str):
@@ -543,7 +674,10 @@ def equinox_network(mode: str):
                 eqx.nn.BatchNorm(4, axis_name="batch", mode=mode),
                 eqx.nn.Lambda(jax.nn.relu),
                 eqx.nn.Sequential(
-                    [eqx.nn.Conv2d(4, 6, 2, padding="SAME", use_bias=False, key=next(keys)), eqx.nn.Identity()]
+                    [
+                        eqx.nn.Conv2d(4, 6, 2, padding="SAME", use_bias=False, key=next(keys)),
+                        eqx.nn.Identity(),
+                    ]
                 ),
                 eqx.nn.AvgPool2d(2, 1),
                 eqx.nn.Dropout(0.5),
@@ -584,13 +718,22 @@ def test_a_layer_of_equinox_that_is_not_known_is_an_error():
     last = eqx.nn.Linear(72, 3, key=key)
     flat = eqx.nn.Lambda(jnp.ravel)
     for layers, expected in (
-        ([eqx.nn.Lambda(lambda x: x.reshape(-1)), last], r"layer 0, Lambda, of .*<lambda> is not known"),
+        (
+            [eqx.nn.Lambda(lambda x: x.reshape(-1)), last],
+            r"layer 0, Lambda, of .*<lambda> is not known",
+        ),
         ([eqx.nn.Lambda(jax.nn.gelu), flat, last], "gelu"),
         ([eqx.nn.MaxPool2d(2), flat, last], "MaxPool2d"),
         ([eqx.nn.Dropout(0.5), flat, last], "training mode"),
-        ([eqx.nn.Conv2d(2, 2, 3, padding=1, padding_mode="REFLECT", key=key), flat, last], "padding mode 'REFLECT'"),
+        (
+            [eqx.nn.Conv2d(2, 2, 3, padding=1, padding_mode="REFLECT", key=key), flat, last],
+            "padding mode 'REFLECT'",
+        ),
         ([eqx.nn.AvgPool2d(2, 2, padding=1), flat, last], "padding 0"),
-        ([eqx.nn.Conv2d(3, 2, 3, key=key), flat, last], r"takes \(height, width, 3\), got \(6, 6, 2\)"),
+        (
+            [eqx.nn.Conv2d(3, 2, 3, key=key), flat, last],
+            r"takes \(height, width, 3\), got \(6, 6, 2\)",
+        ),
         ([last], "Flatten missing"),
     ):
         with pytest.raises((TypeError, ValueError), match=expected):
@@ -613,8 +756,13 @@ def test_a_network_that_ends_in_an_activation_is_bridged_as_it_is():
 
 
 def test_frameworks_are_not_imported_with_the_bridges():
-    code = "import sys, lipjax.bridges, lipjax.storage; print([n for n in ('torch', 'equinox', 'onnx') if n in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    code = (
+        "import sys, lipjax.bridges, lipjax.storage; print([n for n in ('torch', 'equinox', "
+        "'onnx') if n in sys.modules])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
     assert done.stdout.strip() == "[]"
     with pytest.raises(TypeError, match=r"torch\.nn\.Sequential, got builtins\.object"):
         bridges.from_torch(object(), (3,))

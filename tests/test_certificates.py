@@ -17,13 +17,16 @@ TIERS = lipjax.certificates.TIERS
 
 
 def batch(count=24, seed=0, shape=(6, 6, 2)):
-    """Random images. Tests that share the count, and the layers' shapes, share compiled programs."""
+    """Random images. Tests that share the count, and the layers' shapes, share compiled
+    programs."""
     return np.random.default_rng(seed).uniform(0, 1, (count, *shape)).astype(np.float32)
 
 
 def linear_net(scale=1.0, bias=(0.0, 0.0)):
     """Logits (x0, x1) behind an identity layer with plain ReLU: the radius is known exactly."""
-    net = nnx.Sequential(nnx.Linear(2, 2, rngs=nnx.Rngs(0)), lipjax.ReLU(), nnx.Linear(2, 2, rngs=nnx.Rngs(0)))
+    net = nnx.Sequential(
+        nnx.Linear(2, 2, rngs=nnx.Rngs(0)), lipjax.ReLU(), nnx.Linear(2, 2, rngs=nnx.Rngs(0))
+    )
     net.layers[0].kernel[...] = jnp.eye(2)
     net.layers[2].kernel[...] = scale * jnp.eye(2)
     net.layers[2].bias[...] = jnp.array(bias)
@@ -31,26 +34,34 @@ def linear_net(scale=1.0, bias=(0.0, 0.0)):
 
 
 def sampled(net, x, radii, count, seed=0):
-    """Classes predicted at `count` random points on the sphere of each image's radius; ``(count, N)``."""
+    """Classes predicted at `count` random points on the sphere of each image's radius; ``(count,
+    N)``."""
     noise = np.random.default_rng(seed).normal(size=(count, *x.shape))
     noise *= (
-        radii[:, None, None, None] / np.linalg.norm(noise.reshape(count, len(x), -1), axis=2)[..., None, None, None]
+        radii[:, None, None, None]
+        / np.linalg.norm(noise.reshape(count, len(x), -1), axis=2)[..., None, None, None]
     )
     return np.argmax(jax.jit(jax.vmap(jax.vmap(net)))((x + noise).astype(np.float32)), axis=-1)
 
 
-@pytest.mark.parametrize("activation, tier", [("clipped_relu", "probabilistic"), ("clipped_maxmin", "deterministic")])
+@pytest.mark.parametrize(
+    "activation, tier", [("clipped_relu", "probabilistic"), ("clipped_maxmin", "deterministic")]
+)
 def test_certified_examples_are_never_broken_by_attack_or_sampling(activation, tier):
     net, x = tiny_net(activation, seed=7, scale=0.8), batch()
     radius = lipjax.certified_radius(net, x, None, tier=tier)
     assert np.sum(radius.radius > 0) > 10
     rows = np.flatnonzero(radius.radius > 0)
     inside = radius.radius[rows] * 0.9999
-    attack = lipjax.attacks.pgd(net, x[rows], radius.predicted[rows], inside, steps=100, restarts=20, clip=None)
+    attack = lipjax.attacks.pgd(
+        net, x[rows], radius.predicted[rows], inside, steps=100, restarts=20, clip=None
+    )
     assert not attack.broken.any()
     assert np.all(sampled(net, x[rows], inside, 200) == radius.predicted[rows])
     # The opposition bites: not far outside it does find other classes.
-    assert lipjax.attacks.pgd(net, x[rows], radius.predicted[rows], 8 * inside, clip=None, restarts=2).broken.any()
+    assert lipjax.attacks.pgd(
+        net, x[rows], radius.predicted[rows], 8 * inside, clip=None, restarts=2
+    ).broken.any()
 
 
 ARCHITECTURES = dict(
@@ -96,7 +107,10 @@ def certificates_hold(seed, kernel, stride, padding, channels, activation, tier,
     rngs, x = nnx.Rngs(seed), batch(6, seed, (5, 6, 2))
     first = nnx.Conv(2, channels, (kernel, kernel), strides=stride, padding=padding, rngs=rngs)
     shape = jax.eval_shape(first, x[0]).shape
-    layers, size = [first, make_activation(activation, shape), lipjax.Flatten()], int(np.prod(shape))
+    layers, size = (
+        [first, make_activation(activation, shape), lipjax.Flatten()],
+        int(np.prod(shape)),
+    )
     if hidden:
         layers += [nnx.Linear(size, 6, rngs=rngs), make_activation(activation, 6)]
         size = 6
@@ -109,16 +123,22 @@ def certificates_hold(seed, kernel, stride, padding, channels, activation, tier,
     rows = np.flatnonzero(found.radius > 0)
     if len(rows) == 0:
         return
-    attack = lipjax.attacks.pgd(net, x[rows], found.predicted[rows], found.radius[rows] * 0.9999, clip=None, restarts=4)
+    attack = lipjax.attacks.pgd(
+        net, x[rows], found.predicted[rows], found.radius[rows] * 0.9999, clip=None, restarts=4
+    )
     assert not attack.broken.any()
-    assert np.all(sampled(net, x[rows], found.radius[rows] * 0.9999, 100, seed) == found.predicted[rows])
+    assert np.all(
+        sampled(net, x[rows], found.radius[rows] * 0.9999, 100, seed) == found.predicted[rows]
+    )
 
 
 def hidden_direction_net(n, s):
-    """``W = I + (s - 1) v v^T``, all units on, logits +-v^T h: moving the input along v moves the margin 2 s times as
-    far. (METHOD 7: two steps of power iteration see a norm of 1.)"""
+    """``W = I + (s - 1) v v^T``, all units on, logits +-v^T h: moving the input along v moves the
+    margin 2 s times as far. (METHOD 7: two steps of power iteration see a norm of 1.)"""
     v = np.random.default_rng(0).choice([-1.0, 1.0], n) / np.sqrt(n)
-    net = nnx.Sequential(nnx.Linear(n, n, rngs=nnx.Rngs(0)), lipjax.ReLU(), nnx.Linear(n, 2, rngs=nnx.Rngs(0)))
+    net = nnx.Sequential(
+        nnx.Linear(n, n, rngs=nnx.Rngs(0)), lipjax.ReLU(), nnx.Linear(n, 2, rngs=nnx.Rngs(0))
+    )
     net.layers[0].kernel[...] = jnp.asarray(np.eye(n) + (s - 1) * np.outer(v, v), jnp.float32)
     net.layers[0].bias[...] = jnp.full(n, 10.0)
     net.layers[2].kernel[...] = jnp.asarray(np.stack([v, -v], axis=1), jnp.float32)
@@ -127,7 +147,12 @@ def hidden_direction_net(n, s):
 
 
 @pytest.mark.parametrize(
-    "n, s", [(512, 2.0), (512, 1.01), *(pytest.param(n, 1.01, marks=pytest.mark.slow) for n in (3072, 8192))]
+    "n, s",
+    [
+        (512, 2.0),
+        (512, 1.01),
+        *(pytest.param(n, 1.01, marks=pytest.mark.slow) for n in (3072, 8192)),
+    ],
 )
 @pytest.mark.parametrize("tier", TIERS)
 def test_a_hidden_direction_is_not_certified(n, s, tier):
@@ -163,8 +188,13 @@ def test_radius_of_a_linear_decision_is_found_to_a_few_percent():
 
 @pytest.mark.parametrize(
     "tier, mode, inflation",
-    # A norm a little larger opens boxes a little wider, hence masks: in mode local inflation adds up along the layers.
-    [("probabilistic", "local", 1.1), ("deterministic", "paper", 1.02), ("deterministic", "global", 1.02)],
+    # A norm a little larger opens boxes a little wider, hence masks: in mode local inflation adds
+    # up along the layers.
+    [
+        ("probabilistic", "local", 1.1),
+        ("deterministic", "paper", 1.02),
+        ("deterministic", "global", 1.02),
+    ],
 )
 def test_certified_norms_are_at_least_converged_estimates_and_close(tier, mode, inflation):
     net, x = tiny_net("clipped_relu"), batch()
@@ -220,7 +250,9 @@ def test_wrong_predictions_are_not_certified():
 
 def test_a_certificate_does_not_depend_on_batch_mates():
     rngs, x = nnx.Rngs(0), batch(7, shape=(5,))
-    net = nnx.Sequential(nnx.Linear(5, 8, rngs=rngs), lipjax.ClippedMaxMin(8), nnx.Linear(8, 3, rngs=rngs))
+    net = nnx.Sequential(
+        nnx.Linear(5, 8, rngs=rngs), lipjax.ClippedMaxMin(8), nnx.Linear(8, 3, rngs=rngs)
+    )
     whole = lipjax.certify(net, x, np.zeros(7, int), 0.05, seed=1, batch_size=7)
     parts = lipjax.certify(net, x, np.zeros(7, int), 0.05, seed=1, batch_size=3)
     np.testing.assert_allclose(whole.norms, parts.norms, rtol=1e-9)
@@ -235,7 +267,16 @@ def test_what_is_not_examined_claims_nothing_and_the_rest_is_the_same():
     examine = np.tile([True, True, False, True, False, True, True, False], 3)
     part = lipjax.certify(net, x, labels, 0.02, seed=1, examine=examine)
     assert whole.certified.sum() > 3 and part.certified[examine].sum() > 1 and not part.certified[0]
-    for name in ("predicted", "correct", "certified", "margin", "allowance", "lipschitz", "norms", "constant"):
+    for name in (
+        "predicted",
+        "correct",
+        "certified",
+        "margin",
+        "allowance",
+        "lipschitz",
+        "norms",
+        "constant",
+    ):
         np.testing.assert_array_equal(getattr(part, name)[examine], getattr(whole, name)[examine])
     np.testing.assert_array_equal(part.predicted, whole.predicted)
     np.testing.assert_array_equal(part.correct, whole.correct)
@@ -245,11 +286,15 @@ def test_what_is_not_examined_claims_nothing_and_the_rest_is_the_same():
     assert part.failure_probability == whole.failure_probability
     none = lipjax.certify(net, x, labels, 0.02, examine=np.zeros(24, bool))
     assert not none.certified.any() and np.all(none.predicted == whole.predicted)
-    radii, some = (lipjax.certified_radius(net, x, labels, seed=1, examine=rows) for rows in (None, examine))
+    radii, some = (
+        lipjax.certified_radius(net, x, labels, seed=1, examine=rows) for rows in (None, examine)
+    )
     np.testing.assert_array_equal(some.radius[examine], radii.radius[examine])
     assert np.any(radii.radius[left] > 0) and not np.any(some.radius[left])
     np.testing.assert_array_equal(some.predicted, radii.predicted)
-    with pytest.raises(ValueError, match=r"examine must be 24 booleans, got int64 of shape \(24,\)"):
+    with pytest.raises(
+        ValueError, match=r"examine must be 24 booleans, got int64 of shape \(24,\)"
+    ):
         lipjax.certify(net, x, labels, 0.02, examine=np.arange(24))
 
 
@@ -311,7 +356,9 @@ def test_bad_arguments_are_errors_that_name_the_value():
 
 def test_a_negative_threshold_is_certified_as_it_computes():
     """Whatever comes in, the second neuron answers -0.5."""
-    net = nnx.Sequential(linear_net().layers[0], lipjax.ClippedReLU(2), nnx.Linear(2, 2, rngs=nnx.Rngs(0)))
+    net = nnx.Sequential(
+        linear_net().layers[0], lipjax.ClippedReLU(2), nnx.Linear(2, 2, rngs=nnx.Rngs(0))
+    )
     net.layers[1].threshold[...] = jnp.array([1.0, -0.5])
     net.layers[2].kernel[...] = jnp.array([[0.0, 0.0], [1.0, 0.0]])
     x = np.array([[0.9, 0.1]], np.float32)
@@ -324,7 +371,9 @@ def test_images_of_another_shape_and_normalisation_in_the_network_are_errors():
     with pytest.raises(ValueError, match=r"neither one example of shape \(3,\)"):
         lipjax.certify(linear_net(), np.full((1, 3), 0.5, np.float32), None, 0.1)
     rngs = nnx.Rngs(0)
-    net = nnx.Sequential(nnx.Linear(2, 2, rngs=rngs), nnx.BatchNorm(2, rngs=rngs), nnx.Linear(2, 2, rngs=rngs))
+    net = nnx.Sequential(
+        nnx.Linear(2, 2, rngs=rngs), nnx.BatchNorm(2, rngs=rngs), nnx.Linear(2, 2, rngs=rngs)
+    )
     with pytest.raises(TypeError, match="BatchNorm"):
         lipjax.certify(net, np.array([[0.9, 0.1]], np.float32), None, 0.1)
 
@@ -333,11 +382,16 @@ def test_images_of_another_shape_and_normalisation_in_the_network_are_errors():
 def test_a_low_precision_network_pays_for_its_rounding_and_unknown_precisions_are_errors(kind):
     def net(dtype):
         layers = [nnx.Linear(2, 2, rngs=nnx.Rngs(0), **{kind: dtype}) for _ in range(2)]
-        layers[0].kernel[...] = layers[1].kernel[...] = jnp.eye(2, dtype=layers[0].kernel[...].dtype)
+        layers[0].kernel[...] = layers[1].kernel[...] = jnp.eye(
+            2, dtype=layers[0].kernel[...].dtype
+        )
         return nnx.Sequential(layers[0], lipjax.ReLU(), layers[1])
 
     x = np.array([[0.9, 0.1], [0.505, 0.5]], np.float32)
-    single, half = (lipjax.certify(net(dtype), x, np.zeros(2, int), 1e-3) for dtype in (jnp.float32, jnp.bfloat16))
+    single, half = (
+        lipjax.certify(net(dtype), x, np.zeros(2, int), 1e-3)
+        for dtype in (jnp.float32, jnp.bfloat16)
+    )
     if kind == "param_dtype":  # such parameters meet float32 images in float32
         assert half.arithmetic == "float32" and half.certified.all()
         return

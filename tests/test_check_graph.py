@@ -13,8 +13,11 @@ from conftest import make_activation
 from flax import nnx
 
 import lipjax
-from lipjax import certificate_files, check, check_layers, check_norms, check_walk
-from lipjax.check_layers import Activation, Add, Affine, Node
+from lipjax.check import checker, walk
+from lipjax.check import layers as check_layers
+from lipjax.check import norms as check_norms
+from lipjax.check.layers import Activation, Add, Affine, Node
+from lipjax.formats import certificate_files
 
 EPSILON = 0.05
 COUNT = 6
@@ -54,7 +57,9 @@ def smaller_net(kind):
         return nnx.Linear(n, m, rngs=rngs, bias_init=bias)
 
     act = functools.partial(make_activation, kind, 6, 0.8)
-    return nnx.Sequential(dense(6, 6), lipjax.Residual(act(), lipjax.Residual(dense(6, 6), act())), dense(6, 3))
+    return nnx.Sequential(
+        dense(6, 6), lipjax.Residual(act(), lipjax.Residual(dense(6, 6), act())), dense(6, 3)
+    )
 
 
 @functools.cache
@@ -74,7 +79,7 @@ def file_of(tmp_path, *which):
 def rehashed(layers, x, labels, header, arrays):
     header["statement"] = certificate_files.statement(header)
     header["digest"] = certificate_files.digest(header, arrays)
-    return check.check(layers, x, labels, header, arrays, np.random.default_rng(0))
+    return checker.check(layers, x, labels, header, arrays, np.random.default_rng(0))
 
 
 WHICH = [
@@ -143,15 +148,17 @@ def test_branches_without_an_end_or_of_another_shape_are_refused(kinds, said):
         }
 
     layers = [dense(2, 3) if kind == "widen" else {"kind": kind} for kind in kinds]
-    with pytest.raises(check.CannotCheck, match=said):
+    with pytest.raises(checker.CannotCheck, match=said):
         check_layers.nodes_of([*layers, dense(2, 2)], (2,))
 
 
-# ---------------------------------------------------------------------------------------------------- the walk
+# ----------------------------------------------------------------------------------------- the walk
 
 
 def affine(rng, n, m, scale=1.0):
-    return check_layers._affine(scale * rng.normal(size=(m, n)) / np.sqrt(n), rng.normal(size=m) / 3, (m,))
+    return check_layers._affine(
+        scale * rng.normal(size=(m, n)) / np.sqrt(n), rng.normal(size=m) / 3, (m,)
+    )
 
 
 def relu(n, top=np.inf):
@@ -183,7 +190,8 @@ def graph(seed=0):
 
 
 def stuck(seed=0):
-    """Sums of what varies and what is clipped, and so the same for every image, but known to rounding only."""
+    """Sums of what varies and what is clipped, and so the same for every image, but known to
+    rounding only."""
     rng = np.random.default_rng(seed)
     blocks = np.kron(np.eye(2), np.ones((3, 3))) * rng.normal(size=(6, 6)) * 1e3
     biases = np.array([9.0, 9.0, 9.0, 0.5, 0.5, 0.5])
@@ -191,7 +199,8 @@ def stuck(seed=0):
     return [
         Node(first, (0,)),
         Node(relu(6, 3.0 + rng.uniform()), (1,)),  # the first three are clipped
-        Node(check_layers._affine(blocks, rng.normal(size=6), (6,)), (2,)),  # the first three do not vary
+        # the first three do not vary
+        Node(check_layers._affine(blocks, rng.normal(size=6), (6,)), (2,)),
         Node(affine(rng, 4, 6), (0,)),
         Node(Add(), (3, 4)),
         Node(Add(), (4, 3)),
@@ -202,7 +211,7 @@ def stuck(seed=0):
 def network_of(nodes, arithmetic="float32"):
     norms = check_norms.Norms(1e-9, np.random.default_rng(0))
     layers = [node.step for node in nodes if isinstance(node.step, Affine)]
-    return check_walk.Network(nodes, [norms(layer.matrix) for layer in layers], arithmetic), norms
+    return walk.Network(nodes, [norms(layer.matrix) for layer in layers], arithmetic), norms
 
 
 def run(nodes, x):
@@ -228,12 +237,16 @@ def run(nodes, x):
 def _activated(step, column):
     if column.dtype != object:
         return step(column)
-    exact = np.vectorize(lambda number: Fraction(number) if np.isfinite(number) else number, otypes=[object])
+    exact = np.vectorize(
+        lambda number: Fraction(number) if np.isfinite(number) else number, otypes=[object]
+    )
     if not step.pairs:
         return np.minimum(np.maximum(column, 0), exact(np.broadcast_to(step.top, column.shape)))
     a, b = np.split(column, 2)
     top, bottom = np.broadcast_to(step.top, a.shape), np.broadcast_to(step.bottom, a.shape)
-    return np.concatenate([np.minimum(np.maximum(a, b), exact(top)), np.maximum(np.minimum(a, b), exact(bottom))])
+    return np.concatenate(
+        [np.minimum(np.maximum(a, b), exact(top)), np.maximum(np.minimum(a, b), exact(bottom))]
+    )
 
 
 def ball(x, epsilon, count=400, seed=3):
@@ -260,17 +273,23 @@ def test_every_value_of_a_graph_stays_in_its_region_and_every_margin_above_its_b
 ):
     network, norms = network_of(nodes)
     x = np.random.default_rng(1).uniform(0, 1, size)
-    walked = check_walk.walk(network, x, epsilon, norms, by_rows)
+    walked = walk.walk(network, x, epsilon, norms, by_rows)
     *values, logits = run(nodes, ball(x, epsilon))
     assert len(values) == len(walked.values)
     for known, value in zip(walked.values, values, strict=True):
-        assert np.all(known.lower[:, None] <= value + 1e-14) and np.all(value <= known.upper[:, None] + 1e-14)
+        assert np.all(known.lower[:, None] <= value + 1e-14) and np.all(
+            value <= known.upper[:, None] + 1e-14
+        )
         moved = np.linalg.norm((value - known.center[:, None])[known.varies], axis=0)
         assert np.all(moved <= known.radius * (1 + 1e-12) + 1e-14)
-        assert np.all(np.ptp(value[~known.varies], axis=1) <= 1e-14) if not known.varies.all() else True
+        assert (
+            np.all(np.ptp(value[~known.varies], axis=1) <= 1e-14)
+            if not known.varies.all()
+            else True
+        )
     for label in range(len(logits)):
-        local = check_walk.derive(network, x, label, epsilon, norms)
-        linear = check_walk.derive(network, x, label, epsilon, norms, linear=True, rows=by_rows)
+        local = walk.derive(network, x, label, epsilon, norms)
+        linear = walk.derive(network, x, label, epsilon, norms, linear=True, rows=by_rows)
         # What the executed network's rounding can do to either of the two logits.
         lost = linear.rounding + linear.rounding[label]
         real = np.delete(np.min(logits[label] - logits, axis=1) - lost, label)
@@ -286,7 +305,7 @@ def test_on_a_small_ball_the_slopes_of_a_graph_are_its_gradient(seed):
     nodes, epsilon = graph(seed), 1e-6
     network, norms = network_of(nodes, "float64")
     x = np.random.default_rng(seed).uniform(0, 1, 4)
-    derived = check_walk.derive(network, x, 0, epsilon, norms, linear=True)
+    derived = walk.derive(network, x, 0, epsilon, norms, linear=True)
     steps = 1e-8 * np.concatenate([np.eye(4), -np.eye(4)], axis=1)
     logits = run(nodes, x[:, None] + steps)[-1]
     jacobian = (logits[:, :4] - logits[:, 4:]) / 2e-8
@@ -302,17 +321,22 @@ def test_exact_values_lie_in_their_regions_where_only_rounding_is_left(epsilon):
         nodes = graph(seed) if seed % 2 else stuck(seed)
         network, norms = network_of(nodes)
         x = np.random.default_rng(seed).uniform(0, 1, 4)
-        walked = check_walk.walk(network, x, epsilon, norms)
+        walked = walk.walk(network, x, epsilon, norms)
         for side in (-1, 0, 1):
             moved = np.array(
-                [Fraction(float(n)) + (side * Fraction(epsilon) if i == seed % 4 else 0) for i, n in enumerate(x)]
+                [
+                    Fraction(float(n)) + (side * Fraction(epsilon) if i == seed % 4 else 0)
+                    for i, n in enumerate(x)
+                ]
             )
             exact = run(nodes, moved[:, None].astype(object))
             for known, value in zip(walked.values, exact[:-1], strict=True):
                 value = value[:, 0]
                 assert all(map(operator.le, map(Fraction, known.lower.tolist()), value))
                 assert all(map(operator.le, value, map(Fraction, known.upper.tolist())))
-                away = (value - np.array([Fraction(n) for n in known.center.tolist()]))[known.varies]
+                away = (value - np.array([Fraction(n) for n in known.center.tolist()]))[
+                    known.varies
+                ]
                 assert sum(away**2) <= Fraction(known.radius) ** 2
 
 
@@ -325,7 +349,7 @@ def test_the_executed_residual_stays_within_the_allowance_for_its_rounding(name)
     for x in images(4):
         x = jnp.asarray(x, name)
         held = np.asarray(x, np.float64)
-        derived = check_walk.derive(network, held, 0, 0.05, norms)
+        derived = walk.derive(network, held, 0, 0.05, norms)
         exact = run(nodes, np.array([Fraction(float(n)) for n in held], object)[:, None])[-1][:, 0]
         away = np.abs(np.asarray(executed(x), np.float64) - exact.astype(np.float64))
         assert np.all(away <= derived.rounding) and np.any(away > 1e-4 * derived.rounding)
@@ -336,10 +360,14 @@ def test_the_rounding_of_a_sum_is_in_the_allowance():
     rounds."""
     identity = check_layers._affine(np.eye(2), np.zeros(2), (2,))
     nodes = [Node(identity, (0,)), Node(Add(), (0, 1)), Node(identity, (2,))]
-    known = check_walk.walk(network_of(nodes)[0], np.array([0.1, 0.9]), 0.0, network_of(nodes)[1]).values
+    known = walk.walk(network_of(nodes)[0], np.array([0.1, 0.9]), 0.0, network_of(nodes)[1]).values
     local = known[2].error - known[1].error
-    assert np.all(local >= 2.0**-24 * np.array([0.2, 1.8])) and np.all(local <= 2.0**-23 * np.array([0.2, 1.8]))
-    assert known[2].distance >= known[1].distance + np.linalg.norm(2.0**-24 * np.array([0.2, 1.8])) * (1 - 1e-6)
+    assert np.all(local >= 2.0**-24 * np.array([0.2, 1.8])) and np.all(
+        local <= 2.0**-23 * np.array([0.2, 1.8])
+    )
+    assert known[2].distance >= known[1].distance + np.linalg.norm(
+        2.0**-24 * np.array([0.2, 1.8])
+    ) * (1 - 1e-6)
 
 
 def cancelling(seed, depth=3, scale=30.0):
@@ -371,10 +399,12 @@ def cancelling(seed, depth=3, scale=30.0):
 
 @pytest.mark.core
 @pytest.mark.parametrize("mode", ["local", "linear", "rows"])
-def test_no_margin_is_above_the_exact_one_where_only_the_checkers_own_rounding_is_left(mode, monkeypatch):
+def test_no_margin_is_above_the_exact_one_where_only_the_checkers_own_rounding_is_left(
+    mode, monkeypatch
+):
     """A network executed without any rounding, in rationals: in the worst direction no term of the
     checker's may be left out."""
-    monkeypatch.setitem(check_walk.ARITHMETICS, "exact", (0.0, 0.0, 0.0, 0.0, 1e300))
+    monkeypatch.setitem(walk.ARITHMETICS, "exact", (0.0, 0.0, 0.0, 0.0, 1e300))
     slopes = {"linear": mode != "local", "rows": mode == "rows"}
     least = np.inf
     for seed in range(24):
@@ -384,7 +414,7 @@ def test_no_margin_is_above_the_exact_one_where_only_the_checkers_own_rounding_i
         exact_x = np.array([Fraction(float(n)) for n in x], object)[:, None]
         for epsilon in (0.0, 2.0**-60, 2.0**-30):
             for label in range(3):
-                derived = check_walk.derive(network, x, label, epsilon, norms, **slopes)
+                derived = walk.derive(network, x, label, epsilon, norms, **slopes)
                 logits = run(nodes, x[:, None] + 1e-7 * np.eye(5))[-1] - run(nodes, x[:, None])[-1]
                 for rival in set(range(3)) - {label}:
                     d = logits[rival] - logits[label]
@@ -392,12 +422,15 @@ def test_no_margin_is_above_the_exact_one_where_only_the_checkers_own_rounding_i
                     moved = exact_x + np.array([Fraction(float(n)) for n in d], object)[:, None]
                     exact = run(nodes, moved)[-1][:, 0]
                     assert Fraction(derived.margin) <= exact[label] - exact[rival]
-                    least = min(least, float(exact[label] - exact[rival] - Fraction(derived.margin)))
+                    least = min(
+                        least, float(exact[label] - exact[rival] - Fraction(derived.margin))
+                    )
     assert 0 <= least < 1e-12
 
 
 def test_what_hardware_flushes_to_zero_is_in_the_allowance():
-    """Products below the smallest number of float32, that a later layer makes large again; also in a sum."""
+    """Products below the smallest number of float32, that a later layer makes large again; also in
+    a sum."""
     tiny = 2.0**-80
     small = check_layers._affine(np.full((2, 3), tiny), None, (2,))
     again = check_layers._affine(np.array([[2.0**120, 0.0], [0.0, 2.0**120]]), None, (2,))
@@ -409,14 +442,14 @@ def test_what_hardware_flushes_to_zero_is_in_the_allowance():
         network, norms = network_of(nodes)
         exact = run(nodes, x[:, None])[-1][:, 0]  # the executed network may give 0
         assert np.all(exact > 0)
-        assert np.all(check_walk.derive(network, x, 0, 0.0, norms).rounding >= exact)
+        assert np.all(walk.derive(network, x, 0, 0.0, norms).rounding >= exact)
 
 
 def test_the_sum_of_a_residual_pays_for_its_own_flushing():
     identity = check_layers._affine(np.eye(2), None, (2,))
     nodes = [Node(Add(), (0, 0)), Node(identity, (1,))]
     network, norms = network_of(nodes)
-    known = check_walk.walk(network, np.full(2, 2.0**-128), 0.0, norms).values[1]
+    known = walk.walk(network, np.full(2, 2.0**-128), 0.0, norms).values[1]
     assert np.all(known.error >= 2.0**-127) and known.distance >= 2.0**-127
 
 
@@ -424,14 +457,14 @@ def test_a_sum_that_may_overflow_has_an_infinite_allowance():
     identity = check_layers._affine(np.eye(2), None, (2,))
     nodes = [Node(identity, (0,)), Node(Add(), (1, 1)), Node(identity, (2,))]
     network, norms = network_of(nodes)
-    known = check_walk.walk(network, np.full(2, 2.0**126.5), 0.0, norms).values
+    known = walk.walk(network, np.full(2, 2.0**126.5), 0.0, norms).values
     assert np.all(np.isfinite(known[1].error)) and np.all(np.isinf(known[2].error))
 
 
 def test_where_one_of_two_values_does_not_vary_its_sum_counts_what_is_not_known_of_it():
     def known(center, width, varies):
         center = np.array(center)
-        return check_walk.Known(
+        return walk.Known(
             center,
             center - width,
             center + width,
@@ -444,7 +477,7 @@ def test_where_one_of_two_values_does_not_vary_its_sum_counts_what_is_not_known_
     first = known([0.25, 0.5], [0.125, 0.0625], [True, False])
     second = known([1.0, 2.0], [0.5, 0.25], [False, True])
     for pair in ((first, second), (second, first)):
-        total, _ = check_walk.add(*pair, "float32")
+        total, _ = walk.add(*pair, "float32")
         assert total.varies.all()
         assert total.radius >= np.linalg.norm([0.625, 0.3125])  # both at their far ends
 
@@ -452,9 +485,12 @@ def test_where_one_of_two_values_does_not_vary_its_sum_counts_what_is_not_known_
 def test_a_factor_that_is_none_makes_no_norm_smaller(monkeypatch):
     """Of the Cholesky factor nothing is assumed: what it leaves over is counted."""
     true = np.linalg.cholesky
-    monkeypatch.setattr(np.linalg, "cholesky", lambda matrix: 0.5 * true(matrix + np.eye(len(matrix))))
+    monkeypatch.setattr(
+        np.linalg, "cholesky", lambda matrix: 0.5 * true(matrix + np.eye(len(matrix)))
+    )
     monkeypatch.setattr(np.linalg, "eigvalsh", lambda matrix: np.array([0.3]))  # far below
     matrix = np.random.default_rng(0).normal(size=(12, 20)) / 8
     sparse = check_layers._affine(matrix, None, (12,)).matrix
     _, upper = check_norms.norm_by_cholesky(sparse, np.random.default_rng(0))
-    assert np.linalg.norm(matrix, 2) <= upper < np.linalg.norm(matrix)  # not the way out of no factor
+    # not the way out of no factor
+    assert np.linalg.norm(matrix, 2) <= upper < np.linalg.norm(matrix)

@@ -1,4 +1,5 @@
-"""Checkpoints that are cut, overwritten, unwritable or of another network: what is restored, and what is said."""
+"""Checkpoints that are cut, overwritten, unwritable or of another network: what is restored, and
+what is said."""
 
 import dataclasses
 import errno
@@ -12,11 +13,12 @@ import pytest
 from conftest import tiny_net
 from flax import nnx
 
-from lipjax import checkpoints, training
-from lipjax.checkpoints import CheckpointError, Checkpoints, ConfigMismatch, open_workdir
+from lipjax import training
+from lipjax.training import checkpoints
+from lipjax.training.checkpoints import CheckpointError, Checkpoints, ConfigMismatch, open_workdir
 
-# Where one read fails Orbax drops the others of that checkpoint, never awaited. They come to light when their threads
-# end, maybe in another test.
+# Where one read fails Orbax drops the others of that checkpoint, never awaited. They come to light
+# when their threads end, maybe in another test.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 
 
@@ -28,7 +30,8 @@ def dropped_reads():
 
 
 def state_of(value: float):
-    """A state as training has it, a network and packed vectors included, every leaf a function of `value`."""
+    """A state as training has it, a network and packed vectors included, every leaf a function of
+    `value`."""
     network = tiny_net("clipped_maxmin")
     graph, params = nnx.split(network)
     network = nnx.merge(graph, jax.tree.map(lambda a: a + value, params))
@@ -36,7 +39,12 @@ def state_of(value: float):
         step=jnp.asarray(int(value), jnp.int32),
         network=network,
         optimizer={"mean": jnp.linspace(0, value, 3000).reshape(30, 100)},
-        vectors={"local": (jnp.full((4, 6, 6), int(value), jnp.uint16), jnp.full((4, 5), value, jnp.bfloat16))},
+        vectors={
+            "local": (
+                jnp.full((4, 6, 6), int(value), jnp.uint16),
+                jnp.full((4, 5), value, jnp.bfloat16),
+            )
+        },
         best=jnp.asarray(-jnp.inf),
     )
 
@@ -54,17 +62,23 @@ def assert_same(found, wanted):
 
 def values_file(workdir, step):
     """The file that holds the values of a checkpoint: by far the largest."""
-    return max((workdir / "checkpoints" / step).rglob("*"), key=lambda path: path.is_file() and path.stat().st_size)
+    return max(
+        (workdir / "checkpoints" / step).rglob("*"),
+        key=lambda path: path.is_file() and path.stat().st_size,
+    )
 
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    """A workdir with states 1, 2 and 3 saved, of which two are kept, and parameters; not to be changed."""
+    """A workdir with states 1, 2 and 3 saved, of which two are kept, and parameters; not to be
+    changed."""
     workdir = tmp_path_factory.mktemp("saved")
     with Checkpoints(workdir) as writer:
         for value in (1, 2, 3):
             writer.save_last(10 * value, state_of(value), {"epoch": value})
-        writer.save_best(20, nnx.to_pure_dict(nnx.state(state_of(2).network)), {"epoch": 2, "score": 0.1 + 0.2})
+        writer.save_best(
+            20, nnx.to_pure_dict(nnx.state(state_of(2).network)), {"epoch": 2, "score": 0.1 + 0.2}
+        )
     return workdir
 
 
@@ -77,7 +91,10 @@ def workdir(saved, tmp_path):
 
 
 def test_what_was_saved_is_restored_exactly_and_only_the_newest_are_kept(workdir):
-    assert sorted(path.name for path in (workdir / "checkpoints" / "last").iterdir()) == ["20", "30"]
+    assert sorted(path.name for path in (workdir / "checkpoints" / "last").iterdir()) == [
+        "20",
+        "30",
+    ]
     with Checkpoints(workdir) as reader:
         found, meta = reader.restore_last(abstract(state_of(0)))
         assert_same(found, state_of(3))
@@ -95,7 +112,9 @@ def test_a_new_workdir_has_no_state_and_no_selected_parameters(tmp_path):
             reader.restore_best({})
 
 
-def test_a_truncated_newest_checkpoint_gives_way_to_the_one_before_and_to_the_next_save(workdir, capsys):
+def test_a_truncated_newest_checkpoint_gives_way_to_the_one_before_and_to_the_next_save(
+    workdir, capsys
+):
     file = values_file(workdir, "last/30")
     os.truncate(file, file.stat().st_size // 2)
     with Checkpoints(workdir) as run:
@@ -103,7 +122,9 @@ def test_a_truncated_newest_checkpoint_gives_way_to_the_one_before_and_to_the_ne
         assert_same(found, state_of(2))
         assert meta == {"epoch": 2}
         said = capsys.readouterr().err
-        assert str(workdir / "checkpoints" / "last" / "30") in said and "damaged and skipped" in said
+        assert (
+            str(workdir / "checkpoints" / "last" / "30") in said and "damaged and skipped" in said
+        )
         # Training comes by step 30 again: the damaged checkpoint must not stand in its way.
         run.save_last(30, state_of(3), {"epoch": 3})
     with Checkpoints(workdir) as run:
@@ -142,18 +163,26 @@ def test_flipped_bits_are_noticed_wherever_they_are(workdir, capsys):
 
 def test_a_flipped_digit_of_the_epoch_is_noticed(workdir, capsys):
     file = workdir / "checkpoints" / "last" / "30" / "meta" / "metadata"
-    file.write_text(file.read_text().replace('"epoch":3', '"epoch":7').replace('"epoch": 3', '"epoch": 7'))
+    file.write_text(
+        file.read_text().replace('"epoch":3', '"epoch":7').replace('"epoch": 3', '"epoch": 7')
+    )
     with Checkpoints(workdir) as run:
         assert run.restore_last(abstract(state_of(0)))[1] == {"epoch": 2}
     assert "checksum" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("dtype", ["float32", "uint8", "uint16", "bfloat16", "float8_e4m3fn", "int32", "float64"])
+@pytest.mark.parametrize(
+    "dtype", ["float32", "uint8", "uint16", "bfloat16", "float8_e4m3fn", "int32", "float64"]
+)
 def test_a_flipped_bit_and_moved_entries_change_the_checksum(x64, dtype):
-    bits = np.random.default_rng(0).integers(0, 256, 3 * 5 * jnp.dtype(dtype).itemsize, dtype=np.uint8)
+    bits = np.random.default_rng(0).integers(
+        0, 256, 3 * 5 * jnp.dtype(dtype).itemsize, dtype=np.uint8
+    )
 
     def checksum(raw):
-        return checkpoints._checksums({"leaf": jnp.asarray(raw.view(jnp.dtype(dtype)).reshape(3, 5))}, {})["leaf"]
+        return checkpoints._checksums(
+            {"leaf": jnp.asarray(raw.view(jnp.dtype(dtype)).reshape(3, 5))}, {}
+        )["leaf"]
 
     right = checksum(bits)
     for bit in range(0, 8 * len(bits), 3):
@@ -166,19 +195,27 @@ def test_a_flipped_bit_and_moved_entries_change_the_checksum(x64, dtype):
 def test_when_every_state_is_damaged_the_error_lists_them(workdir):
     for step in ("20", "30"):
         os.truncate(values_file(workdir, f"last/{step}"), 10)
-    with Checkpoints(workdir) as run, pytest.raises(CheckpointError, match=r"(?s)can be read \(step 30: .*; step 20: "):
+    with (
+        Checkpoints(workdir) as run,
+        pytest.raises(CheckpointError, match=r"(?s)can be read \(step 30: .*; step 20: "),
+    ):
         run.restore_last(abstract(state_of(0)))
 
 
 def test_damaged_selected_parameters_are_an_error_that_names_the_checkpoint(workdir):
     os.truncate(values_file(workdir, "best/20"), 10)
     wanted = abstract(nnx.to_pure_dict(nnx.state(state_of(2).network)))
-    with Checkpoints(workdir) as run, pytest.raises(CheckpointError, match="checkpoints/best/20 cannot be read"):
+    with (
+        Checkpoints(workdir) as run,
+        pytest.raises(CheckpointError, match="checkpoints/best/20 cannot be read"),
+    ):
         run.restore_best(wanted)
 
 
 @pytest.mark.parametrize("change", ["shape", "missing", "extra"])
-def test_selected_parameters_of_another_architecture_are_an_error_that_names_the_parameter(workdir, change):
+def test_selected_parameters_of_another_architecture_are_an_error_that_names_the_parameter(
+    workdir, change
+):
     wanted = abstract(nnx.to_pure_dict(nnx.state(state_of(2).network)))
     kernel = wanted["layers"][0]["kernel"]
     if change == "shape":
@@ -201,7 +238,10 @@ def test_a_state_of_other_shapes_is_never_restored(workdir):
     vectors = {"local": (jax.ShapeDtypeStruct((7, 6, 6), jnp.uint16), wanted.vectors["local"][1])}
     with (
         Checkpoints(workdir) as run,
-        pytest.raises(CheckpointError, match=r"vectors\.local\.0 is uint16 \(4, 6, 6\), here it is uint16 \(7, 6, 6\)"),
+        pytest.raises(
+            CheckpointError,
+            match=r"vectors\.local\.0 is uint16 \(4, 6, 6\), here it is uint16 \(7, 6, 6\)",
+        ),
     ):
         run.restore_last(dataclasses.replace(wanted, vectors=vectors))
 
@@ -212,7 +252,9 @@ def test_the_same_step_is_saved_once(workdir):
         assert run.restore_last(abstract(state_of(0)))[1] == {"epoch": 3}
 
 
-def test_a_background_save_keeps_the_values_that_were_saved_whatever_happens_to_the_buffers(tmp_path):
+def test_a_background_save_keeps_the_values_that_were_saved_whatever_happens_to_the_buffers(
+    tmp_path,
+):
     change = jax.jit(lambda tree: jax.tree.map(lambda a: a * 0 - 1, tree), donate_argnums=0)
     wanted = {"large": jnp.arange(2_000_000.0), "small": jnp.arange(3)}
     state = jax.tree.map(jnp.copy, wanted)
@@ -241,13 +283,18 @@ def test_a_folder_without_permission_is_an_error_that_says_so(tmp_path):
         open_workdir(tmp_path / "run", {})
 
 
-def test_a_full_disk_is_an_error_that_says_so_and_leaves_the_checkpoints_that_were_there(workdir, monkeypatch):
+def test_a_full_disk_is_an_error_that_says_so_and_leaves_the_checkpoints_that_were_there(
+    workdir, monkeypatch
+):
     def full(*_, **__):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with Checkpoints(workdir) as run:
         monkeypatch.setattr(run._last, "save", full)
-        with pytest.raises(CheckpointError, match=r"step 40 .*disk is full; free space and run the same command again"):
+        with pytest.raises(
+            CheckpointError,
+            match=r"step 40 .*disk is full; free space and run the same command again",
+        ):
             run.save_last(40, state_of(4), {"epoch": 4})
     with Checkpoints(workdir) as run:
         assert_same(run.restore_last(abstract(state_of(0)))[0], state_of(3))
@@ -256,7 +303,9 @@ def test_a_full_disk_is_an_error_that_says_so_and_leaves_the_checkpoints_that_we
 def test_an_error_of_a_background_save_is_raised_by_wait(workdir, monkeypatch):
     with pytest.raises(CheckpointError, match="disk is full"), Checkpoints(workdir) as run:
         monkeypatch.setattr(
-            run._last, "check_for_errors", lambda: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left"))
+            run._last,
+            "check_for_errors",
+            lambda: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left")),
         )
         run.wait()
 

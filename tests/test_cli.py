@@ -1,4 +1,5 @@
-"""The command `lipjax`, as a user meets it: help, exit codes, errors that say what to do, completion."""
+"""The command `lipjax`, as a user meets it: help, exit codes, errors that say what to do,
+completion."""
 
 import json
 import subprocess
@@ -7,43 +8,49 @@ import sys
 import pytest
 from conftest import ROOT, run_lipjax
 
-from lipjax import __version__, cli, commands
+from lipjax import __version__
+from lipjax.cli import common, entry
 
 
 def test_help_names_every_command_and_every_exit_code(capsys):
-    assert cli.main(["--help"]) == 0
+    assert entry.main(["--help"]) == 0
     text = capsys.readouterr().out
-    for name in cli.COMMANDS:
+    for name in entry.COMMANDS:
         assert f"\n  {name} " in text and f"lipjax {name}" in text
-    for code, meaning in commands.EXIT_CODES.items():
+    for code, meaning in common.EXIT_CODES.items():
         assert str(code) in text and meaning in text
-    assert set(cli._RUN) == set(cli.COMMANDS)
-    assert cli.main(["--version"]) == 0
+    assert set(entry._RUN) == set(entry.COMMANDS)
+    assert entry.main(["--version"]) == 0
     assert capsys.readouterr().out == f"lipjax {__version__}\n"
 
 
 @pytest.mark.parametrize("arguments", [[], ["trian"], ["Train"]])
 def test_a_wrong_command_is_exit_code_2_and_lists_the_right_ones(arguments, capsys):
-    assert cli.main(arguments) == 2
+    assert entry.main(arguments) == 2
     text = capsys.readouterr().err
-    assert all(name in text for name in cli.COMMANDS)
+    assert all(name in text for name in entry.COMMANDS)
 
 
 @pytest.mark.parametrize("name", ["check", "report", "data", "export", "models", "completion"])
 def test_help_of_a_command_says_how_it_is_used(name, capsys):
     with pytest.raises(SystemExit) as ended:
-        cli.main([name, "--help"])
+        entry.main([name, "--help"])
     assert ended.value.code == 0
     assert f"usage: lipjax {name}" in capsys.readouterr().out
 
 
 def test_a_configuration_is_a_file_or_a_name_with_an_argument():
-    assert commands.configuration("digits").endswith("configs/digits.py")
-    assert commands.configuration("configs/digits.py") in ("configs/digits.py", commands.configuration("digits"))
-    assert commands.configuration("baselines:gloro").endswith("baselines.py:gloro")
-    assert commands.configuration(str(ROOT / "configs" / "mnist.py")) == str(ROOT / "configs" / "mnist.py")
-    with pytest.raises(commands.UsageError, match=r"digts.*Did you mean digits\?"):
-        commands.configuration("digts")
+    assert common.configuration("digits").endswith("configs/digits.py")
+    assert common.configuration("configs/digits.py") in (
+        "configs/digits.py",
+        common.configuration("digits"),
+    )
+    assert common.configuration("baselines:gloro").endswith("baselines.py:gloro")
+    assert common.configuration(str(ROOT / "configs" / "mnist.py")) == str(
+        ROOT / "configs" / "mnist.py"
+    )
+    with pytest.raises(common.UsageError, match=r"digts.*Did you mean digits\?"):
+        common.configuration("digts")
 
 
 WRONG = {
@@ -58,11 +65,12 @@ WRONG = {
 
 
 def test_a_wrong_command_line_of_train_is_exit_code_2_and_says_what_is_meant():
-    # One process imports the script; each command line is parsed in a child of it, as flags can be parsed once.
+    # One process imports the script; each command line is parsed in a child of it, as flags can be
+    # parsed once.
     code = """
 import json, os, sys
 from lipjax import commands
-from lipjax.commands import train
+from lipjax.cli.common import train
 
 for arguments in json.loads(sys.argv[1]):
     if not os.fork():
@@ -78,12 +86,19 @@ for arguments in json.loads(sys.argv[1]):
     command = [sys.executable, "-c", code, json.dumps(list(WRONG))]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     for text, says in zip(done.stderr.split("next\n"), WRONG.values(), strict=False):
-        assert says in text and "lipjax train --help" in text and "exit code 2" in text and "Traceback" not in text
+        assert (
+            says in text
+            and "lipjax train --help" in text
+            and "exit code 2" in text
+            and "Traceback" not in text
+        )
     assert done.stderr.count("exit code") == len(WRONG)
 
 
 def test_train_runs_through_the_command_and_its_errors_are_exit_code_1(tmp_path):
-    text = run_lipjax("train", "--config=digits", "--config.batch_size=0", f"--workdir={tmp_path}", code=1)
+    text = run_lipjax(
+        "train", "--config=digits", "--config.batch_size=0", f"--workdir={tmp_path}", code=1
+    )
     assert "lipjax train: batch_size must be" in text
 
 
@@ -94,24 +109,35 @@ def test_plan_takes_short_names_of_its_flags():
 
 def test_a_package_that_is_missing_is_named_with_what_installs_it(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "onnx", None)
-    assert cli.main(["export", "digits-maxmin", "--out=net.onnx"]) == 1
-    assert "pip install" in (text := capsys.readouterr().err) and "onnx" in text and text.startswith("lipjax export: ")
+    assert entry.main(["export", "digits-maxmin", "--out=net.onnx"]) == 1
+    assert (
+        "pip install" in (text := capsys.readouterr().err)
+        and "onnx" in text
+        and text.startswith("lipjax export: ")
+    )
     monkeypatch.setitem(sys.modules, "shtab", None)
-    assert cli.main(["completion", "bash"]) == 1
+    assert entry.main(["completion", "bash"]) == 1
     assert 'shtab is not installed: pip install "lipjax[scripts]"' in capsys.readouterr().err
-    assert cli.main(["export", "digits-maxmin", "--out=net.txt"]) == 2
+    assert entry.main(["export", "digits-maxmin", "--out=net.txt"]) == 2
     assert "must end in .safetensors or .onnx" in capsys.readouterr().err
 
 
 def test_data_info_describes_all_splits_and_the_range(capsys):
-    assert cli.main(["data", "info", "digits"]) == 0
+    assert entry.main(["data", "info", "digits"]) == 0
     text = capsys.readouterr().out
-    for said in ("1293 images", "144 images", "360 images", "(8, 8, 1)", "10 classes", "16 means 1.0"):
+    for said in (
+        "1293 images",
+        "144 images",
+        "360 images",
+        "(8, 8, 1)",
+        "10 classes",
+        "16 means 1.0",
+    ):
         assert said in text
 
 
 def test_data_names_what_is_missing(capsys):
-    assert cli.main(["data", "info", "npz:nowhere.npz,else.npz"]) == 1
+    assert entry.main(["data", "info", "npz:nowhere.npz,else.npz"]) == 1
     assert "lipjax data: " in (text := capsys.readouterr().err) and "nowhere.npz" in text
 
 
@@ -119,17 +145,24 @@ def test_data_list_shows_prepared_sets(tmp_path, capsys):
     folder = tmp_path / "birds" / "1.0.0"
     folder.mkdir(parents=True)
     (folder / "dataset_info.json").write_text("{}")
-    assert cli.main(["data", "list", f"--data_dir={tmp_path}"]) == 0
-    assert "none" in capsys.readouterr().out  # TFDS files of another format cannot be read by position
+    assert entry.main(["data", "list", f"--data_dir={tmp_path}"]) == 0
+    # TFDS files of another format cannot be read by position
+    assert "none" in capsys.readouterr().out
     (folder / "birds-train.array_record-00000-of-00001").write_bytes(b"")
-    assert cli.main(["data", "list", f"--data_dir={tmp_path}"]) == 0
+    assert entry.main(["data", "list", f"--data_dir={tmp_path}"]) == 0
     assert "birds" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
 def test_completion_knows_commands_flags_and_fields(shell, capsys, completions):
     text = completions[shell]
-    for known in ("certify", "workdir", "pgd_restarts", "config.optimizer.learning_rate", "failure_probability"):
+    for known in (
+        "certify",
+        "workdir",
+        "pgd_restarts",
+        "config.optimizer.learning_rate",
+        "failure_probability",
+    ):
         assert known in text
 
 
@@ -138,15 +171,21 @@ def completions():
     """The scripts of all shells, from one process: flags can be registered once."""
     code = (
         "import json, shtab; from lipjax import cli; parser = cli.whole_parser(); "
-        "print(json.dumps({shell: shtab.complete(parser, shell) for shell in ('bash', 'zsh', 'fish')}))"
+        "print(json.dumps({shell: shtab.complete(parser, shell) for shell in ('bash', 'zsh', "
+        "'fish')}))"
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
     return json.loads(done.stdout)
 
 
 def test_bash_accepts_and_uses_the_completion(tmp_path, completions):
     script = tmp_path / "lipjax.bash"
     script.write_text(completions["bash"])
-    ask = f"source {script}; COMP_WORDS=(lipjax cert); COMP_CWORD=1; _shtab_lipjax; echo ${{COMPREPLY[@]}}"
+    ask = (
+        f"source {script}; COMP_WORDS=(lipjax cert); COMP_CWORD=1; _shtab_lipjax; echo "
+        f"${{COMPREPLY[@]}}"
+    )
     done = subprocess.run(["bash", "-c", ask], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["certify"]

@@ -1,4 +1,5 @@
-"""Data sets: TFDS's own MNIST offline, CIFAR-10 from npz, image folders, splits, augmentation, and what is refused."""
+"""Data sets: TFDS's own MNIST offline, CIFAR-10 from npz, image folders, splits, augmentation, and
+what is refused."""
 
 import gzip
 import importlib.util
@@ -15,8 +16,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lipjax import data, records
-from lipjax.data import DataError
+from lipjax.data import records, sets
+from lipjax.data.sets import DataError
 
 
 def write_npz(path, images, labels, **more):
@@ -31,63 +32,80 @@ def ten(tmp_path):
     return write_npz(tmp_path / "ten.npz", images, np.arange(10) % 2)
 
 
-# ---------------------------------------------------------------------------------------------------- splits
+# ------------------------------------------------------------------------------------------- splits
 
 
 def test_digits_splits_are_disjoint_and_do_not_depend_on_anything():
-    splits = data.load("digits")
+    splits = sets.load("digits")
     parts = [set(part.indices.tolist()) for part in (splits.train, splits.validation, splits.test)]
     assert sum(map(len, parts)) == len(set.union(*parts)) == 1797
-    assert data.fingerprint(splits.test) == data.fingerprint(data.load("digits", validation_seed=3).test)
+    assert sets.fingerprint(splits.test) == sets.fingerprint(
+        sets.load("digits", validation_seed=3).test
+    )
     images = splits.train.unit_images(slice(None))
     assert images.dtype == np.float32 and images.min() == 0 and images.max() == 1
 
 
 def test_the_validation_split_is_held_out_of_training_and_never_of_test(ten):
-    splits = data.load(f"npz:{ten},{ten}", validation_fraction=0.3)
-    assert [len(part.labels) for part in (splits.train, splits.validation, splits.test)] == [7, 3, 10]
-    assert [part.split for part in (splits.train, splits.validation, splits.test)] == ["train", "validation", "test"]
+    splits = sets.load(f"npz:{ten},{ten}", validation_fraction=0.3)
+    assert [len(part.labels) for part in (splits.train, splits.validation, splits.test)] == [
+        7,
+        3,
+        10,
+    ]
+    assert [part.split for part in (splits.train, splits.validation, splits.test)] == [
+        "train",
+        "validation",
+        "test",
+    ]
     assert sorted([*splits.train.indices, *splits.validation.indices]) == list(range(10))
-    for part in (splits.train, splits.validation, splits.test):  # an index names its image: image i has value i
+    # an index names its image: image i has value i
+    for part in (splits.train, splits.validation, splits.test):
         np.testing.assert_array_equal(part.images[:, 0, 0, 0], part.indices)
         np.testing.assert_array_equal(part.labels, part.indices % 2)
-    again = data.load(f"npz:{ten},{ten}", validation_fraction=0.3)
+    again = sets.load(f"npz:{ten},{ten}", validation_fraction=0.3)
     np.testing.assert_array_equal(splits.validation.indices, again.validation.indices)
-    other = data.load(f"npz:{ten},{ten}", validation_fraction=0.3, validation_seed=1)
+    other = sets.load(f"npz:{ten},{ten}", validation_fraction=0.3, validation_seed=1)
     assert set(splits.validation.indices) != set(other.validation.indices)
 
 
 def test_fewer_examples_are_a_fixed_choice_and_more_than_there_are_is_an_error(ten):
     name = f"npz:{ten},{ten}"
-    few, more = (data.load(name, train_examples=n, test_examples=n) for n in (3, 5))
-    assert set(few.train.indices) < set(more.train.indices) and set(few.test.indices) < set(more.test.indices)
+    few, more = (sets.load(name, train_examples=n, test_examples=n) for n in (3, 5))
+    assert set(few.train.indices) < set(more.train.indices) and set(few.test.indices) < set(
+        more.test.indices
+    )
     assert len(few.test.labels) == 3
     np.testing.assert_array_equal(few.validation.indices, more.validation.indices)
     with pytest.raises(DataError, match="has 9 training images, asked for 99"):
-        data.load(name, train_examples=99)
+        sets.load(name, train_examples=99)
     with pytest.raises(DataError, match="has 10 test images, asked for 11"):
-        data.load(name, test_examples=11)
+        sets.load(name, test_examples=11)
     for fraction in (0.0, 1.0, float("nan")):
         with pytest.raises(DataError, match=r"must lie in \(0, 1\)"):
-            data.load(name, validation_fraction=fraction)
+            sets.load(name, validation_fraction=fraction)
     with pytest.raises(DataError, match="too few to hold"):
-        data.load(name, validation_fraction=0.99)
+        sets.load(name, validation_fraction=0.99)
 
 
 def test_the_fingerprint_changes_with_every_pixel_label_and_order(ten):
-    whole = data.load(f"npz:{ten},{ten}").test
+    whole = sets.load(f"npz:{ten},{ten}").test
     rows = np.arange(10)
-    seen = {data.fingerprint(whole), data.fingerprint(whole.take(rows[::-1])), data.fingerprint(whole.take(rows[:9]))}
+    seen = {
+        sets.fingerprint(whole),
+        sets.fingerprint(whole.take(rows[::-1])),
+        sets.fingerprint(whole.take(rows[:9])),
+    }
     images, labels = whole.images.copy(), whole.labels.copy()
     images[3, 2, 1, 0] += 1
     labels[5] = 1 - labels[5]
-    seen.add(data.fingerprint(data._dataset("a", "test", images, whole.labels)))
-    seen.add(data.fingerprint(data._dataset("a", "test", whole.images, labels)))
+    seen.add(sets.fingerprint(sets._dataset("a", "test", images, whole.labels)))
+    seen.add(sets.fingerprint(sets._dataset("a", "test", whole.images, labels)))
     assert len(seen) == 5
-    assert data.fingerprint(whole.take(rows)) == data.fingerprint(whole)
+    assert sets.fingerprint(whole.take(rows)) == sets.fingerprint(whole)
 
 
-# ---------------------------------------------------------------------------------------------------- npz
+# ---------------------------------------------------------------------------------------------- npz
 
 
 def test_pixels_are_scaled_to_the_unit_interval_by_what_was_stored(tmp_path):
@@ -95,20 +113,35 @@ def test_pixels_are_scaled_to_the_unit_interval_by_what_was_stored(tmp_path):
     images = np.zeros((6, 3, 1), np.uint8)
     images[0, :, 0] = values
     path = write_npz(tmp_path / "whole.npz", images, np.arange(6) % 2)
-    first = data.load(f"npz:{path},{path}").test.unit_images([0])
+    first = sets.load(f"npz:{path},{path}").test.unit_images([0])
     np.testing.assert_array_equal(first.ravel(), np.float32([0, 0.2, 1]))
     path = write_npz(tmp_path / "float.npz", images / 255, np.arange(6) % 2)
-    np.testing.assert_allclose(data.load(f"npz:{path},{path}").test.unit_images([0]), first, rtol=1e-7)
+    np.testing.assert_allclose(
+        sets.load(f"npz:{path},{path}").test.unit_images([0]), first, rtol=1e-7
+    )
 
 
 def test_one_file_with_four_arrays_is_read_too(tmp_path):
     images = np.full((10, 4, 4, 3), 255, np.uint8)
-    np.savez(tmp_path / "a.npz", x_train=images, y_train=np.arange(10), x_test=images[:5], y_test=np.arange(5))
-    splits = data.load(f"npz:{tmp_path}/a.npz")
-    assert splits.train.classes == splits.test.classes == 10 and splits.test.images.shape == (5, 4, 4, 3)
+    np.savez(
+        tmp_path / "a.npz",
+        x_train=images,
+        y_train=np.arange(10),
+        x_test=images[:5],
+        y_test=np.arange(5),
+    )
+    splits = sets.load(f"npz:{tmp_path}/a.npz")
+    assert splits.train.classes == splits.test.classes == 10 and splits.test.images.shape == (
+        5,
+        4,
+        4,
+        3,
+    )
     np.savez(tmp_path / "b.npz", x_train=images)
-    with pytest.raises(DataError, match="alone must hold x_train, y_train, x_test, y_test; it holds x_train"):
-        data.load(f"npz:{tmp_path}/b.npz")
+    with pytest.raises(
+        DataError, match="alone must hold x_train, y_train, x_test, y_test; it holds x_train"
+    ):
+        sets.load(f"npz:{tmp_path}/b.npz")
 
 
 IMAGES, LABELS = np.full((10, 4, 4), 255, np.uint8), np.arange(10)
@@ -133,53 +166,73 @@ IMAGES, LABELS = np.full((10, 4, 4), 255, np.uint8), np.arange(10)
 def test_images_and_labels_that_make_no_sense_are_refused(tmp_path, images, labels, message):
     path = write_npz(tmp_path / "bad.npz", images, labels)
     with pytest.raises(DataError, match=message):
-        data.load(f"npz:{path},{path}")
+        sets.load(f"npz:{path},{path}")
 
 
 def test_files_that_are_missing_damaged_or_do_not_fit_together_are_named(tmp_path, ten):
     with pytest.raises(DataError, match=r"none\.npz is not there"):
-        data.load(f"npz:{tmp_path}/none.npz")
+        sets.load(f"npz:{tmp_path}/none.npz")
     with pytest.raises(DataError, match=r"expected npz:<train\.npz>,<test\.npz>"):
-        data.load("npz:a,b,c")
+        sets.load("npz:a,b,c")
     whole = ten.read_bytes()
     cut = tmp_path / "cut.npz"
-    for damaged in (whole[:-200], whole[:50], b"", b"no zip at all", whole[:300] + b"\xff" * 20 + whole[320:]):
+    for damaged in (
+        whole[:-200],
+        whole[:50],
+        b"",
+        b"no zip at all",
+        whole[:300] + b"\xff" * 20 + whole[320:],
+    ):
         cut.write_bytes(damaged)
         with pytest.raises(DataError, match=r"cut\.npz cannot be read as npz"):
-            data.load(f"npz:{cut},{ten}")
+            sets.load(f"npz:{cut},{ten}")
     with open(cut, "wb") as file:
         np.save(file, IMAGES)
     with pytest.raises(DataError, match=r"cut\.npz cannot be read as npz: it is a single array"):
-        data.load(f"npz:{cut},{ten}")
+        sets.load(f"npz:{cut},{ten}")
     np.savez(cut, pictures=IMAGES, labels=LABELS)
-    with pytest.raises(DataError, match=r"must hold images and labels \(or x and y\); it holds pictures, labels"):
-        data.load(f"npz:{cut},{ten}")
+    with pytest.raises(
+        DataError, match=r"must hold images and labels \(or x and y\); it holds pictures, labels"
+    ):
+        sets.load(f"npz:{cut},{ten}")
     write_npz(cut, np.full((10, 5, 4), 255, np.uint8), LABELS)
     with pytest.raises(DataError, match=r"\(4, 4, 1\) differ from test images \(5, 4, 1\)"):
-        data.load(f"npz:{ten},{cut}")
+        sets.load(f"npz:{ten},{cut}")
 
 
 def test_cifar10_is_unpacked_and_loaded_and_its_disclosure_is_carried(shared, tmp_path):
     unpack = [sys.executable, shared / "data" / "unpack.py", "cifar10", tmp_path]
     subprocess.run(unpack, check=True, timeout=120)
-    splits = data.load(f"npz:{tmp_path}/cifar10_train.npz,{tmp_path}/cifar10_test.npz", test_examples=1000)
+    splits = sets.load(
+        f"npz:{tmp_path}/cifar10_train.npz,{tmp_path}/cifar10_test.npz", test_examples=1000
+    )
     assert splits.train.images.shape == (45000, 32, 32, 3) and splits.train.images.dtype == np.uint8
-    assert len(splits.validation.labels) == 5000 and splits.train.classes == 10 and splits.train.levels == 255
+    assert (
+        len(splits.validation.labels) == 5000
+        and splits.train.classes == 10
+        and splits.train.levels == 255
+    )
     whole = np.concatenate([splits.train.labels, splits.validation.labels])
     assert np.bincount(whole).tolist() == [5000] * 10
     # The mean pixel of the training set, a well-known fact of CIFAR-10.
     everything = np.concatenate([splits.train.images, splits.validation.images])
-    np.testing.assert_allclose(everything.mean((0, 1, 2)) / 255, [0.4914, 0.4822, 0.4465], atol=1e-4)
-    assert splits.test.note == "20 of the file's 10000 test images are not exact copies of the official ones"
+    np.testing.assert_allclose(
+        everything.mean((0, 1, 2)) / 255, [0.4914, 0.4822, 0.4465], atol=1e-4
+    )
+    assert (
+        splits.test.note
+        == "20 of the file's 10000 test images are not exact copies of the official ones"
+    )
     assert splits.train.note == splits.validation.note == ""
 
 
-# ---------------------------------------------------------------------------------------------------- folder
+# ------------------------------------------------------------------------------------------- folder
 
 
 @pytest.fixture
 def folder(tmp_path):
-    """TinyImageNet's layout: two classes, three training images each, a subset of the listed test images."""
+    """TinyImageNet's layout: two classes, three training images each, a subset of the listed test
+    images."""
     root = tmp_path / "tiny"
     (root / "val" / "images").mkdir(parents=True)
     rng = np.random.default_rng(0)
@@ -192,7 +245,9 @@ def folder(tmp_path):
     for number, wnid in enumerate(("n02", "n01")):
         for i in range(3):
             mode = "L" if i == 2 else "RGB"  # some of TinyImageNet's images are grey
-            write(root / "train" / wnid / "images" / f"{wnid}_{i}.JPEG", [200 * number, 100, 50], mode)
+            write(
+                root / "train" / wnid / "images" / f"{wnid}_{i}.JPEG", [200 * number, 100, 50], mode
+            )
     for i in range(3):
         write(root / "val" / "images" / f"val_{i}.JPEG", [200 * (i % 2), 100, 50])
     lines = [f"val_{i}.JPEG\t{('n02', 'n01')[i % 2]}\t0\t0\t8\t8\n" for i in range(5)]
@@ -202,18 +257,22 @@ def folder(tmp_path):
 
 
 def test_a_folder_in_tiny_imagenets_layout_is_read_with_its_labels(folder):
-    splits = data.load(f"folder:{folder}")
+    splits = sets.load(f"folder:{folder}")
     parts = (splits.train, splits.validation, splits.test)
     assert [len(part.labels) for part in parts] == [5, 1, 3]
     for part in parts:
-        assert part.images.shape[1:] == (8, 8, 3) and part.images.dtype == np.uint8 and part.classes == 2
+        assert (
+            part.images.shape[1:] == (8, 8, 3)
+            and part.images.dtype == np.uint8
+            and part.classes == 2
+        )
         colored = np.ptp(part.images.astype(int), axis=-1).max((1, 2)) > 5
         # Classes are numbered in the order of their names; n01 has the strong red.
         red = part.images[..., 0].mean((1, 2)) > 100
         np.testing.assert_array_equal(part.labels[colored], np.where(red, 0, 1)[colored])
     (folder / "wnids.txt").unlink()  # the folders' names are enough
-    again = data.load(f"folder:{folder}")
-    assert data.fingerprint(again.train) == data.fingerprint(splits.train)
+    again = sets.load(f"folder:{folder}")
+    assert sets.fingerprint(again.train) == sets.fingerprint(splits.train)
 
 
 def test_a_damaged_image_is_an_error_that_names_it(folder):
@@ -222,29 +281,33 @@ def test_a_damaged_image_is_an_error_that_names_it(folder):
     for damaged in (whole[: len(whole) // 2], b"", b"not a picture"):
         file.write_bytes(damaged)
         with pytest.raises(DataError, match=r"n01_1\.JPEG is damaged: .*Replace or remove it"):
-            data.load(f"folder:{folder}")
+            sets.load(f"folder:{folder}")
 
 
 def test_a_folder_that_does_not_fit_the_layout_is_an_error_that_says_what_does(folder, tmp_path):
     with pytest.raises(DataError, match=r"has not TinyImageNet's layout .*val_annotations\.txt"):
-        data.load(f"folder:{tmp_path}/nothing")
+        sets.load(f"folder:{tmp_path}/nothing")
     annotations = folder / "val" / "val_annotations.txt"
     good = annotations.read_text()
     annotations.write_text(good + "val_9.JPEG\tn77\n")
     with pytest.raises(DataError, match="names the class n77"):
-        data.load(f"folder:{folder}")
+        sets.load(f"folder:{folder}")
     annotations.write_text(good + "val_9.JPEG n01\n")
-    with pytest.raises(DataError, match=r"line 6 of val_annotations\.txt is not <file>, tab, <class>"):
-        data.load(f"folder:{folder}")
+    with pytest.raises(
+        DataError, match=r"line 6 of val_annotations\.txt is not <file>, tab, <class>"
+    ):
+        sets.load(f"folder:{folder}")
     annotations.write_text(good)
     odd = folder / "val" / "images" / "val_1.JPEG"
     Image.new("RGB", (9, 8)).save(odd, format="JPEG")
-    with pytest.raises(DataError, match=r"val_1\.JPEG is \(8, 9, 3\), .*val_0\.JPEG is \(8, 8, 3\)"):
-        data.load(f"folder:{folder}")
+    with pytest.raises(
+        DataError, match=r"val_1\.JPEG is \(8, 9, 3\), .*val_0\.JPEG is \(8, 8, 3\)"
+    ):
+        sets.load(f"folder:{folder}")
     for file in (folder / "val" / "images").iterdir():
         file.unlink()
     with pytest.raises(DataError, match="no test images found"):
-        data.load(f"folder:{folder}")
+        sets.load(f"folder:{folder}")
 
 
 def test_the_real_tiny_imagenet_images_are_read(shared, tmp_path):
@@ -253,22 +316,29 @@ def test_the_real_tiny_imagenet_images_are_read(shared, tmp_path):
     # Two of the 200 classes: what is read is the same code, and decoding all takes its time.
     with tarfile.open(shared / "data" / "tiny_imagenet" / "tiny-imagenet-200-subset.tar") as tar:
         members = tar.getmembers()
-        classes = sorted({m.name.split("/")[2] for m in members if "/train/" in m.name and m.name.count("/") > 2})[:2]
-        wanted = [m for m in members if "/val/" in m.name or any(f"/train/{c}/" in m.name for c in classes)]
+        classes = sorted(
+            {m.name.split("/")[2] for m in members if "/train/" in m.name and m.name.count("/") > 2}
+        )[:2]
+        wanted = [
+            m
+            for m in members
+            if "/val/" in m.name or any(f"/train/{c}/" in m.name for c in classes)
+        ]
         wanted += [m for m in members if m.name.endswith("wnids.txt")]
         tar.extractall(tmp_path, wanted, filter="data")
-    splits = data.load(f"folder:{tmp_path}/tiny-imagenet-200")
+    splits = sets.load(f"folder:{tmp_path}/tiny-imagenet-200")
     assert len(classes) == 2 and splits.train.classes == 200
     assert splits.train.images.shape == (90, 64, 64, 3) and len(splits.validation.labels) == 10
     assert splits.test.images.shape == (2000, 64, 64, 3)
     assert np.bincount(splits.test.labels).tolist() == [10] * 200
 
 
-# ---------------------------------------------------------------------------------------------------- TFDS
+# --------------------------------------------------------------------------------------------- TFDS
 
 
 def idx(path):
-    """An idx file of unsigned bytes: two zero bytes, 8, the number of axes, their lengths, the bytes."""
+    """An idx file of unsigned bytes: two zero bytes, 8, the number of axes, their lengths, the
+    bytes."""
     raw = gzip.decompress(path.read_bytes())
     kind, axes = struct.unpack(">HBB", raw[:4])[1:]
     shape = struct.unpack(f">{axes}I", raw[4 : 4 + 4 * axes])
@@ -277,13 +347,15 @@ def idx(path):
 
 
 @pytest.mark.slow
-def test_tfds_prepares_its_own_mnist_offline_from_the_original_archives(shared, tmp_path, capfd, monkeypatch):
+def test_tfds_prepares_its_own_mnist_offline_from_the_original_archives(
+    shared, tmp_path, capfd, monkeypatch
+):
     pytest.importorskip("tensorflow_datasets")
     source = shared / "data" / "mnist"
     # Nothing is downloaded: with these, every connection would fail.
     for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"):
         monkeypatch.setenv(name, "http://127.0.0.1:9")
-    splits = data.load("mnist", data_dir=str(tmp_path / "prepared"), manual_dir=str(source))
+    splits = sets.load("mnist", data_dir=str(tmp_path / "prepared"), manual_dir=str(source))
     assert "preparing mnist" in capfd.readouterr().err
     assert "tensorflow" not in sys.modules  # it was a child's
     images = np.concatenate([splits.train.images, splits.validation.images])
@@ -292,26 +364,42 @@ def test_tfds_prepares_its_own_mnist_offline_from_the_original_archives(shared, 
     assert splits.train.levels == 255 and splits.train.classes == 10
 
     def sorted_rows(images, labels):  # TFDS shuffles
-        rows = np.concatenate([images.reshape(len(images), -1), labels[:, None].astype(np.uint8)], axis=1)
+        rows = np.concatenate(
+            [images.reshape(len(images), -1), labels[:, None].astype(np.uint8)], axis=1
+        )
         return rows[np.lexsort(rows.T)]
 
-    for found, part in (((images, labels), "train"), ((splits.test.images, splits.test.labels), "t10k")):
-        original = idx(source / f"{part}-images-idx3-ubyte.gz"), idx(source / f"{part}-labels-idx1-ubyte.gz")
+    for found, part in (
+        ((images, labels), "train"),
+        ((splits.test.images, splits.test.labels), "t10k"),
+    ):
+        original = (
+            idx(source / f"{part}-images-idx3-ubyte.gz"),
+            idx(source / f"{part}-labels-idx1-ubyte.gz"),
+        )
         np.testing.assert_array_equal(sorted_rows(*found), sorted_rows(*original))
 
     # Prepared once, it is read again without archives, without TensorFlow and without a child.
     def refuse(*_, **__):
         raise AssertionError("prepared a second time")
 
-    monkeypatch.setattr(data.subprocess, "run", refuse)
-    again = data.load("mnist", data_dir=str(tmp_path / "prepared"))
-    assert data.fingerprint(again.train) == data.fingerprint(splits.train)
+    monkeypatch.setattr(sets.subprocess, "run", refuse)
+    again = sets.load("mnist", data_dir=str(tmp_path / "prepared"))
+    assert sets.fingerprint(again.train) == sets.fingerprint(splits.train)
 
 
 def prepare_own_set(
-    name, folder, sizes=((4, 5),), splits=("train", "test"), label="label", channels=1, count=6, shape=(None, None)
+    name,
+    folder,
+    sizes=((4, 5),),
+    splits=("train", "test"),
+    label="label",
+    channels=1,
+    count=6,
+    shape=(None, None),
 ):
-    """A TFDS set of our own, `count` images a split, image i of value 40 i and class i % 3; without TensorFlow.
+    """A TFDS set of our own, `count` images a split, image i of value 40 i and class i % 3; without
+    TensorFlow.
 
     The split "withheld" is called "test" and has the label -1, as ImageNet's has.
     """
@@ -325,7 +413,9 @@ def prepare_own_set(
     def examples(self, withheld):
         for i in range(count):
             png = io.BytesIO()
-            Image.new("L" if channels == 1 else "RGB", sizes[i % len(sizes)], (40 * i,) * channels).save(png, "PNG")
+            Image.new(
+                "L" if channels == 1 else "RGB", sizes[i % len(sizes)], (40 * i,) * channels
+            ).save(png, "PNG")
             png.seek(0)
             yield i, {"image": png, label: -1 if withheld else i % 3}
 
@@ -335,10 +425,12 @@ def prepare_own_set(
         _info=info,
         _generate_examples=examples,
         _split_generators=lambda self, _: {
-            split.replace("withheld", "test"): self._generate_examples(split == "withheld") for split in splits
+            split.replace("withheld", "test"): self._generate_examples(split == "withheld")
+            for split in splits
         },
     )
-    kind = type(name, (tfds.core.GeneratorBasedBuilder,), members)  # TFDS registers the class under its name
+    # TFDS registers the class under its name
+    kind = type(name, (tfds.core.GeneratorBasedBuilder,), members)
     kind(data_dir=str(folder), file_format="array_record").download_and_prepare()
 
 
@@ -347,22 +439,34 @@ def test_a_prepared_tfds_set_is_loaded_by_name_without_tensorflow(tmp_path, shap
     """Whether it says its images' size or not."""
     name = "LipjaxGrey" if shape[0] else "LipjaxGrey2"
     prepare_own_set(name, tmp_path, splits=("train", "validation"), shape=shape)
-    splits = data.load("lipjax_grey" if shape[0] else "lipjax_grey2", data_dir=str(tmp_path))
-    assert bool(list(tmp_path.rglob("lipjax-*.npz"))) == (shape == (None, None))  # else nothing had to be looked for
-    assert [len(part.labels) for part in (splits.train, splits.validation, splits.test)] == [5, 1, 6]
-    for part in (splits.train, splits.validation, splits.test):  # without a test split, TFDS's validation split is it
-        assert part.images.shape[1:] == (5, 4, 1) and part.classes == 3 and isinstance(part.images, np.ndarray)
+    splits = sets.load("lipjax_grey" if shape[0] else "lipjax_grey2", data_dir=str(tmp_path))
+    # else nothing had to be looked for
+    assert bool(list(tmp_path.rglob("lipjax-*.npz"))) == (shape == (None, None))
+    assert [len(part.labels) for part in (splits.train, splits.validation, splits.test)] == [
+        5,
+        1,
+        6,
+    ]
+    # without a test split, TFDS's validation split is it
+    for part in (splits.train, splits.validation, splits.test):
+        assert (
+            part.images.shape[1:] == (5, 4, 1)
+            and part.classes == 3
+            and isinstance(part.images, np.ndarray)
+        )
         np.testing.assert_array_equal(part.labels, part.images[:, 0, 0, 0] // 40 % 3)
     assert "tensorflow" not in sys.modules
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-def test_a_large_tfds_set_stays_on_disk_with_the_same_images_and_is_read_through_once(tmp_path, monkeypatch, channels):
+def test_a_large_tfds_set_stays_on_disk_with_the_same_images_and_is_read_through_once(
+    tmp_path, monkeypatch, channels
+):
     name = f"LipjaxLarge{channels}"
     prepare_own_set(name, tmp_path, channels=channels)
     name = f"lipjax_large{channels}"
-    small = data.load(name, data_dir=str(tmp_path))
-    monkeypatch.setattr(data, "IN_MEMORY_BYTES", 12 * 20 * channels - 1)
+    small = sets.load(name, data_dir=str(tmp_path))
+    monkeypatch.setattr(sets, "IN_MEMORY_BYTES", 12 * 20 * channels - 1)
 
     read = records.Source.read
 
@@ -371,14 +475,16 @@ def test_a_large_tfds_set_stays_on_disk_with_the_same_images_and_is_read_through
         return read(self, position)
 
     monkeypatch.setattr(records.Source, "read", first_alone)
-    large = data.load(name, data_dir=str(tmp_path))
-    fingerprints = {data.fingerprint(part) for part in (large.train, large.validation, large.test)}
+    large = sets.load(name, data_dir=str(tmp_path))
+    fingerprints = {sets.fingerprint(part) for part in (large.train, large.validation, large.test)}
     assert len(fingerprints) == 3
     monkeypatch.undo()
     for split in ("train", "validation", "test"):
         found, expected = getattr(large, split), getattr(small, split)
         assert isinstance(found.images, records.Images) and isinstance(expected.images, np.ndarray)
-        assert found.images.nbytes == expected.images.nbytes and found.levels == expected.levels == 255
+        assert (
+            found.images.nbytes == expected.images.nbytes and found.levels == expected.levels == 255
+        )
         for images in (found.images, pickle.loads(pickle.dumps(found.images))):
             np.testing.assert_array_equal(images[:], expected.images)
         np.testing.assert_array_equal(found.labels, expected.labels)
@@ -387,7 +493,7 @@ def test_a_large_tfds_set_stays_on_disk_with_the_same_images_and_is_read_through
     (kept,) = tmp_path.rglob("lipjax-train.npz")
     for content in (b"", kept.with_name("lipjax-test.npz").read_bytes()):
         kept.write_bytes(content)
-        again = data.load(name, data_dir=str(tmp_path), image_size=5)
+        again = sets.load(name, data_dir=str(tmp_path), image_size=5)
         np.testing.assert_array_equal(again.train.labels, small.train.labels)
     assert "tensorflow" not in sys.modules
 
@@ -395,29 +501,35 @@ def test_a_large_tfds_set_stays_on_disk_with_the_same_images_and_is_read_through
 def test_tfds_images_of_several_sizes_are_brought_to_one(tmp_path):
     prepare_own_set("LipjaxSizes", tmp_path, sizes=((4, 5), (15, 9)))
     with pytest.raises(
-        DataError, match=r"lipjax_sizes/1\.0\.0 has images of several sizes: give the size .*image_size="
+        DataError,
+        match=r"lipjax_sizes/1\.0\.0 has images of several sizes: give the size .*image_size=",
     ):
-        data.load("lipjax_sizes", data_dir=str(tmp_path))
-    splits = data.load("lipjax_sizes", data_dir=str(tmp_path), image_size=7)
+        sets.load("lipjax_sizes", data_dir=str(tmp_path))
+    splits = sets.load("lipjax_sizes", data_dir=str(tmp_path), image_size=7)
     assert splits.test.images.shape == (6, 7, 7, 1)
-    np.testing.assert_array_equal(np.unique(splits.test.images[:], axis=0)[:, 3, 3, 0], np.arange(6) * 40)
+    np.testing.assert_array_equal(
+        np.unique(splits.test.images[:], axis=0)[:, 3, 3, 0], np.arange(6) * 40
+    )
 
 
 def test_a_damaged_tfds_record_is_an_error_that_names_it(tmp_path):
     prepare_own_set("LipjaxDamaged", tmp_path, shape=(5, 4))
     name, where = "lipjax_damaged", {"data_dir": str(tmp_path), "image_size": 4}
-    images = data.load(name, **where).test.images
+    images = sets.load(name, **where).test.images
     (file,) = tmp_path.rglob("*-test.array_record*")
     whole = file.read_bytes()
     stored = [images.source.reader[number] for number in range(6)]
     for number in (0, 3):
         at = whole.index(stored[number])
         file.write_bytes(whole[:at] + bytes(8) + whole[at + 8 :])
-        said = rf"{file}, record {number}, is missing or damaged: .*Remove {file.parent} to have TFDS prepare the set again"
+        said = (
+            rf"{file}, record {number}, is missing or damaged: .*Remove {file.parent} to have "
+            r"TFDS prepare the set again"
+        )
         with pytest.raises(DataError, match=said):
-            data.load(name, **where).test.images[:]
+            sets.load(name, **where).test.images[:]
         with pytest.raises(DataError, match=said):
-            data.load(name, data_dir=str(tmp_path))
+            sets.load(name, data_dir=str(tmp_path))
         with pytest.raises(DataError, match=said):
             pickle.loads(pickle.dumps(images))[:]
     for bad in (b"", stored[2][:-1]):
@@ -427,32 +539,41 @@ def test_a_damaged_tfds_record_is_an_error_that_names_it(tmp_path):
 
 def test_of_a_set_with_one_split_a_fixed_fifth_is_the_test_split_and_that_is_said(tmp_path):
     prepare_own_set("LipjaxOneSplit", tmp_path, splits=("train",), count=20)
-    splits, other = (data.load("lipjax_one_split", data_dir=str(tmp_path), validation_seed=n) for n in (0, 1))
-    assert [len(part.labels) for part in (splits.train, splits.validation, splits.test)] == [14, 2, 4]
+    splits, other = (
+        sets.load("lipjax_one_split", data_dir=str(tmp_path), validation_seed=n) for n in (0, 1)
+    )
+    assert [len(part.labels) for part in (splits.train, splits.validation, splits.test)] == [
+        14,
+        2,
+        4,
+    ]
     rows = np.concatenate([part.indices for part in (splits.train, splits.validation, splits.test)])
     np.testing.assert_array_equal(np.sort(rows), np.arange(20))  # no image is in two of them
     np.testing.assert_array_equal(splits.test.indices, other.test.indices)
     assert not np.array_equal(splits.validation.indices, other.validation.indices)
     assert (
-        splits.test.note == splits.train.note and "only a train split: its test images here are 4 of" in other.test.note
+        splits.test.note == splits.train.note
+        and "only a train split: its test images here are 4 of" in other.test.note
     )
-    lazy = data.load("lipjax_one_split", data_dir=str(tmp_path), image_size=4).test
+    lazy = sets.load("lipjax_one_split", data_dir=str(tmp_path), image_size=4).test
     np.testing.assert_array_equal(lazy.labels, splits.test.labels)
 
 
 def test_a_test_split_without_labels_is_not_the_test_split(tmp_path):
     prepare_own_set("LipjaxWithheld", tmp_path, splits=("train", "validation", "withheld"))
-    splits = data.load("lipjax_withheld", data_dir=str(tmp_path))
+    splits = sets.load("lipjax_withheld", data_dir=str(tmp_path))
     assert splits.test.labels.tolist() == (splits.test.images[:, 0, 0, 0] // 40 % 3).tolist()
 
 
 def test_a_tfds_set_that_is_not_image_classification_is_refused(tmp_path):
     prepare_own_set("LipjaxOddSplit", tmp_path, splits=("odd",))
     with pytest.raises(DataError, match="lipjax_odd_split has no train split: odd"):
-        data.load("lipjax_odd_split", data_dir=str(tmp_path))
+        sets.load("lipjax_odd_split", data_dir=str(tmp_path))
     prepare_own_set("LipjaxNames", tmp_path, label="species")
-    with pytest.raises(DataError, match="lipjax_names is not image classification: it has image, species"):
-        data.load("lipjax_names", data_dir=str(tmp_path))
+    with pytest.raises(
+        DataError, match="lipjax_names is not image classification: it has image, species"
+    ):
+        sets.load("lipjax_names", data_dir=str(tmp_path))
 
 
 def test_well_known_sets_have_the_names_that_one_tries(tmp_path, monkeypatch):
@@ -463,7 +584,7 @@ def test_well_known_sets_have_the_names_that_one_tries(tmp_path, monkeypatch):
         asked.append(command[3])
         return subprocess.CompletedProcess(command, 1, "", "not here\n")
 
-    monkeypatch.setattr(data.subprocess, "run", child)
+    monkeypatch.setattr(sets.subprocess, "run", child)
     own = {"svhn": "svhn_cropped", "fashion-mnist": "fashion_mnist", "imagenet": "imagenet2012"}
     names = [
         "mnist",
@@ -478,16 +599,18 @@ def test_well_known_sets_have_the_names_that_one_tries(tmp_path, monkeypatch):
     ]
     for name in names:
         with pytest.raises(DataError, match="could not prepare"):
-            data.load(name, data_dir=str(tmp_path), image_size=8)
+            sets.load(name, data_dir=str(tmp_path), image_size=8)
     assert asked == [own.get(name, name) for name in names]
 
 
 def test_imagenet_is_prepared_offline_from_its_archives(tmp_path, capfd, monkeypatch):
-    """TFDS's own builder, in a child with TensorFlow, on archives with the official names and layout.
+    """TFDS's own builder, in a child with TensorFlow, on archives with the official names and
+    layout.
 
-    Faked: they hold three classes of two images and three validation images in place of 1,281,167 and 50,000. The builder
-    has the lists of 1000 classes and 50,000 validation labels with it and asks for neither checksums nor all images; it
-    gives the validation images its labels in the order of their names.
+    Faked: they hold three classes of two images and three validation images in place of 1,281,167
+    and 50,000. The builder has the lists of 1000 classes and 50,000 validation labels with it and
+    asks for neither checksums nor all images; it gives the validation images its labels in the
+    order of their names.
     """
     pytest.importorskip("tensorflow_datasets")
     if importlib.util.find_spec("tensorflow") is None:
@@ -508,12 +631,17 @@ def test_imagenet_is_prepared_offline_from_its_archives(tmp_path, capfd, monkeyp
 
     def jpeg(value, width, height, mode="RGB"):
         raw = io.BytesIO()
-        Image.new("RGB", (width, height), (value, 100, 50)).convert(mode).save(raw, "JPEG", quality=95)
+        Image.new("RGB", (width, height), (value, 100, 50)).convert(mode).save(
+            raw, "JPEG", quality=95
+        )
         return raw.getvalue()
 
     classes = {"n01440764": 0, "n01443537": 1, "n15075141": 999}
     images = {
-        wnid: {f"{wnid}_{i}.JPEG": jpeg(200 * i, 60 + 10 * number, 50 + 20 * i, ("RGB", "L")[i]) for i in range(2)}
+        wnid: {
+            f"{wnid}_{i}.JPEG": jpeg(200 * i, 60 + 10 * number, 50 + 20 * i, ("RGB", "L")[i])
+            for i in range(2)
+        }
         for number, wnid in enumerate(classes)
     }
     (manual / "ILSVRC2012_img_train.tar").write_bytes(
@@ -524,24 +652,28 @@ def test_imagenet_is_prepared_offline_from_its_archives(tmp_path, capfd, monkeyp
 
     where = {"data_dir": str(tmp_path / "prepared"), "manual_dir": str(manual)}
     with pytest.raises(DataError, match=r"imagenet2012/5\.1\.0 has images of several sizes"):
-        data.load("imagenet2012", **where)
+        sets.load("imagenet2012", **where)
     assert "preparing imagenet2012" in capfd.readouterr().err and "tensorflow" not in sys.modules
-    splits = data.load("imagenet2012", image_size=32, **where)
+    splits = sets.load("imagenet2012", image_size=32, **where)
     assert splits.train.classes == 1000 and splits.train.images.shape == (5, 32, 32, 3)
     assert sorted([*splits.train.labels, *splits.validation.labels]) == [0, 0, 1, 1, 999, 999]
     source = splits.test.images.source
     kept = {source.read(i) for i in range(3)}  # TFDS shuffles
     # The first three of the official list of validation labels: n01751748, n09193705, n02105855.
     assert kept == set(zip(validation.values(), (65, 970, 230), strict=True))
-    assert {tuple(image[16, 16] // 20) for image in splits.test.images[:]} == {(4, 5, 2), (8, 5, 2), (12, 5, 2)}
+    assert {tuple(image[16, 16] // 20) for image in splits.test.images[:]} == {
+        (4, 5, 2),
+        (8, 5, 2),
+        (12, 5, 2),
+    }
 
 
 def test_an_unknown_name_is_an_error_with_the_nearest_known_one():
     pytest.importorskip("tensorflow_datasets")
     with pytest.raises(DataError, match=r"no data set called 'cifar_10'.* Did you mean 'cifar10'"):
-        data.load("cifar_10")
+        sets.load("cifar_10")
     with pytest.raises(DataError, match="Did you mean 'digits'"):
-        data.load("digit")
+        sets.load("digit")
 
 
 def test_what_tfds_cannot_prepare_is_an_error_that_says_what_to_do(tmp_path, monkeypatch):
@@ -551,20 +683,23 @@ def test_what_tfds_cannot_prepare_is_an_error_that_says_what_to_do(tmp_path, mon
         assert command[1:4] == ["-m", "lipjax.data", "mnist"]
         return subprocess.CompletedProcess(command, 1, "", said)
 
-    monkeypatch.setattr(data.subprocess, "run", fail)
+    monkeypatch.setattr(sets.subprocess, "run", fail)
     said = "Traceback\nConnectionError: no route to host\n"
-    with pytest.raises(DataError, match=r"(?s)could not prepare mnist: ConnectionError: no route.*manual_dir"):
-        data.load("mnist", data_dir=str(tmp_path))
+    with pytest.raises(
+        DataError, match=r"(?s)could not prepare mnist: ConnectionError: no route.*manual_dir"
+    ):
+        sets.load("mnist", data_dir=str(tmp_path))
     said = "Traceback\nModuleNotFoundError: No module named 'tensorflow'\n"
     with pytest.raises(DataError, match=r"need TensorFlow: pip install"):
-        data.load("mnist", data_dir=str(tmp_path))
+        sets.load("mnist", data_dir=str(tmp_path))
 
 
-# ---------------------------------------------------------------------------------------------------- augmentation
+# ------------------------------------------------------------------------------------- augmentation
 
 
 def test_random_crops_and_flips_are_among_the_possible_ones_and_reach_them_all():
-    """Each output is one of the 2 (2 p + 1)^2 possible images, and over many draws all of them come up."""
+    """Each output is one of the 2 (2 p + 1)^2 possible images, and over many draws all of them come
+    up."""
     padding, shape = 1, (3, 4, 2)
     image = 1 + np.arange(np.prod(shape), dtype=np.float32).reshape(shape)
     padded = np.pad(image, [(padding, padding), (padding, padding), (0, 0)])
@@ -575,7 +710,7 @@ def test_random_crops_and_flips_are_among_the_possible_ones_and_reach_them_all()
             possible[crop.tobytes()] = possible[crop[:, ::-1].tobytes()] = 0
     assert len(possible) == 18
     images = jnp.asarray(np.repeat(image[None], 2000, axis=0))
-    out = np.asarray(data.random_crop_and_flip(images, jax.random.key(0), padding=padding))
+    out = np.asarray(sets.random_crop_and_flip(images, jax.random.key(0), padding=padding))
     for one in out:
         possible[one.tobytes()] += 1  # a KeyError: an image that cannot be
     expected = 2000 / 18
@@ -585,9 +720,9 @@ def test_random_crops_and_flips_are_among_the_possible_ones_and_reach_them_all()
 def test_augmentation_is_a_function_of_its_key_and_of_each_image_alone():
     images = jax.random.uniform(jax.random.key(1), (8, 5, 5, 1))
     key = jax.random.key(2)
-    out = data.random_crop_and_flip(images, key)
+    out = sets.random_crop_and_flip(images, key)
     assert out.shape == images.shape and out.dtype == images.dtype
-    np.testing.assert_array_equal(out, jax.jit(data.random_crop_and_flip)(images, key))
-    assert not np.array_equal(out, data.random_crop_and_flip(images, jax.random.key(3)))
-    changed = data.random_crop_and_flip(images.at[0].set(0), key)
+    np.testing.assert_array_equal(out, jax.jit(sets.random_crop_and_flip)(images, key))
+    assert not np.array_equal(out, sets.random_crop_and_flip(images, jax.random.key(3)))
+    changed = sets.random_crop_and_flip(images.at[0].set(0), key)
     np.testing.assert_array_equal(out[1:], changed[1:])

@@ -13,8 +13,11 @@ from conftest import tiny_net
 from flax import nnx
 
 import lipjax
-from lipjax import certificate_files, check, check_layers, check_norms, check_walk
-from lipjax.check_layers import Activation, Add, Affine, CannotCheck, Move
+from lipjax.check import checker, walk
+from lipjax.check import layers as check_layers
+from lipjax.check import norms as check_norms
+from lipjax.check.layers import Activation, Add, Affine, CannotCheck, Move
+from lipjax.formats import certificate_files
 
 EPSILON = 0.03
 COUNT = 4
@@ -99,13 +102,15 @@ class File:
             self.header["network"] = certificate_files.network_hash(self.described)
             self.header["digest"] = certificate_files.digest(self.header, self.arrays)
         rng = np.random.default_rng(0)
-        return check.check(self.described, self.images, self.labels, self.header, self.arrays, rng)
+        return checker.check(
+            self.described, self.images, self.labels, self.header, self.arrays, rng
+        )
 
 
 @functools.cache
 def _described(name):
     f, images, _ = subject(name)
-    return check.describe(f, images[0])
+    return checker.describe(f, images[0])
 
 
 # ---------------------------------------------------------------------- confirmed
@@ -152,7 +157,9 @@ def forge_filling(file):
     node["fill"] = np.array([-20.0], np.float32)
 
 
-@pytest.mark.parametrize("forge", [forge_weight, forge_margin, forge_index, forge_threshold, forge_filling])
+@pytest.mark.parametrize(
+    "forge", [forge_weight, forge_margin, forge_index, forge_threshold, forge_filling]
+)
 def test_a_forged_certificate_of_a_function_is_rejected(tmp_path, forge):
     file = File(tmp_path, "module")
     forge(file)
@@ -211,11 +218,11 @@ def test_layers_and_nodes_of_one_network_give_the_same_margins():
     network = tiny_net("clipped_maxmin", seed=2)
     image = np.random.default_rng(0).uniform(0, 1, (6, 6, 2)).astype(np.float32)
     margins = []
-    for described in (check.describe(network), check.describe(network, image)):
+    for described in (checker.describe(network), checker.describe(network, image)):
         nodes = check_layers.nodes_of(described, image.shape)
         walked, norms = network_of(nodes, "float64")
         for linear in (False, True):
-            derived = check_walk.derive(walked, image, 1, 0.05, norms, linear=linear)
+            derived = walk.derive(walked, image, 1, 0.05, norms, linear=linear)
             margins.append(derived.margin)
     np.testing.assert_allclose(margins[:2], margins[2:], rtol=1e-11)
     assert np.all(np.isfinite(margins))
@@ -224,7 +231,7 @@ def test_layers_and_nodes_of_one_network_give_the_same_margins():
 def network_of(nodes, arithmetic="float32"):
     norms = check_norms.Norms(1e-9, np.random.default_rng(0))
     layers = [node.step for node in nodes if isinstance(node.step, Affine)]
-    return check_walk.Network(nodes, [norms(layer.matrix) for layer in layers], arithmetic), norms
+    return walk.Network(nodes, [norms(layer.matrix) for layer in layers], arithmetic), norms
 
 
 def several(x):
@@ -293,7 +300,7 @@ def ball(x, epsilon, count=300):
 def nodes_of(name):
     if name == "several":
         image = np.array([0.9, 0.2, 0.6, 0.4], np.float32)
-        return check_layers.nodes_of(check.describe(several, image), image.shape), image
+        return check_layers.nodes_of(checker.describe(several, image), image.shape), image
     _, images, _ = subject(name)
     return check_layers.nodes_of(_described(name), images.shape[1:]), images[0]
 
@@ -304,7 +311,7 @@ def nodes_of(name):
 def test_every_value_stays_in_its_region_and_every_margin_above_its_bound(name, epsilon, by_rows):
     nodes, x = nodes_of(name)
     network, norms = network_of(nodes)
-    walked = check_walk.walk(network, x, epsilon, norms, by_rows)
+    walked = walk.walk(network, x, epsilon, norms, by_rows)
     *values, logits = run(nodes, ball(x, epsilon))
     for known, value in zip(walked.values, values, strict=True):
         assert np.all(known.lower[:, None] <= value + 1e-14)
@@ -313,8 +320,8 @@ def test_every_value_stays_in_its_region_and_every_margin_above_its_bound(name, 
         assert np.all(moved <= known.radius * (1 + 1e-12) + 1e-14)
         assert np.all(np.ptp(value[~known.varies], axis=1) <= 1e-14)
     for label in range(len(logits)):
-        local = check_walk.derive(network, x, label, epsilon, norms)
-        linear = check_walk.derive(network, x, label, epsilon, norms, linear=True, rows=by_rows)
+        local = walk.derive(network, x, label, epsilon, norms)
+        linear = walk.derive(network, x, label, epsilon, norms, linear=True, rows=by_rows)
         lost = linear.rounding + linear.rounding[label]
         real = np.delete(np.min(logits[label] - logits, axis=1) - lost, label)
         assert local.margin <= linear.margin + 1e-9 and linear.margin <= np.min(real)
@@ -327,7 +334,7 @@ def test_exact_values_lie_in_their_regions_where_only_rounding_is_left(epsilon):
     """In rationals: a term of rounding that is left out shows here."""
     nodes, x = nodes_of("several")
     network, norms = network_of(nodes)
-    walked = check_walk.walk(network, x, epsilon, norms)
+    walked = walk.walk(network, x, epsilon, norms)
     moved = np.array([Fraction(float(n)) for n in x], object)
     moved[1] += Fraction(epsilon)
     exact = run(nodes, moved[:, None])
@@ -342,7 +349,7 @@ def test_exact_values_lie_in_their_regions_where_only_rounding_is_left(epsilon):
 def test_on_a_small_ball_the_slopes_are_the_gradient():
     nodes, x = nodes_of("several")
     network, norms = network_of(nodes, "float64")
-    derived = check_walk.derive(network, x, 0, 1e-6, norms, linear=True)
+    derived = walk.derive(network, x, 0, 1e-6, norms, linear=True)
     steps = 1e-8 * np.concatenate([np.eye(4), -np.eye(4)], axis=1)
     logits = run(nodes, x[:, None].astype(np.float64) + steps)[-1]
     jacobian = (logits[:, :4] - logits[:, 4:]) / 2e-8
@@ -376,7 +383,9 @@ FUNCTIONS = {
     "mean": ((3, 4), lambda x: jnp.mean(x, axis=1)),
     "windows": (
         (5, 4, 2),
-        lambda x: jax.lax.reduce_window(x, 0.0, jax.lax.add, (2, 3, 1), (2, 1, 1), [(1, 0), (0, 2), (0, 0)]),
+        lambda x: jax.lax.reduce_window(
+            x, 0.0, jax.lax.add, (2, 3, 1), (2, 1, 1), [(1, 0), (0, 2), (0, 0)]
+        ),
     ),
     "scale": ((3, 2), lambda x: x * jnp.asarray([2.0, -3.0]) + jnp.ones((3, 1))),
 }
@@ -390,7 +399,7 @@ def test_matrices_are_those_of_the_function(name):
     def flat(x):
         return f(x).reshape(-1)
 
-    nodes = check_layers.nodes_of(check.describe(flat, x), shape)
+    nodes = check_layers.nodes_of(checker.describe(flat, x), shape)
     found = run(nodes, x.reshape(-1, 1).astype(np.float64))[-1][:, 0]
     np.testing.assert_allclose(found, flat(x), atol=1e-5)
 
@@ -403,8 +412,8 @@ def confirmed(tmp_path, f, images, epsilon=0.01, **options):
     certificate = lipjax.certify(f, images, labels, epsilon, tier="deterministic", **options)
     certificate_files.save(tmp_path / "x.npz", certificate, f, images, labels)
     header, arrays = certificate_files.load(tmp_path / "x.npz")
-    described = check.describe(f, images[0], arithmetic=header["arithmetic"])
-    report = check.check(described, images, labels, header, arrays, np.random.default_rng(0))
+    described = checker.describe(f, images[0], arithmetic=header["arithmetic"])
+    report = checker.check(described, images, labels, header, arrays, np.random.default_rng(0))
     assert report.confirmed and report.certified, report
     return described, header, arrays
 
@@ -431,7 +440,9 @@ def test_other_arithmetics_and_parameters_that_are_rounded_are_confirmed(tmp_pat
         "computed parameters": (normalised, {}),
     }[name]
     described, header, _ = confirmed(tmp_path, f, images, **options)
-    assert header["arithmetic"] == {"float64": "float64", "bfloat16": "bfloat16"}.get(name, "float32")
+    assert header["arithmetic"] == {"float64": "float64", "bfloat16": "bfloat16"}.get(
+        name, "float32"
+    )
     assert any(node["roundings"] for node in described) == (name == "computed parameters")
 
 
@@ -439,8 +450,10 @@ def test_copies_lengthen_what_is_known_and_rows_count_if_any_of_their_places_doe
     step = Move(np.array([1, 0, 1, -1]), np.array([0.0, 0.0, 0.0, 7.0]), (2,))
     center, half = np.array([0.0, 5.0]), np.array([0.1, 0.2])
     length = float(np.linalg.norm(half))
-    known = check_walk.Known(center, center - half, center + half, np.array([True, True]), length, half, length)
-    moved = check_walk.move(step, [known])
+    known = walk.Known(
+        center, center - half, center + half, np.array([True, True]), length, half, length
+    )
+    moved = walk.move(step, [known])
     assert moved.lower[3] == moved.center[3] == moved.upper[3] == 7
     assert moved.varies.tolist() == [True, True, True, False] and moved.error[3] == 0
     for bound in (moved.radius, moved.distance):
@@ -448,20 +461,20 @@ def test_copies_lengthen_what_is_known_and_rows_count_if_any_of_their_places_doe
     # Of entry 1 one place is clipped for good, the other is open.
     top = np.array([1.0, 9.0, 9.0, 9.0])
     clip = Activation(False, (4,), top, np.array(0.0))
-    assert check_walk._moving_rows([step], clip, known).tolist() == [True, True]
+    assert walk._moving_rows([step], clip, known).tolist() == [True, True]
     shut = Activation(False, (4,), np.array([1.0, 9.0, 1.0, 9.0]), np.array(0.0))
-    assert check_walk._moving_rows([step], shut, known).tolist() == [True, False]
+    assert walk._moving_rows([step], shut, known).tolist() == [True, False]
 
 
 def test_the_allowance_counts_computed_parameters_and_sums_in_their_own_type():
     def error(f, arithmetic, kind=None, **changes):
         x = np.full(64, 0.5, np.float32)
-        described = check.describe(lambda x: f(x).reshape(-1), x)
+        described = checker.describe(lambda x: f(x).reshape(-1), x)
         for node in described:
             if node["kind"] == kind:
                 node.update(changes)
         network, norms = network_of(check_layers.nodes_of(described, x.shape), arithmetic)
-        return check_walk.derive(network, x, 0, 0.0, norms).rounding
+        return walk.derive(network, x, 0, 0.0, norms).rounding
 
     unit = 2.0**-24
     scaled = functools.partial(error, lambda x: x * np.float32(3.0), "float32")
@@ -478,7 +491,7 @@ def test_the_allowance_counts_computed_parameters_and_sums_in_their_own_type():
         return jnp.sum(x.reshape(2, 32), axis=1)
 
     # 32 terms of 0.5, summed in bfloat16; in float32, whatever the device makes of products.
-    own = check.describe(summed, np.zeros(64, np.float32))
+    own = checker.describe(summed, np.zeros(64, np.float32))
     if own[-1]["executed"][0][1] == ["bfloat16"]:
         assert np.all(error(summed, "bfloat16") >= 31 * 2.0**-9 * 16)
     assert np.all(error(total, "tf32") < 50 * unit * 16)
@@ -500,8 +513,8 @@ def as_read(described, arithmetic="float32", images=None):
     shape = tuple(described[0]["shape"])
     nodes = check_layers.nodes_of(described, shape)
     images = np.zeros((1, *shape), np.float32) if images is None else images
-    order = list(check_walk.ARITHMETICS)
-    check.check_nodes.check_arithmetic(described, arithmetic, images, order, check.ALGORITHMS)
+    order = list(walk.ARITHMETICS)
+    checker.check_nodes.check_arithmetic(described, arithmetic, images, order, checker.ALGORITHMS)
     return nodes
 
 

@@ -1,8 +1,10 @@
-"""Deterministic bounds of norms: never below the norm, not even by rounding, and within what is promised above it.
+"""Deterministic bounds of norms: never below the norm, not even by rounding, and within what is
+promised above it.
 
-Oracles: the SVD of the explicit masked matrix where a relative 1e-12 does not matter, and exact rational arithmetic
-where it does: ``bound >= ||M||_2`` iff ``bound^2 I - M^T M`` is positive semidefinite, which elimination in fractions
-decides.
+Oracles: the SVD of the explicit masked matrix where a relative 1e-12 does not matter, and exact
+rational arithmetic
+where it does: ``bound >= ||M||_2`` iff ``bound^2 I - M^T M`` is positive semidefinite, which
+elimination in fractions decides.
 """
 
 import subprocess
@@ -18,8 +20,8 @@ from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lipjax import deterministic
 from lipjax.graph.linear import Convolution, LinearOperator
+from lipjax.norms import deterministic
 
 # What an accepted first attempt inflates the norm by, and what Gram iteration may.
 ATTEMPT = deterministic.INFLATIONS[0] ** 0.5 + 1e-6
@@ -28,7 +30,12 @@ GRAM = 1.004
 BANDED = {
     "3x3, stride 2": (dict(kernel_size=(3, 3), padding=1, strides=2), (9, 8, 2)),
     "groups and dilation, other axis": (
-        dict(kernel_size=(2, 3), padding=((0, 2), (1, 1)), kernel_dilation=(2, 1), feature_group_count=2),
+        dict(
+            kernel_size=(2, 3),
+            padding=((0, 2), (1, 1)),
+            kernel_dilation=(2, 1),
+            feature_group_count=2,
+        ),
         (4, 9, 4),
     ),
     "1-d, input dilated": (dict(kernel_size=(4,), padding=2, input_dilation=2, strides=3), (11, 3)),
@@ -38,7 +45,14 @@ BANDED = {
 def convolution(settings, shape, features=4):
     """The view of a layer, with a random kernel, and its input."""
     zeros = nnx.initializers.zeros
-    layer = nnx.Conv(shape[-1], features, rngs=nnx.Rngs(0), param_dtype=jnp.float64, kernel_init=zeros, **settings)
+    layer = nnx.Conv(
+        shape[-1],
+        features,
+        rngs=nnx.Rngs(0),
+        param_dtype=jnp.float64,
+        kernel_init=zeros,
+        **settings,
+    )
     kernel = np.random.default_rng(0).normal(size=layer.kernel.shape)
     return with_kernel(operator_of(layer, shape), kernel), jax.ShapeDtypeStruct(shape, jnp.float64)
 
@@ -61,7 +75,11 @@ def _columns(operator, identity):
 
 def matrix_of(operator, like) -> np.ndarray:
     """The explicit matrix."""
-    return np.asarray(_columns(operator, jnp.eye(like.size).reshape(like.size, *like.shape))).reshape(like.size, -1).T
+    return (
+        np.asarray(_columns(operator, jnp.eye(like.size).reshape(like.size, *like.shape)))
+        .reshape(like.size, -1)
+        .T
+    )
 
 
 def positive_semidefinite(a) -> bool:
@@ -78,10 +96,13 @@ def positive_semidefinite(a) -> bool:
 
 
 def exceeds_eigenvalues(bound, gram) -> bool:
-    """Is this bound, exactly, at least the largest eigenvalue of the symmetric part of the matrix?"""
+    """Is this bound, exactly, at least the largest eigenvalue of the symmetric part of the
+    matrix?"""
     g = [[Fraction(float(x)) for x in row] for row in gram]
     n = range(len(g))
-    return positive_semidefinite([[Fraction(float(bound)) * (i == j) - (g[i][j] + g[j][i]) / 2 for j in n] for i in n])
+    return positive_semidefinite(
+        [[Fraction(float(bound)) * (i == j) - (g[i][j] + g[j][i]) / 2 for j in n] for i in n]
+    )
 
 
 def exceeds_norm(bound, matrix) -> bool:
@@ -89,16 +110,20 @@ def exceeds_norm(bound, matrix) -> bool:
     m = [[Fraction(float(x)) for x in row] for row in matrix]
     n = range(len(m[0]))
     square = Fraction(float(bound)) ** 2
-    return positive_semidefinite([[square * (i == j) - sum(row[i] * row[j] for row in m) for j in n] for i in n])
+    return positive_semidefinite(
+        [[square * (i == j) - sum(row[i] * row[j] for row in m) for j in n] for i in n]
+    )
 
 
 def test_the_exact_oracle_tells_the_last_bit():
     matrix = np.array([[3.0, 0.0], [4.0, 0.0]])
     assert exceeds_norm(5.0, matrix) and not exceeds_norm(np.nextafter(5, 0), matrix)
-    assert exceeds_eigenvalues(0.0, -np.eye(2)) and not exceeds_eigenvalues(0.0, np.diag([0.0, 1e-300]))
+    assert exceeds_eigenvalues(0.0, -np.eye(2)) and not exceeds_eigenvalues(
+        0.0, np.diag([0.0, 1e-300])
+    )
 
 
-# ---------------------------------------------------------------------------------------------------- against the SVD
+# ---------------------------------------------------------------------------------- against the SVD
 
 
 def times(guess, truth):
@@ -107,7 +132,9 @@ def times(guess, truth):
 
 
 @pytest.mark.parametrize("name", BANDED)
-def test_bounds_of_masked_convolutions_are_at_least_the_norm_and_tight_whatever_the_guess(x64, name):
+def test_bounds_of_masked_convolutions_are_at_least_the_norm_and_tight_whatever_the_guess(
+    x64, name
+):
     operator, like = convolution(*BANDED[name])
     shape_out = jax.eval_shape(operator, like).shape
     assert deterministic.masked_convolution_cost(operator, like) < 1e9
@@ -131,8 +158,15 @@ def test_bounds_of_masked_convolutions_are_at_least_the_norm_and_tight_whatever_
     def check(seed, shares, scale, guess):
         rng = np.random.default_rng(seed)
         kernel = scale * rng.normal(size=operator.kernel.shape)
-        masks = [rng.uniform(size=s) < share for s, share in zip((like.shape, shape_out), shares, strict=True)]
-        matrix = matrix_of(with_kernel(operator, kernel), like) * masks[0].reshape(-1) * masks[1].reshape(-1, 1)
+        masks = [
+            rng.uniform(size=s) < share
+            for s, share in zip((like.shape, shape_out), shares, strict=True)
+        ]
+        matrix = (
+            matrix_of(with_kernel(operator, kernel), like)
+            * masks[0].reshape(-1)
+            * masks[1].reshape(-1, 1)
+        )
         truth = np.linalg.norm(matrix / scale, 2) * scale
         found = bounds(with_kernel(operator, kernel), *map(jnp.asarray, masks), times(guess, truth))
         if not all(mask.any() for mask in masks):
@@ -143,7 +177,9 @@ def test_bounds_of_masked_convolutions_are_at_least_the_norm_and_tight_whatever_
             return
         assert all(value >= truth * (1 - 1e-12) for value in found.values())
         assert found["schur"] <= found["frobenius"]
-        np.testing.assert_allclose(found["frobenius"], np.linalg.norm(matrix / scale) * scale, rtol=1e-9)
+        np.testing.assert_allclose(
+            found["frobenius"], np.linalg.norm(matrix / scale) * scale, rtol=1e-9
+        )
         sums = [np.max(np.sum(np.abs(matrix / scale), axis=axis)) for axis in (0, 1)]
         assert found["schur"] <= np.sqrt(sums[0] * sums[1]) * scale * (1 + 1e-9)
         if not 1 < guess < np.inf:  # a guess that is too large makes the bound loose
@@ -173,7 +209,9 @@ def test_dense_bounds_are_at_least_the_norm_and_tight_whatever_the_guess(x64, si
         matrix = rng.normal(size=(rows, columns)) * scale
         keep_in, keep_out = rng.uniform(size=columns) < share, rng.uniform(size=rows) < share
         truth = np.linalg.norm(matrix / scale * keep_in * keep_out[:, None], 2) * scale
-        found = bound(jnp.asarray(matrix), jnp.asarray(keep_in), jnp.asarray(keep_out), times(guess, truth))
+        found = bound(
+            jnp.asarray(matrix), jnp.asarray(keep_in), jnp.asarray(keep_out), times(guess, truth)
+        )
         assert found >= truth * (1 - 1e-12)
         if not (keep_in.any() and keep_out.any()):
             assert found == 0
@@ -188,7 +226,8 @@ def test_the_hidden_direction_does_not_deceive_the_dense_bound(x64):
     v = np.random.default_rng(0).choice([-1.0, 1.0], n) / np.sqrt(n)
     bound = jax.jit(deterministic.gram_norm_bound)
     for s in (2.0, 1.01):
-        found = bound(jnp.asarray(np.eye(n) + (s - 1) * np.outer(v, v)), 1.0)  # the guess is what an estimate sees
+        # the guess is what an estimate sees
+        found = bound(jnp.asarray(np.eye(n) + (s - 1) * np.outer(v, v)), 1.0)
         assert s <= found <= ATTEMPT * s
 
 
@@ -200,28 +239,42 @@ def test_an_estimate_that_misses_the_largest_value_falls_back_on_gram_iteration(
     assert truth <= found <= GRAM * truth
 
 
-# ---------------------------------------------------------------------------------------------------- circular bounds
+# ---------------------------------------------------------------------------------- circular bounds
 
 
 @pytest.mark.parametrize(
     ("settings_", "shape"),
     [
         (dict(kernel_size=(3, 4), padding=1), (6, 7, 2)),
-        (dict(kernel_size=(4, 3), padding=((1, 2), (0, 3)), strides=(2, 3), kernel_dilation=(1, 2)), (8, 7, 2)),
-        (dict(kernel_size=(5,), padding=7, input_dilation=2, strides=2, feature_group_count=2), (9, 4)),
+        (
+            dict(
+                kernel_size=(4, 3), padding=((1, 2), (0, 3)), strides=(2, 3), kernel_dilation=(1, 2)
+            ),
+            (8, 7, 2),
+        ),
+        (
+            dict(kernel_size=(5,), padding=7, input_dilation=2, strides=2, feature_group_count=2),
+            (9, 4),
+        ),
         (dict(kernel_size=(2, 1, 3), padding="VALID", strides=(1, 1, 2)), (3, 2, 5, 2)),
     ],
 )
-def test_the_circular_bound_is_the_norm_of_the_circle_that_contains_the_convolution(x64, settings_, shape):
+def test_the_circular_bound_is_the_norm_of_the_circle_that_contains_the_convolution(
+    x64, settings_, shape
+):
     operator, like = convolution(settings_, shape)
     bound = jax.jit(lambda operator: deterministic.convolution_norm_bound(operator, like))
     apply = operator.apply
     extents = [(k - 1) * d for k, d in zip(operator.kernel.shape, apply.dilation, strict=False)]
     grid = [
         -(-((n - 1) * spread + 1 + e) // s) * s
-        for n, spread, e, s in zip(shape, apply.input_dilation, extents, apply.strides, strict=False)
+        for n, spread, e, s in zip(
+            shape, apply.input_dilation, extents, apply.strides, strict=False
+        )
     ]
-    circle = Convolution(apply.strides, "CIRCULAR", (1,) * len(grid), apply.dilation, groups=apply.groups)
+    circle = Convolution(
+        apply.strides, "CIRCULAR", (1,) * len(grid), apply.dilation, groups=apply.groups
+    )
     on_circle = jax.ShapeDtypeStruct((*grid, shape[-1]), jnp.float64)
     for seed in range(3):
         kernel = np.random.default_rng(seed).normal(size=operator.kernel.shape)
@@ -238,7 +291,10 @@ def test_the_circular_bound_is_the_norm_of_the_circle_that_contains_the_convolut
 def test_circular_padding_is_its_own_circle_where_the_stride_divides_it(x64, size, exact):
     apply = Convolution((2, 2), "CIRCULAR", (1, 1), (1, 1), groups=1)
     kernel = np.random.default_rng(0).normal(size=(3, 2, 2, 4))
-    operator, like = LinearOperator(apply, jnp.asarray(kernel)), jax.ShapeDtypeStruct((size, size, 2), jnp.float64)
+    operator, like = (
+        LinearOperator(apply, jnp.asarray(kernel)),
+        jax.ShapeDtypeStruct((size, size, 2), jnp.float64),
+    )
     truth = np.linalg.norm(matrix_of(operator, like), 2)
     found = jax.jit(lambda operator: deterministic.convolution_norm_bound(operator, like))(operator)
     assert found >= truth * (1 - 1e-12)
@@ -252,7 +308,7 @@ def test_the_circular_bound_is_close_for_large_images(x64):
     assert truth <= found <= 1.02 * truth
 
 
-# ---------------------------------------------------------------------------------------------------- rounding
+# ----------------------------------------------------------------------------------------- rounding
 
 
 def around(value, count=60):
@@ -290,21 +346,29 @@ def compiled(attempts):
     return jax.jit(lambda gram, taus: attempts(gram, taus))
 
 
-@pytest.mark.parametrize(("attempts", "gram_of"), [(dense_attempts, full_gram), (block_attempts, block_gram)])
-def test_a_factorisation_accepted_below_the_largest_eigenvalue_still_bounds_it(x64, monkeypatch, attempts, gram_of):
+@pytest.mark.parametrize(
+    ("attempts", "gram_of"), [(dense_attempts, full_gram), (block_attempts, block_gram)]
+)
+def test_a_factorisation_accepted_below_the_largest_eigenvalue_still_bounds_it(
+    x64, monkeypatch, attempts, gram_of
+):
     # Without the general allowance: what the factors leave over must be enough by itself.
     monkeypatch.setattr(deterministic, "_ROUND_UP", 1.0)
     run, below = compiled(attempts), 0
     for gram in map(gram_of, range(8)):
         taus = around(np.linalg.eigvalsh(gram)[-1])
-        for tau, bound in zip(taus, np.asarray(run(jnp.asarray(gram), jnp.asarray(taus))), strict=True):
+        for tau, bound in zip(
+            taus, np.asarray(run(jnp.asarray(gram), jnp.asarray(taus))), strict=True
+        ):
             assert exceeds_eigenvalues(bound, gram) if np.isfinite(bound) else bound == np.inf
             below += np.isfinite(bound) and not exceeds_eigenvalues(tau, gram)
     assert below > 0  # else nothing was tested: rounding did let a factorisation through
 
 
 WRONG_FACTORS = {
-    "of another matrix": lambda a: jnp.linalg.cholesky(a + 10 * jnp.max(jnp.abs(a)) * jnp.eye(len(a))),
+    "of another matrix": lambda a: jnp.linalg.cholesky(
+        a + 10 * jnp.max(jnp.abs(a)) * jnp.eye(len(a))
+    ),
     "zero": jnp.zeros_like,
     "not triangular": lambda a: jnp.abs(a) + 0.1,
 }
@@ -320,7 +384,8 @@ def test_nothing_is_assumed_of_the_factorisation(x64, monkeypatch, attempts, fac
         bounds = np.asarray(run(jnp.asarray(gram), largest * jnp.array([0.1, 0.5, 0.9])))
         assert np.all(bounds >= largest)
         finite += np.sum(np.isfinite(bounds))
-    assert finite > 0 or (factor == "zero" and attempts is block_attempts)  # there the solve divides by zero
+    # there the solve divides by zero
+    assert finite > 0 or (factor == "zero" and attempts is block_attempts)
 
 
 def test_nothing_is_assumed_of_the_triangular_solve(x64, monkeypatch):
@@ -331,12 +396,17 @@ def test_nothing_is_assumed_of_the_triangular_solve(x64, monkeypatch):
     run = compiled(block_attempts)
     for gram in map(block_gram, range(5)):
         largest = np.linalg.eigvalsh(gram)[-1]
-        below, far = np.split(np.asarray(run(jnp.asarray(gram), largest * jnp.array([0.6, 0.8, 0.95, 3.0]))), [3])
+        below, far = np.split(
+            np.asarray(run(jnp.asarray(gram), largest * jnp.array([0.6, 0.8, 0.95, 3.0]))), [3]
+        )
         assert np.all(below >= largest)
-        assert 3 * largest * (1 + 1e-9) < far < np.inf  # noticed, though this factorisation would be accepted
+        # noticed, though this factorisation would be accepted
+        assert 3 * largest * (1 + 1e-9) < far < np.inf
 
 
-def test_a_gram_matrix_as_wrong_as_the_error_model_allows_does_not_lower_the_bound(x64, monkeypatch):
+def test_a_gram_matrix_as_wrong_as_the_error_model_allows_does_not_lower_the_bound(
+    x64, monkeypatch
+):
     """One column of many entries: its Gram matrix is one sum of squares, whose rounding is all
     there is."""
     rows = 4096
@@ -373,7 +443,8 @@ def test_what_a_factor_leaves_over_counts_the_rounding_of_multiplying_it_out(x64
     exact_gram = [[Fraction(v) for v in row] for row in gram]
     image = [sum(g * v for g, v in zip(row, x, strict=True)) for row in exact_gram]
     largest = sum(v * w for v, w in zip(x, image, strict=True)) / square
-    assert largest > 1 + 20 * Fraction(1, 2**53)  # more than the general allowance of 16 units covers
+    # more than the general allowance of 16 units covers
+    assert largest > 1 + 20 * Fraction(1, 2**53)
     assert Fraction(bound) >= largest
 
 
@@ -391,7 +462,8 @@ def _values_that_round_apart():
 
 
 def test_gram_iteration_of_matrices_on_which_it_is_exact_is_not_rounded_below_the_norm(x64):
-    """Rank one: every iterate's Frobenius norm is its norm, so nothing but the allowance for rounding is between."""
+    """Rank one: every iterate's Frobenius norm is its norm, so nothing but the allowance for
+    rounding is between."""
     real = jax.jit(lambda m: deterministic._gram_iteration((m,)))
     doubled = jax.jit(lambda a, b: deterministic._gram_iteration((a, b)))
     for seed in range(10):
@@ -469,7 +541,11 @@ def test_bounds_of_entries_of_any_size_are_at_least_the_exact_norm(seed):
 def _bounds_of_any_size(whole, kernel, mask_in, mask_out):
     dense, like = explicit(jnp.zeros((3, 3)))
     layer, image = convolution(dict(kernel_size=(3,), padding=1), (3, 1), 1)
-    kinds = [deterministic.schur_bound, deterministic.frobenius_bound, deterministic.dense_norm_bound]
+    kinds = [
+        deterministic.schur_bound,
+        deterministic.frobenius_bound,
+        deterministic.dense_norm_bound,
+    ]
     dense = with_kernel(dense, whole)
     layer = with_kernel(layer, kernel)
     kinds_of_layer = [*kinds, deterministic.masked_convolution_norm_bound]
@@ -482,7 +558,7 @@ def _bounds_of_any_size(whole, kernel, mask_in, mask_out):
     )
 
 
-# ---------------------------------------------------------------------------------------------------- degenerate maps
+# ---------------------------------------------------------------------------------- degenerate maps
 
 
 def test_degenerate_kernels_and_masks_never_give_a_number_too_small(x64):
@@ -497,11 +573,15 @@ def test_degenerate_kernels_and_masks_never_give_a_number_too_small(x64):
             deterministic.frobenius_bound(operator, like, *masks),
             deterministic.dense_norm_bound(operator, like, *masks),
             deterministic.masked_convolution_norm_bound(operator, like, *masks),
-            jnp.where(jnp.all(mask_in & mask_out), deterministic.convolution_norm_bound(operator, like), 0),
+            jnp.where(
+                jnp.all(mask_in & mask_out), deterministic.convolution_norm_bound(operator, like), 0
+            ),
         )
 
     def of(kernel, mask_in=mask, mask_out=mask):
-        return np.asarray(bounds(with_kernel(operator, np.reshape(kernel, (3, 1, 1))), mask_in, mask_out))
+        return np.asarray(
+            bounds(with_kernel(operator, np.reshape(kernel, (3, 1, 1))), mask_in, mask_out)
+        )
 
     for bad in (np.nan, np.inf, -np.inf):
         assert np.all(of([0.0, bad, 1.0]) == np.inf)
@@ -512,14 +592,17 @@ def test_degenerate_kernels_and_masks_never_give_a_number_too_small(x64):
         assert np.all(of([0.0, tiny, 0.0]) >= tiny)
     for huge in (8e307, 1.7e308):
         assert np.all(of([0.0, huge, 0.0]) >= huge)
-    # A single entry is kept, and it is far below the others: out 0 sees in 0 through the middle tap only.
+    # A single entry is kept, and it is far below the others: out 0 sees in 0 through the middle tap
+    # only.
     first = jnp.zeros((5, 1), bool).at[0].set(True)
     for small in (1e-9, 1e-160, 1e-300):
         assert np.all(of([1e150, small, 1e150], first, first)[:4] >= small)
     assert np.all(of([1.0, 1e-9, 1.0], first, first)[:4] <= 1e-9 * ATTEMPT)
 
 
-@pytest.mark.parametrize("function", ["schur_bound", "dense_norm_bound", "masked_convolution_norm_bound", "norm_bound"])
+@pytest.mark.parametrize(
+    "function", ["schur_bound", "dense_norm_bound", "masked_convolution_norm_bound", "norm_bound"]
+)
 def test_unsuitable_arguments_are_errors(function):
     bound = getattr(deterministic, function)
     single = operator_of(nnx.Conv(1, 1, (3,), rngs=nnx.Rngs(0)))
@@ -527,7 +610,10 @@ def test_unsuitable_arguments_are_errors(function):
         bound(single, jnp.zeros((5, 1)))
     with jax.enable_x64(True):
         operator, like = convolution(dict(kernel_size=(3,), padding=1), (5, 1), 1)
-        with pytest.raises(ValueError, match=r"mask_out must be boolean of shape \(5, 1\), got bool of shape \(4, 1\)"):
+        with pytest.raises(
+            ValueError,
+            match=r"mask_out must be boolean of shape \(5, 1\), got bool of shape \(4, 1\)",
+        ):
             bound(operator, like, None, jnp.ones((4, 1), bool))
         with pytest.raises(ValueError, match="mask_in must be boolean"):
             bound(operator, like, jnp.ones((5, 1)))
@@ -543,11 +629,13 @@ def test_unsuitable_matrices_and_maps_are_errors(x64):
     assert deterministic.masked_convolution_cost(*explicit(np.eye(2))) == np.inf
 
 
-# ---------------------------------------------------------------------------------------------------- what is chosen
+# ----------------------------------------------------------------------------------- what is chosen
 
 
 @pytest.mark.parametrize("function", ["dense_norm_bound", "masked_convolution_norm_bound"])
-def test_examples_taken_one_after_the_other_under_vmap_keep_their_own_masks(x64, monkeypatch, function):
+def test_examples_taken_one_after_the_other_under_vmap_keep_their_own_masks(
+    x64, monkeypatch, function
+):
     monkeypatch.setattr(deterministic, "VECTORISED_ENTRIES", 1)
     operator, like = convolution(dict(kernel_size=(3,), padding=1), (6, 2), 3)
     rng = np.random.default_rng(0)
@@ -561,13 +649,20 @@ def test_examples_taken_one_after_the_other_under_vmap_keep_their_own_masks(x64,
 
 
 @pytest.mark.parametrize("channels", [1, 4])
-def test_a_gram_matrix_formed_by_application_in_chunks_is_the_explicit_one(x64, monkeypatch, channels):
+def test_a_gram_matrix_formed_by_application_in_chunks_is_the_explicit_one(
+    x64, monkeypatch, channels
+):
     operator, like = convolution(dict(kernel_size=(3,), padding=1), (9, channels), 2)
     keep_in, keep_out = (np.random.default_rng(0).uniform(size=(9, c)) < 0.6 for c in (channels, 2))
-    truth = np.linalg.norm(matrix_of(operator, like) * keep_in.reshape(-1) * keep_out.reshape(-1, 1), 2)
+    truth = np.linalg.norm(
+        matrix_of(operator, like) * keep_in.reshape(-1) * keep_out.reshape(-1, 1), 2
+    )
     monkeypatch.setattr(deterministic, "EXPLICIT_ENTRIES", 1)
-    monkeypatch.setattr(deterministic, "CPU_CHUNK_ENTRIES", 100)  # does not divide the number of columns
-    found = jax.jit(lambda *masks: deterministic.dense_norm_bound(operator, like, *masks))(keep_in, keep_out)
+    # does not divide the number of columns
+    monkeypatch.setattr(deterministic, "CPU_CHUNK_ENTRIES", 100)
+    found = jax.jit(lambda *masks: deterministic.dense_norm_bound(operator, like, *masks))(
+        keep_in, keep_out
+    )
     assert truth <= found <= ATTEMPT * truth
 
 
@@ -593,7 +688,10 @@ def test_the_best_bound_is_at_most_every_candidate_within_the_budget(x64):
     rng = np.random.default_rng(0)
     dense, like = explicit(rng.normal(size=(6, 9)))
     truth = np.linalg.norm(dense.kernel, 2)
-    best = lambda **options: float(jax.jit(lambda: deterministic.norm_bound(dense, like, **options))())  # noqa: E731
+
+    def best(**options):
+        return float(jax.jit(lambda: deterministic.norm_bound(dense, like, **options))())
+
     assert truth <= best() <= ATTEMPT * truth
     cheap = best(budget=0.0)
     np.testing.assert_allclose(cheap, deterministic.schur_bound(dense, like), rtol=1e-12)
@@ -617,7 +715,8 @@ def test_the_global_bound_is_tight_within_the_budget_and_circular_beyond_it(x64)
 
 
 def test_batches_of_several_layers_at_once_do_not_wait_for_each_other_for_ever():
-    """jaxlib 0.10's batched LAPACK calls did, on as many threads as there are calls (`deterministic._one_by_one`)."""
+    """jaxlib 0.10's batched LAPACK calls did, on as many threads as there are calls
+    (`deterministic._one_by_one`)."""
     program = """
 import os
 if hasattr(os, "sched_setaffinity"):
@@ -629,15 +728,19 @@ factors = [jax.random.normal(jax.random.key(i), (64, 30, 30)) for i in range(4)]
 
 def layer(factor):
     gram = factor @ factor.T
-    return deterministic._attempt(gram, jnp.asarray(200.0)), deterministic._ritz_value(lambda x: gram @ x, (30,))
+    attempt = deterministic._attempt(gram, jnp.asarray(200.0))
+    return attempt, deterministic._ritz_value(lambda x: gram @ x, (30,))
 
 run = jax.jit(lambda factors: [jax.vmap(layer)(factor) for factor in factors])
 for _ in range(300):
     found = jax.block_until_ready(run(factors))
 for (bound, value), factor in zip(found, factors):
     truth = jnp.linalg.eigvalsh(factor @ factor.swapaxes(1, 2))[:, -1]
-    assert jnp.all(bound >= truth) and jnp.all(value <= truth * (1 + 1e-9)) and jnp.all(value > 0.999 * truth)
+    assert jnp.all(bound >= truth)
+    assert jnp.all(value <= truth * (1 + 1e-9)) and jnp.all(value > 0.999 * truth)
 print("ended")
 """
-    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
     assert done.stdout == "ended\n", done.stderr

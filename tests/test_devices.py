@@ -1,6 +1,8 @@
-"""Training on eight devices is training on one: the same parameters, vectors and metrics, only shared out.
+"""Training on eight devices is training on one: the same parameters, vectors and metrics, only
+shared out.
 
-The eight CPU devices need a process of their own; it runs this file as a program and reports to the tests.
+The eight CPU devices need a process of their own; it runs this file as a program and reports to the
+tests.
 """
 
 import dataclasses
@@ -21,19 +23,23 @@ from flax import nnx
 from jax.sharding import AxisType
 
 import lipjax
-from lipjax import certificates, data, feeding, models, training
-from lipjax.checkpoints import Checkpoints
+from lipjax import models, training
+from lipjax.certificates import prover
 from lipjax.configs import digits
+from lipjax.data import sets
+from lipjax.training import feeding
+from lipjax.training.checkpoints import Checkpoints
 
 DEVICES, BATCH, STEPS = 8, 16, 4
 
 
-# ---------------------------------------------------------------------------------------------------- the program
+# -------------------------------------------------------------------------------------- the program
 
 
 def experiment(mode):
     config = digits.get_config()
-    config.batch_size, config.examples_at_once = BATCH, DEVICES  # in two parts, each over all devices
+    # in two parts, each over all devices
+    config.batch_size, config.examples_at_once = BATCH, DEVICES
     config.model.widths, config.model.dense = (4,), 8
     config.schedule.ramp = 1.0  # of two steps: epsilon is there before the end
     config.bound.mode, config.bound.iterations = mode, 1
@@ -46,7 +52,8 @@ def train(config, train_set, mesh):
     """STEPS steps, as train.py takes them; the last state and all metrics."""
     shape = train_set.images.shape[1:]
     network = training.build_network(config, shape, train_set.classes)
-    transform = optax.sgd(0.05, momentum=0.9)  # Adam divides by gradients that are rounding alone, where all else is 0
+    # Adam divides by gradients that are rounding alone, where all else is 0
+    transform = optax.sgd(0.05, momentum=0.9)
     create = functools.partial(
         training.initial_state,
         transform=transform,
@@ -62,7 +69,9 @@ def train(config, train_set, mesh):
     for first in range(0, STEPS, 2):
         state, values = steps(state, *feed(first, 2), 2)
         metrics += [{name: float(value[i]) for name, value in values.items()} for i in range(2)]
-    abstract = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, shardings)
+    abstract = jax.tree.map(
+        lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, shardings
+    )
     return state, metrics, abstract
 
 
@@ -75,20 +84,28 @@ def furthest(first, second):
 
 def report(mode):
     config = experiment(mode)
-    splits = data.load("digits", train_examples=2 * BATCH)
+    splits = sets.load("digits", train_examples=2 * BATCH)
     meshes = [
-        jax.make_mesh((n,), ("data",), devices=jax.devices()[:n], axis_types=(AxisType.Auto,)) for n in (1, DEVICES)
+        jax.make_mesh((n,), ("data",), devices=jax.devices()[:n], axis_types=(AxisType.Auto,))
+        for n in (1, DEVICES)
     ]
-    (one, one_metrics, abstract), (many, many_metrics, _) = (train(config, splits.train, mesh) for mesh in meshes)
+    (one, one_metrics, abstract), (many, many_metrics, _) = (
+        train(config, splits.train, mesh) for mesh in meshes
+    )
     found = {
         "devices": len(jax.devices()),
         "epsilon": many_metrics[-1]["epsilon"],
         "metrics": furthest(one_metrics, many_metrics),
-        **{name: furthest(getattr(one, name), getattr(many, name)) for name in ("network", "optimizer", "vectors")},
+        **{
+            name: furthest(getattr(one, name), getattr(many, name))
+            for name in ("network", "optimizer", "vectors")
+        },
         "moved": furthest(training.build_network(config, (8, 8, 1), 10), many.network),
         "vector_sizes": [np.abs(np.asarray(v)).mean().item() for v in many.vectors["local"]],
         "shards": {
-            name: sorted({(s.data.shape[0], a.shape[0]) for a in leaves for s in a.addressable_shards})
+            name: sorted(
+                {(s.data.shape[0], a.shape[0]) for a in leaves for s in a.addressable_shards}
+            )
             for name, leaves in many.vectors.items()
         },
         "parameters": {
@@ -102,7 +119,8 @@ def report(mode):
     if mode == "local":
         few = splits.validation.take(np.arange(27))  # the last batch is not full
         found["evaluations"] = [
-            training.evaluate(state.network, few, config, mesh) for state, mesh in zip((one, many), meshes, strict=True)
+            training.evaluate(state.network, few, config, mesh)
+            for state, mesh in zip((one, many), meshes, strict=True)
         ]
         with tempfile.TemporaryDirectory() as workdir:
             with Checkpoints(workdir) as writer:
@@ -112,17 +130,24 @@ def report(mode):
         found["certified"] = certified_by(1, splits.test) == certified_by(2, splits.test)
         finite = [dataclasses.replace(state, best=np.zeros(())) for state in (many, restored)]
         found["restored"] = furthest(*finite)
-        found["restored_devices"] = max(len(leaf.sharding.device_set) for leaf in jax.tree.leaves(restored))
+        found["restored_devices"] = max(
+            len(leaf.sharding.device_set) for leaf in jax.tree.leaves(restored)
+        )
     return found
 
 
 def certified_by(devices, test):
-    """Certificates of more batches than devices, the last one not full, as bytes; and that some are positive."""
-    certificates._devices = lambda: jax.devices()[:devices]
+    """Certificates of more batches than devices, the last one not full, as bytes; and that some are
+    positive."""
+    prover._devices = lambda: jax.devices()[:devices]
     network = models.build("small_dense", input_shape=(8, 8, 1), widths=(6,), rngs=nnx.Rngs(0))
-    found = lipjax.certify(network, test.unit_images(np.arange(13)), None, 1e-3, batch_size=4, seed=0)
+    found = lipjax.certify(
+        network, test.unit_images(np.arange(13)), None, 1e-3, batch_size=4, seed=0
+    )
     assert found.certified.any()
-    return [getattr(found, name).tobytes() for name in ("predicted", "certified", "margin", "norms")]
+    return [
+        getattr(found, name).tobytes() for name in ("predicted", "certified", "margin", "norms")
+    ]
 
 
 if __name__ == "__main__":
@@ -131,14 +156,16 @@ if __name__ == "__main__":
     print(json.dumps({mode: report(mode) for mode in ("local", "paper")}))
 
 
-# ---------------------------------------------------------------------------------------------------- the tests
+# ---------------------------------------------------------------------------------------- the tests
 
 
 def run(*command, **environment):
     paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
     environment = {**os.environ, "PYTHONPATH": paths, **environment}
     command = [sys.executable, *command]
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
+    return subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600
+    )
 
 
 @pytest.fixture(scope="module")
@@ -152,7 +179,8 @@ def found():
 def test_eight_devices_train_as_one_does(found, mode):
     result = found[mode]
     assert result["devices"] == DEVICES and result["epsilon"] > 0.5
-    assert result["moved"] > 1e-2 and min(result["vector_sizes"]) > 0.05  # something was learnt and kept
+    # something was learnt and kept
+    assert result["moved"] > 1e-2 and min(result["vector_sizes"]) > 0.05
     assert result["metrics"] < 1e-4
     for part in ("network", "optimizer", "vectors"):
         assert result[part] < 1e-4
@@ -166,7 +194,9 @@ def test_each_device_holds_its_share_of_the_vectors(found, mode):
     assert set(shards) == ({"local", "global"} if mode == "paper" else {"local"})
 
 
-def test_each_device_holds_all_parameters_or_its_share_of_the_large_ones_and_of_their_momentum(found):
+def test_each_device_holds_all_parameters_or_its_share_of_the_large_ones_and_of_their_momentum(
+    found,
+):
     for part in ("network", "optimizer"):
         assert all(devices == 1 for _, devices in found["local"]["parameters"][part])
         for shape, devices in found["paper"]["parameters"][part]:
@@ -190,9 +220,14 @@ def test_two_devices_certify_as_one_does_in_the_same_order(found):
     assert found["local"]["certified"]
 
 
-def test_a_batch_that_does_not_divide_over_the_devices_is_an_error_that_names_one_that_does(tmp_path):
+def test_a_batch_that_does_not_divide_over_the_devices_is_an_error_that_names_one_that_does(
+    tmp_path,
+):
     flags = ["--config=configs/digits.py", "--config.batch_size=60", f"--workdir={tmp_path}/run"]
     done = run("train.py", *flags, JAX_NUM_CPU_DEVICES=str(DEVICES))
     assert done.returncode == 1 and "Traceback" not in done.stderr
-    assert "batch_size 60 does not divide over 8 devices: give a multiple, --config.batch_size=64." in done.stderr
+    assert (
+        "batch_size 60 does not divide over 8 devices: give a multiple, --config.batch_size=64."
+        in done.stderr
+    )
     assert not (tmp_path / "run").exists()

@@ -1,4 +1,5 @@
-"""The documents say what is true: the site builds without a warning, its links resolve, its code runs, its commands parse."""
+"""The documents say what is true: the site builds without a warning, its links resolve, its code
+runs, its commands parse."""
 
 import contextlib
 import html.parser
@@ -21,14 +22,19 @@ import lipjax
 
 DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
-FENCE = re.compile(r"^(?P<indent> *)```(?P<info>[^\n`]*)\n(?P<code>.*?)^(?P=indent)``` *$", re.MULTILINE | re.DOTALL)
+FENCE = re.compile(
+    r"^(?P<indent> *)```(?P<info>[^\n`]*)\n(?P<code>.*?)^(?P=indent)``` *$",
+    re.MULTILINE | re.DOTALL,
+)
 # What README.md takes for granted: images, labels, and somebody's weights.
 README = """
 import jax.numpy as jnp
 import numpy as np
-images, labels = np.random.default_rng(0).uniform(size=(2, 8, 8, 1)).astype(np.float32), np.arange(2)
+images = np.random.default_rng(0).uniform(size=(2, 8, 8, 1)).astype(np.float32)
+labels = np.arange(2)
 x = images[0]
-weights = [np.random.default_rng(0).normal(0, 0.1, s).astype(np.float32) for s in ((32, 64), (10, 32))]
+shapes = ((32, 64), (10, 32))
+weights = [np.random.default_rng(0).normal(0, 0.1, s).astype(np.float32) for s in shapes]
 shift = np.full(32, -0.1, np.float32)
 """
 PROGRAMS = {"train.py": "train", "certify.py": "certify"}
@@ -42,10 +48,13 @@ def fences(page: Path) -> list[tuple[int, str, str]]:
     """Number of the first line, language and attributes, and text of each fenced block."""
     text = page.read_text()
     found = FENCE.finditer(text)
-    return [(text[: m.start("code")].count("\n"), m["info"].strip(), textwrap.dedent(m["code"])) for m in found]
+    return [
+        (text[: m.start("code")].count("\n"), m["info"].strip(), textwrap.dedent(m["code"]))
+        for m in found
+    ]
 
 
-# ---------------------------------------------------------------------------------------------------- the site
+# ----------------------------------------------------------------------------------------- the site
 
 
 class Page(html.parser.HTMLParser):
@@ -70,20 +79,38 @@ class Page(html.parser.HTMLParser):
 def site(tmp_path_factory):
     """The built site: its folder, and its pages by path."""
     for package in ("mkdocs", "material", "mkdocstrings"):
-        pytest.importorskip(package, reason="the site is built with what docs/requirements.txt lists")
+        pytest.importorskip(
+            package, reason="the site is built with what docs/requirements.txt lists"
+        )
     folder = tmp_path_factory.mktemp("site")
-    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", f"--site-dir={folder}"]
-    nowhere = dict.fromkeys(("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"), "http://127.0.0.1:9")
+    command = [
+        sys.executable,
+        "-m",
+        "mkdocs",
+        "build",
+        "--strict",
+        "--quiet",
+        f"--site-dir={folder}",
+    ]
+    nowhere = dict.fromkeys(
+        ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"), "http://127.0.0.1:9"
+    )
     environment = {**os.environ, **nowhere, "NO_MKDOCS_2_WARNING": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "WARNING" not in done.stdout + done.stderr, done.stdout + done.stderr
     # 404.html is shown at any address, so its own are absolute.
-    found = {path: Page(path.read_text()) for path in folder.rglob("*.html") if path.name != "404.html"}
+    found = {
+        path: Page(path.read_text()) for path in folder.rglob("*.html") if path.name != "404.html"
+    }
     return folder, found
 
 
-def test_every_link_anchor_and_image_of_the_site_resolves_and_nothing_is_loaded_from_elsewhere(site):
+def test_every_link_anchor_and_image_of_the_site_resolves_and_nothing_is_loaded_from_elsewhere(
+    site,
+):
     folder, pages = site
     assert len(pages) == len(list(DOCS.rglob("*.md")))
     broken, external = [], set()
@@ -95,11 +122,15 @@ def test_every_link_anchor_and_image_of_the_site_resolves_and_nothing_is_loaded_
             if parts.scheme or parts.netloc:
                 external.add((tag, attribute, address))
                 continue
-            target = (path.parent / urllib.parse.unquote(parts.path)).resolve() if parts.path else path
+            target = (
+                (path.parent / urllib.parse.unquote(parts.path)).resolve() if parts.path else path
+            )
             target = target / "index.html" if target.is_dir() else target
             anchor = urllib.parse.unquote(parts.fragment)
             missing = not target.is_file() or not target.is_relative_to(folder.resolve())
-            if missing or (anchor and target.suffix == ".html" and anchor not in pages[target].anchors):
+            if missing or (
+                anchor and target.suffix == ".html" and anchor not in pages[target].anchors
+            ):
                 broken.append(f"{path.relative_to(folder)}: {address}")
     assert not broken, "\n".join(broken)
     print("not fetched:", *sorted(address for _, _, address in external), sep="\n")
@@ -135,19 +166,25 @@ def test_the_figures_are_those_that_the_script_draws():
         assert f"images/{name}.svg" in text, name
 
 
-# ---------------------------------------------------------------------------------------------------- code
+# --------------------------------------------------------------------------------------------- code
 
 
 def test_no_python_block_escapes_the_tests():
     for page in PAGES:
         for line, info, code in fences(page):
             language, _, attributes = info.partition(" ")
-            assert language not in ("py", "python3", "pycon", "ipython"), f"{name_of(page)}:{line}: fence it as python"
+            assert language not in ("py", "python3", "pycon", "ipython"), (
+                f"{name_of(page)}:{line}: fence it as python"
+            )
             if language == "python" and "no-run" in attributes:
-                assert code.startswith("# ") and len(code.splitlines()[0]) > 10, f"{name_of(page)}:{line}: say why"
+                assert code.startswith("# ") and len(code.splitlines()[0]) > 10, (
+                    f"{name_of(page)}:{line}: say why"
+                )
 
 
-WITH_CODE = [page for page in PAGES if any(info.startswith("python") for _, info, _ in fences(page))]
+WITH_CODE = [
+    page for page in PAGES if any(info.startswith("python") for _, info, _ in fences(page))
+]
 
 
 @pytest.mark.parametrize("page", WITH_CODE, ids=name_of)
@@ -170,11 +207,12 @@ def test_the_code_of_a_page_runs(page, tmp_path, monkeypatch):
         pytest.skip("every block needs torch, which is not installed")
 
 
-# ---------------------------------------------------------------------------------------------------- commands
+# ----------------------------------------------------------------------------------------- commands
 
 
 def shell_lines(text: str) -> list[str]:
-    """Lines of commands: in fences without a language or of a shell, in indented blocks, and in `code` within a sentence."""
+    """Lines of commands: in fences without a language or of a shell, in indented blocks, and in
+    `code` within a sentence."""
     blocks = []
 
     def taken(match):
@@ -186,13 +224,20 @@ def shell_lines(text: str) -> list[str]:
         return ""
 
     rest = FENCE.sub(taken, text)
-    blocks += [line for line in re.findall(r"`([^`\n]+)`", rest) if re.match(r"(python |lipjax |make )", line)]
-    blocks += [textwrap.dedent(block) for block in re.findall(r"(?:^ {4}.*\n)+", rest, re.MULTILINE)]
+    blocks += [
+        line
+        for line in re.findall(r"`([^`\n]+)`", rest)
+        if re.match(r"(python |lipjax |make )", line)
+    ]
+    blocks += [
+        textwrap.dedent(block) for block in re.findall(r"(?:^ {4}.*\n)+", rest, re.MULTILINE)
+    ]
     return [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
 
 
 def commands_of(text: str) -> list[list[str]]:
-    """The words of each command of this project in a text, from the program's name on, without what is elided ("…", "...")."""
+    """The words of each command of this project in a text, from the program's name on, without what
+    is elided ("…", "...")."""
     found = []
     for line in shell_lines(text):
         try:
@@ -210,46 +255,56 @@ def commands_of(text: str) -> list[list[str]]:
             elif not re.search(r"…|\.\.\.|^[A-Z_]+=|^<", word):
                 part.append(word)
         for part in parts:
-            places = [i for i, word in enumerate(part) if word in ("python", "python3", "lipjax", "make")]
+            places = [
+                i for i, word in enumerate(part) if word in ("python", "python3", "lipjax", "make")
+            ]
             # "make" and "lipjax" are words of sentences too: only at the beginning of a line.
-            if places and (part[places[0]].startswith("python") or places[0] == 0 or part[0] == "source"):
+            if places and (
+                part[places[0]].startswith("python") or places[0] == 0 or part[0] == "source"
+            ):
                 found.append(part[places[0] :])
     return found
 
 
 def complaint_about(words: list[str]) -> str | None:
-    """What is wrong with a command, without running it; None if nothing is. In a process of its own: flags are global."""
-    from lipjax import check, cli, commands
+    """What is wrong with a command, without running it; None if nothing is. In a process of its
+    own: flags are global."""
+    from lipjax.check import checker
+    from lipjax.cli import common, entry
 
-    commands.run = lambda main, errors: commands._parsed(["program", *sys.argv[1:]], sys.modules[main.__module__])
+    common.run = lambda main, errors: common._parsed(
+        ["program", *sys.argv[1:]], sys.modules[main.__module__]
+    )
     parsers = {
-        "check": check.parser,
-        "report": cli._report_parser,
-        "data": cli._data_parser,
-        "export": cli._export_parser,
-        **{name: cli.whole_parser for name in ("models", "completion")},
+        "check": checker.parser,
+        "report": entry._report_parser,
+        "data": entry._data_parser,
+        "export": entry._export_parser,
+        **{name: entry.whole_parser for name in ("models", "completion")},
     }
 
     def lipjax_command(name, rest):
         if not rest and not name.startswith("-"):  # only spoken of
-            return None if name in cli.COMMANDS else f"no command {name}"
+            return None if name in entry.COMMANDS else f"no command {name}"
         if name in parsers and "--help" not in rest:
             parser = parsers[name]()
             parser.parse_args([name, *rest] if name in ("models", "completion") else rest)
             return None
-        return None if cli.main([name, *rest]) == 0 else "refused"
+        return None if entry.main([name, *rest]) == 0 else "refused"
 
     program, *rest = words
     if program == "make":
         targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
-        return next((f"no target {word}" for word in rest if "=" not in word and word not in targets), None)
+        return next(
+            (f"no target {word}" for word in rest if "=" not in word and word not in targets), None
+        )
     if program == "lipjax":
         return lipjax_command(*([rest[0], rest[1:]] if rest else ["--help", []]))
     if rest and rest[0] in PROGRAMS:
         return lipjax_command(PROGRAMS[rest[0]], rest[1:])
     if rest[:1] == ["-m"]:
         name, rest = rest[1], rest[2:]
-        if name == "lipjax.hosts":
+        if name == "lipjax.runtime.hosts":
             return complaint_about(["python", *rest[1:]]) if rest else None
         if name == "lipjax.check":
             return lipjax_command("check", rest) if rest else None
@@ -260,7 +315,14 @@ def complaint_about(words: list[str]) -> str | None:
             return f"no module {name}"
         own = rest[: rest.index("--")] if "--" in rest else rest
         flags = [word.removeprefix("--").partition("=")[0] for word in own if word.startswith("--")]
-        return next((f"no flag --{flag}" for flag in flags if not re.search(rf'"(--)?{flag}"', path.read_text())), None)
+        return next(
+            (
+                f"no flag --{flag}"
+                for flag in flags
+                if not re.search(rf'"(--)?{flag}"', path.read_text())
+            ),
+            None,
+        )
     script = next((word for word in rest if word.endswith(".py")), None)
     return None if script is None or (ROOT / script).is_file() else f"no script {script}"
 
@@ -278,27 +340,45 @@ WRONG = [
 
 
 def test_every_command_line_in_the_documents_parses_and_a_wrong_one_would_not():
-    found = [(tuple(words), name_of(page)) for page in PAGES for words in commands_of(page.read_text())]
+    found = [
+        (tuple(words), name_of(page)) for page in PAGES for words in commands_of(page.read_text())
+    ]
     wanted = [(page, list(words)) for words, page in dict(found).items()]  # each once
     asked = json.dumps([words for _, words in wanted] + WRONG)
     path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
     environment = {**os.environ, "PYTHONPATH": path, "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, "-c", "import test_docs; test_docs.answer()"]
-    done = subprocess.run(command, input=asked, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        command, input=asked, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 0, done.stderr
     complaints = json.loads(done.stdout)
     assert all(complaints[len(wanted) :]), complaints[len(wanted) :]
     wrong = [
-        f"{page}: {shlex.join(words)}: {why}" for (page, words), why in zip(wanted, complaints, strict=False) if why
+        f"{page}: {shlex.join(words)}: {why}"
+        for (page, words), why in zip(wanted, complaints, strict=False)
+        if why
     ]
     assert not wrong, "\n".join(wrong)
     seen = {tuple(words[:2]) for _, words in wanted}
-    assert {("python", "train.py"), ("python", "certify.py")} <= seen  # so that the search above finds what there is
+    # so that the search above finds what there is
+    assert {("python", "train.py"), ("python", "certify.py")} <= seen
 
 
 def answer() -> None:
-    """Complaints about the commands on stdin, as JSON. Each in a fork of this process, which has imported what takes long."""
-    for module in ("check", "checkpoints", "cli", "commands", "feeding", "lowering", "plan", "records", "reporting"):
+    """Complaints about the commands on stdin, as JSON. Each in a fork of this process, which has
+    imported what takes long."""
+    for module in (
+        "check",
+        "checkpoints",
+        "cli",
+        "commands",
+        "feeding",
+        "lowering",
+        "plan",
+        "records",
+        "reporting",
+    ):
         importlib.import_module(f"lipjax.{module}")
     answers = []
     for words in json.load(sys.stdin):

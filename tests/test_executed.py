@@ -63,9 +63,18 @@ def test_a_certified_class_is_the_executed_one_behind_a_bfloat16_layer(arithmeti
     image, one = np.ones((1, 32, 32, 1), np.float32), np.ones((1, 1), np.float32)
 
     def plain_pool(x):
-        return jax.lax.reduce_window(x, np.zeros((), x.dtype), jax.lax.add, (32, 32, 1), (1, 1, 1), "VALID") / 1024
+        return (
+            jax.lax.reduce_window(
+                x, np.zeros((), x.dtype), jax.lax.add, (32, 32, 1), (1, 1, 1), "VALID"
+            )
+            / 1024
+        )
 
-    cases = [(pooled(lipjax.AveragePool(32)), image), (pooled(plain_pool), image), (rescaled(), one)]
+    cases = [
+        (pooled(lipjax.AveragePool(32)), image),
+        (pooled(plain_pool), image),
+        (rescaled(), one),
+    ]
     decided = []
     for net, x in cases:
         found = certify(net, x, np.array([0]), 1e-4, arithmetic=arithmetic, mode="global")
@@ -132,7 +141,9 @@ def test_each_kind_of_layer_behind_each_type_rounds_at_most_as_is_said(name, dty
         x = jnp.asarray(np.random.default_rng(0).uniform(-1, 1, shape), dtype)
         graph = trace(layer, x, batched=False)
         found = rounding.arithmetics_of(graph)
-        got = [np.asarray(run(x)).astype(np.float64) for run in (layer, jax.jit(lambda x: layer(x)))]
+        got = [
+            np.asarray(run(x)).astype(np.float64) for run in (layer, jax.jit(lambda x: layer(x)))
+        ]
     with jax.enable_x64(True):
         wide = cast64(graph)
         start = jnp.asarray(x, jnp.float64)
@@ -153,7 +164,10 @@ def every_value(graph, x):
 def test_types_that_the_model_lacks_are_errors_wherever_they_come_from():
     head = lipjax.Flatten(), linear(np.ones((4, 2)))
     half = nnx.Sequential(conv(dtype=jnp.float16), lipjax.AveragePool(2), *head)
-    for net, dtype in ((half, np.float32), (nnx.Sequential(lipjax.AveragePool(2), *head), np.float16)):
+    for net, dtype in (
+        (half, np.float32),
+        (nnx.Sequential(lipjax.AveragePool(2), *head), np.float16),
+    ):
         with pytest.raises(TypeError, match="float16"):
             arithmetics(net, (4, 4, 1), dtype=dtype)
 
@@ -214,7 +228,11 @@ CHANGES = [
     (nnx.Linear, "dot_general", lambda *a, **k: 2 * jax.lax.dot_general(*a, **k)),
     (nnx.Conv, "conv_general_dilated", lambda *a, **k: 2 * jax.lax.conv_general_dilated(*a, **k)),
     (nnx.Conv, "use_bias", False),
-    (nnx.Conv, "mask", nnx.data(jnp.asarray(np.random.default_rng(0).uniform(size=(3, 3, 2, 2)), jnp.float32))),
+    (
+        nnx.Conv,
+        "mask",
+        nnx.data(jnp.asarray(np.random.default_rng(0).uniform(size=(3, 3, 2, 2)), jnp.float32)),
+    ),
     (nnx.Linear, "kernel", nnx.Param(jnp.ones((2, 2), jnp.int32))),
     (nnx.Linear, "of_a_later_flax", "fast"),
 ]
@@ -225,7 +243,10 @@ def test_a_setting_that_changes_what_a_layer_computes_changes_what_is_bounded(ki
     size = (2, 2) if kind is nnx.Linear else (2, 2, (3, 3))
     layer = kind(*size, bias_init=nnx.initializers.ones, rngs=nnx.Rngs(0))
     setattr(layer, name, value)
-    x = jnp.asarray(np.random.default_rng(0).uniform(size=(2,) if kind is nnx.Linear else (3, 3, 2)), jnp.float32)
+    x = jnp.asarray(
+        np.random.default_rng(0).uniform(size=(2,) if kind is nnx.Linear else (3, 3, 2)),
+        jnp.float32,
+    )
     graph = trace(layer, x, batched=False)
     np.testing.assert_allclose(graph(x), layer(x), rtol=1e-2 if value is in_bfloat16 else 1e-6)
     if value is in_bfloat16:  # the kernel is cast anew at each call, or is not: XLA may drop it
@@ -235,7 +256,11 @@ def test_a_setting_that_changes_what_a_layer_computes_changes_what_is_bounded(ki
 
 @pytest.mark.parametrize("kind", [nnx.Linear, lipjax.ReLU, lipjax.AveragePool])
 def test_a_class_whose_call_was_replaced_is_bounded_as_it_computes(monkeypatch, kind):
-    layer = {"Linear": lambda: linear(np.eye(2)), "ReLU": lipjax.ReLU, "AveragePool": lambda: lipjax.AveragePool(1)}
+    layer = {
+        "Linear": lambda: linear(np.eye(2)),
+        "ReLU": lipjax.ReLU,
+        "AveragePool": lambda: lipjax.AveragePool(1),
+    }
     net = nnx.Sequential(layer[kind.__name__](), lambda x: x.reshape(-1), linear(np.eye(2)))
     monkeypatch.setattr(kind, "__call__", lambda self, x: 3 * x)
     x = jnp.ones((1, 1, 2) if kind is lipjax.AveragePool else 2)
@@ -426,7 +451,9 @@ def test_a_number_in_the_program_is_that_of_its_type():
     assert float(np.asarray(clip.rule.top, np.float64)) == float(np.float32(0.1))
 
 
-@pytest.mark.parametrize("pool", [lipjax.AveragePool(32), lambda x: jnp.mean(x, axis=(0, 1), keepdims=True)])
+@pytest.mark.parametrize(
+    "pool", [lipjax.AveragePool(32), lambda x: jnp.mean(x, axis=(0, 1), keepdims=True)]
+)
 def test_a_mean_whose_sum_overflows_is_not_certified(pool):
     """The mean of 1024 numbers of 1e37 is one, their sum is none."""
     first = conv()

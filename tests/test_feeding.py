@@ -1,4 +1,5 @@
-"""What each step gets: every example in its turn, the same wherever images lie, on any number of threads."""
+"""What each step gets: every example in its turn, the same wherever images lie, on any number of
+threads."""
 
 import threading
 
@@ -7,8 +8,10 @@ import pytest
 from test_pipeline import same
 from test_records import write_folder
 
-from lipjax import data, feeding, records, training
+from lipjax import training
 from lipjax.configs import digits
+from lipjax.data import records, sets
+from lipjax.training import feeding
 
 
 @pytest.fixture(scope="module")
@@ -16,7 +19,7 @@ def train(tmp_path_factory):
     """Records of 54 training images of 20x16, resized to 12x12."""
     root = tmp_path_factory.mktemp("feeding")
     records.convert(write_folder(root / "tiny", count=30), root / "records", shard_bytes=4000)
-    return data.load(f"records:{root}/records", image_size=12).train
+    return sets.load(f"records:{root}/records", image_size=12).train
 
 
 @pytest.mark.parametrize("examples", [96, 100, 127, 32])
@@ -34,7 +37,9 @@ def test_each_epoch_takes_every_example_once_but_for_less_than_a_batch(examples)
 
 
 def test_the_order_is_a_function_of_seed_and_epoch():
-    first, second, other = (feeding.epoch_order(seed, epoch, 100, 32) for seed, epoch in ((0, 0), (0, 1), (1, 0)))
+    first, second, other = (
+        feeding.epoch_order(seed, epoch, 100, 32) for seed, epoch in ((0, 0), (0, 1), (1, 0))
+    )
     assert not np.array_equal(first, second) and not np.array_equal(first, other)
     assert np.array_equal(first, feeding.epoch_order(0, 0, 100, 32))
     assert not np.array_equal(feeding.stripes(0, 100, 32), feeding.stripes(1, 100, 32))
@@ -50,7 +55,9 @@ def test_a_batch_larger_than_the_training_set_is_an_error_that_names_both():
 def test_a_call_does_not_reach_into_the_next_epoch():
     config = digits.get_config()
     config.batch_size = 12
-    feed = feeding.Feeder(training.load_data(config).train.take(np.arange(36)), config, training.device_mesh(), 3)
+    feed = feeding.Feeder(
+        training.load_data(config).train.take(np.arange(36)), config, training.device_mesh(), 3
+    )
     with pytest.raises(ValueError, match="expected 1 to 1 steps from step 5 on, got 2"):
         feed(5, 2)
 
@@ -62,12 +69,15 @@ def configured(augment):
 
 
 def fed(train, config, calls, **options):
-    """Images and labels of each step, of calls ``(step, count)`` one after the other, as a step of training finds them."""
+    """Images and labels of each step, of calls ``(step, count)`` one after the other, as a step of
+    training finds them."""
     found, mesh = {}, training.device_mesh()
     with feeding.Feeder(train, config, mesh, 3, **options) as feed:
         for step, count in calls:
             given = feed(step, count)
-            assert [(a.shape, a.dtype) for a in given] == [(a.shape, a.dtype) for a in feed.shapes()]
+            assert [(a.shape, a.dtype) for a in given] == [
+                (a.shape, a.dtype) for a in feed.shapes()
+            ]
             images, labels, slots, _ = map(np.asarray, given)
             for i in range(count):
                 rows = np.arange(10) * (len(labels) // 10) + slots[i]

@@ -14,8 +14,11 @@ import scipy.sparse
 from flax import nnx
 
 import lipjax
-from lipjax import certificate_files, check, check_norms, check_walk, storage
-from lipjax.certificate_files import CertificateFileError
+from lipjax import storage
+from lipjax.check import checker, walk
+from lipjax.check import norms as check_norms
+from lipjax.formats import certificate_files
+from lipjax.formats.certificate_files import CertificateFileError
 
 RNG = 0
 
@@ -35,15 +38,15 @@ class Forgery:
         mode="local",
     ):
         self.layers, self.images = layers, np.asarray(images)
-        nodes = check.nodes_of(layers, self.images.shape[1:])
-        affine = [node.step for node in nodes if isinstance(node.step, check.Affine)]
+        nodes = checker.nodes_of(layers, self.images.shape[1:])
+        affine = [node.step for node in nodes if isinstance(node.step, checker.Affine)]
         norms = check_norms.Norms(1e-9, np.random.default_rng(RNG))
-        network = check_walk.Network(nodes, [norms(layer.matrix) for layer in affine], arithmetic)
+        network = walk.Network(nodes, [norms(layer.matrix) for layer in affine], arithmetic)
         slopes = {"linear": mode != "local", "rows": mode == "rows"}
         found = []
         for x in self.images:
-            label = int(np.argmax(check_walk.derive(network, x, 0, 0.0, norms).logits))
-            found.append((label, check_walk.derive(network, x, label, epsilon, norms, **slopes)))
+            label = int(np.argmax(walk.derive(network, x, 0, 0.0, norms).logits))
+            found.append((label, walk.derive(network, x, label, epsilon, norms, **slopes)))
         self.labels = np.array([label for label, _ in found], np.int32)
         margin = np.array([derived.margin for _, derived in found])
         recorded = np.array([derived.norms[:, 1] for _, derived in found])
@@ -89,7 +92,7 @@ class Forgery:
     def report(self):
         self.fit()
         rng = np.random.default_rng(RNG)
-        return check.check(self.layers, self.images, self.labels, self.header, self.arrays, rng)
+        return checker.check(self.layers, self.images, self.labels, self.header, self.arrays, rng)
 
 
 def linear(kernel, bias=None):
@@ -119,7 +122,7 @@ def test_a_file_that_is_not_forged_is_confirmed():
             assert report.confirmed and report.certified == 3, report
 
 
-# ---------------------------------------------------------------------------------------------------- header
+# ------------------------------------------------------------------------------------------- header
 
 
 @pytest.mark.core
@@ -164,7 +167,9 @@ def test_every_header_field_is_typed_and_bounded_and_confirms_nothing_else(tmp_p
         forgery.header["statement"] = certificate_files.statement(forgery.header)
     forgery.header["digest"] = certificate_files.digest(forgery.header, forgery.arrays)
     rng = np.random.default_rng(RNG)
-    report = check.check(forgery.layers, forgery.images, forgery.labels, forgery.header, forgery.arrays, rng)
+    report = checker.check(
+        forgery.layers, forgery.images, forgery.labels, forgery.header, forgery.arrays, rng
+    )
     assert not report.confirmed, report
     assert not any("CONFIRMED" in line[:9] for line in str(report).splitlines())
     certificate_files.write(tmp_path / "x.npz", forgery.header, forgery.arrays)
@@ -204,7 +209,11 @@ def test_what_is_taken_on_trust_is_quoted_and_said_to_be(tmp_path):
     ):
         assert said in trusted
     (verified,) = (line for line in text if line.startswith("verified"))
-    assert "seed" not in verified and "epsilon = 0.1" in verified and "3 images marked certified" in verified
+    assert (
+        "seed" not in verified
+        and "epsilon = 0.1" in verified
+        and "3 images marked certified" in verified
+    )
 
 
 def test_saving_keeps_to_the_same_table(tmp_path):
@@ -234,7 +243,7 @@ def test_repeated_or_negative_positions_are_refused(tmp_path, index):
         certificate_files.load(tmp_path / "x.npz")
 
 
-# ---------------------------------------------------------------------------------------------------- the claim
+# ---------------------------------------------------------------------------------------- the claim
 
 
 @pytest.mark.core
@@ -326,13 +335,19 @@ def test_a_ball_whose_radius_squared_overflows_confirms_nothing(mode, epsilon):
 def test_norms_of_the_smallest_and_the_largest_numbers_are_no_error(entry):
     norms = check_norms.Norms(1e-9, np.random.default_rng(0))
     lower, upper = norms(scipy.sparse.csr_array(np.full((9, 9), entry)))
-    assert upper >= 9 * min(entry, 1e307) and (upper < np.inf or entry == 1e308) and not np.isnan(lower)
+    assert (
+        upper >= 9 * min(entry, 1e307)
+        and (upper < np.inf or entry == 1e308)
+        and not np.isnan(lower)
+    )
 
 
 def wide(tier):
     """A layer of 1501 inputs and outputs, one more than where every norm is proved without
     chance."""
-    kernel = (np.random.default_rng(0).normal(size=(1501, 1501)) / 40 + 2 * np.eye(1501)).astype(np.float32)
+    kernel = (np.random.default_rng(0).normal(size=(1501, 1501)) / 40 + 2 * np.eye(1501)).astype(
+        np.float32
+    )
     head = np.zeros((1501, 2), np.float32)
     head[:9] = 1, -1
     return Forgery([linear(kernel), linear(head)], np.full((1, 1501), 0.5, np.float32), tier=tier)
@@ -393,7 +408,7 @@ def test_the_number_of_classes_is_the_networks():
     assert any("3 classes" in problem for problem in forgery.report().problems)
 
 
-# ---------------------------------------------------------------------------------------------------- bombs
+# -------------------------------------------------------------------------------------------- bombs
 
 
 def rewritten(path, change):
@@ -440,14 +455,18 @@ def refused(path, said):
 
 @pytest.mark.core
 def test_unknown_members_are_not_unpacked(path):
-    rewritten(path, lambda members: members.update({"more.npy": npy((10**7,), data=bytes(8 * 10**7))}))
+    rewritten(
+        path, lambda members: members.update({"more.npy": npy((10**7,), data=bytes(8 * 10**7))})
+    )
     assert path.stat().st_size < 1e6
     refused(path, "more")
 
 
 @pytest.mark.core
 def test_known_members_of_too_many_rows_are_not_unpacked(path):
-    rewritten(path, lambda members: members.update({"margin.npy": npy((10**7,), data=bytes(8 * 10**7))}))
+    rewritten(
+        path, lambda members: members.update({"margin.npy": npy((10**7,), data=bytes(8 * 10**7))})
+    )
     refused(path, "margin is float64 of shape")
 
 
@@ -489,7 +508,9 @@ def test_an_npy_header_without_end_or_of_nested_brackets_is_refused(path):
 
 @pytest.mark.core
 def test_truth_values_that_are_neither_are_refused(path):
-    rewritten(path, lambda members: members.update({"certified.npy": npy("(3,)", "|b1", b"\2\1\1")}))
+    rewritten(
+        path, lambda members: members.update({"certified.npy": npy("(3,)", "|b1", b"\2\1\1")})
+    )
     refused(path, "certified.*neither 0 nor 1")
 
 
@@ -536,7 +557,7 @@ def test_zip_files_of_other_members_methods_and_many_names_are_refused(path):
 
 @pytest.mark.parametrize("images", ["bomb", "shape", "type", "labels", "repeated", "pickle"])
 def test_images_of_a_file_are_looked_at_before_they_are_unpacked(tmp_path, images, monkeypatch):
-    monkeypatch.setattr(check, "MOST_IMAGE_BYTES", 10**6)
+    monkeypatch.setattr(checker, "MOST_IMAGE_BYTES", 10**6)
     members = {
         "bomb": {
             "images.npy": npy((10**7,), data=bytes(8 * 10**7)),
@@ -563,14 +584,14 @@ def test_images_of_a_file_are_looked_at_before_they_are_unpacked(tmp_path, image
     with zipfile.ZipFile(tmp_path / "x.npz", "w", zipfile.ZIP_DEFLATED) as archive:
         for name, content in members.items():
             archive.writestr(name, content)
-    with pytest.raises(check.CannotCheck):
-        check._from_npz(str(tmp_path / "x.npz"), np.arange(3))
+    with pytest.raises(checker.CannotCheck):
+        checker._from_npz(str(tmp_path / "x.npz"), np.arange(3))
 
 
 def test_images_of_a_file_are_found_by_the_index(tmp_path):
     x = np.random.default_rng(0).integers(0, 255, (5, 4, 4)).astype(np.uint8)
     np.savez(tmp_path / "x.npz", x=x, y=np.arange(5))
-    images, labels = check._from_npz(str(tmp_path / "x.npz"), np.array([4, 1]))
+    images, labels = checker._from_npz(str(tmp_path / "x.npz"), np.array([4, 1]))
     assert images.shape == (2, 4, 4, 1) and images.dtype == np.float32 and labels.tolist() == [4, 1]
     np.testing.assert_array_equal(images[0, ..., 0], x[4] / np.float32(255))
 

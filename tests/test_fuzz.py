@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from benchmarks import fuzz
-from lipjax import check
+from lipjax.check import checker
 
 
 @pytest.mark.core
@@ -15,12 +15,15 @@ def test_random_forgeries_neither_crash_the_checker_nor_are_confirmed_though_fal
     found, wrong, grew = fuzz.fuzz(300, seed=0)
     assert not wrong, "\n".join(wrong[:5])
     counts = sum(found.values(), fuzz.collections.Counter())
-    assert sum(counts.values()) == 300 and min(counts[name] for name in ("unreadable", "rejected", "true")) > 20
+    assert (
+        sum(counts.values()) == 300
+        and min(counts[name] for name in ("unreadable", "rejected", "true")) > 20
+    )
     assert grew < 200
 
 
 def test_the_fuzzer_finds_a_checker_that_believes_what_is_recorded(monkeypatch, capsys):
-    monkeypatch.setattr(check, "_differences", lambda *_: [])
+    monkeypatch.setattr(checker, "_differences", lambda *_: [])
     assert fuzz.main(["--files=60", "--seed=1", "--json"]) == 1
     found = json.loads(capsys.readouterr().out)
     assert any("FALSE" in line for line in found["wrong"])
@@ -30,7 +33,7 @@ def test_the_fuzzer_finds_a_crash(monkeypatch):
     def crash(*_):
         raise MemoryError
 
-    monkeypatch.setattr(check, "_misfits", crash)
+    monkeypatch.setattr(checker, "_misfits", crash)
     assert any("CRASH" in line for line in fuzz.fuzz(10, seed=0)[1])
 
 
@@ -42,9 +45,9 @@ def test_the_fuzzer_finds_a_report_that_claims_more_or_hides_what_it_trusts(tmp_
     path.write_bytes(content)
     assert fuzz.outcome(subject, path)[0] == "true"
     with monkeypatch.context() as patch:
-        patch.setattr(check, "quoted", lambda value, length=80: str(value))
+        patch.setattr(checker, "quoted", lambda value, length=80: str(value))
         assert "lines" in fuzz.outcome(subject, path)[1]
-    monkeypatch.setattr(check, "TRUSTED", {})
+    monkeypatch.setattr(checker, "TRUSTED", {})
     became, why = fuzz.outcome(subject, path)
     assert became == "FALSE" and why.startswith("trust")
 
@@ -55,4 +58,8 @@ def test_what_is_left_in_a_ball_is_what_the_network_leaves(tmp_path):
         others = np.delete(subject.logits[position], subject.labels[position])
         clean = subject.logits[position, subject.labels[position]] - np.max(others)
         assert subject.left(position, 0.0) == pytest.approx(float(clean), abs=1e-6)
-        assert subject.left(position, 0.5) <= subject.left(position, 0.1) <= subject.left(position, 0.0)
+        assert (
+            subject.left(position, 0.5)
+            <= subject.left(position, 0.1)
+            <= subject.left(position, 0.0)
+        )

@@ -165,7 +165,9 @@ def test_only_entries_that_vary_are_active_and_the_order_is_seen(x64):
     lower, upper = jnp.asarray([[0.0, 1.0, 1.0, 5.0]]), jnp.asarray([[0.5, 1.0, 2.0, 6.0]])
     assert SORT.active(lower, upper).tolist() == [[True, False, True, True]]
     assert SORT.stable(lower, upper).tolist() == [[True] * 4]
-    assert SORT.stable(lower, upper + jnp.asarray([0, 0, 4.0, 0])).tolist() == [[True, True, False, False]]
+    assert SORT.stable(lower, upper + jnp.asarray([0, 0, 4.0, 0])).tolist() == [
+        [True, True, False, False]
+    ]
     assert ABSOLUTE.stable(lower - 1, upper - 1).tolist() == [[False, True, True, True]]
     assert ABSOLUTE.active(lower - 1, upper - 1).tolist() == [[True, False, True, True]]
 
@@ -232,7 +234,9 @@ def test_sorts_and_absolute_values_are_read_from_plain_jax():
 
 def net_of(activation, seed=0):
     rngs, bias = nnx.Rngs(seed), jax.nn.initializers.normal(0.3)
-    first, second, head = (nnx.Linear(n, m, rngs=rngs, bias_init=bias) for n, m in ((5, 8), (8, 8), (8, 3)))
+    first, second, head = (
+        nnx.Linear(n, m, rngs=rngs, bias_init=bias) for n, m in ((5, 8), (8, 8), (8, 3))
+    )
     return nnx.Sequential(first, activation, second, activation, head)
 
 
@@ -243,7 +247,9 @@ ACTIVATIONS = {"groups of four": activations.GroupSort(4), "absolute": activatio
 @pytest.mark.parametrize("kind", ACTIVATIONS)
 def test_regions_and_margins_hold_in_exact_arithmetic_on_samples(x64, kind, mode):
     net, epsilon = net_of(ACTIVATIONS[kind], seed=1), 0.4
-    graph = jax.tree.map(lambda a: jnp.asarray(a, jnp.float64), trace(net, jnp.ones(5, jnp.float32)))
+    graph = jax.tree.map(
+        lambda a: jnp.asarray(a, jnp.float64), trace(net, jnp.ones(5, jnp.float32))
+    )
     rng = np.random.default_rng(2)
     x = rng.normal(size=5)
     bound = outward_bound(graph, x, epsilon, mode)

@@ -1,4 +1,5 @@
-"""Several processes train and certify as one does; what happens when one of them dies, or is told to stop."""
+"""Several processes train and certify as one does; what happens when one of them dies, or is told
+to stop."""
 
 import gzip
 import json
@@ -12,8 +13,10 @@ import numpy as np
 import pytest
 from conftest import ROOT, SHARED
 
-from lipjax import checkpoints, hosts, report
-from lipjax.reporting import read_metrics
+from lipjax import report
+from lipjax.runtime import hosts
+from lipjax.training import checkpoints
+from lipjax.training.metrics import read_metrics
 
 SMALL = [
     "--config=configs/mnist_small.py",
@@ -29,13 +32,20 @@ SMALL = [
     "--config.optimizer.decay_start=3.0",
     "--config.evaluation.every=3",
 ]
-CERTIFY = ["--pgd_steps=5", "--pgd_restarts=1", "--nocurve", "--modes=global,local", "--epsilon=0.1", "--examples=60"]
+CERTIFY = [
+    "--pgd_steps=5",
+    "--pgd_restarts=1",
+    "--nocurve",
+    "--modes=global,local",
+    "--epsilon=0.1",
+    "--examples=60",
+]
 CERTIFY += ["--seed=0"]  # so that runs can be compared
 
 
 def start(count, devices, script, *flags):
     """A job of so many local processes, or the script alone."""
-    launcher = ["-m", "lipjax.hosts", str(count)] if count > 1 else []
+    launcher = ["-m", "lipjax.runtime.hosts", str(count)] if count > 1 else []
     return subprocess.Popen(
         [sys.executable, *launcher, script, *flags],
         cwd=ROOT,
@@ -54,7 +64,10 @@ def run(*arguments):
 
 
 def metrics_of(workdir):
-    return [{k: v for k, v in line.items() if k != "seconds"} for line in read_metrics(workdir / "metrics.jsonl")]
+    return [
+        {k: v for k, v in line.items() if k != "seconds"}
+        for line in read_metrics(workdir / "metrics.jsonl")
+    ]
 
 
 def same_up_to_rounding(found, wanted):
@@ -71,9 +84,13 @@ def mnist_subset(path):
     arrays = {}
     for name, split in (("train", "train"), ("test", "t10k")):
         for letter, kind, header in (("x", "images-idx3", 16), ("y", "labels-idx1", 8)):
-            raw = gzip.decompress((SHARED / "data" / "mnist" / f"{split}-{kind}-ubyte.gz").read_bytes())[header:]
+            raw = gzip.decompress(
+                (SHARED / "data" / "mnist" / f"{split}-{kind}-ubyte.gz").read_bytes()
+            )[header:]
             values = np.frombuffer(raw, np.uint8)
-            arrays[f"{letter}_{name}"] = values.reshape(-1, 28, 28)[:400] if letter == "x" else values[:400]
+            arrays[f"{letter}_{name}"] = (
+                values.reshape(-1, 28, 28)[:400] if letter == "x" else values[:400]
+            )
     np.savez(path, **arrays)
     return f"npz:{path}"
 
@@ -82,7 +99,11 @@ def mnist_subset(path):
 def trained(request, tmp_path_factory):
     """The same run by one process with one device, and by two processes with four devices each."""
     folder = tmp_path_factory.mktemp("runs")
-    flags = [*SMALL] if request.param == "digits" else [*SMALL, f"--config.data.name={mnist_subset(folder / 'm.npz')}"]
+    flags = (
+        [*SMALL]
+        if request.param == "digits"
+        else [*SMALL, f"--config.data.name={mnist_subset(folder / 'm.npz')}"]
+    )
     for name, count, devices in (("one", 1, 1), ("two", 2, 4)):
         out = run(count, devices, "train.py", *flags, f"--workdir={folder / name}")
         assert out.count("done: 6 epochs") == 1  # process 0 alone speaks
@@ -98,12 +119,15 @@ def test_two_processes_of_four_devices_train_as_one_of_one_does(trained):
 
 @pytest.fixture(scope="module")
 def certified(trained):
-    """What certify.py says of one run, by one process, by two, and early: per-image results, summary, verdicts by file."""
+    """What certify.py says of one run, by one process, by two, and early: per-image results,
+    summary, verdicts by file."""
     folder, found = trained / "two" / "certification", {}
     for name, count, more in (("one", 1, []), ("two", 2, []), ("early", 1, ["--early"])):
         run(count, 1, "certify.py", f"--workdir={trained / 'two'}", *CERTIFY, *more)
         page = (folder / "report.html").read_text()
-        assert report.build(folder).read_text() == page and ("Decided early" in page) == (name == "early")
+        assert report.build(folder).read_text() == page and ("Decided early" in page) == (
+            name == "early"
+        )
         files = {path.name: np.load(path)["certified"] for path in folder.glob("certificate*.npz")}
         with np.load(folder / "examples.npz") as examples:
             found[name] = dict(examples), json.loads((folder / "summary.json").read_text()), files
@@ -112,7 +136,13 @@ def certified(trained):
 
 def test_two_processes_certify_what_one_does_each_image_once(certified):
     (one, summary, files), (two, other, others) = certified["one"], certified["two"]
-    assert summary["run"]["examples"] == other["run"]["examples"] == len(one["index"]) == len(set(two["index"])) == 60
+    assert (
+        summary["run"]["examples"]
+        == other["run"]["examples"]
+        == len(one["index"])
+        == len(set(two["index"]))
+        == 60
+    )
     assert one["certified_local"].any() and files.keys() == others.keys() == {"certificate.npz"}
     np.testing.assert_array_equal(files["certificate.npz"], others["certificate.npz"])
     for name in one:
@@ -122,8 +152,12 @@ def test_two_processes_certify_what_one_does_each_image_once(certified):
 
 def test_decided_early_the_verdicts_are_the_same_and_each_rests_on_one_of_the_files(certified):
     (plain, _, _), (early, summary, files) = certified["one"], certified["early"]
-    # The looser bound's certificates count too, so there may be more, by the slack of the norms' bounds.
-    assert np.all(early["certified_local"] >= plain["certified_local"]) and plain["certified_local"].any()
+    # The looser bound's certificates count too, so there may be more, by the slack of the norms'
+    # bounds.
+    assert (
+        np.all(early["certified_local"] >= plain["certified_local"])
+        and plain["certified_local"].any()
+    )
     assert np.sum(early["certified_local"]) <= np.sum(plain["certified_local"]) + 1
     assert not np.any(early["certified_local"] & early["broken_by_pgd"])
     by_global, by_local = files["certificate_global.npz"], files["certificate.npz"]
@@ -153,16 +187,25 @@ def until(condition, process, seconds=120):
 
 def processes_of(launcher):
     """Process numbers of the job's processes."""
-    children = subprocess.run(["pgrep", "-P", str(launcher.pid)], capture_output=True, text=True).stdout
+    children = subprocess.run(
+        ["pgrep", "-P", str(launcher.pid)], capture_output=True, text=True
+    ).stdout
     return sorted(map(int, children.split()))
 
 
-LONG = [*SMALL, "--config.schedule.epochs=2000", "--config.evaluation.every=2000", "--config.checkpoints.every=1"]
+LONG = [
+    *SMALL,
+    "--config.schedule.epochs=2000",
+    "--config.evaluation.every=2000",
+    "--config.checkpoints.every=1",
+]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("victim", [0, 1])
-def test_when_one_of_two_processes_is_killed_the_job_ends_with_an_error_and_resumes(tmp_path, victim):
+def test_when_one_of_two_processes_is_killed_the_job_ends_with_an_error_and_resumes(
+    tmp_path, victim
+):
     process = start(2, 1, "train.py", *LONG, f"--workdir={tmp_path}")
     until(lambda: len(read_metrics(tmp_path / "metrics.jsonl")) > 3, process)
     os.kill(processes_of(process)[victim], signal.SIGKILL)
@@ -172,13 +215,26 @@ def test_when_one_of_two_processes_is_killed_the_job_ends_with_an_error_and_resu
     # On another number of devices: one process, one device.
     out = run(1, 1, "train.py", *LONG, f"--stop_after={before + 2}", f"--workdir={tmp_path}")
     assert "continuing after epoch" in out and f"done: {before + 2} epochs" in out
-    assert [line["epoch"] for line in read_metrics(tmp_path / "metrics.jsonl")] == list(range(1, before + 3))
+    assert [line["epoch"] for line in read_metrics(tmp_path / "metrics.jsonl")] == list(
+        range(1, before + 3)
+    )
 
 
 @pytest.mark.parametrize("count", [1, pytest.param(2, marks=pytest.mark.slow)])
-def test_sigterm_saves_in_the_middle_of_an_epoch_and_the_run_ends_as_one_never_stopped(tmp_path, count):
-    flags = [*SMALL, "--config.batch_size=2", "--config.schedule.epochs=2", "--config.evaluation.every=2"]
-    flags += ["--config.data.train_examples=1200", "--config.schedule.ramp=1.0", "--config.optimizer.decay_start=1.0"]
+def test_sigterm_saves_in_the_middle_of_an_epoch_and_the_run_ends_as_one_never_stopped(
+    tmp_path, count
+):
+    flags = [
+        *SMALL,
+        "--config.batch_size=2",
+        "--config.schedule.epochs=2",
+        "--config.evaluation.every=2",
+    ]
+    flags += [
+        "--config.data.train_examples=1200",
+        "--config.schedule.ramp=1.0",
+        "--config.optimizer.decay_start=1.0",
+    ]
     straight, stopped = tmp_path / "straight", tmp_path / "stopped"
     run(count, 1, "train.py", *flags, f"--workdir={straight}")
     process = start(count, 1, "train.py", *flags, f"--workdir={stopped}")
@@ -232,7 +288,8 @@ def test_a_local_job_ends_with_the_status_of_the_first_that_fails_also_if_the_ot
 ):
     script = tmp_path / "script.py"
     script.write_text(
-        f"import os, sys, time\nsys.exit(3) if os.environ['LIPJAX_HOSTS'].endswith(',{failing}') else time.sleep(600)\n"
+        f"import os, sys, time\nsys.exit(3) if os.environ['LIPJAX_HOSTS'].endswith(',{failing}') "
+        "else time.sleep(600)\n"
     )
     monkeypatch.setattr(hosts, "GRACE_SECONDS", 0.2)
     began = time.monotonic()
@@ -241,7 +298,9 @@ def test_a_local_job_ends_with_the_status_of_the_first_that_fails_also_if_the_ot
 
 
 @pytest.mark.slow
-def test_processes_go_back_together_to_the_checkpoint_before_when_one_of_them_cannot_read_the_newest(tmp_path):
+def test_processes_go_back_together_to_the_checkpoint_before_when_one_cannot_read_the_newest(
+    tmp_path,
+):
     run(2, 1, "train.py", *SMALL, "--stop_after=4", f"--workdir={tmp_path}")
     newest = tmp_path / "checkpoints" / "last" / "12"  # three steps an epoch
     files = [path for path in (newest / "state" / "ocdbt.process_1").rglob("*") if path.is_file()]
@@ -254,9 +313,13 @@ def test_processes_go_back_together_to_the_checkpoint_before_when_one_of_them_ca
 
 
 @pytest.mark.parametrize(
-    "visible, expected", [(None, ["0", "1"]), ("6,3,1", ["6", "3"]), ("", ["", ""])], ids=["all", "some", "none"]
+    "visible, expected",
+    [(None, ["0", "1"]), ("6,3,1", ["6", "3"]), ("", ["", ""])],
+    ids=["all", "some", "none"],
 )
-def test_each_process_of_a_local_job_gets_a_gpu_of_its_own(tmp_path, monkeypatch, visible, expected):
+def test_each_process_of_a_local_job_gets_a_gpu_of_its_own(
+    tmp_path, monkeypatch, visible, expected
+):
     script = tmp_path / "script.py"
     script.write_text(
         "import os, pathlib, sys\n"

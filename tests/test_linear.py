@@ -27,7 +27,9 @@ def check(layer, shape):
     np.testing.assert_allclose(view.affine(x), layer(x), atol=1e-12)
     np.testing.assert_allclose(view(x).reshape(-1), matrix @ x.reshape(-1), atol=1e-12)
     y = jnp.asarray(np.random.default_rng(1).normal(size=zero.shape))
-    np.testing.assert_allclose(view.transpose(x)(y).reshape(-1), matrix.T @ y.reshape(-1), atol=1e-12)
+    np.testing.assert_allclose(
+        view.transpose(x)(y).reshape(-1), matrix.T @ y.reshape(-1), atol=1e-12
+    )
     np.testing.assert_allclose(
         view.absolute(jnp.abs(x)).reshape(-1), np.abs(matrix) @ np.abs(x).reshape(-1), atol=1e-12
     )
@@ -54,7 +56,8 @@ def check(layer, shape):
 def test_a_convolutions_view_equals_its_explicit_matrix(
     kernel, strides, padding, dilation, input_dilation, groups, bias
 ):
-    assume(not (isinstance(padding, str) and input_dilation > 1))  # lax takes no padding by name there
+    # lax takes no padding by name there
+    assume(not (isinstance(padding, str) and input_dilation > 1))
     with jax.enable_x64(True):
         layer = nnx.Conv(
             2,
@@ -114,10 +117,16 @@ def test_a_network_with_pooling_is_bounded_and_certified_under_jit():
         lipjax.Flatten(),
         nnx.Linear(8, 3, rngs=rngs),
     )
-    bounds = jax.jit(jax.vmap(lambda x: lipjax.bound(net, x, 0.1, mode="global", iterations=300)))(x)
+    bounds = jax.jit(jax.vmap(lambda x: lipjax.bound(net, x, 0.1, mode="global", iterations=300)))(
+        x
+    )
     np.testing.assert_allclose(bounds.norms[1], 0.5, rtol=1e-4)  # four inputs of weight 1/4 each
     found = lipjax.certify(net, x, None, 1e-4, mode="global")
-    assert found.certified.all() and np.all(found.norms[:, 1] >= 0.5) and np.all(found.norms[:, 1] < 0.51)
+    assert (
+        found.certified.all()
+        and np.all(found.norms[:, 1] >= 0.5)
+        and np.all(found.norms[:, 1] < 0.51)
+    )
 
 
 def test_float32_and_float64_views_agree():
@@ -134,7 +143,9 @@ def test_float32_and_float64_views_agree():
 def test_what_a_padding_repeats_is_counted(x64, padding):
     """Copies of an entry make a difference longer: the bound is above the norm of the whole map."""
     window, shape = ((3,), (7, 2)) if padding == "CAUSAL" else ((3, 3), (5, 4, 2))
-    conv = nnx.Conv(2, 3, window, padding=padding, use_bias=False, rngs=nnx.Rngs(0), param_dtype=jnp.float64)
+    conv = nnx.Conv(
+        2, 3, window, padding=padding, use_bias=False, rngs=nnx.Rngs(0), param_dtype=jnp.float64
+    )
     net = nnx.Sequential(conv, lipjax.ReLU(), jnp.ravel)
     bound = lipjax.bound(net, jnp.ones(shape), 0.1, mode="global", iterations=400)
     truth = np.linalg.norm(dense_matrix(conv, shape), 2)
@@ -143,9 +154,15 @@ def test_what_a_padding_repeats_is_counted(x64, padding):
 
 def test_layers_with_arithmetic_of_their_own_are_bounded_as_they_compute(x64):
     own = lambda *a, **k: 2 * jax.lax.dot_general(*a, **k)  # noqa: E731
-    layer = nnx.Linear(3, 3, dot_general=own, use_bias=False, rngs=nnx.Rngs(0), param_dtype=jnp.float64)
-    bound = lipjax.bound(nnx.Sequential(layer, lipjax.ReLU()), jnp.ones(3), 0.1, mode="global", iterations=400)
-    np.testing.assert_allclose(bound.lipschitz, 2 * np.linalg.norm(np.asarray(layer.kernel[...]), 2), rtol=1e-9)
+    layer = nnx.Linear(
+        3, 3, dot_general=own, use_bias=False, rngs=nnx.Rngs(0), param_dtype=jnp.float64
+    )
+    bound = lipjax.bound(
+        nnx.Sequential(layer, lipjax.ReLU()), jnp.ones(3), 0.1, mode="global", iterations=400
+    )
+    np.testing.assert_allclose(
+        bound.lipschitz, 2 * np.linalg.norm(np.asarray(layer.kernel[...]), 2), rtol=1e-9
+    )
 
 
 class Raw(nnx.Module):
@@ -160,9 +177,13 @@ class Raw(nnx.Module):
 
 def test_a_layer_of_ones_own_is_bounded_without_a_word(x64):
     raw = Raw(jnp.asarray(np.random.default_rng(0).normal(size=(3, 4))))
-    net = nnx.Sequential(raw, lipjax.ReLU(), nnx.Linear(3, 2, rngs=nnx.Rngs(0), param_dtype=jnp.float64))
+    net = nnx.Sequential(
+        raw, lipjax.ReLU(), nnx.Linear(3, 2, rngs=nnx.Rngs(0), param_dtype=jnp.float64)
+    )
     bound = lipjax.bound(net, jnp.ones(4), 0.1, mode="global", iterations=500)
-    np.testing.assert_allclose(bound.lipschitz, np.linalg.norm(np.asarray(raw.weight[...]), 2), rtol=1e-9)
+    np.testing.assert_allclose(
+        bound.lipschitz, np.linalg.norm(np.asarray(raw.weight[...]), 2), rtol=1e-9
+    )
 
 
 def test_from_matrix_refuses_a_wrong_shape():
@@ -211,7 +232,9 @@ def test_smaller_and_larger_keep_a_nan_and_have_the_gradient_of_the_one_that_is_
     a, b = jnp.asarray([1.0, 2.0, nan, 1.0, 3.0]), jnp.asarray([2.0, 1.0, 1.0, nan, 3.0])
     np.testing.assert_array_equal(linear.smaller(a, b), jnp.minimum(a, b))
     np.testing.assert_array_equal(linear.larger(a, b), jnp.maximum(a, b))
-    to_a, to_b = jax.grad(lambda a, b: jnp.sum(linear.smaller(a, b)), argnums=(0, 1))(a[::2], b[::2])
+    to_a, to_b = jax.grad(lambda a, b: jnp.sum(linear.smaller(a, b)), argnums=(0, 1))(
+        a[::2], b[::2]
+    )
     assert to_a.tolist() == [1, 1, 1] and to_b.tolist() == [0, 0, 0]
     to_a, to_b = jax.grad(lambda a, b: jnp.sum(linear.larger(a, b)), argnums=(0, 1))(a[:2], b[:2])
     assert to_a.tolist() == [0, 1] and to_b.tolist() == [1, 0]

@@ -65,11 +65,17 @@ def naive_sparsity(net, bound):
         if type(layer) is lipjax.ClippedReLU:
             threshold = np.asarray(layer.threshold[...], np.float64)
             terms.append(
-                [0.1 * max(end - bottom, 0) for end, bottom in zip(threshold.ravel(), low.ravel(), strict=True)]
+                [
+                    0.1 * max(end - bottom, 0)
+                    for end, bottom in zip(threshold.ravel(), low.ravel(), strict=True)
+                ]
             )
         if type(layer) is lipjax.ClippedMaxMin:
             half = low.shape[-1] // 2
-            upper, lower = np.asarray(layer.upper[...], np.float64), np.asarray(layer.lower[...], np.float64)
+            upper, lower = (
+                np.asarray(layer.upper[...], np.float64),
+                np.asarray(layer.lower[...], np.float64),
+            )
             first, second = [], []
             for index in np.ndindex(upper.shape):
                 other = (*index[:-1], index[-1] + half)
@@ -95,10 +101,17 @@ def naive_stability(net, bound):
         if type(layer) in (lipjax.ReLU, lipjax.ClippedReLU):
             add([(b, t, 0.0) for b, t in zip(low.ravel(), high.ravel(), strict=True)])
         if type(layer) is lipjax.ClippedReLU:
-            add(zip(low.ravel(), high.ravel(), np.asarray(layer.threshold[...]).ravel(), strict=True))
+            add(
+                zip(
+                    low.ravel(), high.ravel(), np.asarray(layer.threshold[...]).ravel(), strict=True
+                )
+            )
         if type(layer) in (lipjax.MaxMin, lipjax.ClippedMaxMin):
             half = low.shape[-1] // 2
-            pairs = [(index, (*index[:-1], index[-1] + half)) for index in np.ndindex(*low.shape[:-1], half)]
+            pairs = [
+                (index, (*index[:-1], index[-1] + half))
+                for index in np.ndindex(*low.shape[:-1], half)
+            ]
             add([(low[a] - high[b], high[a] - low[b], 0.0) for a, b in pairs])
         if type(layer) is lipjax.ClippedMaxMin:
             upper, lower = np.asarray(layer.upper[...]), np.asarray(layer.lower[...])
@@ -118,7 +131,8 @@ def test_losses_are_their_formulas(x64, activation):
     bcp = KAPPA * naive_cross_entropy(logits, LABEL) + (1 - KAPPA) * robust
     gloro = naive_cross_entropy(np.append(logits, rival), LABEL)
     sparsity = naive_sparsity(net, bound)
-    assert robust > naive_cross_entropy(logits, LABEL) + 0.01  # the bound matters here, else this would show little
+    # the bound matters here, else this would show little
+    assert robust > naive_cross_entropy(logits, LABEL) + 0.01
     assert (sparsity > 0) == (activation != "maxmin")
     assert naive_stability(net, bound) > 0
     last = np.linalg.svd(np.asarray(net.layers[-1].kernel[...], np.float64), compute_uv=False)[0]
@@ -127,17 +141,24 @@ def test_losses_are_their_formulas(x64, activation):
     predicted = int(np.argmax(logits))
     rivals = np.asarray(lipjax.worst_logits(bound, predicted))
     extended = np.append(logits, max(rivals[j] for j in range(4) if j != predicted))
-    clean, robust = np.exp(logits) / np.sum(np.exp(logits)), np.exp(extended) / np.sum(np.exp(extended))
+    clean, robust = (
+        np.exp(logits) / np.sum(np.exp(logits)),
+        np.exp(extended) / np.sum(np.exp(extended)),
+    )
     trades = naive_cross_entropy(logits, LABEL) + 0.7 * sum(
         p * np.log(p / q) for p, q in zip(clean, robust, strict=False)
     )
-    np.testing.assert_allclose(found, [bcp, gloro, sparsity, naive_stability(net, bound), lmt, trades], rtol=1e-10)
+    np.testing.assert_allclose(
+        found, [bcp, gloro, sparsity, naive_stability(net, bound), lmt, trades], rtol=1e-10
+    )
 
 
 def test_kappa_goes_from_the_clean_to_the_worst_case_loss(x64):
     net, x = small_net("clipped_relu"), image().astype(jnp.float64)
     (clean, *_), bound, worst = everything(net, x, EPSILON, 1.0, LABEL)
-    np.testing.assert_allclose(clean, naive_cross_entropy(np.asarray(bound.logits), LABEL), rtol=1e-12)
+    np.testing.assert_allclose(
+        clean, naive_cross_entropy(np.asarray(bound.logits), LABEL), rtol=1e-12
+    )
     (robust, *_), _, worst = everything(net, x, EPSILON, 0.0, LABEL)
     np.testing.assert_allclose(robust, naive_cross_entropy(np.asarray(worst), LABEL), rtol=1e-12)
     # With no perturbation there is nothing between the two.
@@ -152,7 +173,9 @@ def test_the_extra_logit_of_gloro_is_the_best_rival_whatever_the_label(x64):
         _, bound, worst = everything(net, x, EPSILON, KAPPA, label)
         extended = np.asarray(extend(bound, label))
         np.testing.assert_array_equal(extended[:4], np.asarray(bound.logits))
-        np.testing.assert_allclose(extended[4], max(worst[j] for j in range(4) if j != label), rtol=1e-12)
+        np.testing.assert_allclose(
+            extended[4], max(worst[j] for j in range(4) if j != label), rtol=1e-12
+        )
 
 
 @pytest.mark.parametrize("activation", ["clipped_relu", "clipped_maxmin"])
@@ -161,16 +184,20 @@ def test_gradients_are_those_of_finite_differences(x64, activation):
     params = jax.tree.map(lambda a: a.astype(jnp.float64), params)
     x = image().astype(jnp.float64)
 
-    # 400 iterations: converged, as the gradient of a norm with its vectors held fixed is right at convergence only.
+    # 400 iterations: converged, as the gradient of a norm with its vectors held fixed is right at
+    # convergence only.
     @jax.jit
     def values(params):
         return everything(nnx.merge(graph, params), x, EPSILON, KAPPA, LABEL, iterations=400)[0]
 
     found = jax.jit(jax.jacrev(values))(params)
     keys = jax.random.split(jax.random.key(1), len(jax.tree.leaves(params)))
-    directions = [jax.random.normal(k, a.shape) for k, a in zip(keys, jax.tree.leaves(params), strict=True)]
+    directions = [
+        jax.random.normal(k, a.shape) for k, a in zip(keys, jax.tree.leaves(params), strict=True)
+    ]
     step = 1e-6
-    for i, leaf in enumerate(jax.tree.leaves(found)):  # each parameter on its own: none can hide behind a larger one
+    # each parameter on its own: none can hide behind a larger one
+    for i, leaf in enumerate(jax.tree.leaves(found)):
 
         def moved(sign, i=i):
             leaves = jax.tree.leaves(params)
@@ -184,7 +211,8 @@ def test_gradients_are_those_of_finite_differences(x64, activation):
 
 @pytest.mark.parametrize("activation", ["clipped_relu", "clipped_maxmin"])
 def test_values_and_gradients_are_finite_where_nothing_varies(activation):
-    """At the start of the ramp (epsilon 0), and where thresholds make every neuron constant (METHOD 7)."""
+    """At the start of the ramp (epsilon 0), and where thresholds make every neuron constant (METHOD
+    7)."""
     net = small_net(activation)
     dead = small_net(activation, threshold=0.0)
 
@@ -229,7 +257,9 @@ def test_emma_raises_each_rival_to_the_label_and_no_further_with_the_share_held_
         )
         np.testing.assert_allclose(value, naive_cross_entropy(raised, label), rtol=1e-10)
         shares.append((raised - logits) / np.where(gain > 0, gain, 1))
-        for found, wanted in zip(*map(jax.tree.leaves, (slopes, fixed(net, label, shares[-1]))), strict=True):
+        for found, wanted in zip(
+            *map(jax.tree.leaves, (slopes, fixed(net, label, shares[-1]))), strict=True
+        ):
             np.testing.assert_allclose(found, wanted, rtol=1e-9, atol=1e-12)
     assert np.any((np.array(shares) > 0) & (np.array(shares) < 1))  # neither all nor nothing
 

@@ -1,4 +1,5 @@
-"""What is rewritten for the CPU is the same function: every convolution's gradients, in loops and under rematerialisation."""
+"""What is rewritten for the CPU is the same function: every convolution's gradients, in loops and
+under rematerialisation."""
 
 import functools
 
@@ -11,7 +12,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 import lipjax
-from lipjax import lowering
+from lipjax.runtime import cpu
 
 
 def primitives(function, *arguments) -> list:
@@ -20,7 +21,7 @@ def primitives(function, *arguments) -> list:
     def walk(jaxpr):
         for equation in jaxpr.eqns:
             yield equation
-            for inner in lowering.jaxprs_in(tuple(equation.params.values())):
+            for inner in cpu.jaxprs_in(tuple(equation.params.values())):
                 yield from walk(inner)
 
     return list(walk(jax.make_jaxpr(function)(*arguments).jaxpr))
@@ -42,7 +43,8 @@ def images(seed, *shape):
 
 geometries = st.tuples(
     st.integers(5, 8),  # height; the width is one more
-    st.sampled_from([1, 3, 40]),  # channels: thin images are one product, others a loop over the kernel
+    # channels: thin images are one product, others a loop over the kernel
+    st.sampled_from([1, 3, 40]),
     st.tuples(st.integers(1, 4), st.integers(1, 4)),  # kernel
     st.tuples(st.integers(1, 3), st.integers(1, 3)),  # strides
     st.tuples(st.integers(0, 2), st.integers(0, 2)),  # padding, low and high
@@ -75,7 +77,9 @@ def test_gradients_of_any_convolution_and_of_its_transpose_stay_what_they_are(ge
         v = jnp.sin(y)
 
         def transposed(w):  # as a power iteration differentiates it
-            return jnp.sum(jnp.cos(jax.linear_transpose(functools.partial(convolution, w=w), x)(v)[0]))
+            return jnp.sum(
+                jnp.cos(jax.linear_transpose(functools.partial(convolution, w=w), x)(v)[0])
+            )
 
         return back(v), jax.grad(transposed)(w)
 
@@ -86,7 +90,9 @@ def test_other_ranks_groups_and_types_stay_as_they_are(x64):
     line, kernel = images(0, 3, 12, 6), images(1, 4, 6, 8)
 
     def one_axis(x, w):
-        out = jax.lax.conv_general_dilated(x, w, (2,), ((1, 1),), dimension_numbers=("NHC", "HIO", "NHC"))
+        out = jax.lax.conv_general_dilated(
+            x, w, (2,), ((1, 1),), dimension_numbers=("NHC", "HIO", "NHC")
+        )
         return jnp.sum(jnp.sin(out))
 
     agree(jax.grad(one_axis, argnums=(0, 1)), line, kernel)
@@ -110,7 +116,9 @@ def test_loops_branches_rematerialisation_and_sums_are_gone_through():
     w, x = images(0, 3, 3, 8, 8), images(1, 4, 6, 6, 8)
 
     def convolution(x, w):
-        return jax.lax.conv_general_dilated(x, w, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+        return jax.lax.conv_general_dilated(
+            x, w, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
 
     @functools.partial(jax.checkpoint, policy=jax.checkpoint_policies.nothing_saveable)
     def block(w, x):
@@ -126,7 +134,11 @@ def test_loops_branches_rematerialisation_and_sums_are_gone_through():
 
     agree(descend, w, x)
     # No convolution over the examples is left, at whatever depth: those are what is slow.
-    found = [e for e in primitives(lipjax.for_cpu(descend), w, x) if e.primitive.name == "conv_general_dilated"]
+    found = [
+        e
+        for e in primitives(lipjax.for_cpu(descend), w, x)
+        if e.primitive.name == "conv_general_dilated"
+    ]
     assert found and all(tuple(e.params["dimension_numbers"][0]) == (0, 3, 1, 2) for e in found)
     before = [e for e in primitives(descend, w, x) if e.primitive.name == "conv_general_dilated"]
     assert any(tuple(e.params["dimension_numbers"][0]) == (3, 0, 1, 2) for e in before)
@@ -142,10 +154,13 @@ def test_a_nan_is_not_lost_on_the_way():
 
 
 @pytest.mark.parametrize(
-    "activation, mode", [("clipped_relu", "local"), ("clipped_maxmin", "local"), ("clipped_relu", "linear")]
+    "activation, mode",
+    [("clipped_relu", "local"), ("clipped_maxmin", "local"), ("clipped_relu", "linear")],
 )
 def test_a_bound_and_its_gradient_are_the_same(activation, mode):
-    network = lipjax.models.small_conv(activation=activation, widths=(8,), dense=8, threshold=0.3, rngs=nnx.Rngs(0))
+    network = lipjax.models.small_conv(
+        activation=activation, widths=(8,), dense=8, threshold=0.3, rngs=nnx.Rngs(0)
+    )
     x = jnp.abs(images(0, 4, 8, 8, 1))
 
     def loss(network, x):
@@ -160,11 +175,14 @@ def test_a_bound_and_its_gradient_are_the_same(activation, mode):
 
 
 def test_equations_with_named_tuples_in_their_parameters_are_rewritten_too():
-    """As `jnp.linalg.solve` has, and with it `lipjax.CayleyLinear`, beside a convolution that is rewritten."""
+    """As `jnp.linalg.solve` has, and with it `lipjax.CayleyLinear`, beside a convolution that is
+    rewritten."""
     kernel, layer = images(0, 3, 3, 2, 4), lipjax.CayleyLinear(16, 8, rngs=nnx.Rngs(0))
 
     def value(kernel, x, layer):
-        out = jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+        out = jax.lax.conv_general_dilated(
+            x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
         return jnp.sum(jnp.tanh(jax.vmap(layer)(out.mean(axis=(1, 2, 3))[:, None] * jnp.ones(16))))
 
     agree(jax.grad(value, argnums=(0, 2)), kernel, images(1, 2, 5, 5, 2), layer)

@@ -40,7 +40,9 @@ def test_no_cancellation_where_nearly_all_weight_is_clipped():
     high = np.full(n, 1e-6, np.float32)
     high[0] = 10.0
     region = Region(jnp.zeros(n), jnp.float32(1.0), jnp.asarray(-high), jnp.asarray(high))
-    truth = largest_by_bisection(d.astype(np.float64), 1.0, -high.astype(np.float64), high.astype(np.float64))
+    truth = largest_by_bisection(
+        d.astype(np.float64), 1.0, -high.astype(np.float64), high.astype(np.float64)
+    )
     found = float(ascent(jnp.asarray(d), region))
     assert truth * (1 - 1e-5) <= found <= truth * 1.001
 
@@ -89,7 +91,8 @@ def of_largest_product(d, reach, radius):
 
 @pytest.mark.parametrize("function", [of_ascent, of_largest_product])
 def test_value_and_gradient_of_the_largest_product_are_finite_at_extreme_sizes(function):
-    """A stable layer's error has radius 0 in front of rows of any length: the first steps of a ramp met it."""
+    """A stable layer's error has radius 0 in front of rows of any length: the first steps of a ramp
+    met it."""
 
     @jax.jit
     @jax.value_and_grad
@@ -98,7 +101,14 @@ def test_value_and_gradient_of_the_largest_product_are_finite_at_extreme_sizes(f
         return function(d, reach, radius)
 
     for size in (0.0, 1e-20, 1.0, 30.0, 1e6):
-        for radius, reach in ((0.0, 0.0), (0.0, 1.0), (1e-30, 1e-30), (1e-12, 1.0), (1.0, 0.0), (1e6, 1e6)):
+        for radius, reach in (
+            (0.0, 0.0),
+            (0.0, 1.0),
+            (1e-30, 1e-30),
+            (1e-12, 1.0),
+            (1.0, 0.0),
+            (1e6, 1e6),
+        ):
             d, ends = jnp.arange(5.0) * size, jnp.full(5, reach)
             value, gradient = gain((d, jnp.float32(radius), ends))
             assert 0 <= value <= radius * np.linalg.norm(d) * (1 + 1e-5), (size, radius, reach)

@@ -1,4 +1,5 @@
-"""The published networks layer by layer (METHOD 6): what they compute, how they start, and what they refuse."""
+"""The published networks layer by layer (METHOD 6): what they compute, how they start, and what
+they refuse."""
 
 import functools
 
@@ -12,7 +13,8 @@ from flax import nnx
 import lipjax
 from lipjax import bounds, models
 
-# (channels, kernel, stride, padding) of the convolutions, widths of the hidden dense layers, and the initial thresholds
+# (channels, kernel, stride, padding) of the convolutions, widths of the hidden dense layers, and
+# the initial thresholds
 # of each activation: as METHOD 6 lists them, written out again here and not taken from the code.
 PUBLISHED = {
     "conv4_dense3": dict(
@@ -26,16 +28,38 @@ PUBLISHED = {
     "conv6_dense2": dict(
         shape=(32, 32, 3),
         classes=10,
-        convs=[(32, 3, 1, 1), (32, 3, 1, 1), (32, 4, 2, 1), (64, 3, 1, 1), (64, 3, 1, 1), (64, 4, 2, 1)],
+        convs=[
+            (32, 3, 1, 1),
+            (32, 3, 1, 1),
+            (32, 4, 2, 1),
+            (64, 3, 1, 1),
+            (64, 3, 1, 1),
+            (64, 4, 2, 1),
+        ],
         dense=[512],
         relu=2.0,
-        maxmin=[(0.1, -0.1), (0.1, -0.15), (0.15, -0.15), (0.15, -0.15), (0.2, -0.2), (0.3, -0.3), (1.2, -1.2)],
+        maxmin=[
+            (0.1, -0.1),
+            (0.1, -0.15),
+            (0.15, -0.15),
+            (0.15, -0.15),
+            (0.2, -0.2),
+            (0.3, -0.3),
+            (1.2, -1.2),
+        ],
     ),
     "conv8_dense2": dict(
         shape=(64, 64, 3),
         classes=200,
         convs=[
-            *[(64, 3, 1, 1), (64, 3, 1, 1), (64, 4, 2, 0), (128, 3, 1, 1), (128, 3, 1, 1), (128, 4, 2, 0)],
+            *[
+                (64, 3, 1, 1),
+                (64, 3, 1, 1),
+                (64, 4, 2, 0),
+                (128, 3, 1, 1),
+                (128, 3, 1, 1),
+                (128, 4, 2, 0),
+            ],
             *[(256, 3, 1, 1), (256, 4, 2, 0)],
         ],
         dense=[256],
@@ -47,7 +71,9 @@ PUBLISHED = {
 
 def positions(size, kernel, stride, padding):
     """How many positions there are at which the kernel fits, counted."""
-    return len([i for i in range(-padding, size + padding) if i + kernel <= size + padding][::stride])
+    return len(
+        [i for i in range(-padding, size + padding) if i + kernel <= size + padding][::stride]
+    )
 
 
 def call(module, x):
@@ -68,7 +94,10 @@ def test_published_networks_have_the_published_layers_and_shapes(name, activatio
         )
     )
     kind = dict(
-        relu=lipjax.ReLU, clipped_relu=lipjax.ClippedReLU, maxmin=lipjax.MaxMin, clipped_maxmin=lipjax.ClippedMaxMin
+        relu=lipjax.ReLU,
+        clipped_relu=lipjax.ClippedReLU,
+        maxmin=lipjax.MaxMin,
+        clipped_maxmin=lipjax.ClippedMaxMin,
     )[activation]
     layers = list(network.layers)
     shape = wanted["shape"]
@@ -91,7 +120,11 @@ def test_published_networks_have_the_published_layers_and_shapes(name, activatio
     shape = (int(np.prod(shape)),)
     for width in wanted["dense"]:
         dense = layers.pop(0)
-        assert type(dense) is nnx.Linear and dense.kernel.shape == (*shape, width) and dense.bias.shape == (width,)
+        assert (
+            type(dense) is nnx.Linear
+            and dense.kernel.shape == (*shape, width)
+            and dense.bias.shape == (width,)
+        )
         shape = (width,)
         check_activation(layers.pop(0))
     (head,) = layers
@@ -105,7 +138,9 @@ def test_published_networks_start_with_the_published_variance_and_thresholds(nam
     wanted = PUBLISHED[name]
     arguments = dict(classes=wanted["classes"], input_shape=wanted["shape"])
     network = models.build(name, activation="clipped_relu", rngs=nnx.Rngs(0), **arguments)
-    thresholds = [layer.threshold[...] for layer in network.layers if type(layer) is lipjax.ClippedReLU]
+    thresholds = [
+        layer.threshold[...] for layer in network.layers if type(layer) is lipjax.ClippedReLU
+    ]
     assert len(thresholds) == len(wanted["convs"]) + len(wanted["dense"])
     for threshold in thresholds:
         np.testing.assert_array_equal(threshold, np.float32(wanted["relu"]))
@@ -114,12 +149,15 @@ def test_published_networks_start_with_the_published_variance_and_thresholds(nam
             kernel = np.asarray(layer.kernel[...], np.float64)
             height, width, _, out = kernel.shape
             variance = 2 / (height * width * out)
-            # Five standard deviations of the sample's variance and mean: 2 variance^2 / n and variance / n.
+            # Five standard deviations of the sample's variance and mean: 2 variance^2 / n and
+            # variance / n.
             assert abs(np.mean(kernel**2) / variance - 1) < 5 * np.sqrt(2 / kernel.size)
             assert abs(np.mean(kernel)) < 5 * np.sqrt(variance / kernel.size)
-            assert np.max(np.abs(kernel)) > 2.5 * np.sqrt(variance)  # a normal's tail, not a uniform's
+            # a normal's tail, not a uniform's
+            assert np.max(np.abs(kernel)) > 2.5 * np.sqrt(variance)
             np.testing.assert_array_equal(layer.bias[...], 0)
-        if type(layer) is nnx.Linear:  # "framework default" of the reference: uniform within 1 / sqrt(inputs)
+        # "framework default" of the reference: uniform within 1 / sqrt(inputs)
+        if type(layer) is nnx.Linear:
             reach = 1 / np.sqrt(layer.in_features)
             kernel = np.asarray(layer.kernel[...])
             assert 0.99 * reach < np.max(np.abs(kernel)) <= reach
@@ -135,7 +173,12 @@ def test_published_networks_start_with_the_published_variance_and_thresholds(nam
 @pytest.mark.parametrize("name", ["small_dense", "small_residual"])
 @pytest.mark.parametrize("orthogonal", [False, True])
 def test_the_other_small_networks_have_their_layers_behind_a_normalisation(name, orthogonal):
-    settings = {"mean": (0.2, 0.4), "deviation": (0.5,) * 2, "orthogonal": orthogonal, "activation": "maxmin"}
+    settings = {
+        "mean": (0.2, 0.4),
+        "deviation": (0.5,) * 2,
+        "orthogonal": orthogonal,
+        "activation": "maxmin",
+    }
     network = models.build(name, classes=3, input_shape=(6, 4, 2), rngs=nnx.Rngs(0), **settings)
     first, *layers = network.layers
     assert type(first) is lipjax.Normalize
@@ -147,7 +190,10 @@ def test_the_other_small_networks_have_their_layers_behind_a_normalisation(name,
         inside = [type(layer) for layer in layers[2].branch.layers]
         assert inside == [conv, lipjax.MaxMin, conv]
     assert [type(layer) for layer in layers] == kinds
-    assert jax.eval_shape(call, network, jax.ShapeDtypeStruct((5, 6, 4, 2), jnp.float32)).shape == (5, 3)
+    assert jax.eval_shape(call, network, jax.ShapeDtypeStruct((5, 6, 4, 2), jnp.float32)).shape == (
+        5,
+        3,
+    )
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
@@ -176,7 +222,9 @@ def test_a_small_network_is_a_function_of_its_seed_and_takes_its_widths(activati
 
 
 def test_a_stem_takes_patches_apart_in_front_of_the_pairs():
-    make = functools.partial(models.small_conv, input_shape=(30, 30, 3), widths=(2, 4), rngs=nnx.Rngs(0))
+    make = functools.partial(
+        models.small_conv, input_shape=(30, 30, 3), widths=(2, 4), rngs=nnx.Rngs(0)
+    )
     network, without = make(stem=5), make()
     convs = [layer for layer in network.layers if type(layer) is nnx.Conv]
     assert convs[0].kernel_size == (5, 5) and convs[0].strides in (5, (5, 5))
@@ -191,7 +239,9 @@ def test_what_cannot_be_built_is_refused_with_what_was_expected():
     rngs = nnx.Rngs(0)
     with pytest.raises(ValueError, match=r"'conv6_dens2'.*Did you mean 'conv6_dense2'"):
         models.build("conv6_dens2", rngs=rngs)
-    with pytest.raises(ValueError, match="one of relu, clipped_relu, maxmin, clipped_maxmin, got 'gelu'"):
+    with pytest.raises(
+        ValueError, match="one of relu, clipped_relu, maxmin, clipped_maxmin, got 'gelu'"
+    ):
         models.conv4_dense3(activation="gelu", rngs=rngs)
     with pytest.raises(ValueError, match=r"\(12, 12, 3\) are too small: convolution 7 "):
         models.conv8_dense2(input_shape=(12, 12, 3), rngs=rngs)

@@ -16,7 +16,8 @@ NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
 
 
 def executed(name: str, timeout: int, **environment) -> str:
-    """Runs a notebook as a reader would, in its folder and with this interpreter; returns what it printed."""
+    """Runs a notebook as a reader would, in its folder and with this interpreter; returns what it
+    printed."""
     nbclient = pytest.importorskip("nbclient", reason="notebooks are executed with nbclient")
     pytest.importorskip("ipykernel", reason="notebooks are executed by ipykernel")
     notebook = nbformat.read(FOLDER / name, as_version=4)
@@ -58,10 +59,14 @@ def test_the_larger_notebook_installs_what_the_scripts_need():
 
 def test_the_digits_notebook_runs():
     said = executed("digits.ipynb", timeout=240)
-    assert "certified" in said and "tier probabilistic" in said and "after 20 gradient steps" in said
+    assert (
+        "certified" in said and "tier probabilistic" in said and "after 20 gradient steps" in said
+    )
 
 
-def test_the_larger_notebook_trains_resumes_certifies_and_checks_on_a_slice_of_cifar10(shared, tmp_path):
+def test_the_larger_notebook_trains_resumes_certifies_and_checks_on_a_slice_of_cifar10(
+    shared, tmp_path
+):
     unpack = f"""
 import sys; sys.path.insert(0, {str(shared / "data")!r})
 import numpy as np, unpack
@@ -74,7 +79,9 @@ np.savez("test.npz", x=x[400:440], y=y[400:440])
     assert np.load(tmp_path / "train.npz")["x"].shape == (400, 32, 32, 3)
     data = f"npz:{tmp_path / 'train.npz'},{tmp_path / 'test.npz'}"
     workdir = tmp_path / "run"
-    said = executed("larger_set.ipynb", 240, LIPJAX_NOTEBOOK_DATA=data, LIPJAX_NOTEBOOK_WORKDIR=str(workdir))
+    said = executed(
+        "larger_set.ipynb", 240, LIPJAX_NOTEBOOK_DATA=data, LIPJAX_NOTEBOOK_WORKDIR=str(workdir)
+    )
     assert "continuing after epoch 1" in said
     assert "certified" in said and "confirmed" in said.lower()
     assert (workdir / "certification" / "certificate.npz").is_file()

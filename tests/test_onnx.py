@@ -10,7 +10,8 @@ import pytest
 from flax import nnx
 
 import lipjax
-from lipjax import layers, onnx_export, storage
+from lipjax import layers, storage
+from lipjax.bridges import onnx_out
 
 SHAPE = (7, 6, 4)
 
@@ -23,14 +24,18 @@ def conv(inputs=4, outputs=4, window=(3, 2), **arguments) -> nnx.Conv:
 def thresholds(layer):
     """The activation with thresholds that differ from neuron to neuron."""
     rng = np.random.default_rng(0)
-    return jax.tree.map(lambda leaf: leaf + jnp.asarray(rng.uniform(-0.2, 0.2, leaf.shape), leaf.dtype), layer)
+    return jax.tree.map(
+        lambda leaf: leaf + jnp.asarray(rng.uniform(-0.2, 0.2, leaf.shape), leaf.dtype), layer
+    )
 
 
 LAYERS = {
     "conv": lambda: conv(),
     "conv of stride 2, padding SAME": lambda: conv(strides=2),
     "conv without bias, padding in numbers": lambda: conv(padding=((0, 2), (1, 0)), use_bias=False),
-    "conv with dilation and groups": lambda: conv(feature_group_count=2, kernel_dilation=(2, 1), padding="VALID"),
+    "conv with dilation and groups": lambda: conv(
+        feature_group_count=2, kernel_dilation=(2, 1), padding="VALID"
+    ),
     "conv with a mask": lambda: conv(mask=jnp.arange(96.0).reshape(3, 2, 4, 4) % 3),
     "circular conv": lambda: conv(window=(3, 4), padding="CIRCULAR"),
     "linear on the channels": lambda: nnx.Linear(4, 6, use_bias=False, rngs=nnx.Rngs(0)),
@@ -50,7 +55,9 @@ def around(layer) -> nnx.Sequential:
     """A network with that layer in the middle; values of both signs in front of it."""
     shape = jax.eval_shape(layer, jnp.zeros(SHAPE)).shape
     flatten = [lipjax.Flatten(len(shape))] if len(shape) > 1 else []
-    return nnx.Sequential(conv(window=(1, 1)), layer, *flatten, nnx.Linear(int(np.prod(shape)), 3, rngs=nnx.Rngs(1)))
+    return nnx.Sequential(
+        conv(window=(1, 1)), layer, *flatten, nnx.Linear(int(np.prod(shape)), 3, rngs=nnx.Rngs(1))
+    )
 
 
 def computed(path, images):
@@ -61,7 +68,11 @@ def computed(path, images):
 
 def test_every_layer_that_is_stored_has_a_rule_and_is_compared_here():
     kinds = {type(layer()) for layer in LAYERS.values()} - {layers.Residual}
-    own = {kind for kind in onnx_export.nodes.registry if kind.__module__.partition(".")[0] in ("lipjax", "flax")}
+    own = {
+        kind
+        for kind in onnx_out.nodes.registry
+        if kind.__module__.partition(".")[0] in ("lipjax", "flax")
+    }
     assert kinds == own  # whatever other tests have registered
     assert kinds == {kind.type for kind in storage.KINDS.values()}
 
@@ -69,11 +80,13 @@ def test_every_layer_that_is_stored_has_a_rule_and_is_compared_here():
 @pytest.mark.parametrize("name", LAYERS)
 def test_onnxruntime_gives_the_logits_of_the_network(tmp_path, name):
     network, path = around(LAYERS[name]()), tmp_path / "network.onnx"
-    onnx_export.to_onnx(network, path, input_shape=SHAPE)
+    onnx_out.to_onnx(network, path, input_shape=SHAPE)
     for count in (1, 5):  # the number of images is free
         images = np.random.default_rng(count).uniform(0, 1, (count, *SHAPE)).astype(np.float32)
         logits = np.asarray(jax.jit(lambda network, x: network(x))(network, images))
-        np.testing.assert_allclose(computed(path, images), logits, rtol=1e-5, atol=1e-5 * np.abs(logits).max())
+        np.testing.assert_allclose(
+            computed(path, images), logits, rtol=1e-5, atol=1e-5 * np.abs(logits).max()
+        )
 
 
 def test_convolutions_of_other_ranks_and_float64(tmp_path):
@@ -85,7 +98,7 @@ def test_convolutions_of_other_ranks_and_float64(tmp_path):
             lipjax.Flatten(2),
             nnx.Linear(15, 2, param_dtype=jnp.float64, rngs=rngs),
         )
-        onnx_export.to_onnx(network, path, input_shape=(5, 2))
+        onnx_out.to_onnx(network, path, input_shape=(5, 2))
         images = np.random.default_rng(0).uniform(0, 1, (2, 5, 2))
         logits = np.asarray(network(images))
     # onnxruntime has no convolution in float64; ONNX's own evaluator does.
@@ -97,20 +110,23 @@ def test_convolutions_of_other_ranks_and_float64(tmp_path):
 def test_a_network_that_ends_in_an_activation_is_exported_as_it_is(tmp_path):
     network = nnx.Sequential(lipjax.Flatten(), nnx.Linear(168, 4, rngs=nnx.Rngs(0)), lipjax.ReLU())
     path = tmp_path / "network.onnx"
-    onnx_export.to_onnx(network, path, input_shape=SHAPE)
+    onnx_out.to_onnx(network, path, input_shape=SHAPE)
     images = np.random.default_rng(0).uniform(0, 1, (2, *SHAPE)).astype(np.float32)
     np.testing.assert_allclose(computed(path, images), network(images), rtol=1e-5, atol=1e-6)
 
 
 def test_the_file_says_what_it_takes_and_what_certificates_say_of_it(tmp_path):
     path = tmp_path / "network.onnx"
-    onnx_export.to_onnx(around(lipjax.ReLU()), path, input_shape=SHAPE)
+    onnx_out.to_onnx(around(lipjax.ReLU()), path, input_shape=SHAPE)
     model = onnx.load(path)
     said = {entry.key: entry.value for entry in model.metadata_props}
     assert "[0, 1]" in said["input"] and "not normalised" in said["input"]
-    assert "does not cover" in said["certificates"] and "arithmetic that they state" in said["certificates"]
+    assert (
+        "does not cover" in said["certificates"]
+        and "arithmetic that they state" in said["certificates"]
+    )
     assert model.producer_name == "lipjax" and model.producer_version == lipjax.__version__
-    assert [entry.version for entry in model.opset_import] == [onnx_export.OPSET]
+    assert [entry.version for entry in model.opset_import] == [onnx_out.OPSET]
     weights = [onnx.numpy_helper.to_array(constant) for constant in model.graph.initializer]
     assert {w.dtype for w in weights} == {np.dtype(np.float32), np.dtype(np.int64)}
 
@@ -125,14 +141,14 @@ class Halved(nnx.Module):
 def test_a_layer_of_ones_own_needs_a_rule_and_is_exported_with_one(tmp_path):
     network, path = around(Halved()), tmp_path / "network.onnx"
     with pytest.raises(TypeError, match=r"layer 1, Halved, has no rule.*nodes\.register"):
-        onnx_export.to_onnx(network, path, input_shape=SHAPE)
+        onnx_out.to_onnx(network, path, input_shape=SHAPE)
     assert not path.exists()
 
-    @onnx_export.nodes.register(Halved)
+    @onnx_out.nodes.register(Halved)
     def _(layer, graph, x, shape):
         return graph.add("Mul", x, graph.constant(0.5))
 
-    onnx_export.to_onnx(network, path, input_shape=SHAPE)
+    onnx_out.to_onnx(network, path, input_shape=SHAPE)
     images = np.random.default_rng(0).uniform(0, 1, (2, *SHAPE)).astype(np.float32)
     np.testing.assert_allclose(computed(path, images), network(images), rtol=1e-5, atol=1e-6)
 
@@ -150,7 +166,9 @@ class Subclass(lipjax.ReLU):
     [
         (lambda: around(Subclass()), SHAPE, "Subclass"),
         (
-            lambda: nnx.Sequential(lipjax.AOLConv(4, 4, (3, 3), rngs=nnx.Rngs(0)), *around(lipjax.ReLU()).layers),
+            lambda: nnx.Sequential(
+                lipjax.AOLConv(4, 4, (3, 3), rngs=nnx.Rngs(0)), *around(lipjax.ReLU()).layers
+            ),
             SHAPE,
             "plain",
         ),
@@ -158,7 +176,11 @@ class Subclass(lipjax.ReLU):
         (lambda: around(conv(padding=((-1, 0), (0, 0)))), SHAPE, "padding"),
         (lambda: around(conv(dtype=jnp.bfloat16)), SHAPE, "computes in bfloat16"),
         (lambda: around(conv(param_dtype=jnp.bfloat16)), SHAPE, "bfloat16, float32"),
-        (lambda: around(lipjax.ReLU()), (7, 6, 3), r"layer 0, Conv, cannot take an input of shape \(7, 6, 3\)"),
+        (
+            lambda: around(lipjax.ReLU()),
+            (7, 6, 3),
+            r"layer 0, Conv, cannot take an input of shape \(7, 6, 3\)",
+        ),
         (lambda: nnx.Sequential(conv()), SHAPE, "one axis"),
         (lambda: nnx.Sequential(conv(), lipjax.ReLU()), SHAPE, "one axis"),
         (lambda: around(jax.nn.relu), SHAPE, "layer 1, relu, has no rule"),
@@ -178,5 +200,5 @@ class Subclass(lipjax.ReLU):
 )
 def test_what_cannot_be_exported_is_an_error_and_writes_nothing(tmp_path, network, shape, expected):
     with pytest.raises((TypeError, ValueError), match=expected):
-        onnx_export.to_onnx(network(), tmp_path / "network.onnx", input_shape=shape)
+        onnx_out.to_onnx(network(), tmp_path / "network.onnx", input_shape=shape)
     assert not list(tmp_path.iterdir())

@@ -1,4 +1,5 @@
-"""Layers of norm at most 1: against the SVD of their matrices, as `plain` writes them down, and in training."""
+"""Layers of norm at most 1: against the SVD of their matrices, as `plain` writes them down, and in
+training."""
 
 import jax
 import jax.numpy as jnp
@@ -25,17 +26,28 @@ def test_every_singular_value_of_a_cayley_layer_is_one(inputs, outputs):
 
 @pytest.mark.parametrize(
     "window, strides, padding, inputs, outputs",
-    [((3, 3), 1, 1, 4, 6), ((4, 4), 2, 1, 3, 5), ((3, 3), 2, 0, 2, 9), ((2, 5), 2, 3, 3, 2), ((1, 1), 1, 0, 4, 4)],
+    [
+        ((3, 3), 1, 1, 4, 6),
+        ((4, 4), 2, 1, 3, 5),
+        ((3, 3), 2, 0, 2, 9),
+        ((2, 5), 2, 3, 3, 2),
+        ((1, 1), 1, 0, 4, 4),
+    ],
 )
-def test_no_singular_value_of_an_aol_convolution_is_above_one(window, strides, padding, inputs, outputs):
-    layer = lipjax.AOLConv(inputs, outputs, window, strides=strides, padding=padding, rngs=nnx.Rngs(0))
+def test_no_singular_value_of_an_aol_convolution_is_above_one(
+    window, strides, padding, inputs, outputs
+):
+    layer = lipjax.AOLConv(
+        inputs, outputs, window, strides=strides, padding=padding, rngs=nnx.Rngs(0)
+    )
     start = singular_values(layer, (6, 7, inputs))
     assert np.max(start) <= 1 + 1e-5 and np.max(start) > 0.5
     for seed, factor in ((0, 1e-3), (1, 1.0), (2, 1e3)):
         noise = jax.random.normal(jax.random.key(seed), layer.free.kernel[...].shape)
         layer.free.kernel[...] = factor * noise
         assert np.max(singular_values(layer, (6, 7, inputs))) <= 1 + 1e-5
-        layer.free.kernel[...] = factor * jnp.ones_like(noise)  # all taps alike: the largest norm that there is
+        # all taps alike: the largest norm that there is
+        layer.free.kernel[...] = factor * jnp.ones_like(noise)
         values = singular_values(layer, (12, 13, inputs))
         assert 0.5 < np.max(values) <= 1 + 1e-5
     layer.free.kernel[...] = jnp.zeros_like(noise)
@@ -49,9 +61,14 @@ def test_a_kernel_smaller_than_its_stride_is_refused():
 
 def test_plain_computes_the_same_and_is_certified_where_the_other_is_refused():
     rngs = nnx.Rngs(0)
-    conv, dense = lipjax.AOLConv(1, 4, (4, 4), strides=2, rngs=rngs), lipjax.CayleyLinear(16, 6, rngs=rngs)
+    conv, dense = (
+        lipjax.AOLConv(1, 4, (4, 4), strides=2, rngs=rngs),
+        lipjax.CayleyLinear(16, 6, rngs=rngs),
+    )
     block = lipjax.Residual(lipjax.CayleyLinear(6, 6, rngs=rngs))
-    net = nnx.Sequential(conv, lipjax.Flatten(), dense, block, lipjax.MaxMin(), nnx.Linear(6, 3, rngs=rngs))
+    net = nnx.Sequential(
+        conv, lipjax.Flatten(), dense, block, lipjax.MaxMin(), nnx.Linear(6, 3, rngs=rngs)
+    )
     x = np.random.default_rng(0).uniform(0, 1, (3, 6, 6, 1)).astype(np.float32)
     plain = orthogonal.plain(nnx.Sequential(net))  # also inside another sequence
     np.testing.assert_allclose(jax.vmap(plain)(x), jax.vmap(net)(x), atol=1e-6)
@@ -65,7 +82,9 @@ def test_plain_computes_the_same_and_is_certified_where_the_other_is_refused():
 
 
 def test_training_moves_the_free_parameters_and_keeps_the_norms():
-    net = models.build("small_dense", orthogonal=True, activation="maxmin", widths=(6, 4), rngs=nnx.Rngs(0))
+    net = models.build(
+        "small_dense", orthogonal=True, activation="maxmin", widths=(6, 4), rngs=nnx.Rngs(0)
+    )
     x = jnp.asarray(np.random.default_rng(0).uniform(0, 1, (8, 8, 1)), jnp.float32)
 
     @jax.jit
@@ -97,5 +116,10 @@ def test_the_selected_network_of_a_run_is_plain():
     )
     network, facts = training.selected_network(Run(), config, (8, 8, 1), 10)
     kinds = [type(layer).__name__ for layer in network.layers]
-    assert kinds == ["Normalize", "Flatten", *["Linear", "ClippedMaxMin"] * 2, "Linear"] and facts == {"epoch": 3}
+    assert kinds == [
+        "Normalize",
+        "Flatten",
+        *["Linear", "ClippedMaxMin"] * 2,
+        "Linear",
+    ] and facts == {"epoch": 3}
     np.testing.assert_allclose(singular_values(network.layers[2], (64,)), 1, rtol=1e-5)

@@ -124,7 +124,11 @@ def test_lengths_are_rounded_up_and_only_nothing_has_none():
                 exact = sum(rational(x) ** 2)
                 assert found > 0
                 assert (
-                    exact <= found**2 <= exact * (1 + 8 * exact_gamma(n + 8)) + TINY**2 + 10**4 * TINY * Fraction(size)
+                    exact
+                    <= found**2
+                    <= exact * (1 + 8 * exact_gamma(n + 8))
+                    + TINY**2
+                    + 10**4 * TINY * Fraction(size)
                 )
     for length in (OUTWARD.length, OUTWARD.norm):
         assert length(jnp.zeros(3)) == 0 and length(jnp.array([0.0, 1e-300])) > 0

@@ -1,4 +1,5 @@
-"""The wheel holds what it should and nothing else; its metadata, the changelog and the citation say the same."""
+"""The wheel holds what it should and nothing else; its metadata, the changelog and the citation say
+the same."""
 
 import importlib.metadata
 import os
@@ -19,15 +20,36 @@ from packaging.version import Version
 import lipjax
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
-# What is heavy, or only for scripts, tests or one function of many. (flax itself imports absl, optax and rich.)
+# What is heavy, or only for scripts, tests or one function of many. (flax itself imports absl,
+# optax and rich.)
 NOT_IMPORTED = {
-    *("array_record", "grain", "ml_collections", "orbax", "sklearn", "tensorflow", "tensorflow_datasets"),
-    *("equinox", "hypothesis", "matplotlib", "onnx", "onnxruntime", "PIL", "scipy", "tensorboardX", "torch"),
+    *(
+        "array_record",
+        "grain",
+        "ml_collections",
+        "orbax",
+        "sklearn",
+        "tensorflow",
+        "tensorflow_datasets",
+    ),
+    *(
+        "equinox",
+        "hypothesis",
+        "matplotlib",
+        "onnx",
+        "onnxruntime",
+        "PIL",
+        "scipy",
+        "tensorboardX",
+        "torch",
+    ),
 }
 
 
 def python(*arguments, **options):
-    done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, timeout=300, **options)
+    done = subprocess.run(
+        [sys.executable, *arguments], capture_output=True, text=True, timeout=300, **options
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -43,7 +65,9 @@ def wheel(tmp_path_factory):
     for path in ROOT.iterdir():
         if path.is_file():
             shutil.copy(path, tree / path.name)
-    python("-c", f"import setuptools.build_meta as build\nbuild.build_wheel({str(out)!r})", cwd=tree)
+    python(
+        "-c", f"import setuptools.build_meta as build\nbuild.build_wheel({str(out)!r})", cwd=tree
+    )
     (path,) = out.iterdir()
     with zipfile.ZipFile(path) as archive:
         archive.extractall(out / "installed")
@@ -62,9 +86,11 @@ def sources() -> set[str]:
 
 def test_the_wheel_holds_every_file_of_the_package_and_nothing_else(wheel):
     found = {str(path.relative_to(wheel)) for path in wheel.rglob("*") if path.is_file()}
-    metadata = {name for name in found if name.startswith(f"lipjax-{lipjax.__version__}.dist-info/")}
+    metadata = {
+        name for name in found if name.startswith(f"lipjax-{lipjax.__version__}.dist-info/")
+    }
     assert found - metadata == sources()
-    assert {"lipjax/__init__.py", "lipjax/check.py", "lipjax/py.typed"} <= found
+    assert {"lipjax/__init__.py", "lipjax/check/checker.py", "lipjax/py.typed"} <= found
     (licence,) = (name for name in metadata if name.endswith("/LICENSE"))
     assert (wheel / licence).read_bytes() == (ROOT / "LICENSE").read_bytes()
 
@@ -77,10 +103,17 @@ def listed(path) -> set[Requirement]:
 def test_the_wheels_metadata_are_those_of_the_requirement_files(wheel):
     (found,) = importlib.metadata.distributions(path=[str(wheel)])
     assert found.name == "lipjax" and found.version == lipjax.__version__
-    assert found.metadata["Requires-Python"] == ">=3.11" and found.metadata["License-Expression"] == "MIT"
+    assert (
+        found.metadata["Requires-Python"] == ">=3.11"
+        and found.metadata["License-Expression"] == "MIT"
+    )
     assert found.metadata["Author"] == "The lipjax developers"
     files = PROJECT["tool"]["setuptools"]["dynamic"]["optional-dependencies"]
-    assert files["scripts"] == {"file": ["requirements.txt"]} and {"onnx", "tensorboard", "test"} <= set(files)
+    assert files["scripts"] == {"file": ["requirements.txt"]} and {
+        "onnx",
+        "tensorboard",
+        "test",
+    } <= set(files)
     assert set(found.metadata.get_all("Provides-Extra")) == set(files)
     wanted = {(None, str(Requirement(line))) for line in PROJECT["project"]["dependencies"]}
     for extra, source in files.items():
@@ -101,14 +134,16 @@ def test_what_the_library_needs_is_part_of_what_the_scripts_need():
 
 
 def test_the_oldest_versions_that_are_tried_are_the_oldest_that_are_allowed():
-    pinned = {found.name: str(found.specifier).removeprefix("==") for found in listed("tests/oldest.txt")}
+    pinned = {
+        found.name: str(found.specifier).removeprefix("==") for found in listed("tests/oldest.txt")
+    }
     for requirement in listed("requirements.txt"):
         if requirement.marker is None or requirement.marker.evaluate(
             {"sys_platform": "linux", "platform_machine": "x86_64"}
         ):
-            assert Version(pinned[requirement.name]) == Version(str(requirement.specifier).removeprefix(">=")), (
-                requirement
-            )
+            assert Version(pinned[requirement.name]) == Version(
+                str(requirement.specifier).removeprefix(">=")
+            ), requirement
 
 
 def test_the_wheel_is_imported_with_nothing_but_jax_and_flax(wheel, tmp_path):
@@ -117,7 +152,8 @@ def test_the_wheel_is_imported_with_nothing_but_jax_and_flax(wheel, tmp_path):
         "import sys, jax, flax.nnx\n"
         "before = set(sys.modules)\n"
         "import lipjax\n"
-        "more = {name.split('.')[0] for name in set(sys.modules) - before} - set(sys.stdlib_module_names)\n"
+        "more = {name.split('.')[0] for name in set(sys.modules) - before} - "
+        "set(sys.stdlib_module_names)\n"
         "print(lipjax.__file__, lipjax.__version__, *sorted(more))\n"
         "print(*{name.split('.')[0] for name in sys.modules})\n"
     )
@@ -142,11 +178,25 @@ def test_the_changelog_says_what_this_version_brought():
 
 def test_the_citation_is_of_this_version_and_names_the_paper():
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
-    assert citation["cff-version"] == "1.2.0" and citation["message"] and citation["license"] == "MIT"
+    assert (
+        citation["cff-version"] == "1.2.0" and citation["message"] and citation["license"] == "MIT"
+    )
     assert citation["version"] == lipjax.__version__
-    assert f"## [{lipjax.__version__}] - {citation['date-released']}" in (ROOT / "CHANGELOG.md").read_text()
+    assert (
+        f"## [{lipjax.__version__}] - {citation['date-released']}"
+        in (ROOT / "CHANGELOG.md").read_text()
+    )
     assert citation["authors"] == [{"name": "The lipjax developers"}]
     (paper,) = citation["references"]
-    assert paper["title"] == "Training Certifiably Robust Neural Networks with Efficient Local Lipschitz Bounds"
-    assert [author["family-names"] for author in paper["authors"]] == ["Huang", "Zhang", "Shi", "Kolter", "Anandkumar"]
+    assert (
+        paper["title"]
+        == "Training Certifiably Robust Neural Networks with Efficient Local Lipschitz Bounds"
+    )
+    assert [author["family-names"] for author in paper["authors"]] == [
+        "Huang",
+        "Zhang",
+        "Shi",
+        "Kolter",
+        "Anandkumar",
+    ]
     assert paper["year"] == 2021 and paper["identifiers"][0]["value"] == "arXiv:2111.01395"

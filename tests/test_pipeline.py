@@ -1,4 +1,5 @@
-"""The input pipeline: the same batches whatever the workers and wherever it starts; errors arrive, nothing is left behind."""
+"""The input pipeline: the same batches whatever the workers and wherever it starts; errors arrive,
+nothing is left behind."""
 
 import dataclasses
 import math
@@ -17,9 +18,10 @@ from conftest import ROOT
 from PIL import Image
 from test_records import write_folder
 
-from lipjax import data, pipeline, records, training
+from lipjax import training
 from lipjax.configs import digits
-from lipjax.data import DataError
+from lipjax.data import pipeline, records, sets
+from lipjax.data.sets import DataError
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +34,7 @@ def name(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def train(name):
-    return data.load(name, image_size=12).train
+    return sets.load(name, image_size=12).train
 
 
 ROWS = np.random.default_rng(0).integers(0, 54, (7, 5)).astype(np.int32)
@@ -59,7 +61,7 @@ def workers_of_this_process(count):
     return children
 
 
-# ---------------------------------------------------------------------------------------------------- the same batches
+# --------------------------------------------------------------------------------- the same batches
 
 
 def test_batches_are_the_images_at_their_rows_in_order(train):
@@ -72,10 +74,16 @@ def test_batches_are_the_images_at_their_rows_in_order(train):
 
 
 def test_neither_workers_nor_where_one_starts_change_a_batch(train):
-    """With augmentation: the rest from any step on, with and without workers, and however far they read ahead."""
+    """With augmentation: the rest from any step on, with and without workers, and however far they
+    read ahead."""
     expected = collect(train, augment=True)
     for workers, read_ahead, start in ((0, 0, 0), (0, 3, 4), (0, 1, 7), (2, 3, 2)):
-        options = {"workers": workers, "read_ahead": read_ahead, "augment": True, "first_step": 100 + start}
+        options = {
+            "workers": workers,
+            "read_ahead": read_ahead,
+            "augment": True,
+            "first_step": 100 + start,
+        }
         same(collect(train, ROWS[start:], **options), expected[start:])
     assert not multiprocessing.active_children()
 
@@ -110,19 +118,21 @@ def test_images_in_memory_are_taken_in_this_process(train):
 
 
 def test_what_makes_no_sense_is_refused(name, train):
-    as_stored = data.load(name).train
+    as_stored = sets.load(name).train
     assert pipeline.augments(train) and not pipeline.augments(as_stored)
     memory = dataclasses.replace(train, images=train.images[:])
     for dataset in (as_stored, memory):
         assert not pipeline.augments(dataset)
-        with pytest.raises(ValueError, match=r"no image_size: its crops and flips are made on the device"):
+        with pytest.raises(
+            ValueError, match=r"no image_size: its crops and flips are made on the device"
+        ):
             pipeline.batches(dataset, ROWS, seed=0, first_step=0, augment=True)
     for field in ("workers", "read_ahead"):
         with pytest.raises(ValueError, match=f"{field} must be at least 0, got -1"):
             pipeline.batches(train, ROWS, seed=0, first_step=0, **{field: -1})
 
 
-# ---------------------------------------------------------------------------------------------------- augmentation
+# ------------------------------------------------------------------------------------- augmentation
 
 
 def test_the_randomness_of_an_example_is_that_of_seed_step_and_position_alone(train):
@@ -140,7 +150,8 @@ def test_the_randomness_of_an_example_is_that_of_seed_step_and_position_alone(tr
 
 @pytest.mark.parametrize("size", [(90, 60), (40, 200), (64, 64)])
 def test_crops_have_the_stated_areas_and_aspects_and_lie_everywhere(size):
-    """An image whose pixels are their coordinates says which box was resized; mirrored ones run from right to left."""
+    """An image whose pixels are their coordinates says which box was resized; mirrored ones run
+    from right to left."""
     width, height = size
     x, y = np.meshgrid(np.arange(width), np.arange(height))
     image = Image.fromarray(np.stack([x, y, 0 * x], -1).astype(np.uint8))
@@ -158,18 +169,35 @@ def test_crops_have_the_stated_areas_and_aspects_and_lie_everywhere(size):
     area, aspect = w * h / (width * height), w / h
     assert 100 < sum(mirrored) < 200
     assert np.all(area < 1.15) and np.all(area > 0.06) and area.min() < 0.15
-    assert np.all(aspect > 0.75 / 1.25) and np.all(aspect < 4 / 3 * 1.25) and aspect.min() < 0.85 and aspect.max() > 1.2
-    assert np.all(left > -2) and np.all(top > -2) and np.all(left + w < width + 2) and np.all(top + h < height + 2)
+    assert (
+        np.all(aspect > 0.75 / 1.25)
+        and np.all(aspect < 4 / 3 * 1.25)
+        and aspect.min() < 0.85
+        and aspect.max() > 1.2
+    )
+    assert (
+        np.all(left > -2)
+        and np.all(top > -2)
+        and np.all(left + w < width + 2)
+        and np.all(top + h < height + 2)
+    )
     for start, length, side in ((left, w, width), (top, h, height)):
         centre = (start + length / 2) / side
         assert abs(centre.mean() - 0.5) < 0.05 and centre.std() > 0.04
 
 
 def test_an_image_that_no_crop_fits_gives_its_centre():
-    image = Image.fromarray(np.arange(200, dtype=np.uint8)[None].repeat(2, 0))  # 200 x 2: every crop is higher than 2
-    found = {pipeline.random_resized_crop(image, np.random.default_rng(i), 3).tobytes() for i in range(40)}
+    # 200 x 2: every crop is higher than 2
+    image = Image.fromarray(np.arange(200, dtype=np.uint8)[None].repeat(2, 0))
+    found = {
+        pipeline.random_resized_crop(image, np.random.default_rng(i), 3).tobytes()
+        for i in range(40)
+    }
     expected = image.crop((98, 0, 101, 2)).resize((3, 3), Image.Resampling.BILINEAR)
-    assert found == {expected.tobytes(), expected.transpose(Image.Transpose.FLIP_LEFT_RIGHT).tobytes()}
+    assert found == {
+        expected.tobytes(),
+        expected.transpose(Image.Transpose.FLIP_LEFT_RIGHT).tobytes(),
+    }
 
 
 def test_the_largest_crop_of_a_square_is_all_of_it():
@@ -187,11 +215,13 @@ def test_the_largest_crop_of_a_square_is_all_of_it():
 
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (24, 24, 3), dtype=np.uint8))
     expected = image.resize((16, 16), Image.Resampling.BILINEAR)
-    np.testing.assert_array_equal(pipeline.random_resized_crop(image, Largest(), 16), np.asarray(expected))
+    np.testing.assert_array_equal(
+        pipeline.random_resized_crop(image, Largest(), 16), np.asarray(expected)
+    )
     assert math.isclose(pipeline.ASPECTS[0] * pipeline.ASPECTS[1], 1)
 
 
-# ---------------------------------------------------------------------------------------------------- ahead
+# -------------------------------------------------------------------------------------------- ahead
 
 
 class Counting:
@@ -221,11 +251,12 @@ def test_batches_are_decoded_before_they_are_asked_for_and_not_more_of_them(trai
             next(iterator)
 
 
-# ---------------------------------------------------------------------------------------------------- errors and ends
+# ---------------------------------------------------------------------------------- errors and ends
 
 
 class Probe:
-    """Images whose pixels say what a worker is like: its process, its JAX platform, its backends, whether it has threads."""
+    """Images whose pixels say what a worker is like: its process, its JAX platform, its backends,
+    whether it has threads."""
 
     shape = (10, 1, 1, 5)
 
@@ -249,9 +280,16 @@ def test_workers_start_no_accelerator_and_one_that_dies_is_an_error(train, monke
     (worker,) = workers_of_this_process(1)
     for _ in range(3):
         images, _ = next(iterator)
-        assert images.reshape(-1).tolist() == [worker.pid % 256, worker.pid // 256 % 256, True, 0, True]
+        assert images.reshape(-1).tolist() == [
+            worker.pid % 256,
+            worker.pid // 256 % 256,
+            True,
+            0,
+            True,
+        ]
     with pytest.raises(
-        DataError, match=r"a worker of the input pipeline died: .*exit code -9.*fewer --config\.data\.workers"
+        DataError,
+        match=r"a worker of the input pipeline died: .*exit code -9.*fewer --config\.data\.workers",
     ):
         for _ in range(2):
             next(iterator)
@@ -259,9 +297,11 @@ def test_workers_start_no_accelerator_and_one_that_dies_is_an_error(train, monke
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_damaged_record_reaches_the_caller_with_its_file_after_the_batches_before_it(tmp_path, workers):
+def test_a_damaged_record_reaches_the_caller_with_its_file_after_the_batches_before_it(
+    tmp_path, workers
+):
     records.convert(write_folder(tmp_path / "tiny"), tmp_path / "records")
-    dataset = data.load(f"records:{tmp_path}/records", image_size=8).train
+    dataset = sets.load(f"records:{tmp_path}/records", image_size=8).train
     encoded, _ = dataset.images.source.read(int(dataset.images.rows[4]))
     file = tmp_path / "records" / "train-00000.array_record"
     raw = file.read_bytes()
@@ -269,11 +309,13 @@ def test_a_damaged_record_reaches_the_caller_with_its_file_after_the_batches_bef
     rows = np.array([[0, 1], [2, 3], [5, 6], [4, 7], [0, 1], [8, 9]])
     expected = collect(dataset, rows[:3])
     file.write_bytes(raw[:at] + bytes(40) + raw[at + 40 :])
-    dataset = data.load(f"records:{tmp_path}/records", image_size=8).train
+    dataset = sets.load(f"records:{tmp_path}/records", image_size=8).train
     iterator = pipeline.batches(dataset, rows, seed=3, first_step=0, workers=workers)
     same([next(iterator) for _ in range(3)], expected)
     number = int(dataset.images.rows[4])
-    with pytest.raises(DataError, match=rf"{file}, record {number}, is missing or damaged: .*convert again"):
+    with pytest.raises(
+        DataError, match=rf"{file}, record {number}, is missing or damaged: .*convert again"
+    ):
         next(iterator)
     assert not multiprocessing.active_children()
 
@@ -343,7 +385,7 @@ def running(pid: int) -> bool:
         return False
 
 
-# ---------------------------------------------------------------------------------------------------- evaluation
+# --------------------------------------------------------------------------------------- evaluation
 
 
 def test_a_set_on_disk_is_evaluated_as_one_in_memory(train):
@@ -353,5 +395,7 @@ def test_a_set_on_disk_is_evaluated_as_one_in_memory(train):
     network = training.build_network(config, (12, 12, 3), train.classes)
     in_memory = dataclasses.replace(train, images=np.asarray(train.images))
     mesh = training.device_mesh()
-    first, second = (training.evaluate(network, dataset, config, mesh) for dataset in (train, in_memory))
+    first, second = (
+        training.evaluate(network, dataset, config, mesh) for dataset in (train, in_memory)
+    )
     assert first == second

@@ -1,4 +1,5 @@
-"""Records on disk: the same images as the folder they come from, lazily; what is damaged or half-written is named."""
+"""Records on disk: the same images as the folder they come from, lazily; what is damaged or
+half-written is named."""
 
 import json
 import multiprocessing
@@ -13,12 +14,13 @@ import pytest
 from conftest import ROOT
 from PIL import Image
 
-from lipjax import data, records
-from lipjax.data import DataError
+from lipjax.data import records, sets
+from lipjax.data.sets import DataError
 
 
 def write_folder(root, sizes=((20, 16),), count=6):
-    """TinyImageNet's layout: two classes, `count` training images each, 5 test images, noisy JPEGs of the given sizes."""
+    """TinyImageNet's layout: two classes, `count` training images each, 5 test images, noisy JPEGs
+    of the given sizes."""
     rng = np.random.default_rng(0)
     number = 0
 
@@ -54,22 +56,31 @@ def stored(folder, tmp_path):
     return tmp_path / "records"
 
 
-def same(a: data.Dataset, b: data.Dataset):
+def same(a: sets.Dataset, b: sets.Dataset):
     np.testing.assert_array_equal(a.images[:], b.images[:])
     np.testing.assert_array_equal(a.labels, b.labels)
     np.testing.assert_array_equal(a.indices, b.indices)
-    assert (a.split, a.levels, a.classes, a.labels.dtype) == (b.split, b.levels, b.classes, b.labels.dtype)
+    assert (a.split, a.levels, a.classes, a.labels.dtype) == (
+        b.split,
+        b.levels,
+        b.classes,
+        b.labels.dtype,
+    )
 
 
-# ---------------------------------------------------------------------------------------------------- the same images
+# ---------------------------------------------------------------------------------- the same images
 
 
 @pytest.mark.parametrize("image_size", [None, 12])
-@pytest.mark.parametrize("arguments", [{}, {"train_examples": 4, "test_examples": 3, "validation_fraction": 0.3}])
-def test_records_hold_the_folders_examples_in_its_order_pixel_for_pixel(folder, stored, image_size, arguments):
+@pytest.mark.parametrize(
+    "arguments", [{}, {"train_examples": 4, "test_examples": 3, "validation_fraction": 0.3}]
+)
+def test_records_hold_the_folders_examples_in_its_order_pixel_for_pixel(
+    folder, stored, image_size, arguments
+):
     assert len(list(stored.glob("train-*.array_record"))) > 2
-    expected = data.load(f"folder:{folder}", image_size=image_size, **arguments)
-    found = data.load(f"records:{stored}", image_size=image_size, **arguments)
+    expected = sets.load(f"folder:{folder}", image_size=image_size, **arguments)
+    found = sets.load(f"records:{stored}", image_size=image_size, **arguments)
     for split in ("train", "validation", "test"):
         same(getattr(found, split), getattr(expected, split))
         assert isinstance(getattr(found, split).images, records.Images)
@@ -79,34 +90,61 @@ def test_the_real_tiny_imagenet_is_the_same_from_records(shared, tmp_path):
     import tarfile
 
     with tarfile.open(shared / "data" / "tiny_imagenet" / "tiny-imagenet-200-subset.tar") as tar:
-        names = [name for name in tar.getnames() if "/train/" not in name or name.split("/")[2].startswith("n017")]
+        names = [
+            name
+            for name in tar.getnames()
+            if "/train/" not in name or name.split("/")[2].startswith("n017")
+        ]
         tar.extractall(tmp_path, [tar.getmember(name) for name in names], filter="data")
     root = tmp_path / "tiny-imagenet-200"
     records.convert(root, tmp_path / "records")
-    expected, found = (data.load(f"{kind}") for kind in (f"folder:{root}", f"records:{tmp_path}/records"))
+    expected, found = (
+        sets.load(f"{kind}") for kind in (f"folder:{root}", f"records:{tmp_path}/records")
+    )
     same(found.train, expected.train)
     same(found.test, expected.test)
-    assert found.test.images.shape == (2000, 64, 64, 3) and found.test.classes == 200 and len(found.train.labels) > 200
+    assert (
+        found.test.images.shape == (2000, 64, 64, 3)
+        and found.test.classes == 200
+        and len(found.train.labels) > 200
+    )
 
 
 def test_the_original_bytes_are_stored(folder, stored):
-    _, files = data.folder_files(folder)
+    _, files = sets.folder_files(folder)
     for split, (images, labels) in records.open_folder(stored).splits.items():
-        assert [path.read_bytes() for path, _ in files[split]] == [images.source.read(i)[0] for i in range(len(images))]
+        assert [path.read_bytes() for path, _ in files[split]] == [
+            images.source.read(i)[0] for i in range(len(images))
+        ]
         assert [label for _, label in files[split]] == labels.tolist()
         assert labels.tolist() == [images.source.read(i)[1] for i in range(len(images))]
 
 
-# ---------------------------------------------------------------------------------------------------- like an array
+# ------------------------------------------------------------------------------------ like an array
 
 
 def test_images_index_as_the_decoded_array_does_and_only_what_is_asked_for_is_read(stored):
-    images = data.load(f"records:{stored}").train.images
+    images = sets.load(f"records:{stored}").train.images
     array = images[:]
-    assert (images.shape, images.dtype, images.ndim, images.nbytes) == (array.shape, array.dtype, 4, array.nbytes)
+    assert (images.shape, images.dtype, images.ndim, images.nbytes) == (
+        array.shape,
+        array.dtype,
+        4,
+        array.nbytes,
+    )
     assert len(images) == len(array) == 11 and images.shape[1:] == (16, 20, 3)
     mask = np.arange(11) % 3 == 0
-    for rows in (3, -1, np.int64(2), slice(2, 9, 3), slice(0), [4, 4, 0], np.array([[1, 2], [3, -4]]), mask, []):
+    for rows in (
+        3,
+        -1,
+        np.int64(2),
+        slice(2, 9, 3),
+        slice(0),
+        [4, 4, 0],
+        np.array([[1, 2], [3, -4]]),
+        mask,
+        [],
+    ):
         rows = np.array(rows, int) if isinstance(rows, list) and not rows else rows
         np.testing.assert_array_equal(images[rows], array[rows])
         if np.ndim(array[rows]) == 4:
@@ -114,54 +152,62 @@ def test_images_index_as_the_decoded_array_does_and_only_what_is_asked_for_is_re
     np.testing.assert_array_equal(np.asarray(images), array)
     with pytest.raises(IndexError):
         images[11]
-    unread = data.load(f"records:{stored}").train.images
+    unread = sets.load(f"records:{stored}").train.images
     for path in stored.glob("train-*.array_record"):
         path.unlink()
     assert unread.subset(slice(3)).shape == (3, 16, 20, 3)
     with pytest.raises(
-        DataError, match=r"train-0000\d\.array_record, record \d, is missing or damaged: .*No such file"
+        DataError,
+        match=r"train-0000\d\.array_record, record \d, is missing or damaged: .*No such file",
     ):
         unread[0]
 
 
 def test_images_travel_to_other_processes(stored):
-    images = data.load(f"records:{stored}").train.images
+    images = sets.load(f"records:{stored}").train.images
     again = pickle.loads(pickle.dumps(images))
     np.testing.assert_array_equal(again[:], images[:])
     with multiprocessing.get_context("spawn").Pool(1) as pool:
-        np.testing.assert_array_equal(pool.apply(images.subset([3, 1]).__getitem__, (slice(None),)), images[[3, 1]])
+        np.testing.assert_array_equal(
+            pool.apply(images.subset([3, 1]).__getitem__, (slice(None),)), images[[3, 1]]
+        )
 
 
 def test_the_fingerprint_changes_with_pixels_choice_order_labels_and_size_and_decodes_nothing(
     folder, stored, tmp_path, monkeypatch
 ):
-    whole = data.load(f"records:{stored}").train
+    whole = sets.load(f"records:{stored}").train
     rows = np.arange(len(whole.labels))
     labels = whole.labels.copy()
     labels[3] = 1 - labels[3]
-    different = [whole, whole.take(rows[::-1]), whole.take(rows[:5]), data.dataclasses.replace(whole, labels=labels)]
+    different = [
+        whole,
+        whole.take(rows[::-1]),
+        whole.take(rows[:5]),
+        sets.dataclasses.replace(whole, labels=labels),
+    ]
     first, second = np.flatnonzero(whole.labels == 0)[:2]
     exchanged = rows.copy()
     exchanged[[first, second]] = second, first  # the labels stay
     different += [whole.take(exchanged)]
-    different += [data.load(f"records:{stored}", image_size=size).train for size in (8, 9)]
+    different += [sets.load(f"records:{stored}", image_size=size).train for size in (8, 9)]
     path = next((folder / "train" / "n01" / "images").iterdir())
     with Image.open(path) as image:
         image.rotate(180).save(path, format="JPEG")
     records.convert(folder, tmp_path / "other")
-    different.append(data.load(f"records:{tmp_path}/other").train)
+    different.append(sets.load(f"records:{tmp_path}/other").train)
 
     def refuse(*_):
         raise AssertionError("decoded")
 
     monkeypatch.setattr(records, "decode", refuse)
-    assert len({data.fingerprint(one) for one in different}) == len(different)
-    assert data.fingerprint(whole.take(rows)) == data.fingerprint(whole)
-    again = data.load(f"records:{stored}").train
-    assert data.fingerprint(again) == data.fingerprint(whole)
+    assert len({sets.fingerprint(one) for one in different}) == len(different)
+    assert sets.fingerprint(whole.take(rows)) == sets.fingerprint(whole)
+    again = sets.load(f"records:{stored}").train
+    assert sets.fingerprint(again) == sets.fingerprint(whole)
 
 
-# ---------------------------------------------------------------------------------------------------- sizes
+# -------------------------------------------------------------------------------------------- sizes
 
 
 @pytest.mark.parametrize("size", [(40, 20), (20, 40), (33, 33), (7, 50), (16, 16)])
@@ -169,14 +215,18 @@ def test_resizing_keeps_the_aspect_and_the_centre(size):
     """On a linear gradient (which bilinear resizing keeps) each pixel says where it comes from."""
     width, height = size
     x, y = np.meshgrid(np.arange(width) + 0.5, np.arange(height) + 0.5)
-    image = Image.fromarray(np.stack([255 * x / width, 255 * y / height, 0 * x], -1).round().astype(np.uint8))
+    image = Image.fromarray(
+        np.stack([255 * x / width, 255 * y / height, 0 * x], -1).round().astype(np.uint8)
+    )
     out = records.pixels(image, 14).astype(float)
     assert out.shape == (14, 14, 3)
-    # 14 of 16 pixels of the shorter side: positions relative to the centre, in units of the original's pixels.
+    # 14 of 16 pixels of the shorter side: positions relative to the centre, in units of the
+    # original's pixels.
     expected = (np.arange(14) - 6.5) * min(size) / 16
     for channel, axis, side in ((0, 0, width), (1, 1, height)):
         line = out[..., channel].mean(axis=axis) / 255 * side - side / 2
-        # One pixel of rounding of the crop's place and of the longer side, and the borders, where the filter is cut off.
+        # One pixel of rounding of the crop's place and of the longer side, and the borders, where
+        # the filter is cut off.
         np.testing.assert_allclose(line[2:-2], expected[2:-2], atol=min(size) / 16 * 1.1)
         np.testing.assert_allclose(np.diff(line[2:-2]).mean(), min(size) / 16, rtol=0.07)
     np.testing.assert_array_equal(records.pixels(image), np.asarray(image))
@@ -185,22 +235,26 @@ def test_resizing_keeps_the_aspect_and_the_centre(size):
 def test_images_of_several_sizes_need_an_image_size(tmp_path):
     folder = write_folder(tmp_path / "tiny", sizes=((20, 16), (9, 30), (64, 64)))
     records.convert(folder, tmp_path / "records")
-    assert json.loads((tmp_path / "records" / "records.json").read_text())["image_shape"] == "varies"
+    assert (
+        json.loads((tmp_path / "records" / "records.json").read_text())["image_shape"] == "varies"
+    )
     with pytest.raises(DataError, match=r"several sizes: give the size .*image_size=224"):
-        data.load(f"records:{tmp_path}/records")
+        sets.load(f"records:{tmp_path}/records")
     with pytest.raises(DataError, match=r"resize them to one size, or give an image_size"):
-        data.load(f"folder:{folder}")
-    found = data.load(f"records:{tmp_path}/records", image_size=10)
+        sets.load(f"folder:{folder}")
+    found = sets.load(f"records:{tmp_path}/records", image_size=10)
     assert found.train.images.shape == (11, 10, 10, 3)
-    same(found.test, data.load(f"folder:{folder}", image_size=10).test)
+    same(found.test, sets.load(f"folder:{folder}", image_size=10).test)
     for name in ("digits", "npz:a.npz"):
-        with pytest.raises(DataError, match="image_size must be at least 1, and is for sets of encoded images"):
-            data.load(name, image_size=10)
+        with pytest.raises(
+            DataError, match="image_size must be at least 1, and is for sets of encoded images"
+        ):
+            sets.load(name, image_size=10)
     with pytest.raises(DataError, match="image_size must be at least 1"):
-        data.load(f"folder:{folder}", image_size=0)
+        sets.load(f"folder:{folder}", image_size=0)
 
 
-# ---------------------------------------------------------------------------------------------------- damage
+# ------------------------------------------------------------------------------------------- damage
 
 
 CHANGES = {
@@ -210,7 +264,9 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_a_damaged_record_is_an_error_that_names_file_record_and_remedy_and_the_others_are_read(stored, change):
+def test_a_damaged_record_is_an_error_that_names_file_record_and_remedy_and_the_others_are_read(
+    stored, change
+):
     images, _ = records.open_folder(stored).splits["train"]
     good = images[:]
     position = 4
@@ -221,7 +277,8 @@ def test_a_damaged_record_is_an_error_that_names_file_record_and_remedy_and_the_
     path.write_bytes(CHANGES[change](raw, raw.index(encoded) + 30))
     again, _ = records.open_folder(stored).splits["train"]  # the file's size is right
     with pytest.raises(
-        DataError, match=rf"{path}, record {inside.index(position)}, is missing or damaged: .*convert again"
+        DataError,
+        match=rf"{path}, record {inside.index(position)}, is missing or damaged: .*convert again",
     ):
         again[[0, position]]
     rest = [i for i in range(len(good)) if i not in inside]
@@ -237,9 +294,19 @@ def test_records_that_do_not_belong_where_they_are_or_are_no_images_are_errors(s
     assert count == images.source.shards[1][2]
     os.replace(first, f"{first}.kept")
     os.replace(second, first)
-    with pytest.raises(DataError, match=rf"{first}, record 1, .* it says that it is number {count + 1} .* expected 1"):
-        records.Images(records.Source(images.source.shards, records.parse_record, "", ""), np.arange(9), (16, 20, 3))[1]
-    for record, message in ((b"short", "it holds 5 bytes"), (records.HEADER.pack(7, 0), "it says that it is number 7")):
+    with pytest.raises(
+        DataError,
+        match=rf"{first}, record 1, .* it says that it is number {count + 1} .* expected 1",
+    ):
+        records.Images(
+            records.Source(images.source.shards, records.parse_record, "", ""),
+            np.arange(9),
+            (16, 20, 3),
+        )[1]
+    for record, message in (
+        (b"short", "it holds 5 bytes"),
+        (records.HEADER.pack(7, 0), "it says that it is number 7"),
+    ):
         with pytest.raises(ValueError, match=message):
             records.parse_record(record, 3)
     for encoded in (b"", b"no image", b"\xff\xd8\xff\xe0" + bytes(50)):
@@ -247,9 +314,14 @@ def test_records_that_do_not_belong_where_they_are_or_are_no_images_are_errors(s
             records.decode(encoded)
 
 
-def test_a_folder_that_is_incomplete_or_of_another_format_is_an_error_that_says_what_to_do(stored, tmp_path):
-    with pytest.raises(DataError, match=r"nothing holds no records .* python -m lipjax\.records folder:<path> --out="):
-        data.load(f"records:{tmp_path}/nothing")
+def test_a_folder_that_is_incomplete_or_of_another_format_is_an_error_that_says_what_to_do(
+    stored, tmp_path
+):
+    with pytest.raises(
+        DataError,
+        match=r"nothing holds no records .* python -m lipjax\.records folder:<path> --out=",
+    ):
+        sets.load(f"records:{tmp_path}/nothing")
     description = stored / "records.json"
     good = description.read_text()
     for text, message in (
@@ -259,26 +331,30 @@ def test_a_folder_that_is_incomplete_or_of_another_format_is_an_error_that_says_
     ):
         description.write_text(text)
         with pytest.raises(DataError, match=message):
-            data.load(f"records:{stored}")
+            sets.load(f"records:{stored}")
     description.write_text(good)
     shard = stored / "test-00000.array_record"
     whole = shard.read_bytes()
     shard.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(DataError, match=rf"{shard} has {len(whole) // 2} bytes, expected {len(whole)} bytes. Copy"):
-        data.load(f"records:{stored}")
+    with pytest.raises(
+        DataError, match=rf"{shard} has {len(whole) // 2} bytes, expected {len(whole)} bytes. Copy"
+    ):
+        sets.load(f"records:{stored}")
     shard.unlink()
     with pytest.raises(DataError, match=rf"{shard} is not there"):
-        data.load(f"records:{stored}")
+        sets.load(f"records:{stored}")
     shard.write_bytes(whole)
     labels = stored / "test-labels.npy"
     raw = bytearray(labels.read_bytes())
     raw[-4] ^= 1
     labels.write_bytes(raw)
-    with pytest.raises(DataError, match=rf"{labels} is damaged: its SHA-256 is not the recorded one"):
-        data.load(f"records:{stored}")
+    with pytest.raises(
+        DataError, match=rf"{labels} is damaged: its SHA-256 is not the recorded one"
+    ):
+        sets.load(f"records:{stored}")
 
 
-# ---------------------------------------------------------------------------------------------------- conversion
+# --------------------------------------------------------------------------------------- conversion
 
 
 def test_the_command_converts_once_and_says_when_it_is_complete(folder, tmp_path, capsys):
@@ -290,7 +366,8 @@ def test_the_command_converts_once_and_says_when_it_is_complete(folder, tmp_path
     records.main(arguments)
     assert "is complete, all hashes are right; tiny: 5 test, 12 train" in capsys.readouterr().out
     assert before == {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
-    # It is a function of the folder alone: another conversion is the same set, with the same fingerprint.
+    # It is a function of the folder alone: another conversion is the same set, with the same
+    # fingerprint.
     records.convert(folder, tmp_path / "again")
     for path in (tmp_path / "out").iterdir():
         assert path.read_bytes() == (tmp_path / "again" / path.name).read_bytes()
@@ -328,7 +405,7 @@ def test_a_kill_leaves_nothing_that_looks_complete(tmp_path):
     partial = tmp_path / "out.partial"
     assert partial.is_dir() and not out.exists() and not (partial / "records.json").exists()
     with pytest.raises(DataError, match="holds no records"):
-        data.load(f"records:{partial}")
+        sets.load(f"records:{partial}")
     with pytest.raises(DataError, match=r"out\.partial exists: .* Remove it and run again"):
         records.convert(folder, out)
     records.shutil.rmtree(partial)

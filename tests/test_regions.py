@@ -1,4 +1,5 @@
-"""Regions and bounds: against explicit matrices, sampling, the golden cases, and the order of the modes."""
+"""Regions and bounds: against explicit matrices, sampling, the golden cases, and the order of the
+modes."""
 
 import functools
 import itertools
@@ -17,7 +18,8 @@ from lipjax.graph import Activation, TraceError
 
 CONVERGED = 400
 KEY = jax.random.key(5)
-# Each mode with the activations whose rules it treats in its own way; compiling is what these tests cost.
+# Each mode with the activations whose rules it treats in its own way; compiling is what these tests
+# cost.
 CASES = [
     *((a, "local") for a in ACTIVATIONS),
     ("clipped_relu", "paper"),
@@ -84,7 +86,9 @@ def test_every_region_contains_what_sampling_reaches(x64, activation, mode):
     for x in jnp.asarray(images(3, seed=1)):
         bound = jitted_bound(net, x, epsilon, mode=mode)
         directions = rng.normal(size=(300, *x.shape))
-        directions *= epsilon / np.linalg.norm(directions.reshape(300, -1), axis=1)[:, None, None, None]
+        directions *= (
+            epsilon / np.linalg.norm(directions.reshape(300, -1), axis=1)[:, None, None, None]
+        )
         h = x + jnp.asarray(directions)
         for layer, region in zip(net.layers, bound.regions[1:], strict=True):
             h = jax.vmap(layer)(h)
@@ -100,7 +104,9 @@ def test_local_is_at_most_paper_is_at_most_bcp_is_at_most_global(x64, activation
     for x, epsilon in itertools.product(jnp.asarray(images(4, seed=4)), [0.01, 0.1, 0.5, 2.0]):
         found = [jitted_bound(net, x, epsilon, mode=m) for m in ("local", "paper", "bcp", "global")]
         margins = [jitted_worst(b, 0) for b in found]
-        for smaller, larger, tight, loose in zip(found, found[1:], margins, margins[1:], strict=False):
+        for smaller, larger, tight, loose in zip(
+            found, found[1:], margins, margins[1:], strict=False
+        ):
             assert smaller.lipschitz <= larger.lipschitz * (1 + 1e-6)
             assert smaller.penultimate.radius <= larger.penultimate.radius * (1 + 1e-6)
             assert np.all(tight <= loose + 1e-6 * np.abs(loose).max())
@@ -143,7 +149,12 @@ def test_gradient_of_the_bound_is_that_of_finite_differences(x64, mode):
     "activation, mode",
     [
         # "linear" and "rows" walk as "local" does.
-        *(("clipped_relu", "local"), ("maxmin", "local"), ("clipped_maxmin", "paper"), ("clipped_relu", "global")),
+        *(
+            ("clipped_relu", "local"),
+            ("maxmin", "local"),
+            ("clipped_maxmin", "paper"),
+            ("clipped_relu", "global"),
+        ),
         *(("clipped_maxmin", "linear"), ("relu", "rows")),
     ],
 )
@@ -174,7 +185,9 @@ def test_value_and_gradient_are_finite_in_degenerate_cases(activation, mode):
         assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(gradient)), case
         if case == "epsilon 0":
             np.testing.assert_allclose(worst, bound.logits, atol=1e-5)
-        if mode != "global" and (case == "epsilon 0" or (case == "all masked" and "relu" in activation)):
+        if mode != "global" and (
+            case == "epsilon 0" or (case == "all masked" and "relu" in activation)
+        ):
             assert bound.lipschitz == 0, case
 
 
@@ -267,7 +280,9 @@ def golden_net(file) -> nnx.Sequential:
             size = (entry["kernel"],) * 2
             geometry = {"strides": entry["stride"], "padding": entry["padding"]}
             layer = nnx.Conv(entry["in"][0], entry["cout"], size, **geometry, rngs=nnx.Rngs(0))
-            layer.kernel = nnx.Param(jnp.asarray(file[f"w{i}"].astype(np.float64).transpose(2, 3, 1, 0)))
+            layer.kernel = nnx.Param(
+                jnp.asarray(file[f"w{i}"].astype(np.float64).transpose(2, 3, 1, 0))
+            )
         elif kind == "Linear":
             weight = file[f"w{i}"].astype(np.float64)
             if flattened:
@@ -331,9 +346,9 @@ def test_to_train_with_norms_from_the_same_starts_in_every_step_is_an_error(mode
         lambda net, batch: jax.jit(lipjax.for_cpu(jax.grad(batch_rise)))(net, batch),
         lambda net, batch: jax.grad(lipjax.for_cpu(batch_rise))(net, batch),
         lambda net, batch: nnx.grad(batch_rise)(net, batch),
-        lambda net, batch: jax.grad(lambda n: jax.lax.scan(lambda total, x: (total + rise(n, x), None), 0.0, batch)[0])(
-            net
-        ),
+        lambda net, batch: jax.grad(
+            lambda n: jax.lax.scan(lambda total, x: (total + rise(n, x), None), 0.0, batch)[0]
+        )(net),
     ],
 )
 def test_no_way_to_differentiate_gets_around_that_error(way):
@@ -442,15 +457,23 @@ class Doubled(nnx.Linear):
 def test_what_is_bounded_is_what_is_computed_whatever_its_class_is(x64):
     layer = cast64(Doubled(3, 3, use_bias=False, rngs=nnx.Rngs(0)))
     last = cast64(nnx.Linear(3, 2, rngs=nnx.Rngs(0)))
-    bound = lipjax.bound(nnx.Sequential(layer, lipjax.ReLU(), last), jnp.ones(3), 0.1, mode="global", iterations=300)
+    bound = lipjax.bound(
+        nnx.Sequential(layer, lipjax.ReLU(), last), jnp.ones(3), 0.1, mode="global", iterations=300
+    )
     truth = 2 * np.linalg.norm(np.asarray(layer.kernel[...]), 2)
     np.testing.assert_allclose(np.prod(bound.norms), truth, rtol=1e-9)
 
 
-@pytest.mark.parametrize("function", [jnp.sin, lambda x: x * x, lambda x: x / jnp.sum(x), jnp.argsort])
+@pytest.mark.parametrize(
+    "function", [jnp.sin, lambda x: x * x, lambda x: x / jnp.sum(x), jnp.argsort]
+)
 def test_what_has_no_bound_is_an_error_that_names_it_and_the_line(function):
-    net = nnx.Sequential(nnx.Linear(3, 3, rngs=nnx.Rngs(0)), function, nnx.Linear(3, 2, rngs=nnx.Rngs(0)))
-    with pytest.raises(TraceError, match=r"no bound for `(sin|mul|div|iota|sort|integer_pow|square)`"):
+    net = nnx.Sequential(
+        nnx.Linear(3, 3, rngs=nnx.Rngs(0)), function, nnx.Linear(3, 2, rngs=nnx.Rngs(0))
+    )
+    with pytest.raises(
+        TraceError, match=r"no bound for `(sin|mul|div|iota|sort|integer_pow|square)`"
+    ):
         lipjax.bound(net, jnp.ones(3), 0.1)
 
 
@@ -477,7 +500,8 @@ def test_a_nan_in_the_input_spreads_and_is_never_masked_away():
     net = tiny_net("clipped_relu")
     bound = lipjax.bound(net, jnp.full((6, 6, 2), jnp.nan), 0.1)
     assert np.isnan(lipjax.worst_logits(bound, 0)[1:]).all()
-    assert all(np.all(region.varies) for region in bound.regions)  # so nothing was removed from any norm
+    # so nothing was removed from any norm
+    assert all(np.all(region.varies) for region in bound.regions)
 
 
 def test_nested_sequences_and_a_flatten_in_front_of_the_activation_change_nothing(x64):
@@ -485,7 +509,9 @@ def test_nested_sequences_and_a_flatten_in_front_of_the_activation_change_nothin
     flat = cast64(lipjax.ClippedReLU(144, threshold=0.3))
     flat.threshold[...] = act.threshold[...].reshape(-1)
     short = nnx.Sequential(first, act, lipjax.Flatten(), nnx.Linear(144, 3, rngs=nnx.Rngs(1)))
-    other = nnx.Sequential(nnx.Sequential(first, lipjax.Flatten()), flat, *cast64(short).layers[-1:])
+    other = nnx.Sequential(
+        nnx.Sequential(first, lipjax.Flatten()), flat, *cast64(short).layers[-1:]
+    )
     x = jnp.asarray(images(1, seed=2)[0])
     for mode in ("paper", "local", "linear"):
         ours, theirs = (jitted_bound(n, x, 0.2, mode=mode) for n in (other, cast64(short)))
@@ -513,7 +539,9 @@ def test_two_affine_layers_in_a_row_are_bounded(x64, mode):
 
 def test_logits_with_more_than_one_axis_are_an_error():
     net = nnx.Sequential(
-        nnx.Conv(2, 3, (3, 3), rngs=nnx.Rngs(0)), lipjax.ReLU(), nnx.Conv(3, 4, (1, 1), rngs=nnx.Rngs(0))
+        nnx.Conv(2, 3, (3, 3), rngs=nnx.Rngs(0)),
+        lipjax.ReLU(),
+        nnx.Conv(3, 4, (1, 1), rngs=nnx.Rngs(0)),
     )
     with pytest.raises((TypeError, ValueError), match=r"\(6, 6, 4\)"):
         lipjax.bound(net, jnp.ones((6, 6, 2)), 0.1)

@@ -1,4 +1,5 @@
-"""The page of a certification says what is stored and nothing else, asks for nothing, and is well-formed; curves of training."""
+"""The page of a certification says what is stored and nothing else, asks for nothing, and is
+well-formed; curves of training."""
 
 import decimal
 import functools
@@ -18,30 +19,51 @@ from flax import nnx
 from PIL import Image
 
 import lipjax
-from lipjax import charts, report, reporting, trace
-from lipjax.report import ReportError
+from lipjax import report, trace
+from lipjax.report import ReportError, charts
+from lipjax.training import metrics as reporting
 
-# ---------------------------------------------------------------------------------------------------- what is stored
+# ----------------------------------------------------------------------------------- what is stored
 
 
 def certification(
-    folder, count=40, *, classes=4, shape=(6, 6, 1), modes=("global", "paper", "local"), seed=0, **change
+    folder,
+    count=40,
+    *,
+    classes=4,
+    shape=(6, 6, 1),
+    modes=("global", "paper", "local"),
+    seed=0,
+    **change,
 ):
-    """Writes files of a made-up certification and returns what they hold: summary, columns, gallery.
+    """Writes files of a made-up certification and returns what they hold: summary, columns,
+    gallery.
 
     Args:
-        change: "certified" a share, "curve" and "early" flags, "epsilon", "config", "commands" and entries of run.
+        change: "certified" a share, "curve" and "early" flags, "epsilon", "config", "commands" and
+            entries of run.
     """
     rng, epsilon = np.random.default_rng(seed), change.pop("epsilon", 0.5)
-    share, curve, early = change.pop("certified", 0.5), change.pop("curve", True), change.pop("early", False)
-    config = change.pop(
-        "config", {"seed": 3, "model": {"name": "small_conv", "widths": [4, 8]}, "data": {"name": "digits"}}
+    share, curve, early = (
+        change.pop("certified", 0.5),
+        change.pop("curve", True),
+        change.pop("early", False),
     )
-    commands = {"train": "python train.py", "certify": "python certify.py", "check": ["python -m lipjax.check c.npz"]}
+    config = change.pop(
+        "config",
+        {"seed": 3, "model": {"name": "small_conv", "widths": [4, 8]}, "data": {"name": "digits"}},
+    )
+    commands = {
+        "train": "python train.py",
+        "certify": "python certify.py",
+        "check": ["python -m lipjax.check c.npz"],
+    }
     commands |= change.pop("commands", {})
     label = rng.integers(0, classes, count)
     certified = np.arange(count) < round(share * count)
-    radius = np.where(certified, epsilon * rng.uniform(1, 2, count), epsilon * rng.uniform(-0.5, 1, count)).clip(0)
+    radius = np.where(
+        certified, epsilon * rng.uniform(1, 2, count), epsilon * rng.uniform(-0.5, 1, count)
+    ).clip(0)
     broken = ~certified & (rng.random(count) < 0.5)
     wrong = ~certified & (rng.random(count) < 0.2)
     radius[wrong] = 0
@@ -62,7 +84,9 @@ def certification(
     chosen = report.select(columns, modes[-1], modes)
     rows = np.array([row for _, row in chosen], int)
     image = rng.random((len(rows), *shape)).astype(np.float32)
-    distance = np.where(wrong[rows], 0.0, np.where(certified[rows], 2.5 * epsilon, radius[rows] + 0.1))
+    distance = np.where(
+        wrong[rows], 0.0, np.where(certified[rows], 2.5 * epsilon, radius[rows] + 0.1)
+    )
     gallery = {
         "group": np.array([group for group, _ in chosen]),
         "row": rows,
@@ -72,7 +96,12 @@ def certification(
         "became": (label[rows] + 1) % classes,
     }
     run = {
-        **{"tier": "probabilistic", "failure_probability": 1e-6, "arithmetic": "float32", "precision": "float64"},
+        **{
+            "tier": "probabilistic",
+            "failure_probability": 1e-6,
+            "arithmetic": "float32",
+            "precision": "float64",
+        },
         **{
             "epsilon": epsilon,
             "data": "digits",
@@ -82,8 +111,19 @@ def certification(
             "note": "",
             "seed": 7,
         },
-        **{"training_seed": 3, "trained_with": "mode local, loss bcp", "epoch": 95, "curve_mode": modes[-1]},
-        **{"pgd_steps": 20, "pgd_restarts": 2, "gallery_steps": 200, "gallery_restarts": 4, "data_fingerprint": "d3c0"},
+        **{
+            "training_seed": 3,
+            "trained_with": "mode local, loss bcp",
+            "epoch": 95,
+            "curve_mode": modes[-1],
+        },
+        **{
+            "pgd_steps": 20,
+            "pgd_restarts": 2,
+            "gallery_steps": 200,
+            "gallery_restarts": 4,
+            "data_fingerprint": "d3c0",
+        },
         **{"versions": {"lipjax": "0.1.0", "python": "3.11"}, "device": "1 × cpu", **change},
     }
     points = [0.0, 0.25, epsilon, 1.5] if epsilon else [0.0, 0.25, 1.5]
@@ -101,12 +141,21 @@ def certification(
             }
             for mode in modes
         },
-        "pgd_curve": [[p, float(np.mean(~broken)) if p else float(np.mean(~wrong))] for p in points] if curve else None,
+        "pgd_curve": [[p, float(np.mean(~broken)) if p else float(np.mean(~wrong))] for p in points]
+        if curve
+        else None,
         "classes": classes,
-        "activations": [{"kind": "ClippedReLU", "shape": [6, 6, 4]}, {"kind": "ClippedReLU", "shape": [12]}],
+        "activations": [
+            {"kind": "ClippedReLU", "shape": [6, 6, 4]},
+            {"kind": "ClippedReLU", "shape": [12]},
+        ],
         "config": config,
         "commands": commands,
-        "files": {"certificate.npz": {name: name[0] * 64 for name in ("sha256", "digest", "network", "data")}},
+        "files": {
+            "certificate.npz": {
+                name: name[0] * 64 for name in ("sha256", "digest", "network", "data")
+            }
+        },
     }
     reporting.write_summary(folder / "summary.json", summary)
     reporting.write_examples(folder, run, columns)
@@ -162,19 +211,45 @@ def built(folder, *arguments, **options) -> Page:
 
 
 def asks_for_nothing(page: Page, text: str) -> None:
-    loading = ("src", "href", "srcset", "poster", "action", "formaction", "data", "background", "xlink:href", "ping")
+    loading = (
+        "src",
+        "href",
+        "srcset",
+        "poster",
+        "action",
+        "formaction",
+        "data",
+        "background",
+        "xlink:href",
+        "ping",
+    )
     for tag, attributes in page.tags:
-        assert tag not in ("script", "iframe", "object", "embed", "form", "base", "video", "audio", "use", "image"), tag
+        assert tag not in (
+            "script",
+            "iframe",
+            "object",
+            "embed",
+            "form",
+            "base",
+            "video",
+            "audio",
+            "use",
+            "image",
+        ), tag
         for name, value in attributes.items():
-            assert not name.startswith("on") and (name not in loading or value.startswith("data:")), (tag, name, value)
+            assert not name.startswith("on") and (
+                name not in loading or value.startswith("data:")
+            ), (tag, name, value)
             assert "url(" not in value
     sheet = text[text.index("<style>") : text.index("</style>")]
     assert "url(" not in sheet and "@import" not in sheet and "http" not in sheet
-    (policy,) = [a["content"] for _, a in page.tags if a.get("http-equiv") == "Content-Security-Policy"]
+    (policy,) = [
+        a["content"] for _, a in page.tags if a.get("http-equiv") == "Content-Security-Policy"
+    ]
     assert policy == "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 
 
-# ---------------------------------------------------------------------------------------------------- the page
+# ----------------------------------------------------------------------------------------- the page
 
 
 def test_every_number_on_the_page_is_the_stored_one(tmp_path):
@@ -226,17 +301,31 @@ def test_every_number_on_the_page_is_the_stored_one(tmp_path):
             assert number >= value
 
 
-def test_the_headline_names_share_data_epsilon_and_the_facts_tier_delta_arithmetic_and_seeds(tmp_path):
+def test_the_headline_names_share_data_epsilon_and_the_facts_tier_delta_arithmetic_and_seeds(
+    tmp_path,
+):
     page = built(tmp_path)
-    assert "50.00 % of 40 test images of digits are proved safe: no change of ℓ2 norm up to 0.5 makes" in page.text
-    for words in ("probabilistic", "1e-06, of all certificates", "float32", "7 (certificates, attacks), 3 (training)"):
+    assert (
+        "50.00 % of 40 test images of digits are proved safe: no change of ℓ2 norm up to 0.5 makes"
+        in page.text
+    )
+    for words in (
+        "probabilistic",
+        "1e-06, of all certificates",
+        "float32",
+        "7 (certificates, attacks), 3 (training)",
+    ):
         assert words in page.text
-    assert "With probability >= 1 - 1e-06 over the tool's own draws (seed 7), all certificates" in page.text
+    assert (
+        "With probability >= 1 - 1e-06 over the tool's own draws (seed 7), all certificates"
+        in page.text
+    )
     certain = built(tmp_path, tier="deterministic", failure_probability=0.0)
     assert "0: no probability of failure" in certain.text and "δ =" not in certain.text
     nothing_larger = built(tmp_path, epsilon=0.0, curve=False, certified=1)
     assert (
-        nothing_larger.numbers["gallery.0.radius"] == (0.0, "0") and "nothing is certified" not in nothing_larger.text
+        nothing_larger.numbers["gallery.0.radius"] == (0.0, "0")
+        and "nothing is certified" not in nothing_larger.text
     )
 
 
@@ -253,13 +342,23 @@ def test_curve_and_histograms_draw_what_is_stored(tmp_path):
     page = Page(report.build(tmp_path).read_text())
     bars = [a for tag, a in page.tags if tag == "rect"]
     radii = columns["certified_radius"]
-    said = [text for text in page.texts if text.endswith(")") is False and " images with a radius from " in text]
+    said = [
+        text
+        for text in page.texts
+        if text.endswith(")") is False and " images with a radius from " in text
+    ]
     below = sum(int(text.split()[0]) for text in said if float(text.split()[-1]) <= 0.5)
     at_least = sum(int(text.split()[0]) for text in said if float(text.split()[-3]) >= 0.5)
     assert (below, at_least) == (np.sum((radii > 0) & (radii < 0.5)), np.sum(radii >= 0.5))
-    assert [a["class"] for a in bars[: len(said)]].count("bar proved") == sum(float(t.split()[-3]) >= 0.5 for t in said)
+    assert [a["class"] for a in bars[: len(said)]].count("bar proved") == sum(
+        float(t.split()[-3]) >= 0.5 for t in said
+    )
     for mode in ("global", "paper", "local"):
-        counts = [int(t.split()[1]) for t in page.texts if t.startswith(f"{mode}: ") and " images from " in t]
+        counts = [
+            int(t.split()[1])
+            for t in page.texts
+            if t.startswith(f"{mode}: ") and " images from " in t
+        ]
         assert sum(counts) == 40
     assert (
         charts.rounded(1.03999, decimal.ROUND_FLOOR) == "1.039"
@@ -310,20 +409,31 @@ def test_degenerate_certifications_give_a_sensible_page_that_asks_for_nothing(tm
     assert ("Decided early" in page.text) == options.get("early", False)
     assert sum(key.endswith(".images") for key in page.numbers) == len(np.unique(columns["label"]))
     pictures = [a for tag, a in page.tags if tag == "img"]
-    assert pictures and all(a["src"].startswith("data:image/png;base64,") and a["alt"] for a in pictures)
+    assert pictures and all(
+        a["src"].startswith("data:image/png;base64,") and a["alt"] for a in pictures
+    )
     if case in ("no curve", "early, no curve"):  # epsilon is the largest radius that was tried
         assert (
-            page.numbers["gallery.0.radius"] == (0.5, "0.5") and "Certified at ε with the largest margins" in page.text
+            page.numbers["gallery.0.radius"] == (0.5, "0.5")
+            and "Certified at ε with the largest margins" in page.text
         )
     assert [k for k in page.numbers if k.startswith("verdicts.")]
-    assert sum(v for k, (v, _) in page.numbers.items() if k.startswith("verdicts.")) == len(columns["label"])
+    assert sum(v for k, (v, _) in page.numbers.items() if k.startswith("verdicts.")) == len(
+        columns["label"]
+    )
 
 
 def test_text_from_outside_is_shown_and_never_becomes_markup(tmp_path):
     evil = "\"'><script>alert(1)</script><img src=x onerror=alert(2)>&amp;</style>"
     config = {evil: evil, "model": {"name": evil}, "list": [evil]}
     commands = {"train": evil, "certify": evil, "check": [evil]}
-    run = {"data": evil, "note": evil, "trained_with": evil, "device": evil, "data_fingerprint": evil}
+    run = {
+        "data": evil,
+        "note": evil,
+        "trained_with": evil,
+        "device": evil,
+        "data_fingerprint": evil,
+    }
     plain, text = built(tmp_path), None
     page = built(tmp_path, config=config, commands=commands, versions={evil: evil}, **run)
     text = (tmp_path / report.NAME).read_text()
@@ -341,7 +451,9 @@ def test_a_page_built_again_is_the_same_and_files_of_two_runs_are_refused(tmp_pa
     old = (tmp_path / "gallery.npz").read_bytes()
     certification(tmp_path, epsilon=0.25)
     (tmp_path / "gallery.npz").write_bytes(old)
-    with pytest.raises(ReportError, match=r"gallery\.npz is of another run than summary\.json \(epsilon differs\)"):
+    with pytest.raises(
+        ReportError, match=r"gallery\.npz is of another run than summary\.json \(epsilon differs\)"
+    ):
         report.build(tmp_path)
     (tmp_path / "gallery.npz").write_bytes(old[:300])
     with pytest.raises(ReportError, match="damaged, certify again"):
@@ -356,25 +468,39 @@ def test_a_page_built_again_is_the_same_and_files_of_two_runs_are_refused(tmp_pa
     certification_of.mkdir()
     certification(certification_of)
     shutil.copy(tmp_path / "summary.json", certification_of)
-    with pytest.raises(ReportError, match="has no files: an earlier version wrote it, certify again"):
+    with pytest.raises(
+        ReportError, match="has no files: an earlier version wrote it, certify again"
+    ):
         report.build(certification_of)
 
 
-# ---------------------------------------------------------------------------------------------------- the browser
+# -------------------------------------------------------------------------------------- the browser
 
 
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory):
     """Runs headless Chromium; skips where there is none."""
-    program = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    program = (
+        shutil.which("chromium")
+        or shutil.which("chromium-browser")
+        or shutil.which("google-chrome")
+    )
     if program is None:
         pytest.skip("no chromium or google-chrome on PATH: the page was not opened in a browser")
     home = tmp_path_factory.mktemp("browser")
-    flags = ["--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--hide-scrollbars"]
+    flags = [
+        "--headless=new",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--disable-dev-shm-usage",
+        "--hide-scrollbars",
+    ]
     flags += [f"--user-data-dir={home}", "--enable-logging=stderr", "--virtual-time-budget=1000"]
 
     def run(page, *more):
-        done = subprocess.run([program, *flags, *more, f"file://{page}"], capture_output=True, text=True, timeout=60)
+        done = subprocess.run(
+            [program, *flags, *more, f"file://{page}"], capture_output=True, text=True, timeout=60
+        )
         assert done.returncode == 0, done.stderr
         return done.stdout, [line for line in done.stderr.splitlines() if "CONSOLE" in line]
 
@@ -410,7 +536,7 @@ class Loose(Page):
             pass
 
 
-# ---------------------------------------------------------------------------------------------------- what it is made of
+# ------------------------------------------------------------------------------- what it is made of
 
 
 @functools.cache
@@ -428,14 +554,25 @@ def certified_net():
     labels[0] = (labels[0] + 1) % 3
     certificate = lipjax.certify(net, images, labels, 0.2, tier="deterministic")
     radii = lipjax.certified_radius(net, images, labels, tier="deterministic").radius
-    return net, images, labels, certificate, np.where(certificate.certified, np.maximum(radii, 0.2), radii)
+    return (
+        net,
+        images,
+        labels,
+        certificate,
+        np.where(certificate.certified, np.maximum(radii, 0.2), radii),
+    )
 
 
-def test_gallery_examples_change_the_class_at_the_stated_distance_and_never_within_the_certified_radius():
+def test_gallery_examples_change_the_class_at_their_distance_and_never_within_the_radius():
     net, images, labels, certificate, radii = certified_net()
     broken = ~certificate.certified & (np.arange(12) % 2 == 0)
     columns = {
-        **{"predicted": certificate.predicted, "label": labels, "broken_by_pgd": broken, "certified_radius": radii},
+        **{
+            "predicted": certificate.predicted,
+            "label": labels,
+            "broken_by_pgd": broken,
+            "certified_radius": radii,
+        },
         **{"certified_local": certificate.certified, "margin_local": certificate.margin},
     }
     chosen = report.select(columns, "local", ["local"])
@@ -449,7 +586,11 @@ def test_gallery_examples_change_the_class_at_the_stated_distance_and_never_with
         assert found["distance"][i] == pytest.approx(distance, abs=1e-12)
         logits = np.asarray(net(found["adversarial"][i]))
         if np.isfinite(found["distance"][i]):
-            assert logits[labels[row]] <= logits[found["became"][i]] == max(np.delete(logits, labels[row]))
+            assert (
+                logits[labels[row]]
+                <= logits[found["became"][i]]
+                == max(np.delete(logits, labels[row]))
+            )
             assert found["distance"][i] > radii[row] or labels[row] != certificate.predicted[row]
             checked += 1
     assert checked > 6
@@ -482,7 +623,9 @@ def test_stable_neurons_are_those_that_pass_one_input_on_at_every_corner_of_the_
     rule = trace(layer, np.zeros(size, np.float32)).nodes[-1].rule
     seen = set()
     for _ in range(20):
-        ends = np.sort(rng.choice([-0.8, -0.4, -0.1, 0.0, 0.2, 0.4, 0.9], (2, size)), axis=0).astype(np.float32)
+        ends = np.sort(
+            rng.choice([-0.8, -0.4, -0.1, 0.0, 0.2, 0.4, 0.9], (2, size)), axis=0
+        ).astype(np.float32)
         found = np.asarray(rule.stable(*map(jnp.asarray, ends)))
         for j in range(size):
             inputs = [j] if "relu" in kind else [j % half, j % half + half]
@@ -508,7 +651,10 @@ def test_shares_of_constant_and_stable_neurons_are_those_of_a_count_neuron_by_ne
         constant = stable = 0
         for j in range(6):
             z = image.reshape(-1).astype(float) @ weights[:, j] + bias[j]
-            low, high = z - 0.2 * np.linalg.norm(weights[:, j]), z + 0.2 * np.linalg.norm(weights[:, j])
+            low, high = (
+                z - 0.2 * np.linalg.norm(weights[:, j]),
+                z + 0.2 * np.linalg.norm(weights[:, j]),
+            )
             constant += high <= 0 or low >= 0.5
             stable += low >= 0 and high <= 0.5
         assert certificate.constant[i, 0] == pytest.approx(constant / 6)
@@ -530,13 +676,26 @@ def test_activations_are_listed_with_kind_and_shape_also_within_a_residual():
     assert report.activation_layers(net, (4, 4, 1)) == wanted
 
 
-# ---------------------------------------------------------------------------------------------------- curves of training
+# ------------------------------------------------------------------------------- curves of training
 
 
 def line(epoch, **more):
     return {
-        **{"step": 10 * epoch, "epoch": epoch, "tier": "estimate", "seed": 3, "validation_epsilon": 0.5},
-        **{"loss": 1 / epoch, "accuracy": 0.5, "epsilon": 0.1 * epoch, "kappa": 0.5, "learning_rate": 1e-3, **more},
+        **{
+            "step": 10 * epoch,
+            "epoch": epoch,
+            "tier": "estimate",
+            "seed": 3,
+            "validation_epsilon": 0.5,
+        },
+        **{
+            "loss": 1 / epoch,
+            "accuracy": 0.5,
+            "epsilon": 0.1 * epoch,
+            "kappa": 0.5,
+            "learning_rate": 1e-3,
+            **more,
+        },
     }
 
 
@@ -548,7 +707,9 @@ class Clock:
         return self.now
 
 
-def test_curves_take_no_more_than_their_share_of_the_time_and_are_drawn_at_the_end(tmp_path, monkeypatch):
+def test_curves_take_no_more_than_their_share_of_the_time_and_are_drawn_at_the_end(
+    tmp_path, monkeypatch
+):
     clock, drawn = Clock(), []
 
     def draw(path, lines):
@@ -574,14 +735,21 @@ def test_curves_take_no_more_than_their_share_of_the_time_and_are_drawn_at_the_e
     assert drawn[-2:] == [61, 61] and drawn.count(61) == 2
 
 
-def test_the_picture_has_what_the_lines_hold_and_calls_an_estimate_an_estimate(tmp_path, monkeypatch):
+def test_the_picture_has_what_the_lines_hold_and_calls_an_estimate_an_estimate(
+    tmp_path, monkeypatch
+):
     from matplotlib.figure import Figure
 
     kept, save = {}, Figure.savefig
 
     def keep(figure, *arguments, **options):
         for axes in figure.axes:
-            kept.update({str(curve.get_label()): np.stack(curve.get_data()).T.tolist() for curve in axes.lines})
+            kept.update(
+                {
+                    str(curve.get_label()): np.stack(curve.get_data()).T.tolist()
+                    for curve in axes.lines
+                }
+            )
         kept["title"] = figure.get_suptitle()
         save(figure, *arguments, **options)
 
@@ -591,7 +759,9 @@ def test_the_picture_has_what_the_lines_hold_and_calls_an_estimate_an_estimate(t
     assert kept.pop("title") == "after epoch 3: tier estimate, seed 3"
     (estimated,) = [label for label, points in kept.items() if points == [[2, 0.25]]]
     assert "an estimate, no certificate" in estimated and "ε = 0.5" in estimated
-    assert [[1, 1.0], [3, 1 / 3]] in kept.values() and [[2, 0.75]] in kept.values() and len(kept) == 7
+    assert (
+        [[1, 1.0], [3, 1 / 3]] in kept.values() and [[2, 0.75]] in kept.values() and len(kept) == 7
+    )
     with Image.open(tmp_path / "c.png") as picture:
         assert picture.size == (1100, 715)
     assert not list(tmp_path.glob("*.tmp"))
@@ -599,7 +769,9 @@ def test_the_picture_has_what_the_lines_hold_and_calls_an_estimate_an_estimate(t
 
 def events(folder) -> list[tuple[str, int, float]]:
     """Tag, step and value of each scalar in the event files of a folder."""
-    event_pb2 = pytest.importorskip("tensorboardX.proto.event_pb2", reason="tensorboardX is not installed")
+    event_pb2 = pytest.importorskip(
+        "tensorboardX.proto.event_pb2", reason="tensorboardX is not installed"
+    )
     found = []
     for path in folder.iterdir():
         raw, at = path.read_bytes(), 0
@@ -616,14 +788,19 @@ def test_tensorboard_has_each_step_once_also_when_a_run_is_continued(tmp_path):
     with reporting.TensorBoard(tmp_path, []) as board:
         for epoch in (1, 2, 3):
             board.write(line(epoch, loss=float(epoch)))
-    with reporting.TensorBoard(tmp_path, [line(1, loss=1.0)]) as board:  # after a kill that undid two epochs
+    # after a kill that undid two epochs
+    with reporting.TensorBoard(tmp_path, [line(1, loss=1.0)]) as board:
         board.write(line(2, loss=5.0))
-    losses = [(step, value) for tag, step, value in events(tmp_path) if tag == "estimate_seed_3/loss"]
+    losses = [
+        (step, value) for tag, step, value in events(tmp_path) if tag == "estimate_seed_3/loss"
+    ]
     assert losses == [(10, 1.0), (20, 5.0)]
     assert {tag.split("/")[0] for tag, _, _ in events(tmp_path)} == {"estimate_seed_3"}
 
 
 def test_without_tensorboardx_the_flag_says_what_to_install(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "tensorboardX", None)
-    with pytest.raises(ValueError, match=r"needs the package tensorboardX: pip install tensorboardX"):
+    with pytest.raises(
+        ValueError, match=r"needs the package tensorboardX: pip install tensorboardX"
+    ):
         reporting.tensorboard_writer()

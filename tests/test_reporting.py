@@ -1,4 +1,5 @@
-"""What people read of a run: metrics files, progress, the table, the per-image files and the picture."""
+"""What people read of a run: metrics files, progress, the table, the per-image files and the
+picture."""
 
 import csv
 import io
@@ -8,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lipjax import reporting
-from lipjax.reporting import Metrics, Progress, read_metrics
+from lipjax.training import metrics as reporting
+from lipjax.training.metrics import Metrics, Progress, read_metrics
 
 RUN = {
     "tier": "probabilistic",
@@ -35,7 +36,7 @@ def summary(**run):
     return {"run": {**RUN, **run}, "clean_accuracy": 0.975, "pgd_accuracy": 0.5, "modes": modes}
 
 
-# ---------------------------------------------------------------------------------------------------- metrics
+# ------------------------------------------------------------------------------------------ metrics
 
 
 def test_metrics_of_undone_work_and_cut_lines_are_dropped(tmp_path):
@@ -73,7 +74,7 @@ def test_metrics_are_plain_json_whatever_kind_of_number_is_given(tmp_path):
     assert json.loads(path.read_text()) == expected
 
 
-# ---------------------------------------------------------------------------------------------------- progress
+# ----------------------------------------------------------------------------------------- progress
 
 
 class Clock:
@@ -108,17 +109,22 @@ def test_progress_on_a_terminal_is_a_bar():
     screen = Terminal()
     with Progress(10, "certifying", stream=screen) as progress:
         progress.update(10, certified="7")
-    assert "certifying" in screen.getvalue() and "100%" in screen.getvalue() and "certified 7" in screen.getvalue()
+    assert (
+        "certifying" in screen.getvalue()
+        and "100%" in screen.getvalue()
+        and "certified 7" in screen.getvalue()
+    )
 
 
 @pytest.mark.parametrize(
-    "seconds, shown", [(0.4, "0 s"), (59.6, "1 min 0 s"), (3599.7, "1 h 0 min"), (90061, "25 h 1 min")]
+    "seconds, shown",
+    [(0.4, "0 s"), (59.6, "1 min 0 s"), (3599.7, "1 h 0 min"), (90061, "25 h 1 min")],
 )
 def test_durations_are_rounded_before_they_are_split(seconds, shown):
     assert reporting._duration(seconds) == shown
 
 
-# ---------------------------------------------------------------------------------------------------- certificates
+# ------------------------------------------------------------------------------------- certificates
 
 
 def print_to_text(found):
@@ -171,7 +177,13 @@ def test_per_image_files_hold_the_same_values_and_say_what_they_are(tmp_path):
     with open(tmp_path / "examples.csv") as file:
         comment = file.readline()
         rows = list(csv.DictReader(file))
-    for fact in ("tier=probabilistic", "failure_probability=1e-06", "epsilon=0.5", "data=digits", "training_seed=3"):
+    for fact in (
+        "tier=probabilistic",
+        "failure_probability=1e-06",
+        "epsilon=0.5",
+        "data=digits",
+        "training_seed=3",
+    ):
         assert fact in comment
     assert len(rows) == 3
     for name, wanted in columns.items():
@@ -180,7 +192,9 @@ def test_per_image_files_hold_the_same_values_and_say_what_they_are(tmp_path):
         np.testing.assert_array_equal(read, wanted)
 
 
-def test_the_curve_is_the_share_of_radii_that_reach_epsilon_and_lies_below_pgd(tmp_path, monkeypatch):
+def test_the_curve_is_the_share_of_radii_that_reach_epsilon_and_lies_below_pgd(
+    tmp_path, monkeypatch
+):
     from matplotlib.figure import Figure
 
     drawn = {}

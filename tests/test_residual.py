@@ -1,4 +1,5 @@
-"""Residual blocks through every bound: against sampling, the gradient, exact arithmetic, and as the network is executed."""
+"""Residual blocks through every bound: against sampling, the gradient, exact arithmetic, and as the
+network is executed."""
 
 import dataclasses
 import functools
@@ -62,7 +63,9 @@ def test_the_bounds_walk_the_same_function_that_the_network_computes():
     assert [len(node.inputs) for node in graph.nodes if isinstance(node, Add)] == [2, 2]
 
 
-@pytest.mark.parametrize("kind, mode", [("clipped_relu", mode) for mode in bounds.MODES] + [("clipped_maxmin", "rows")])
+@pytest.mark.parametrize(
+    "kind, mode", [("clipped_relu", mode) for mode in bounds.MODES] + [("clipped_maxmin", "rows")]
+)
 def test_regions_margins_and_lipschitz_constants_hold_on_samples(x64, kind, mode):
     net, rng = cast64(residual_net(kind)), np.random.default_rng(1)
     x = jnp.asarray(image())
@@ -88,7 +91,9 @@ def test_the_constant_of_a_block_is_one_plus_that_of_its_layers(x64):
     inner, outer, last = (nnx.Linear(4, n, rngs=rngs) for n in (4, 4, 2))
     net = cast64(nnx.Sequential(outer, lipjax.Residual(inner), last))
     bound, _ = found(net, jnp.full(4, 0.5), 0.1, "global")
-    norms = [np.linalg.norm(np.asarray(layer.kernel[...], np.float64), 2) for layer in (outer, inner)]
+    norms = [
+        np.linalg.norm(np.asarray(layer.kernel[...], np.float64), 2) for layer in (outer, inner)
+    ]
     np.testing.assert_allclose(bound.norms, norms, rtol=1e-6)
     np.testing.assert_allclose(bound.lipschitz, norms[0] * (1 + norms[1]), rtol=1e-6)
     np.testing.assert_allclose(bound.penultimate.radius, 0.1 * norms[0] * (1 + norms[1]), rtol=1e-6)
@@ -99,7 +104,9 @@ def test_on_a_small_ball_rows_go_through_both_ways_at_once(x64, mode):
     net, x = cast64(residual_net(seed=3)), jnp.asarray(image(3))
     bound, worst = found(net, x, 1e-6, mode)
     gradient = jax.jacobian(lambda x: net(x) - net(x)[1])(x)
-    np.testing.assert_allclose((worst - bound.logits) / 1e-6, np.linalg.norm(gradient, axis=1), rtol=1e-3, atol=1e-6)
+    np.testing.assert_allclose(
+        (worst - bound.logits) / 1e-6, np.linalg.norm(gradient, axis=1), rtol=1e-3, atol=1e-6
+    )
 
 
 def test_exact_and_executed_logits_lie_within_what_rounding_is_said_to_do(x64):
@@ -120,7 +127,9 @@ def test_exact_and_executed_logits_lie_within_what_rounding_is_said_to_do(x64):
             last = bound.regions[-1]
             assert all(map(operator.le, map(float, last.lower), truth))
             assert all(map(operator.le, truth, map(float, last.upper)))
-            away = np.abs(np.asarray(executed(jnp.asarray(x)), np.float64) - truth.astype(np.float64))
+            away = np.abs(
+                np.asarray(executed(jnp.asarray(x)), np.float64) - truth.astype(np.float64)
+            )
             assert np.all(away <= np.asarray(error)) and np.any(away > 1e-4 * np.asarray(error))
 
 
@@ -131,14 +140,20 @@ def test_a_network_of_blocks_is_certified_and_not_broken():
     assert found.arithmetic == "tf32" and np.all(found.allowance > 1e-4)
     assert np.sum(found.certified) >= 4
     rows = found.certified
-    attack = lipjax.attacks.pgd(net, x[rows], found.predicted[rows], EPSILON / 4, restarts=10, clip=None)
+    attack = lipjax.attacks.pgd(
+        net, x[rows], found.predicted[rows], EPSILON / 4, restarts=10, clip=None
+    )
     assert not attack.broken.any()
-    assert lipjax.attacks.pgd(net, x[rows], found.predicted[rows], 8 * EPSILON, clip=None).broken.any()
+    assert lipjax.attacks.pgd(
+        net, x[rows], found.predicted[rows], 8 * EPSILON, clip=None
+    ).broken.any()
 
 
 def test_blocks_that_change_the_shape_are_refused_and_may_end_a_network():
     rngs = nnx.Rngs(0)
-    wrong = nnx.Sequential(lipjax.Residual(nnx.Linear(3, 2, rngs=rngs)), nnx.Linear(2, 2, rngs=rngs))
+    wrong = nnx.Sequential(
+        lipjax.Residual(nnx.Linear(3, 2, rngs=rngs)), nnx.Linear(2, 2, rngs=rngs)
+    )
     for call in (lambda: wrong(jnp.ones(3)), lambda: lipjax.bound(wrong, jnp.ones(3), 0.1)):
         with pytest.raises(ValueError, match=r"keep the shape: \(3,\) became \(2,\)"):
             call()

@@ -1,4 +1,5 @@
-"""The error model against exact rational arithmetic: boxes, radii, worst-case gains and the network as executed."""
+"""The error model against exact rational arithmetic: boxes, radii, worst-case gains and the network
+as executed."""
 
 import dataclasses
 import itertools
@@ -29,14 +30,17 @@ from lipjax.graph import trace
 
 
 def dense_net(activation, sizes=(6, 8, 8, 3), seed=0, spread=1.0) -> nnx.Sequential:
-    """A dense net; `spread` > 1 makes weights of very different size and sign, whose products cancel."""
+    """A dense net; `spread` > 1 makes weights of very different size and sign, whose products
+    cancel."""
     rng, layers = np.random.default_rng(seed), []
     for i, (n, m) in enumerate(itertools.pairwise(sizes)):
         layer = nnx.Linear(n, m, rngs=nnx.Rngs(0))
         size = spread ** rng.uniform(-1, 1, (n, m))
         weights = rng.normal(size=(n, m)) * size / np.sqrt(n)
         if spread > 1:  # each second row nearly cancels the one before
-            weights[1::2] = -weights[0 : 2 * (n // 2) : 2] * (1 + 1e-6 * rng.normal(size=weights[1::2].shape))
+            weights[1::2] = -weights[0 : 2 * (n // 2) : 2] * (
+                1 + 1e-6 * rng.normal(size=weights[1::2].shape)
+            )
         layer.kernel[...] = jnp.asarray(weights, jnp.float32)
         layer.bias[...] = jnp.asarray(rng.normal(size=m) * 0.1, jnp.float32)
         layers.append(layer)
@@ -61,7 +65,8 @@ def points(x, epsilon, count, seed):
     return found
 
 
-@pytest.mark.parametrize("mode", [mode for mode in bounds.MODES if mode != "linear"])  # which walks as "local" does
+# which walks as "local" does
+@pytest.mark.parametrize("mode", [mode for mode in bounds.MODES if mode != "linear"])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("spread", [1.0, 1e4])
 def test_exact_activations_lie_in_boxes_and_balls_rounded_outwards(x64, activation, mode, spread):
@@ -71,7 +76,9 @@ def test_exact_activations_lie_in_boxes_and_balls_rounded_outwards(x64, activati
         x = rng.uniform(0, 1, 6).astype(np.float32)
         bound = outward_bound(graph, x, epsilon, mode)
         for point in [x, *points(x, epsilon, 6, seed=2)]:
-            for h, region in zip(exact_layers(net, rational(point)), bound.regions[1:], strict=True):
+            for h, region in zip(
+                exact_layers(net, rational(point)), bound.regions[1:], strict=True
+            ):
                 assert np.all(rational(region.lower) <= h) and np.all(h <= rational(region.upper))
                 away = sum((h - rational(region.center)) ** 2)
                 assert away <= Fraction(float(region.radius)) ** 2
@@ -127,7 +134,9 @@ def executed_logits(net, x, arithmetic):
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("arithmetic", ["float32", "tf32", "bfloat16"])
 @pytest.mark.parametrize("spread", [1.0, 1e4])
-def test_executed_logits_are_within_the_forward_error_of_the_exact_ones(activation, arithmetic, spread):
+def test_executed_logits_are_within_the_forward_error_of_the_exact_ones(
+    activation, arithmetic, spread
+):
     net, epsilon = dense_net(activation, sizes=(24, 32, 16, 3), spread=spread, seed=4), 0.02
     x = np.random.default_rng(5).uniform(0, 1, 24).astype(np.float32)
     with jax.enable_x64(True):
@@ -139,16 +148,20 @@ def test_executed_logits_are_within_the_forward_error_of_the_exact_ones(activati
     worst = 0.0
     for point in [x, *points(x, epsilon, 5, seed=6)]:
         exact = exact_layers(net, rational(point))[-1]
-        off = np.array([float(abs(e)) for e in rational(executed_logits(net, point, arithmetic)) - exact])
+        off = np.array(
+            [float(abs(e)) for e in rational(executed_logits(net, point, arithmetic)) - exact]
+        )
         assert np.all(off <= error)
         worst = max(worst, float(np.max(off / error)))
     # With weights in all sizes, clipping can hide nearly every error.
-    assert worst > 1e-4 or spread > 1, "a bound that is never within four digits of the truth would be of no use"
+    assert worst > 1e-4 or spread > 1, (
+        "a bound that is never within four digits of the truth would be of no use"
+    )
 
 
 def cancelling_net() -> nnx.Sequential:
-    """Logits of 0.01 and 0 for every input, in exact arithmetic: the products of the first row cancel. In float32 1e7 +
-    0.01 - 1e7 leaves 0, 1 or nothing like 0.01."""
+    """Logits of 0.01 and 0 for every input, in exact arithmetic: the products of the first row
+    cancel. In float32 1e7 + 0.01 - 1e7 leaves 0, 1 or nothing like 0.01."""
     net = nnx.Sequential(nnx.Linear(3, 2, rngs=nnx.Rngs(0)))
     net.layers[0].kernel[...] = jnp.array([[1e7, 0.0], [0.01, 0.0], [-1e7, 0.0]], jnp.float32)
     return net
@@ -173,16 +186,25 @@ def _float32_sums(terms):
 
 
 @settings(max_examples=40, deadline=None)
-@given(seed=st.integers(0, 10**6), n=st.integers(1, 40), radius=st.floats(1e-6, 10), tilt=st.floats(-6, 6))
+@given(
+    seed=st.integers(0, 10**6),
+    n=st.integers(1, 40),
+    radius=st.floats(1e-6, 10),
+    tilt=st.floats(-6, 6),
+)
 def test_the_rounded_gain_is_at_least_that_of_any_point_in_exact_arithmetic(seed, n, radius, tilt):
     rng = np.random.default_rng(seed)
     d = rng.normal(size=n) * 10 ** (tilt * rng.uniform(-1, 1, n))
-    low, high = -np.abs(rng.normal(size=n)), np.abs(rng.normal(size=n)) * 10 ** rng.uniform(-3, 1, n)
+    low, high = (
+        -np.abs(rng.normal(size=n)),
+        np.abs(rng.normal(size=n)) * 10 ** rng.uniform(-3, 1, n),
+    )
     with jax.enable_x64(True):
         region = Region(jnp.zeros(n), jnp.asarray(radius), jnp.asarray(low), jnp.asarray(high))
         found = Fraction(float(ascent(jnp.asarray(d), region, rounding.OUTWARD)))
     scale = 1.0
-    for _ in range(60):  # points that are nearly optimal: scaled to the ball, then checked to be in it exactly
+    # points that are nearly optimal: scaled to the ball, then checked to be in it exactly
+    for _ in range(60):
         t = np.clip(d * scale, low, high)
         size = np.linalg.norm(t)
         if size <= radius * (1 - 1e-12):
@@ -215,13 +237,17 @@ def test_terms_are_the_entries_of_the_fullest_row_and_column():
         graph = trace(layer, jax.ShapeDtypeStruct(shape, jnp.float32), batched=False)
         (node,) = (graph.nodes[i] for i in graph.linear)
         like = jax.ShapeDtypeStruct(graph.nodes[node.inputs[0]].shape, jnp.float32)
-        return rounding.terms_of(node.operator, like), rounding.transposed_terms_of(node.operator, like)
+        return rounding.terms_of(node.operator, like), rounding.transposed_terms_of(
+            node.operator, like
+        )
 
     rngs = nnx.Rngs(0)
     assert counts(nnx.Linear(7, 3, rngs=rngs), (7,)) == (7, 3)
     assert counts(nnx.Conv(2, 5, (3, 3), padding=1, rngs=rngs), (6, 6, 2)) == (18, 45)
     assert counts(nnx.Conv(2, 6, (4, 4), strides=2, padding=1, rngs=rngs), (8, 8, 2)) == (32, 24)
-    assert counts(nnx.Conv(4, 4, (3, 3), padding=0, feature_group_count=2, rngs=rngs), (5, 5, 4)) == (18, 18)
+    assert counts(
+        nnx.Conv(4, 4, (3, 3), padding=0, feature_group_count=2, rngs=rngs), (5, 5, 4)
+    ) == (18, 18)
     assert counts(lipjax.AveragePool(2), (4, 4, 3)) == (4, 1)
 
 
@@ -269,7 +295,9 @@ def test_float64_parameters_compute_in_float64_and_are_not_rounded_to_less(x64):
     ("tpu", "highest", "bfloat16_products"),
     ("cpu", None, "float32"),
 ])  # fmt: skip
-def test_accelerators_round_their_products_unless_told_otherwise(monkeypatch, platform, precision, expected):
+def test_accelerators_round_their_products_unless_told_otherwise(
+    monkeypatch, platform, precision, expected
+):
     monkeypatch.setattr(jax, "default_backend", lambda: platform)
     layer = nnx.Linear(2, 2, rngs=nnx.Rngs(0), precision=precision)
     assert arithmetics(layer)[0].name == expected

@@ -12,7 +12,10 @@ import pytest
 from flax import nnx
 
 import lipjax
-from lipjax import certificate_files, certificates, check, deterministic, spectral
+from lipjax.certificates import prover as certificates
+from lipjax.check import checker
+from lipjax.formats import certificate_files
+from lipjax.norms import deterministic, power
 
 SIZE, BUMP, EPSILON = 64, 0.3, 0.1
 
@@ -24,7 +27,7 @@ def seen(seed: int) -> np.ndarray:
     with jax.enable_x64(True):
         _, local = jax.random.split(jax.random.key(seed, impl="threefry2x32"))
         key = jax.random.fold_in(jax.random.fold_in(local, 0), 0)
-        starts = np.asarray(jax.random.normal(key, (spectral.STARTS, SIZE), jnp.float64))
+        starts = np.asarray(jax.random.normal(key, (power.STARTS, SIZE), jnp.float64))
     chirp = np.cos(0.5 * np.sqrt(5) * np.square(np.arange(SIZE, dtype=np.float64)))
     return np.concatenate([starts, chirp[None]])
 
@@ -46,7 +49,9 @@ def hidden_from(seed: int):
     net = nnx.Sequential(nnx.Linear(SIZE, rows, **like), lipjax.ReLU(), nnx.Linear(rows, 2, **like))
     matrix = np.concatenate([np.eye(SIZE) + BUMP * np.outer(v, v), np.full((2, SIZE), 0.5)])
     net.layers[0].kernel[...] = jnp.asarray(matrix.T)
-    net.layers[0].bias[...] = jnp.asarray(np.concatenate([np.full(SIZE, 10.0), np.full(2, -1000.0)]))
+    net.layers[0].bias[...] = jnp.asarray(
+        np.concatenate([np.full(SIZE, 10.0), np.full(2, -1000.0)])
+    )
     head = np.concatenate([np.stack([v, -v], axis=1), np.zeros((2, 2))])
     net.layers[2].kernel[...] = jnp.asarray(head)
     # The margin is a little less than what the true norm can take.
@@ -92,13 +97,19 @@ def test_a_seed_is_drawn_by_default_recorded_and_repeats_the_certificate_when_gi
     assert first.seed != second.seed and first.seed_from == second.seed_from == "system"
     assert not np.array_equal(first.norms, second.norms)
     again = certify(seed=first.seed)
-    assert again.seed_from == "given" and same(dataclasses.replace(again, seed_from="system"), first)
+    assert again.seed_from == "given" and same(
+        dataclasses.replace(again, seed_from="system"), first
+    )
     radius = functools.partial(lipjax.certified_radius, small_net(), images(), None)
     drawn = radius()
     again = radius(seed=drawn.seed)
-    assert drawn.seed_from == "system" and same(dataclasses.replace(again, seed_from="system"), drawn)
+    assert drawn.seed_from == "system" and same(
+        dataclasses.replace(again, seed_from="system"), drawn
+    )
     sure = certify(tier="deterministic")
-    assert (sure.seed, sure.seed_from) == (0, "unused") and same(sure, certify(tier="deterministic"))
+    assert (sure.seed, sure.seed_from) == (0, "unused") and same(
+        sure, certify(tier="deterministic")
+    )
 
 
 def test_the_statement_of_a_given_seed_says_what_it_assumes(tmp_path):
@@ -106,13 +117,23 @@ def test_the_statement_of_a_given_seed_says_what_it_assumes(tmp_path):
     given, drawn = (lipjax.certify(net, x, None, 1e-3, seed=seed) for seed in (0, None))
     radius = lipjax.certified_radius(net, x, None, seed=0)
     for found in (given, radius):
-        assert "(seed 0, given: network and images are assumed to be chosen independently of it)" in found.statement
-    assert f"(seed {drawn.seed}, from the operating system)" in drawn.statement and "assumed" not in drawn.statement
+        assert (
+            "(seed 0, given: network and images are assumed to be chosen independently of it)"
+            in found.statement
+        )
+    assert (
+        f"(seed {drawn.seed}, from the operating system)" in drawn.statement
+        and "assumed" not in drawn.statement
+    )
     for found in (given, drawn):
         path = tmp_path / "certificate.npz"
         certificate_files.save(path, found, net, x, found.predicted)
         header, _ = certificate_files.load(path)
-        assert (header["version"], header["seed"], header["seed_from"]) == (2, found.seed, found.seed_from)
+        assert (header["version"], header["seed"], header["seed_from"]) == (
+            2,
+            found.seed,
+            found.seed_from,
+        )
         assert header["statement"] == found.statement
 
 
@@ -125,8 +146,13 @@ def test_files_of_version_1_stay_readable_and_say_what_they_said(tmp_path):
     old["statement"] = certificate_files.statement(old)
     certificate_files.write(path, old, arrays)
     read, _ = certificate_files.load(path)
-    assert "seed_from" not in read and "over the tool's own draws (seed 5), all certificates" in read["statement"]
-    report = check.check(certificate_files.describe(net), x, found.predicted, read, arrays, np.random.default_rng(0))
+    assert (
+        "seed_from" not in read
+        and "over the tool's own draws (seed 5), all certificates" in read["statement"]
+    )
+    report = checker.check(
+        certificate_files.describe(net), x, found.predicted, read, arrays, np.random.default_rng(0)
+    )
     assert report.confirmed, report
     certificate_files.write(path, {**header, "version": 1}, arrays)
     with pytest.raises(certificate_files.CertificateFileError, match=r"not known: .*seed_from"):
@@ -136,7 +162,9 @@ def test_files_of_version_1_stay_readable_and_say_what_they_said(tmp_path):
 def test_no_bit_of_a_seed_is_lost(x64):
     def key(seed):
         graph = lipjax.trace(small_net(), images()[0])
-        prover = certificates._Prover(graph, images(), "probabilistic", 0.1, "local", None, 1.0, seed, 1)
+        prover = certificates._Prover(
+            graph, images(), "probabilistic", 0.1, "local", None, 1.0, seed, 1
+        )
         with prover:
             return tuple(jax.random.key_data(prover._key).tolist())
 
@@ -147,7 +175,9 @@ def test_no_bit_of_a_seed_is_lost(x64):
     assert max(drawn) > 2**61 and len({seed % 2 for seed in drawn}) == 2
 
 
-@pytest.mark.parametrize("seed, error", [(-1, ValueError), (2**63, ValueError), (0.5, TypeError), ("1", TypeError)])
+@pytest.mark.parametrize(
+    "seed, error", [(-1, ValueError), (2**63, ValueError), (0.5, TypeError), ("1", TypeError)]
+)
 @pytest.mark.parametrize("function", ["certify", "certified_radius"])
 def test_seeds_that_are_no_integers_of_63_bits_are_errors(function, seed, error):
     arguments = [small_net(), images(), None, *([0.1] if function == "certify" else [])]
@@ -160,15 +190,19 @@ def test_a_seed_of_63_bits_is_taken_as_it_is():
         assert certificates._checked_seed(seed) == seed
 
 
-# ------------------------------------------------------------------------------------------- the split
+# ---------------------------------------------------------------------------------------- the split
 
 
 def test_a_call_that_says_nothing_of_attempts_makes_one():
-    assert certificates.split_failure_probability(0.5, 3, 2) == certificates.split_failure_probability(0.5, 3, 2, 1)
+    assert certificates.split_failure_probability(
+        0.5, 3, 2
+    ) == certificates.split_failure_probability(0.5, 3, 2, 1)
 
 
 @pytest.mark.parametrize("delta", [1e-6, 0.3, 1 / 3, 0.999])
-@pytest.mark.parametrize("images_, layers, attempts", [(1, 1, 1), (3, 2, 6), (10_000, 7, 6), (49, 3, 1), (1, 0, 1)])
+@pytest.mark.parametrize(
+    "images_, layers, attempts", [(1, 1, 1), (3, 2, 6), (10_000, 7, 6), (49, 3, 1), (1, 0, 1)]
+)
 def test_the_shares_of_all_bounds_add_up_to_at_most_the_whole(delta, images_, layers, attempts):
     share = certificates.split_failure_probability(delta, images_, layers, attempts)
     whole = Fraction(share) * max(1, layers) * (images_ + 1) * attempts
@@ -200,13 +234,26 @@ def draws(monkeypatch):
     return found
 
 
-@pytest.mark.parametrize("mode, kinds", [("paper", "both"), ("global", "global"), ("local", "local")])
-def test_no_draw_is_used_twice_and_their_shares_are_within_the_failure_probability(draws, mode, kinds):
+@pytest.mark.parametrize(
+    "mode, kinds", [("paper", "both"), ("global", "global"), ("local", "local")]
+)
+def test_no_draw_is_used_twice_and_their_shares_are_within_the_failure_probability(
+    draws, mode, kinds
+):
     """Three images, two layers with norms; whatever the batches, and independent of them."""
     keys = {}
     for size in (3, 2):
         draws.clear()
-        lipjax.certify(small_net(), images(), None, 1e-3, mode=mode, failure_probability=0.3, seed=1, batch_size=size)
+        lipjax.certify(
+            small_net(),
+            images(),
+            None,
+            1e-3,
+            mode=mode,
+            failure_probability=0.3,
+            seed=1,
+            batch_size=size,
+        )
         jax.effects_barrier()
         keys[size] = {key for key, _ in draws}
         # One for each layer and image, and one for each layer that all images share.
@@ -216,9 +263,13 @@ def test_no_draw_is_used_twice_and_their_shares_are_within_the_failure_probabili
     assert keys[3] == keys[2]
 
 
-def test_every_attempt_of_a_radius_draws_anew_and_all_shares_are_within_the_failure_probability(draws, monkeypatch):
+def test_every_attempt_of_a_radius_draws_anew_and_all_shares_are_within_the_failure_probability(
+    draws, monkeypatch
+):
     monkeypatch.setattr(
-        certificates, "_radius_batch", lambda shared, columns, **_: {"radius": jnp.full(len(columns[0]), 0.1)}
+        certificates,
+        "_radius_batch",
+        lambda shared, columns, **_: {"radius": jnp.full(len(columns[0]), 0.1)},
     )
     found = lipjax.certified_radius(
         small_net(), images(), None, mode="paper", failure_probability=0.3, seed=1, batch_size=2

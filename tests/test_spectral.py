@@ -12,24 +12,41 @@ from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lipjax import rounding, spectral
+from lipjax import rounding
 from lipjax.graph.linear import LinearOperator
+from lipjax.norms import power
 
 DELTA = 1e-9
-estimated = jax.jit(spectral.power_iteration, static_argnames="iterations")
-short = jax.jit(functools.partial(spectral.power_iteration, products="bfloat16"), static_argnames="iterations")
+estimated = jax.jit(power.power_iteration, static_argnames="iterations")
+short = jax.jit(
+    functools.partial(power.power_iteration, products="bfloat16"), static_argnames="iterations"
+)
 
 
 @functools.partial(jax.jit, static_argnames=("shape", "steps"))
 def certified(operator, shape, scale, mask_in=None, mask_out=None, seed=0, steps=150):
-    return spectral.probabilistic_norm_bound(
-        operator, jax.random.key(seed), jnp.asarray(scale), steps, DELTA, jnp.zeros(shape), mask_in, mask_out
+    return power.probabilistic_norm_bound(
+        operator,
+        jax.random.key(seed),
+        jnp.asarray(scale),
+        steps,
+        DELTA,
+        jnp.zeros(shape),
+        mask_in,
+        mask_out,
     )
 
 
 @settings(max_examples=25, deadline=None)
-@given(seed=st.integers(0, 10**6), stride=st.integers(1, 2), share=st.floats(0.1, 1.0), guess=st.floats(0.3, 3.0))
-def test_estimate_is_at_most_and_certified_bound_at_least_the_norm_of_the_masked_matrix(seed, stride, share, guess):
+@given(
+    seed=st.integers(0, 10**6),
+    stride=st.integers(1, 2),
+    share=st.floats(0.1, 1.0),
+    guess=st.floats(0.3, 3.0),
+)
+def test_estimate_is_at_most_and_certified_bound_at_least_the_norm_of_the_masked_matrix(
+    seed, stride, share, guess
+):
     with jax.enable_x64(True):
         layer = nnx.Conv(2, 3, (3, 3), strides=stride, padding=1, rngs=nnx.Rngs(seed))
         operator = operator_of(jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float64), layer))
@@ -46,8 +63,13 @@ def test_estimate_is_at_most_and_certified_bound_at_least_the_norm_of_the_masked
         assert np.all(np.asarray(vector)[~mask_in] == 0)
         # Sound whatever the scale, tight when it is right.
         assert certified(operator, shape, guess * truth, *masks) >= truth * (1 - 1e-9)
-        guess = max(1.001 * truth, 1e-12)  # a scale of 0 is no scale: masks may leave nothing but zeros
-        assert truth * (1 - 1e-9) <= certified(operator, shape, guess, *masks) <= 1.01 * truth + 1.1e-12
+        # a scale of 0 is no scale: masks may leave nothing but zeros
+        guess = max(1.001 * truth, 1e-12)
+        assert (
+            truth * (1 - 1e-9)
+            <= certified(operator, shape, guess, *masks)
+            <= 1.01 * truth + 1.1e-12
+        )
 
 
 def test_the_norms_gradient_is_that_of_the_singular_vectors(x64):
@@ -56,7 +78,7 @@ def test_the_norms_gradient_is_that_of_the_singular_vectors(x64):
 
     def sigma(matrix):
         operator = LinearOperator.from_matrix(matrix, (5,), (6,))
-        return spectral.power_iteration(operator, start, 500)[0]
+        return power.power_iteration(operator, start, 500)[0]
 
     u, s, vt = np.linalg.svd(matrix)
     value, gradient = jax.value_and_grad(sigma)(matrix)
@@ -65,7 +87,8 @@ def test_the_norms_gradient_is_that_of_the_singular_vectors(x64):
 
 
 class Hidden:
-    """``W = I + u u^T`` with a u of equal entries in size: one direction of norm s, all others of norm 1."""
+    """``W = I + u u^T`` with a u of equal entries in size: one direction of norm s, all others of
+    norm 1."""
 
     def __init__(self, n, s):
         signs = np.random.default_rng(0).choice([-1.0, 1.0], n)
@@ -91,9 +114,9 @@ jax.tree_util.register_pytree_node(Hidden, lambda h: ((), h), lambda h, _: h)
 @pytest.mark.parametrize("s", [2.0, 1.01])
 def test_hidden_direction_deceives_the_estimate_and_not_the_bound(x64, n, s):
     start = jnp.asarray(np.random.default_rng(1).normal(size=n))
-    estimate, _ = spectral.power_iteration(Hidden(n, s), start, 2)
+    estimate, _ = power.power_iteration(Hidden(n, s), start, 2)
     assert estimate < 0.99 * s or s < 1.02
-    steps = spectral.chebyshev_steps(n, DELTA, 0.01)
+    steps = power.chebyshev_steps(n, DELTA, 0.01)
     assert s <= certified(Hidden(n, s), (n,), estimate, steps=steps) <= 1.15 * s
 
 
@@ -101,23 +124,23 @@ def test_an_absorbed_zero_recovers_when_the_masks_open():
     matrix = jnp.diag(jnp.array([0.5, 0.5, 3.0]))
     operator = LinearOperator.from_matrix(matrix, (3,), (3,))
     nothing = jnp.zeros(3, bool)
-    estimate, stored = spectral.power_iteration(operator, jnp.ones(3), 2, nothing)
+    estimate, stored = power.power_iteration(operator, jnp.ones(3), 2, nothing)
     assert estimate == 0 and np.all(stored == 0)
     # A plain warm start would stay at 0; the fresh share brings it back at once.
-    assert spectral.power_iteration(operator, stored, 2)[0] == 0
+    assert power.power_iteration(operator, stored, 2)[0] == 0
     for seed in range(20):
-        start = spectral.refresh(stored, jax.random.key(seed))
-        assert spectral.power_iteration(operator, start, 2)[0] > 0.45
+        start = power.refresh(stored, jax.random.key(seed))
+        assert power.power_iteration(operator, start, 2)[0] > 0.45
 
 
 def test_a_vector_without_weight_on_the_opened_coordinates_recovers():
     operator = LinearOperator.from_matrix(jnp.diag(jnp.array([0.5, 3.0])), (2,), (2,))
     stored = jnp.array([1.0, 0.0])
-    assert spectral.power_iteration(operator, stored, 50)[0] == 0.5
+    assert power.power_iteration(operator, stored, 50)[0] == 0.5
     vector, estimate = stored, 0.0
     for step in range(4):
-        start = spectral.refresh(vector, jax.random.key(step))
-        estimate, vector = spectral.power_iteration(operator, start, 2)
+        start = power.refresh(vector, jax.random.key(step))
+        estimate, vector = power.power_iteration(operator, start, 2)
     assert estimate > 2.99
 
 
@@ -130,27 +153,31 @@ def test_degenerate_maps(x64, function):
 
     def norm(operator, mask_in=None, mask_out=None):
         if function == "estimate":
-            return spectral.power_iteration(operator, jnp.ones(4), 3, mask_in, mask_out)[0]
+            return power.power_iteration(operator, jnp.ones(4), 3, mask_in, mask_out)[0]
         return certified(operator, (4,), 1e-3, mask_in, mask_out)
 
     assert norm(zero) <= 1.1e-3
     assert norm(one, jnp.zeros(4, bool)) == 0
     assert norm(one, None, jnp.zeros(3, bool)) == 0
     assert np.isnan(norm(bad))
-    assert norm(bad, jnp.zeros(4, bool), jnp.zeros(3, bool)) == 0  # nothing varies: no NaN leaks through a mask
+    # nothing varies: no NaN leaks through a mask
+    assert norm(bad, jnp.zeros(4, bool), jnp.zeros(3, bool)) == 0
 
 
 def test_a_scale_that_is_no_number_only_loosens_the_bound(x64):
     operator = LinearOperator.from_matrix(jnp.diag(jnp.array([0.5, 0.9])), (2,), (2,))
     for scale in (jnp.nan, -1.0, 0.0, 1e-30, 1e30):
-        assert not certified(operator, (2,), scale) < 0.9  # a NaN, which certifies nothing, is as good
+        # a NaN, which certifies nothing, is as good
+        assert not certified(operator, (2,), scale) < 0.9
 
 
 def test_failure_probability_must_be_one():
     operator = LinearOperator.from_matrix(jnp.eye(2), (2,), (2,))
     for delta in (0.0, 1.0, -1.0):
         with pytest.raises(ValueError, match=str(delta)):
-            spectral.probabilistic_norm_bound(operator, jax.random.key(0), jnp.ones(()), 5, delta, jnp.zeros(2))
+            power.probabilistic_norm_bound(
+                operator, jax.random.key(0), jnp.ones(()), 5, delta, jnp.zeros(2)
+            )
 
 
 @pytest.mark.core
@@ -160,16 +187,16 @@ def test_the_stated_failure_probability_is_an_upper_bound_of_the_observed_one(x6
     operator = LinearOperator.from_matrix(matrix, (3,), (3,))
 
     def one(key):
-        return spectral.probabilistic_norm_bound(operator, key, jnp.asarray(0.3), 8, 0.9, jnp.zeros(3))
+        return power.probabilistic_norm_bound(operator, key, jnp.asarray(0.3), 8, 0.9, jnp.zeros(3))
 
     failed = np.mean(np.asarray(jax.vmap(one)(jax.random.split(jax.random.key(0), 4000))) < 1.0)
     assert 0.0 < failed <= 0.9
 
 
 def test_a_start_block_is_as_small_as_stated_with_at_most_the_stated_probability():
-    draws = np.linalg.norm(np.random.default_rng(0).normal(size=(200_000, spectral.STARTS)), axis=1)
+    draws = np.linalg.norm(np.random.default_rng(0).normal(size=(200_000, power.STARTS)), axis=1)
     for delta in (0.5, 1e-2, 1e-3):
-        seen = np.mean(draws < spectral.smallest_start(delta))
+        seen = np.mean(draws < power.smallest_start(delta))
         assert 0.3 * delta <= seen <= delta + 3 * np.sqrt(delta / len(draws))
 
 
@@ -177,18 +204,18 @@ def test_a_start_block_is_as_small_as_stated_with_at_most_the_stated_probability
 def test_rounding_that_could_hide_the_top_direction_makes_the_bound_infinite():
     """In float32, at a probability that asks for more digits than it has: refused, not guessed."""
     operator = LinearOperator.from_matrix(jnp.eye(64), (64,), (64,))
-    steps = spectral.chebyshev_steps(64, 1e-30, 0.01)
-    found = spectral.probabilistic_norm_bound(
+    steps = power.chebyshev_steps(64, 1e-30, 0.01)
+    found = power.probabilistic_norm_bound(
         operator, jax.random.key(0), jnp.float32(1.001), steps, 1e-30, jnp.zeros(64)
     )
     assert np.isinf(found)
 
 
 def test_more_certainty_and_less_inflation_take_more_steps_and_bad_wishes_are_errors():
-    assert spectral.chebyshev_steps(1000, 1e-12, 0.01) > spectral.chebyshev_steps(1000, 1e-6, 0.01)
-    assert spectral.chebyshev_steps(1000, 1e-6, 0.001) > spectral.chebyshev_steps(1000, 1e-6, 0.01)
+    assert power.chebyshev_steps(1000, 1e-12, 0.01) > power.chebyshev_steps(1000, 1e-6, 0.01)
+    assert power.chebyshev_steps(1000, 1e-6, 0.001) > power.chebyshev_steps(1000, 1e-6, 0.01)
     with pytest.raises(ValueError, match="inflation"):
-        spectral.chebyshev_steps(1000, 1e-6, 0.0)
+        power.chebyshev_steps(1000, 1e-6, 0.0)
 
 
 def test_the_estimate_of_a_tiny_norm_is_not_lost_to_underflow():
@@ -196,7 +223,9 @@ def test_the_estimate_of_a_tiny_norm_is_not_lost_to_underflow():
     estimates = []
     for scale in (1.0, 1e-15):
         operator = LinearOperator.from_matrix(scale * matrix, (8,), (6,))
-        estimates.append(float(spectral.power_iteration(operator, jnp.ones(8, jnp.float32), 50)[0]) / scale)
+        estimates.append(
+            float(power.power_iteration(operator, jnp.ones(8, jnp.float32), 50)[0]) / scale
+        )
     assert estimates[1] == pytest.approx(estimates[0], rel=1e-4) and estimates[0] > 1
 
 
@@ -206,11 +235,15 @@ def test_iterating_in_bfloat16_is_still_from_below_and_hardly_worse(seed, share)
     operator = operator_of(nnx.Conv(3, 4, (3, 3), padding=1, rngs=nnx.Rngs(seed)))
     rng = np.random.default_rng(seed)
     mask_in, mask_out = rng.uniform(size=(6, 6, 3)) < share, rng.uniform(size=(6, 6, 4)) < share
-    truth = np.linalg.norm(dense_matrix(operator, (6, 6, 3)) * mask_in.reshape(-1) * mask_out.reshape(-1, 1), 2)
+    truth = np.linalg.norm(
+        dense_matrix(operator, (6, 6, 3)) * mask_in.reshape(-1) * mask_out.reshape(-1, 1), 2
+    )
     start = jnp.asarray(rng.normal(size=(6, 6, 3)), jnp.float32)
     masks = jnp.asarray(mask_in), jnp.asarray(mask_out)
     estimate, vector = short(operator, start, 30, *masks)
-    assert 0.98 * estimated(operator, start, 30, *masks)[0] <= estimate <= truth * (1 + 1e-5) + 1e-30
+    assert (
+        0.98 * estimated(operator, start, 30, *masks)[0] <= estimate <= truth * (1 + 1e-5) + 1e-30
+    )
     assert vector.dtype == estimate.dtype == jnp.float32
 
 
@@ -220,7 +253,7 @@ def test_only_the_iteration_is_in_bfloat16_and_the_gradient_is_not():
 
     def norm(kernel, products):
         layer = nnx.merge(graph, {"kernel": nnx.Param(kernel)})
-        return spectral.power_iteration(operator_of(layer), start, 20, products=products)[0]
+        return power.power_iteration(operator_of(layer), start, 20, products=products)[0]
 
     graph = nnx.graphdef(layer)
     kernel = layer.kernel[...]
@@ -228,7 +261,11 @@ def test_only_the_iteration_is_in_bfloat16_and_the_gradient_is_not():
     assert short.dtype == jnp.float32
     np.testing.assert_allclose(short, full, atol=0.02)
     assert not np.array_equal(short, full)  # it was used
-    types = [v.aval.dtype for e in jax.make_jaxpr(lambda k: norm(k, "bfloat16"))(kernel).eqns for v in e.outvars]
+    types = [
+        v.aval.dtype
+        for e in jax.make_jaxpr(lambda k: norm(k, "bfloat16"))(kernel).eqns
+        for v in e.outvars
+    ]
     assert jnp.bfloat16 in types
 
 
@@ -259,7 +296,9 @@ def test_products_that_round_the_top_direction_away_are_not_taken_at_their_word(
     key, scale = jax.random.key(1), jnp.float32(1.0002)
 
     def bound(operator, dtype):
-        return spectral.probabilistic_norm_bound(operator, key, scale, steps, delta, jnp.zeros(n, dtype))
+        return power.probabilistic_norm_bound(
+            operator, key, scale, steps, delta, jnp.zeros(n, dtype)
+        )
 
     with jax.enable_x64(True):
         honest = float(bound(Hidden(n, s), jnp.float64))
@@ -275,12 +314,14 @@ def test_what_was_observed_is_at_most_half_of_the_least_start_in_exact_arithmeti
     known: B is a number b, and ``T_k(B) G = T_k(b) G``."""
     steps, key, size = 25, jax.random.key(3), 6
     operator = LinearOperator.from_matrix(norm * jnp.eye(size), (size,), (size,))
-    found = spectral.probabilistic_norm_bound(operator, key, jnp.ones(()), steps, delta, jnp.zeros(size))
-    start = np.asarray(jax.random.normal(key, (spectral.STARTS, size)))
+    found = power.probabilistic_norm_bound(
+        operator, key, jnp.ones(()), steps, delta, jnp.zeros(size)
+    )
+    start = np.asarray(jax.random.normal(key, (power.STARTS, size)))
     length = sum(Fraction(float(g)) ** 2 for g in start.reshape(-1))
     observed = chebyshev(2 * Fraction(norm) ** 2 - 1, steps) ** 2 * length
     grown = chebyshev(2 * Fraction(float(found)) ** 2 - 1, steps)
-    allowed = (grown * Fraction(spectral.smallest_start(delta)) / 2) ** 2
+    allowed = (grown * Fraction(power.smallest_start(delta)) / 2) ** 2
     # And not a thousandth more than that and arccosh(R) <= log(2 R) ask for, where R is large.
     assert observed <= allowed <= observed * Fraction(1001, 1000)
 

@@ -11,34 +11,49 @@ import pytest
 from flax import nnx
 
 import lipjax
-from lipjax import certificate_files, storage
+from lipjax import storage
+from lipjax.formats import certificate_files
 
 SHAPE = (8, 8, 2)
 
 
 def every_layer() -> nnx.Sequential:
-    """A network with each layer that is stored, in sequences and Residuals, with settings that are not the usual."""
+    """A network with each layer that is stored, in sequences and Residuals, with settings that are
+    not the usual."""
     rngs, highest = nnx.Rngs(0), jax.lax.Precision.HIGHEST
     return nnx.Sequential(
         lipjax.Normalize([0.5, 0.4], [0.2, 0.3]),
-        nnx.Sequential(nnx.Conv(2, 4, (3, 3), padding=((1, 1), (0, 2)), rngs=rngs), lipjax.ClippedMaxMin((8, 8, 4))),
+        nnx.Sequential(
+            nnx.Conv(2, 4, (3, 3), padding=((1, 1), (0, 2)), rngs=rngs),
+            lipjax.ClippedMaxMin((8, 8, 4)),
+        ),
         lipjax.Residual(
-            nnx.Conv(4, 4, (3, 3), padding=2, kernel_dilation=2, feature_group_count=2, rngs=rngs), lipjax.MaxMin()
+            nnx.Conv(4, 4, (3, 3), padding=2, kernel_dilation=2, feature_group_count=2, rngs=rngs),
+            lipjax.MaxMin(),
         ),
         lipjax.AveragePool((2, 2)),
         lipjax.ReLU(),
-        nnx.Conv(4, 4, (3, 3), strides=2, use_bias=False, precision=highest, dtype=jnp.float32, rngs=rngs),
+        nnx.Conv(
+            4, 4, (3, 3), strides=2, use_bias=False, precision=highest, dtype=jnp.float32, rngs=rngs
+        ),
         lipjax.ClippedReLU((2, 2, 4), threshold=0.7),
         lipjax.Flatten(),
         nnx.Linear(
-            16, 3, param_dtype=jnp.bfloat16, dtype=jnp.bfloat16, precision=(highest, jax.lax.Precision.HIGH), rngs=rngs
+            16,
+            3,
+            param_dtype=jnp.bfloat16,
+            dtype=jnp.bfloat16,
+            precision=(highest, jax.lax.Precision.HIGH),
+            rngs=rngs,
         ),
     )
 
 
 def dense(**arguments) -> nnx.Sequential:
     return nnx.Sequential(
-        nnx.Linear(3, 4, rngs=nnx.Rngs(0), **arguments), lipjax.ReLU(), nnx.Linear(4, 2, rngs=nnx.Rngs(1))
+        nnx.Linear(3, 4, rngs=nnx.Rngs(0), **arguments),
+        lipjax.ReLU(),
+        nnx.Linear(4, 2, rngs=nnx.Rngs(1)),
     )
 
 
@@ -47,7 +62,9 @@ def equal(one, other) -> bool:
     if jax.tree.structure(one) != jax.tree.structure(other):
         return False
     pairs = zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True)
-    return all(a.dtype == b.dtype and np.asarray(a).tobytes() == np.asarray(b).tobytes() for a, b in pairs)
+    return all(
+        a.dtype == b.dtype and np.asarray(a).tobytes() == np.asarray(b).tobytes() for a, b in pairs
+    )
 
 
 def test_load_gives_the_same_network_bit_for_bit(tmp_path):
@@ -61,9 +78,9 @@ def test_load_gives_the_same_network_bit_for_bit(tmp_path):
     storage.save(network, path, input_shape=SHAPE)
     found = storage.load(path)
     assert equal(found, network)
-    assert certificate_files.network_hash(certificate_files.describe(found)) == certificate_files.network_hash(
-        certificate_files.describe(network)
-    )
+    assert certificate_files.network_hash(
+        certificate_files.describe(found)
+    ) == certificate_files.network_hash(certificate_files.describe(network))
     images = np.random.default_rng(0).uniform(0, 1, (3, *SHAPE)).astype(np.float32)
     assert np.array_equal(found(images), network(images))
 
@@ -72,24 +89,52 @@ def test_a_stored_network_has_the_same_bounds(tmp_path):
     network, path, x = dense(), tmp_path / "network.safetensors", jnp.array([0.2, 0.5, 0.9])
     storage.save(network, path, input_shape=(3,))
     one, other = (lipjax.bound(n, x, 0.1) for n in (network, storage.load(path)))
-    assert all(np.array_equal(a, b) for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True))
+    assert all(
+        np.array_equal(a, b)
+        for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True)
+    )
 
 
-def test_the_description_says_shape_notes_and_layers_and_the_arrays_have_the_names_of_flax(tmp_path):
+def test_the_description_says_shape_notes_and_layers_and_the_arrays_have_the_names_of_flax(
+    tmp_path,
+):
     import safetensors.numpy
 
-    path, notes = tmp_path / "network.safetensors", {"accuracy": 0.97, "split": "test", "seeds": [0, 1]}
+    path, notes = (
+        tmp_path / "network.safetensors",
+        {"accuracy": 0.97, "split": "test", "seeds": [0, 1]},
+    )
     storage.save(every_layer(), path, input_shape=SHAPE, notes=notes)
     description = storage.description(path)
     assert description["input_shape"] == SHAPE and description["notes"] == notes
     assert description["versions"]["lipjax"] == lipjax.__version__
     kinds = [layer["type"] for layer in description["layers"]]
-    assert kinds == "Normalize Sequential Residual AveragePool ReLU Conv ClippedReLU Flatten Linear".split()  # noqa: SIM905
+    assert kinds == [
+        "Normalize",
+        "Sequential",
+        "Residual",
+        "AveragePool",
+        "ReLU",
+        "Conv",
+        "ClippedReLU",
+        "Flatten",
+        "Linear",
+    ]
     assert description["layers"][1]["layers"][0]["padding"] == [[1, 1], [0, 2]]
     arrays = safetensors.numpy.load_file(path)
     assert set(arrays) == {
-        *("layers.1.layers.0.kernel", "layers.1.layers.0.bias", "layers.1.layers.1.upper", "layers.1.layers.1.lower"),
-        *("layers.2.branch.layers.0.kernel", "layers.2.branch.layers.0.bias", "layers.5.kernel", "layers.6.threshold"),
+        *(
+            "layers.1.layers.0.kernel",
+            "layers.1.layers.0.bias",
+            "layers.1.layers.1.upper",
+            "layers.1.layers.1.lower",
+        ),
+        *(
+            "layers.2.branch.layers.0.kernel",
+            "layers.2.branch.layers.0.bias",
+            "layers.5.kernel",
+            "layers.6.threshold",
+        ),
         *("layers.8.kernel", "layers.8.bias"),
     }
     assert arrays["layers.5.kernel"].shape == (3, 3, 4, 4)
@@ -101,14 +146,18 @@ def test_float64_is_kept_and_needs_64_bits(tmp_path):
         network = dense(param_dtype=jnp.float64)
         storage.save(network, path, input_shape=(3,))
         assert equal(storage.load(path), network)
-    with pytest.raises(storage.StorageError, match=r"layers.0.\w+ is float64, which needs .*jax_enable_x64"):
+    with pytest.raises(
+        storage.StorageError, match=r"layers.0.\w+ is float64, which needs .*jax_enable_x64"
+    ):
         storage.load(path)
 
 
 def test_orthogonal_layers_are_stored_written_down(tmp_path):
     path = tmp_path / "network.safetensors"
     network = nnx.Sequential(
-        lipjax.CayleyLinear(3, 4, rngs=nnx.Rngs(0)), lipjax.MaxMin(), nnx.Linear(4, 2, rngs=nnx.Rngs(1))
+        lipjax.CayleyLinear(3, 4, rngs=nnx.Rngs(0)),
+        lipjax.MaxMin(),
+        nnx.Linear(4, 2, rngs=nnx.Rngs(1)),
     )
     with pytest.raises(TypeError, match=r"layers.0, CayleyLinear.*lipjax\.orthogonal\.plain"):
         storage.save(network, path, input_shape=(3,))
@@ -142,7 +191,12 @@ def with_nan() -> nnx.Sequential:
         (with_nan, (3,), None, "layers.0.kernel has NaN"),
         (lambda: dense(param_dtype=jnp.float16), (3,), None, "layers.0.kernel is float16"),
         (lambda: dense(dtype=jnp.float16), (3,), None, "computes in float16"),
-        (lambda: dense(preferred_element_type=jnp.float32), (3,), None, "preferred_element_type of its own"),
+        (
+            lambda: dense(preferred_element_type=jnp.float32),
+            (3,),
+            None,
+            "preferred_element_type of its own",
+        ),
         (dense, (4,), None, r"\(4,\) does not go through"),
         (dense, (3, 3), None, "one axis"),
         (dense, (0,), None, "positive"),
@@ -150,7 +204,9 @@ def with_nan() -> nnx.Sequential:
         (dense, (3,), {"data": {1, 2}}, "notes"),
     ],
 )
-def test_what_is_not_stored_is_an_error_and_writes_nothing(tmp_path, network, shape, notes, expected):
+def test_what_is_not_stored_is_an_error_and_writes_nothing(
+    tmp_path, network, shape, notes, expected
+):
     with pytest.raises((TypeError, ValueError), match=expected):
         storage.save(network(), tmp_path / "network.safetensors", input_shape=shape, notes=notes)
     assert not list(tmp_path.iterdir())
@@ -195,7 +251,8 @@ def test_a_damaged_file_is_an_error(written):
 
 
 def rewritten(path, change, arrays=None):
-    """The file with another description, its digest made to fit, as someone with a plan would write it."""
+    """The file with another description, its digest made to fit, as someone with a plan would write
+    it."""
     import safetensors.numpy
 
     header, found = storage._read(path, arrays=True)
@@ -221,7 +278,10 @@ def rewritten(path, change, arrays=None):
         (lambda h: h["layers"][0].update(kernel_init="x"), "layers.0, Linear"),
         (lambda h: h["layers"][0].update(dtype="float16"), "float16"),
         (lambda h: h["layers"].pop(), "no layer takes layers.2.bias"),
-        (lambda h: h["layers"].insert(1, {"type": "Normalize", "scale": [1e39], "shift": [0]}), "finite scale"),
+        (
+            lambda h: h["layers"].insert(1, {"type": "Normalize", "scale": [1e39], "shift": [0]}),
+            "finite scale",
+        ),
         (lambda h: h["layers"].__setitem__(1, {"type": "Flatten", "ndim": 3}), "Flatten"),
     ],
 )
@@ -236,7 +296,10 @@ def test_a_description_that_fits_no_network_is_an_error(written, change, expecte
     [
         (lambda a: {**a, "layers.7.kernel": a["layers.0.bias"]}, "no layer takes layers.7.kernel"),
         (lambda a: {n: v for n, v in a.items() if n != "layers.0.kernel"}, "layers.0, Linear"),
-        (lambda a: {**a, "layers.0.bias": np.full(4, np.inf, np.float32)}, "layers.0.bias has NaN or infinite"),
+        (
+            lambda a: {**a, "layers.0.bias": np.full(4, np.inf, np.float32)},
+            "layers.0.bias has NaN or infinite",
+        ),
         (lambda a: {**a, "layers.0.bias": np.zeros(5, np.float32)}, r"bias of shape \(5,\)"),
         (lambda a: {**a, "layers.0.kernel": a["layers.0.kernel"].astype(np.float16)}, "float16"),
         (lambda a: {**a, "layers.1.slope": np.zeros(4, np.float32)}, "layers.1, ReLU"),

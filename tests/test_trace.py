@@ -134,11 +134,14 @@ def in_equinox():
     conv = eqx.tree_at(lambda c: [c.weight, c.bias], conv, new)
     assert [a.shape for a in held] == [a.shape for a in new]
     dense = [
-        eqx.tree_at(lambda d: [d.weight, d.bias], d, [k.T, b]) for d, k, b in zip(dense, kernels, biases, strict=True)
+        eqx.tree_at(lambda d: [d.weight, d.bias], d, [k.T, b])
+        for d, k, b in zip(dense, kernels, biases, strict=True)
     ]
     relu = eqx.nn.Lambda(jax.nn.relu)
     first, second, third, head = dense
-    net = eqx.nn.Sequential([conv, relu, eqx.nn.Lambda(jnp.ravel), first, relu, second, relu, third, relu, head])
+    net = eqx.nn.Sequential(
+        [conv, relu, eqx.nn.Lambda(jnp.ravel), first, relu, second, relu, third, relu, head]
+    )
     return lambda x: net(jnp.transpose(x, (2, 0, 1)))
 
 
@@ -320,7 +323,9 @@ def test_what_the_next_call_may_do_otherwise_is_not_certified():
         return jax.random.uniform(jax.random.key(0))
 
     def cropped(x):
-        return lax.dynamic_slice(x, (jax.random.randint(jax.random.key(0), (), 0, 2),), (2,)) @ W[:2]
+        return (
+            lax.dynamic_slice(x, (jax.random.randint(jax.random.key(0), (), 0, 2),), (2,)) @ W[:2]
+        )
 
     with pytest.raises(TraceError, match=r"test_trace.py:\d+.*random"):
         trace(lambda x: lax.cond(chance() < 0.5, lambda x: x @ W, lambda x: x, x), VECTOR)
@@ -385,7 +390,11 @@ def test_a_sum_that_is_scaled_twice_is_scaled_twice():
         np.testing.assert_allclose(graph(x), f(x), rtol=1e-6)
         (node,) = (graph.nodes[i] for i in graph.linear)
         assert len(node.executed) >= 3 and 2 <= node.roundings <= 5
-    (pooled,) = (n for n in trace(lambda x: jnp.sum(x.reshape(2, 2), 0) / 8, VECTOR).nodes if isinstance(n, Linear))
+    (pooled,) = (
+        n
+        for n in trace(lambda x: jnp.sum(x.reshape(2, 2), 0) / 8, VECTOR).nodes
+        if isinstance(n, Linear)
+    )
     assert pooled.roundings == 0
 
 
@@ -419,7 +428,9 @@ def test_arithmetic_inside_of_layers_is_seen():
     wide = functools.partial(jnp.dot, b=W.astype(half), preferred_element_type=jnp.float32)
     assert names(lambda x: wide(x.astype(half))) == [{"bfloat16"}, {"bfloat16"}]
     graph = trace(lambda x: wide(x.astype(half)), VECTOR)
-    assert graph.nodes[-1].executed[0].accumulate == "float32" and graph.nodes[-1].dtype == "float32"
+    assert (
+        graph.nodes[-1].executed[0].accumulate == "float32" and graph.nodes[-1].dtype == "float32"
+    )
     pool = trace(lambda x: lax.reduce_sum(x.astype(half), (0, 1)), IMAGE, batched=False)
     assert pool.nodes[-1].executed[0].operands == ("bfloat16",)
     (window, *_) = rounding.arithmetics_of(pool)[-1]

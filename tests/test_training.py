@@ -1,4 +1,5 @@
-"""The scripts as a user runs them: train, kill, resume, certify, and what goes wrong; schedules, order, stored vectors."""
+"""The scripts as a user runs them: train, kill, resume, certify, and what goes wrong; schedules,
+order, stored vectors."""
 
 import dataclasses
 import functools
@@ -20,10 +21,12 @@ from conftest import ROOT
 from flax import nnx
 
 import lipjax
-from lipjax import data, feeding, report, training
+from lipjax import report, training
 from lipjax.bounds import vector_shapes
 from lipjax.configs import baselines, digits
-from lipjax.reporting import read_metrics
+from lipjax.data import sets
+from lipjax.training import feeding
+from lipjax.training.metrics import read_metrics
 
 SMALL = [
     "--config=configs/mnist_small.py",
@@ -47,7 +50,9 @@ def command(script, *flags):
 
 
 def run(script, *flags, check=True):
-    done = subprocess.run(command(script, *flags), cwd=ROOT, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        command(script, *flags), cwd=ROOT, capture_output=True, text=True, timeout=300
+    )
     assert not check or done.returncode == 0, done.stderr
     return done
 
@@ -58,15 +63,19 @@ def refused(done, code=1) -> str:
     return done.stderr
 
 
-# ---------------------------------------------------------------------------------------------------- kill and resume
+# ---------------------------------------------------------------------------------- kill and resume
 
 
 def deterministic(path):
-    return [{k: v for k, v in line.items() if k != "seconds"} for line in read_metrics(path / "metrics.jsonl")]
+    return [
+        {k: v for k, v in line.items() if k != "seconds"}
+        for line in read_metrics(path / "metrics.jsonl")
+    ]
 
 
 def stored(workdir, kind):
-    """Step, meta and every leaf of the newest checkpoint of a kind, as Orbax reads it without being told what to expect."""
+    """Step, meta and every leaf of the newest checkpoint of a kind, as Orbax reads it without being
+    told what to expect."""
     folder = workdir / "checkpoints" / kind
     step = max(int(path.name) for path in folder.iterdir())
     with ocp.CheckpointManager(folder) as manager:
@@ -80,8 +89,10 @@ def half_done_saves(workdir):
 
 
 def kill_in_the_middle(process, workdir, epochs, inside_a_save, delay):
-    """Kills -9 once so many epochs are written: inside the next save, or after `delay` seconds. False if it ended before."""
-    left_over = set(half_done_saves(workdir))  # by the kill before; the run removes them when it starts
+    """Kills -9 once so many epochs are written: inside the next save, or after `delay` seconds.
+    False if it ended before."""
+    # by the kill before; the run removes them when it starts
+    left_over = set(half_done_saves(workdir))
     deadline = time.monotonic() + 200
     while process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.001)
@@ -91,7 +102,8 @@ def kill_in_the_middle(process, workdir, epochs, inside_a_save, delay):
             time.sleep(delay)
             break
         if not left_over >= set(half_done_saves(workdir)):
-            os.kill(process.pid, signal.SIGSTOP)  # frozen, so that it cannot finish the save before it is killed
+            # frozen, so that it cannot finish the save before it is killed
+            os.kill(process.pid, signal.SIGSTOP)
             if not left_over >= set(half_done_saves(workdir)):
                 break
             os.kill(process.pid, signal.SIGCONT)
@@ -108,8 +120,12 @@ def test_a_run_killed_again_and_again_ends_bit_for_bit_as_one_never_stopped(tmp_
     dice, kills = random.Random(0), 0
     for epochs, inside_a_save in ((2, True), (0, False), (4, False), (7, True)):
         train = command("train.py", *SMALL, f"--workdir={broken}")
-        process = subprocess.Popen(train, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        killed = kill_in_the_middle(process, broken, epochs, inside_a_save, dice.uniform(0, 0.1 if epochs else 4.0))
+        process = subprocess.Popen(
+            train, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        killed = kill_in_the_middle(
+            process, broken, epochs, inside_a_save, dice.uniform(0, 0.1 if epochs else 4.0)
+        )
         assert killed or process.returncode == 0
         if killed and inside_a_save:
             assert half_done_saves(broken)
@@ -140,10 +156,15 @@ def test_a_run_killed_again_and_again_ends_bit_for_bit_as_one_never_stopped(tmp_
     summary = json.loads((broken / "certification" / "summary.json").read_text())
     assert summary["run"]["tier"] == "probabilistic" and summary["run"]["examples"] == 16
     file = np.load(broken / "certification" / "examples.npz")
-    assert len(file["certified_local"]) == 16 and not np.any(file["certified_local"] & file["broken_by_pgd"])
+    assert len(file["certified_local"]) == 16 and not np.any(
+        file["certified_local"] & file["broken_by_pgd"]
+    )
     assert (broken / "certification" / "curve.png").stat().st_size > 10_000
     page = (broken / "certification" / "report.html").read_text()
-    assert "16 test images of digits" in page and "python train.py --config=configs/mnist_small.py" in page
+    assert (
+        "16 test images of digits" in page
+        and "python train.py --config=configs/mnist_small.py" in page
+    )
     assert report.build(broken / "certification").read_text() == page
     assert (broken / "curves.png").read_bytes().startswith(b"\x89PNG")
     certificate = broken / "certification" / "certificate.npz"
@@ -152,17 +173,29 @@ def test_a_run_killed_again_and_again_ends_bit_for_bit_as_one_never_stopped(tmp_
 
 
 def test_a_loss_that_overflows_ends_training_with_the_step_and_leaves_a_good_checkpoint(tmp_path):
-    flags = [*SMALL, "--config.batch_size=96", "--config.optimizer.learning_rate=1e30", f"--workdir={tmp_path}/run"]
+    flags = [
+        *SMALL,
+        "--config.batch_size=96",
+        "--config.optimizer.learning_rate=1e30",
+        f"--workdir={tmp_path}/run",
+    ]
     message = refused(run("train.py", *flags, check=False))
-    assert "is nan at step 1: training stopped" in message or "is inf at step 1: training stopped" in message
+    assert (
+        "is nan at step 1: training stopped" in message
+        or "is inf at step 1: training stopped" in message
+    )
     assert "lower optimizer.learning_rate" in message
     step, meta, state = stored(tmp_path / "run", "last")
     assert step == int(state["step"]) == meta["epoch"] == 1
-    assert all(np.all(np.isfinite(v)) for name, v in state.items() if name.startswith(("network.", "optimizer.")))
+    assert all(
+        np.all(np.isfinite(v))
+        for name, v in state.items()
+        if name.startswith(("network.", "optimizer."))
+    )
     assert [line["epoch"] for line in read_metrics(tmp_path / "run" / "metrics.jsonl")] == [1]
 
 
-# ---------------------------------------------------------------------------------------------------- mistakes
+# ----------------------------------------------------------------------------------------- mistakes
 
 
 def test_certifying_what_was_never_trained_says_what_to_do(tmp_path):
@@ -190,7 +223,9 @@ def test_every_baseline_is_a_configuration_whose_loss_can_be_taken(method):
     network = training.build_network(config, (8, 8, 1), 10)
     vectors = lipjax.initial_vectors(network, (8, 8, 1), config.bound.mode)
     loss, _ = jax.eval_shape(
-        lambda net, x: training.example_loss(net, x, 3, 0.1, 0.5, vectors, config), network, jnp.zeros((8, 8, 1))
+        lambda net, x: training.example_loss(net, x, 3, 0.1, 0.5, vectors, config),
+        network,
+        jnp.zeros((8, 8, 1)),
     )
     assert loss.shape == ()
     assert baselines.get_config(f"{method}/cifar10_maxmin").model.name == "conv6_dense2"
@@ -203,10 +238,26 @@ def test_every_baseline_is_a_configuration_whose_loss_can_be_taken(method):
 @pytest.mark.parametrize(
     "field, value, message",
     [
-        ("bound.mode", "lokal", "bound.mode must be one of global, bcp, paper, local, linear, rows, got 'lokal'"),
-        ("bound.loss", "trade", "bound.loss must be one of bcp, gloro, trades, lmt, emma, got 'trade'"),
-        ("vectors.store", "disk", "vectors.store must be one of example, host, layer, none, got 'disk'"),
-        ("vectors.dtype", "float16", "vectors.dtype must be one of float32, bfloat16, float8_e4m3fn, got 'float16'"),
+        (
+            "bound.mode",
+            "lokal",
+            "bound.mode must be one of global, bcp, paper, local, linear, rows, got 'lokal'",
+        ),
+        (
+            "bound.loss",
+            "trade",
+            "bound.loss must be one of bcp, gloro, trades, lmt, emma, got 'trade'",
+        ),
+        (
+            "vectors.store",
+            "disk",
+            "vectors.store must be one of example, host, layer, none, got 'disk'",
+        ),
+        (
+            "vectors.dtype",
+            "float16",
+            "vectors.dtype must be one of float32, bfloat16, float8_e4m3fn, got 'float16'",
+        ),
         ("batch_size", 0, "batch_size must be finite and at least 1, got 0"),
         ("schedule.epochs", -1, "schedule.epochs must be finite and at least 1, got -1"),
         ("evaluation.every", 0, "evaluation.every must be"),
@@ -235,13 +286,14 @@ def test_a_non_finite_loss_stops_training_and_names_the_step():
         training.check_finite([good, bad], 5)
 
 
-# ---------------------------------------------------------------------------------------------------- schedules, order
+# --------------------------------------------------------------------------------- schedules, order
 
 
 def test_the_ramp_waits_rises_and_stays():
     found = [float(training.ramp(10 * epoch, 10, 1.0, 2.0)) for epoch in range(6)]
     assert found == [0, 0, 0.5, 1, 1, 1]
-    assert [float(training.ramp(step, 10, 1.0, 0.0)) for step in (10, 11)] == [0, 1]  # no ramp: a jump
+    # no ramp: a jump
+    assert [float(training.ramp(step, 10, 1.0, 0.0)) for step in (10, 11)] == [0, 1]
 
 
 def test_the_learning_rate_is_constant_then_falls_exponentially_to_its_final_value():
@@ -256,13 +308,16 @@ def test_the_learning_rate_is_constant_then_falls_exponentially_to_its_final_val
         training.learning_rate(config, 5)
 
 
-# ---------------------------------------------------------------------------------------------------- stored vectors
+# ----------------------------------------------------------------------------------- stored vectors
 
 
 @pytest.mark.parametrize("dtype", training.VECTOR_TYPES)
 def test_stored_vectors_keep_their_direction_and_zero_and_are_always_finite(dtype):
     def kept(vector):
-        return np.asarray(training.unpack_vector(training.pack_vector(jnp.asarray(vector), dtype), dtype), np.float64)
+        return np.asarray(
+            training.unpack_vector(training.pack_vector(jnp.asarray(vector), dtype), dtype),
+            np.float64,
+        )
 
     size = 64 * 64 * 64  # the largest activation of the published networks
     spread = np.random.default_rng(0).normal(size=size).astype(np.float32)
@@ -281,7 +336,8 @@ MOST = 20  # steps of the trainer's longest call
 
 
 def small_net(threshold):
-    """4x4x1 images, one convolution, one hidden dense layer, clipped ReLU, random biases; four classes."""
+    """4x4x1 images, one convolution, one hidden dense layer, clipped ReLU, random biases; four
+    classes."""
     rngs, bias = nnx.Rngs(0), jax.nn.initializers.normal(0.3)
     return nnx.Sequential(
         nnx.Conv(1, 4, (3, 3), strides=2, padding=1, rngs=rngs, bias_init=bias),
@@ -299,7 +355,8 @@ def trainer():
 
 
 def make_trainer(**fields):
-    """Eight random images, ``start(network)``, a state, and ``steps(state, n)``: n steps at full epsilon, last metrics.
+    """Eight random images, ``start(network)``, a state, and ``steps(state, n)``: n steps at full
+    epsilon, last metrics.
 
     Learning rate 0: nothing changes but the vectors.
     """
@@ -312,10 +369,15 @@ def make_trainer(**fields):
 
     def start(network):
         state = training.initial_state(network, transform, config, 8, (4, 4, 1))
-        return dataclasses.replace(state, step=jnp.asarray(1, jnp.int32))  # epsilon is 0 in the very first step
+        # epsilon is 0 in the very first step
+        return dataclasses.replace(state, step=jnp.asarray(1, jnp.int32))
 
-    train = data.Dataset("random", "train", np.asarray(images), np.asarray(labels), 1.0, 4, np.arange(8))
-    run = training.make_steps(config, transform, 1, train, training.device_mesh(), start(small_net(0.5)), MOST)
+    train = sets.Dataset(
+        "random", "train", np.asarray(images), np.asarray(labels), 1.0, 4, np.arange(8)
+    )
+    run = training.make_steps(
+        config, transform, 1, train, training.device_mesh(), start(small_net(0.5)), MOST
+    )
     slots = jnp.zeros((MOST, 8), jnp.int32)  # one example for each place
 
     def steps(state, count):
@@ -334,16 +396,20 @@ def lipschitz(network, images, iterations, vectors):
 
 
 def test_estimates_recover_when_what_was_all_masked_opens_again(trainer):
-    """The absorbing zero of METHOD 7: a vector that was masked to zero must not stay there, its norm estimated as 0."""
+    """The absorbing zero of METHOD 7: a vector that was masked to zero must not stay there, its
+    norm estimated as 0."""
     images, start, steps = trainer
     network, dead = small_net(0.5), small_net(0.0)
-    starts = tuple(jax.random.normal(jax.random.key(1), (8, *s)) for s in vector_shapes(network, (4, 4, 1)))
+    starts = tuple(
+        jax.random.normal(jax.random.key(1), (8, *s)) for s in vector_shapes(network, (4, 4, 1))
+    )
     converged = np.asarray(lipschitz(network, images, 300, {"local": starts}))
     assert converged.min() > 0.1
 
     state, metrics = steps(start(dead), 2)
     assert metrics["lipschitz_estimate"] == 0
-    assert not any(np.any(vectors) for vectors in state.vectors["local"])  # all masked: all vectors are zero
+    # all masked: all vectors are zero
+    assert not any(np.any(vectors) for vectors in state.vectors["local"])
     # The trap is real: from the stored vectors alone the norms stay 0, though they are not.
     assert not np.any(lipschitz(network, images, 300, state.vectors))
 
@@ -360,7 +426,9 @@ def test_estimates_recover_when_what_was_all_masked_opens_again(trainer):
 def test_estimates_come_close_to_the_norms_wherever_their_vectors_are_kept(store, iterations):
     images, start, steps = make_trainer(**{"vectors.store": store, "bound.iterations": iterations})
     network = small_net(0.5)
-    starts = tuple(jax.random.normal(jax.random.key(1), (8, *s)) for s in vector_shapes(network, (4, 4, 1)))
+    starts = tuple(
+        jax.random.normal(jax.random.key(1), (8, *s)) for s in vector_shapes(network, (4, 4, 1))
+    )
     converged = np.asarray(lipschitz(network, images, 300, {"local": starts})).mean()
     state, metrics = steps(start(network), MOST)
     assert 0.9 * converged < metrics["lipschitz_estimate"] < 1.001 * converged
@@ -377,17 +445,23 @@ def test_the_stored_vectors_belong_to_their_examples(trainer):
     right = np.asarray(lipschitz(state.network, images, 0, state.vectors))
     turned = jax.tree.map(lambda v: jnp.roll(v, 1, axis=0), state.vectors)
     wrong = np.asarray(lipschitz(state.network, images, 0, turned))
-    # Without an iteration the norm is that of the image of the vector itself: an example's own fits it best.
+    # Without an iteration the norm is that of the image of the vector itself: an example's own fits
+    # it best.
     assert np.all(right > wrong)
 
 
-# ---------------------------------------------------------------------------------------------------- steps and calls
+# ---------------------------------------------------------------------------------- steps and calls
 
 
 def steps_on_digits(calls, stop_before=None, **fields):
     """State and metrics after the calls, each of so many steps, of a small net on 24 digits."""
     config = digits.get_config()
-    config.batch_size, config.model.widths, config.model.dense, config.schedule.ramp = 12, (4,), 8, 1.0
+    config.batch_size, config.model.widths, config.model.dense, config.schedule.ramp = (
+        12,
+        (4,),
+        8,
+        1.0,
+    )
     config.data.augment = True
     config.update_from_flattened_dict(fields)
     train = training.load_data(config).train.take(np.arange(36))
@@ -403,7 +477,9 @@ def steps_on_digits(calls, stop_before=None, **fields):
             state = keeper.adopt(jax.tree.map(np.array, saved))
         state, values = steps(keeper.lend(state, first, count), *feed(first, count), count)
         keeper.take_back(state, first, count)
-        metrics += [{name: float(column[i]) for name, column in values.items()} for i in range(count)]
+        metrics += [
+            {name: float(column[i]) for name, column in values.items()} for i in range(count)
+        ]
         first += count
     return keeper.whole(state), metrics
 

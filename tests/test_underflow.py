@@ -19,19 +19,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import lipjax
-from lipjax import (
-    bounds,
-    certificates,
-    check_layers,
-    check_norms,
-    check_walk,
-    deterministic,
-    rounding,
-    spectral,
-)
+from lipjax import bounds, rounding
 from lipjax.bounds import Region, ascent, relaxed
+from lipjax.certificates import prover
+from lipjax.check import layers as check_layers
+from lipjax.check import norms as check_norms
+from lipjax.check import walk as check_walk
 from lipjax.graph import trace
 from lipjax.graph.linear import LinearOperator
+from lipjax.norms import deterministic
+from lipjax.norms import power as spectral
 
 OUTWARD = rounding.OUTWARD
 up = OUTWARD.up
@@ -61,12 +58,14 @@ def chain(*layers) -> nnx.Sequential:
         kernel = np.atleast_2d(np.asarray(kernel, np.float64))
         layer = nnx.Linear(*kernel.shape, param_dtype=jnp.float64, rngs=nnx.Rngs(0))
         layer.kernel[...] = jnp.asarray(kernel)
-        layer.bias[...] = jnp.asarray(np.broadcast_to(np.asarray(bias, np.float64), kernel.shape[1]))
+        layer.bias[...] = jnp.asarray(
+            np.broadcast_to(np.asarray(bias, np.float64), kernel.shape[1])
+        )
         found += [layer, lipjax.ReLU()]
     return nnx.Sequential(*found[:-1])
 
 
-# ------------------------------------------------------------------------------------------- certificates
+# ------------------------------------------------------------------------------------- certificates
 
 
 @pytest.mark.parametrize("mode", ["local", "bcp", "rows"])
@@ -100,10 +99,15 @@ def verdict(net, x, epsilon, mode):
     likes = [jnp.zeros(graph.nodes[node.inputs[0]].shape) for node in graph.linear_nodes]
     pairs = zip(graph.linear_nodes, likes, strict=True)
     whole = [deterministic.schur_bound(node.operator, like) for node, like in pairs]
-    facts = certificates._verdict(graph, x, jnp.asarray(1), epsilon, mode, arithmetics, whole, norm_of, norm_of)
+    facts = prover._verdict(
+        graph, x, jnp.asarray(1), epsilon, mode, arithmetics, whole, norm_of, norm_of
+    )
     walk = bounds.Walk(graph, bounds.mode_of(mode), norm_of, norm_of, arithmetic=OUTWARD)
     regions = walk(x, epsilon).regions
-    boxes = [OUTWARD.widened(x - epsilon, x + epsilon, 0.0), *((r.lower, r.upper) for r in regions[1:])]
+    boxes = [
+        OUTWARD.widened(x - epsilon, x + epsilon, 0.0),
+        *((r.lower, r.upper) for r in regions[1:]),
+    ]
     return facts["ok"], regions[1:], rounding.forward_error(graph, boxes, arithmetics, whole)
 
 
@@ -138,15 +142,19 @@ def test_walks_through_weights_of_any_size_contain_every_exact_activation(x64, m
             found = exact_layers(net, rational(point))
             assert not ok or found[-1][1] > found[-1][0]
             computed = rational(net(jnp.asarray(point)))
-            assert np.all(np.abs(computed - found[-1]) <= rational(np.nan_to_num(error, posinf=1e300)))
+            assert np.all(
+                np.abs(computed - found[-1]) <= rational(np.nan_to_num(error, posinf=1e300))
+            )
             if claimed:
                 for h, region in zip(found, known, strict=True):
-                    assert np.all(rational(region.lower) <= h) and np.all(h <= rational(region.upper))
+                    assert np.all(rational(region.lower) <= h) and np.all(
+                        h <= rational(region.upper)
+                    )
                     assert square(h - rational(region.center)) <= exact(region.radius) ** 2
     assert 0 < refused < 40
 
 
-# ------------------------------------------------------------------------------------------- its parts
+# ---------------------------------------------------------------------------------------- its parts
 
 
 @settings(max_examples=100)
@@ -175,7 +183,11 @@ def numpied(tree):
 @given(seed=SEEDS)
 def test_norms_of_rows_of_entries_of_any_size_are_at_least_the_exact_ones(seed):
     rng = np.random.default_rng(seed)
-    matrix, mask, radius = sizes(rng, (3, 3)), rng.uniform(size=3) < 0.7, 10.0 ** rng.uniform(-300, 100)
+    matrix, mask, radius = (
+        sizes(rng, (3, 3)),
+        rng.uniform(size=3) < 0.7,
+        10.0 ** rng.uniform(-300, 100),
+    )
     with jax.enable_x64(True):
         found, reach, whole = numpied(rows_of(matrix, mask, radius))
     for row, norm, far in zip(matrix * mask, found, reach, strict=True):
@@ -189,7 +201,11 @@ def test_norms_of_rows_of_entries_of_any_size_are_at_least_the_exact_ones(seed):
 def rows_of(matrix, mask, radius):
     operator = LinearOperator.from_matrix(matrix, (3,), (3,))
     norms = operator.row_norms(mask)
-    return norms, up(radius * norms, 3), up(bounds.regions.safe_frobenius(operator, jnp.zeros(3)), 6)
+    return (
+        norms,
+        up(radius * norms, 3),
+        up(bounds.regions.safe_frobenius(operator, jnp.zeros(3)), 6),
+    )
 
 
 def up_exactly(x) -> float:
@@ -300,13 +316,15 @@ def test_the_error_of_products_with_tiny_weights_is_counted(x64):
     @jax.jit
     def bound(matrix, scale):
         operator = LinearOperator.from_matrix(matrix, (8,), (8,))
-        return spectral.probabilistic_norm_bound(operator, jax.random.key(0), scale, 400, 1e-35, jnp.zeros(8))
+        return spectral.probabilistic_norm_bound(
+            operator, jax.random.key(0), scale, 400, 1e-35, jnp.zeros(8)
+        )
 
     found = [float(bound(jnp.asarray(matrix * s), 1.001 * s)) / s for s in (1.0, 2.0**-560)]
     assert found[0] == found[1] == np.inf
 
 
-# ------------------------------------------------------------------------------------------- the checker's own bounds
+# ------------------------------------------------------------------------- the checker's own bounds
 
 
 @settings(max_examples=100)
@@ -355,7 +373,9 @@ def test_the_checkers_rows_and_boxes_are_at_least_the_exact_ones(seed):
     )  # a box around the ball
     with np.errstate(all="ignore"):
         found, _ = check_walk.transform(affine, known, np.inf, "float64")
-    for row, norm, lower, upper in zip(rational(matrix), affine.row_norms, found.lower, found.upper, strict=True):
+    for row, norm, lower, upper in zip(
+        rational(matrix), affine.row_norms, found.lower, found.upper, strict=True
+    ):
         assert exact(norm) ** 2 >= np.sum(row**2)
         at_x = np.sum(row * rational(x))
         for i in range(3):  # the ball's ends along each axis

@@ -1,8 +1,10 @@
-"""Run by test_bridges.py in an interpreter that has PyTorch: networks of PyTorch, and what the bridge makes of them.
+"""Run by test_bridges.py in an interpreter that has PyTorch: networks of PyTorch, and what the
+bridge makes of them.
 
-``python torch_cases.py FOLDER GOLDEN COUNT`` writes to the folder: found.json, with the largest difference of the logits, as a
-share of the largest logit, of so many random networks, and the errors of networks that have to be refused; checkpoints of the
-paper's networks; and the networks of the golden cases, if that folder is there, through the bridge and `lipjax.storage`.
+``python torch_cases.py FOLDER GOLDEN COUNT`` writes to the folder: found.json, with the largest
+difference of the logits, as a share of the largest logit, of so many random networks, and the
+errors of networks that have to be refused; checkpoints of the paper's networks; and the networks of
+the golden cases, if that folder is there, through the bridge and `lipjax.storage`.
 """
 
 import copy
@@ -53,7 +55,8 @@ class Liar:
 
 
 def settled(module):
-    """In eval mode, statistics and scales of batch normalisation drawn at random, some scales negative."""
+    """In eval mode, statistics and scales of batch normalisation drawn at random, some scales
+    negative."""
     for part in module.modules():
         if isinstance(part, (nn.BatchNorm1d, nn.BatchNorm2d)):
             nn.init.normal_(part.running_mean, 0, 0.5)
@@ -65,7 +68,8 @@ def settled(module):
 
 
 def random_stack(rng):
-    """A random network on 6 to 9 pixels a side: convolutions, normalisations, poolings, activations, dense layers."""
+    """A random network on 6 to 9 pixels a side: convolutions, normalisations, poolings,
+    activations, dense layers."""
     side, channels = (int(rng.integers(6, 10)), int(rng.integers(6, 10))), int(rng.integers(1, 4))
     shape = (*side, channels)
     layers = [nn.BatchNorm2d(channels)] if rng.random() < 0.4 else []
@@ -83,7 +87,9 @@ def random_stack(rng):
             nn.Conv2d(
                 x.shape[1],
                 2 * int(rng.integers(1, 4)),
-                tuple(min(int(k), n) for k, n in zip(rng.integers(1, 4, 2), x.shape[2:], strict=True)),
+                tuple(
+                    min(int(k), n) for k, n in zip(rng.integers(1, 4, 2), x.shape[2:], strict=True)
+                ),
                 stride=1 if same else int(rng.integers(1, 3)),
                 padding="same" if same else int(rng.integers(0, 2)),
                 dilation=2 if min(x.shape[2:]) > 5 and not same and rng.random() < 0.5 else 1,
@@ -140,23 +146,32 @@ def refusals():
     hooked.register_forward_hook(lambda *_: None)
     return {
         "layer 1, GELU,": nn.Sequential(conv, nn.GELU(), *head),
-        "padding mode 'reflect'": nn.Sequential(nn.Conv2d(1, 2, 3, padding=1, padding_mode="reflect"), *head),
+        "padding mode 'reflect'": nn.Sequential(
+            nn.Conv2d(1, 2, 3, padding=1, padding_mode="reflect"), *head
+        ),
         "training mode": nn.Sequential(conv, nn.BatchNorm2d(2), *head),
-        "layer 0.1, Dropout, is in training mode": nn.Sequential(nn.Sequential(conv, nn.Dropout()), *head),
-        "keeps no statistics": nn.Sequential(conv, nn.BatchNorm2d(2, track_running_stats=False).eval(), *head),
+        "layer 0.1, Dropout, is in training mode": nn.Sequential(
+            nn.Sequential(conv, nn.Dropout()), *head
+        ),
+        "keeps no statistics": nn.Sequential(
+            conv, nn.BatchNorm2d(2, track_running_stats=False).eval(), *head
+        ),
         "computes other logits": nn.Sequential(conv, lying, *head),
         "has hooks": nn.Sequential(hooked, *head),
         "float16": copy.deepcopy(nn.Sequential(conv, *head)).half(),
         "takes (height, width, 3), got (6, 6, 1)": nn.Sequential(nn.Conv2d(3, 2, 3), *head),
         "Flatten missing": nn.Sequential(conv, nn.Linear(6, 3)),
         "ceil_mode": nn.Sequential(conv, nn.AvgPool2d(2, ceil_mode=True), *head),
-        "before the Flatten": nn.Sequential(conv, nn.Flatten(), ClampGroupSort((1, 36), 0.3, -0.3), head[1]),
+        "before the Flatten": nn.Sequential(
+            conv, nn.Flatten(), ClampGroupSort((1, 36), 0.3, -0.3), head[1]
+        ),
         "thresholds of shape (1, 2, 6)": nn.Sequential(conv, ReLU_x((1, 2, 6), 0.3), *head),
         "expected a torch.nn.Sequential, got torch.nn.modules.linear.Linear": head[1],
     }
 
 
-# The networks of the paper's code: (channels, kernel, stride, padding) of the convolutions, widths of the dense layers.
+# The networks of the paper's code: (channels, kernel, stride, padding) of the convolutions, widths
+# of the dense layers.
 PUBLISHED = {
     "4C3F": ([(32, 3, 1, 1), (32, 4, 2, 1), (64, 3, 1, 1), (64, 4, 2, 1)], [512, 512, 10]),
     "6C2F": (
@@ -164,7 +179,15 @@ PUBLISHED = {
         [512, 10],
     ),
     "8C2F": (
-        [(64, 3, 1, 1), (64, 3, 1, 1), (64, 4, 2, 0), (128, 3, 1, 1), (128, 3, 1, 1), (128, 4, 2, 0), (256, 3, 1, 1)]
+        [
+            (64, 3, 1, 1),
+            (64, 3, 1, 1),
+            (64, 4, 2, 0),
+            (128, 3, 1, 1),
+            (128, 3, 1, 1),
+            (128, 4, 2, 0),
+            (256, 3, 1, 1),
+        ]
         + [(256, 4, 2, 0)],
         [256, 200],
     ),
@@ -172,7 +195,8 @@ PUBLISHED = {
 
 
 def published(name, activation, shape):
-    """A network of the paper's code as it builds it, an nn.Sequential, with random thresholds and biases."""
+    """A network of the paper's code as it builds it, an nn.Sequential, with random thresholds and
+    biases."""
     convs, widths = PUBLISHED[name]
     x, layers = torch.zeros(1, shape[-1], *shape[:-1]), []
 
@@ -180,7 +204,11 @@ def published(name, activation, shape):
         size = tuple(x.shape[1:])
         if activation == "ReLU_x":
             return ReLU_x((1, *size), 1.0)
-        return nn.ReLU() if activation == "ReLU" else ClampGroupSort((1, size[0] // 2, *size[1:]), 0.2, -0.2)
+        return (
+            nn.ReLU()
+            if activation == "ReLU"
+            else ClampGroupSort((1, size[0] // 2, *size[1:]), 0.2, -0.2)
+        )
 
     for channels, kernel, stride, padding in convs:
         layers.append(nn.Conv2d(x.shape[1], channels, kernel, stride=stride, padding=padding))
@@ -197,8 +225,13 @@ def published(name, activation, shape):
 
 
 def write_published(folder):
-    """Checkpoints as the paper's code saves them, with the logits of two images; one as nn.DataParallel names it."""
-    cases = [("4C3F", "ReLU_x", (28, 28, 1)), ("4C3F", "ReLU", (32, 32, 3)), ("6C2F", "ClampGroupSort", (32, 32, 3))]
+    """Checkpoints as the paper's code saves them, with the logits of two images; one as
+    nn.DataParallel names it."""
+    cases = [
+        ("4C3F", "ReLU_x", (28, 28, 1)),
+        ("4C3F", "ReLU", (32, 32, 3)),
+        ("6C2F", "ClampGroupSort", (32, 32, 3)),
+    ]
     for name, activation, shape in [*cases, ("8C2F", "ReLU_x", (64, 64, 3))]:
         module = published(name, activation, shape)
         state = module.state_dict()
@@ -213,7 +246,8 @@ def write_published(folder):
 
 
 def write_odd(folder):
-    """Tensors of all types, transposed, strided, sharing a storage, scalars, none; with their values in JSON."""
+    """Tensors of all types, transposed, strided, sharing a storage, scalars, none; with their
+    values in JSON."""
     base = torch.arange(24.0)
     odd = {
         "transposed": base.view(4, 6).t(),
@@ -224,7 +258,10 @@ def write_odd(folder):
         "none": torch.zeros(0, 3),
         "num_batches_tracked": torch.tensor(7),
         "scalar": torch.tensor(1.5),
-        **{str(t)[6:]: base.to(t) for t in (torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.uint8)},
+        **{
+            str(t)[6:]: base.to(t)
+            for t in (torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.uint8)
+        },
         "bool": torch.tensor([True, False]),
     }
     torch.save(odd, folder / "odd.pth")
@@ -233,7 +270,9 @@ def write_odd(folder):
     torch.save(base.expand(5, 24), folder / "alone.pth")
     torch.save({"x": base.expand(5, 24)}, folder / "expanded.pth")
     torch.save(nn.Linear(2, 2), folder / "module.pth")
-    torch.save(nn.Linear(2, 2).state_dict(), folder / "old.pth", _use_new_zipfile_serialization=False)
+    torch.save(
+        nn.Linear(2, 2).state_dict(), folder / "old.pth", _use_new_zipfile_serialization=False
+    )
 
 
 def golden_module(file):
@@ -268,7 +307,9 @@ def write_golden(folder, golden):
         for path in sorted(golden.glob("*.npz")):
             shape = np.load(path)["x"].shape
             network = bridges.from_torch(golden_module(np.load(path)), (*shape[2:], shape[1]))
-            storage.save(network, folder / f"{path.stem}.safetensors", input_shape=(*shape[2:], shape[1]))
+            storage.save(
+                network, folder / f"{path.stem}.safetensors", input_shape=(*shape[2:], shape[1])
+            )
 
 
 def main(folder, golden, count):
@@ -277,7 +318,14 @@ def main(folder, golden, count):
     for seed in range(count):
         module, shape = random_stack(np.random.default_rng(seed))
         differences[str(module)] = difference(module, shape)
-    dense = [nn.BatchNorm1d(5), nn.Linear(5, 4), nn.ReLU(), nn.BatchNorm1d(4), nn.ReLU(), nn.Linear(4, 3)]
+    dense = [
+        nn.BatchNorm1d(5),
+        nn.Linear(5, 4),
+        nn.ReLU(),
+        nn.BatchNorm1d(4),
+        nn.ReLU(),
+        nn.Linear(4, 3),
+    ]
     differences["dense"] = difference(settled(nn.Sequential(*dense)), (5,))
     errors = {}
     for expected, module in refusals().items():

@@ -1,10 +1,12 @@
-"""Runs the core tests on the oldest versions that the library supports, and on the newest where there is a newer Python.
+"""Runs the core tests on the oldest versions that the library supports, and on the newest where
+there is a newer Python.
 
     python tests/versions.py FOLDER
 
-Makes a virtual environment for each in FOLDER, with what `import lipjax` and the checker need and no more, and runs them side
-by side. Exit status 1 if any of them fails. Newer jax wants a newer Python than 3.11: the newest is looked for as python3.14,
-python3.13 and python3.12, on the path and among pyenv's; if there is none this is said, and the oldest versions alone are run.
+Makes a virtual environment for each in FOLDER, with what `import lipjax` and the checker need and
+no more, and runs them side by side. Exit status 1 if any of them fails. Newer jax wants a newer
+Python than 3.11: the newest is looked for as python3.14, python3.13 and python3.12, on the path and
+    among pyenv's; if there is none this is said, and the oldest versions alone are run.
 """
 
 import concurrent.futures
@@ -17,9 +19,13 @@ ROOT = Path(__file__).resolve().parents[1]
 LIBRARY = ["jax", "flax", "numpy", "safetensors", "scipy"]
 TOOLS = ["pytest", "hypothesis"]
 VERSIONS = (
-    "import sys, jax, flax; print('Python', sys.version.split()[0], 'jax', jax.__version__, 'flax', flax.__version__)"
+    "import sys, jax, flax; print('Python', sys.version.split()[0], 'jax', "
+    "jax.__version__, "
+    "'flax', flax.__version__)"
 )
-FILES = [f"tests/test_{name}.py" for name in ("certificates", "check", "margins", "regions", "spectral")]
+FILES = [
+    f"tests/test_{name}.py" for name in ("certificates", "check", "margins", "regions", "spectral")
+]
 NEWER = ["python3.14", "python3.13", "python3.12"]
 
 
@@ -54,9 +60,12 @@ def newest_python() -> str | None:
 
 
 def run(environment: Path, python: str, constraints: list[str]) -> tuple[int, str]:
-    """Exit status and output of the core tests in a new environment; of the step that failed, if one did."""
+    """Exit status and output of the core tests in a new environment; of the step that failed, if
+    one did."""
     own = str(environment / "bin" / "python")
-    requirements = [line.split("#")[0].strip() for line in (ROOT / "requirements.txt").read_text().splitlines()]
+    requirements = [
+        line.split("#")[0].strip() for line in (ROOT / "requirements.txt").read_text().splitlines()
+    ]
     wanted = [line for line in requirements if line.split(">=")[0] in LIBRARY]
     output = ""
     for command in (
@@ -76,7 +85,9 @@ def run(environment: Path, python: str, constraints: list[str]) -> tuple[int, st
         [own, "-c", VERSIONS],
         [own, "-m", "pytest", "-q", "-m", "core", "-p", "no:cacheprovider", *FILES],
     ):
-        done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        done = subprocess.run(
+            command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
         output += done.stdout
         if done.returncode:
             break

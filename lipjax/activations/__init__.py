@@ -1,4 +1,5 @@
-"""Activations: one file a kind, with the function, the module and everything that is known of it."""
+"""Activations: one file a kind, with the function, the module and everything that is known of
+it."""
 
 import jax.numpy as jnp
 from flax import nnx

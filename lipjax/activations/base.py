@@ -188,7 +188,9 @@ class Relaxation:
         return (a - b) / math.sqrt(2)
 
 
-def relaxed(low, high, exact, z, lower, upper, unit, radius, arithmetic, paired: bool = False) -> Relaxation:
+def relaxed(
+    low, high, exact, z, lower, upper, unit, radius, arithmetic, paired: bool = False
+) -> Relaxation:
     """From the smallest and largest slope to any point of the box, seen from the center z.
 
     Args:
@@ -218,6 +220,8 @@ def hinge(low: jax.Array, high: jax.Array, kink: Any) -> jax.Array:
 def clip_above(z: jax.Array, threshold: jax.Array) -> jax.Array:
     """``min(z, threshold)``, the threshold broadcast over leading (batch) axes."""
     if z.shape[z.ndim - threshold.ndim :] != threshold.shape:
-        raise ValueError(f"thresholds of shape {threshold.shape} do not fit an activation of shape {z.shape}.")
+        raise ValueError(
+            f"thresholds of shape {threshold.shape} do not fit an activation of shape {z.shape}."
+        )
     leading = z.shape[: z.ndim - threshold.ndim]
     return smaller(z, jax.lax.broadcast(threshold, leading))

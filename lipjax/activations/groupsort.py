@@ -26,7 +26,8 @@ def groupsort(z: jax.Array, size: int) -> jax.Array:
     """
     if size < 1 or not z.ndim or z.shape[-1] % size:
         raise ValueError(
-            f"GroupSort needs a last axis that is a multiple of its group size {size}, got an input of {z.shape}."
+            f"GroupSort needs a last axis that is a multiple of its group size {size}, got an "
+            f"input of {z.shape}."
         )
     groups = z.reshape(*z.shape[:-1], z.shape[-1] // size, size)
     return jnp.sort(groups, axis=-1).reshape(z.shape)
@@ -90,7 +91,9 @@ class Sort(Rule):
 
         # Of the difference t >= 0 of a pair, slope 1 up to the kink, then falling to the far end.
         t = self._next(z, 0.0) - z
-        least, most = arithmetic.widened(self._next(lower, 0.0) - upper, self._next(upper, 0.0) - lower, 0.0)
+        least, most = arithmetic.widened(
+            self._next(lower, 0.0) - upper, self._next(upper, 0.0) - lower, 0.0
+        )
         far = jnp.maximum(-least, 0.0)
         inner = ratio(t - far, t + far)
         slope = jnp.where(first, (1 + inner) / 2, 0.0)

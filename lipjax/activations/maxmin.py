@@ -50,7 +50,9 @@ class ClippedMaxMin(nnx.Module):
     def __init__(self, shape: int | Sequence[int], upper: float = 1.0, lower: float = -1.0):
         shape = (shape,) if isinstance(shape, int) else tuple(shape)
         if shape[-1] % 2:
-            raise ValueError(f"ClippedMaxMin pairs channels and needs an even number of them, got shape {shape}.")
+            raise ValueError(
+                f"ClippedMaxMin pairs channels and needs an even number of them, got shape {shape}."
+            )
         half = (*shape[:-1], shape[-1] // 2)
         self.upper = nnx.Param(jnp.full(half, upper, jnp.float32))
         self.lower = nnx.Param(jnp.full(half, lower, jnp.float32))
@@ -62,7 +64,9 @@ class ClippedMaxMin(nnx.Module):
 def halves(z: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The two halves of the last axis."""
     if z.shape[-1] % 2:
-        raise ValueError(f"MaxMin pairs channels and needs an even number of them, got an input of {z.shape}.")
+        raise ValueError(
+            f"MaxMin pairs channels and needs an even number of them, got an input of {z.shape}."
+        )
     a, b = jnp.split(z, 2, axis=-1)
     return a, b
 
@@ -171,7 +175,8 @@ def _pair_relaxation(z, lower, upper, radius, arithmetic):
     upper_a, upper_b = halves(upper)
     t = a - b
     least, most = arithmetic.widened(lower_a - upper_b, upper_a - lower_b, 0.0)
-    # From t >= 0: slope 1 up to the kink, then falling towards the far end. t < 0: its mirror image.
+    # From t >= 0: slope 1 up to the kink, then falling towards the far end. t < 0: its mirror
+    # image.
     far = jnp.where(t >= 0, jnp.maximum(-least, 0.0), jnp.maximum(most, 0.0))
     inner = ratio(jnp.abs(t) - far, jnp.abs(t) + far)
     sign = jnp.where(t >= 0, 1.0, -1.0)

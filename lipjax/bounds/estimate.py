@@ -6,10 +6,10 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 
-from lipjax import spectral
 from lipjax.bounds.modes import mode_of
 from lipjax.bounds.regions import Bound, Walk, check_epsilon
 from lipjax.graph import Graph, trace
+from lipjax.norms import power as spectral
 
 # Types that products of power iterations can be in.
 PRODUCTS = ("float32", "bfloat16")
@@ -35,7 +35,9 @@ def vector_shapes(f: Callable | Graph, shape: Sequence[int]) -> tuple[tuple[int,
     return tuple(node.shape for node in inputs)
 
 
-def initial_vectors(f: Callable | Graph, shape: Sequence[int], mode: str = "local", key: jax.Array | None = None):
+def initial_vectors(
+    f: Callable | Graph, shape: Sequence[int], mode: str = "local", key: jax.Array | None = None
+):
     """Standard normal start vectors of one example, as `bound` takes them: as `Bound.vectors`.
 
     With a key they are those of ``bound(..., key=key)``, without one always the same: good to
@@ -86,10 +88,10 @@ def bound(
 ) -> Bound:
     """Local Lipschitz bound of one example, **an estimate**: its norms come from below.
 
-    For certificates see `lipjax.certify`. Everything else in the bound is an upper bound: with exact
-    norms, ``||h(x') - h(x)||_2`` stays within each region's radius and h(x') within its box for all
-    ``||x' - x||_2 <= epsilon``. Differentiable in the parameters and in x (nothing is differentiated
-    through the power iteration).
+    For certificates see `lipjax.certify`. Everything else in the bound is an upper bound: with
+    exact norms, ``||h(x') - h(x)||_2`` stays within each region's radius and h(x') within its box
+    for all ``||x' - x||_2 <= epsilon``. Differentiable in the parameters and in x (nothing is
+    differentiated through the power iteration).
 
     **To train with it, pass `key`, fresh in each step, or `vectors`, kept from step to step, best
     both.** From a start that is always the same a network learns to hide its norms, so without

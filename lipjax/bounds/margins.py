@@ -19,7 +19,9 @@ BISECTION_STEPS = {"float32": 16, "float64": 35}
 WIDEST = 1e12
 
 
-def ascent(direction: jax.Array, region: Region, arithmetic: rounding.Rounding = rounding.EXACT) -> jax.Array:
+def ascent(
+    direction: jax.Array, region: Region, arithmetic: rounding.Rounding = rounding.EXACT
+) -> jax.Array:
     """Upper bound of ``max <direction, t>`` over ball and box.
 
     The ball is ``||t||_2 <= radius``, the box ``lower - center <= t <= upper - center``. By duality
@@ -49,7 +51,9 @@ def ascent(direction: jax.Array, region: Region, arithmetic: rounding.Rounding =
     box = up(jnp.sum(d * corner), d.size)
 
     tiny = jnp.finfo(d.dtype).tiny ** 0.5
-    frozen_d, frozen_low, frozen_high, radius, unit = jax.lax.stop_gradient((d, low, high, region.radius, norm))
+    frozen_d, frozen_low, frozen_high, radius, unit = jax.lax.stop_gradient(
+        (d, low, high, region.radius, norm)
+    )
 
     def too_short(log_scale):
         t = jnp.clip(frozen_d * jnp.exp(log_scale), frozen_low, frozen_high)
@@ -75,7 +79,8 @@ def ascent(direction: jax.Array, region: Region, arithmetic: rounding.Rounding =
 
 
 def directions(graph: Graph, penultimate: Region, label: jax.Array) -> jax.Array:
-    """``w_j - w_label`` for every class j: ``(classes, *penultimate shape)``, rows of the last node."""
+    """``w_j - w_label`` for every class j: ``(classes, *penultimate shape)``, rows of the last
+    node."""
     head = graph.nodes[-1]
     assert isinstance(head, Linear)
     classes = head.size
@@ -136,7 +141,8 @@ def worst_logits(
     Args:
         bound: what `lipjax.bound` returned for one example.
         label: the true class, an integer scalar (may be traced).
-        arithmetic: as in `ascent`; the rounding of the clean logits themselves is not in the result.
+        arithmetic: as in `ascent`; the rounding of the clean logits themselves is not in the
+            result.
         view: of the walk.
 
     Raises:

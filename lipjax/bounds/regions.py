@@ -98,7 +98,9 @@ def check_epsilon(epsilon) -> None:
     if isinstance(epsilon, jax.core.Tracer):
         return
     if not (float(epsilon) >= 0 and math.isfinite(float(epsilon))):
-        raise ValueError(f"epsilon must be finite and >= 0 (an l2 radius on pixels in [0, 1]), got {epsilon}.")
+        raise ValueError(
+            f"epsilon must be finite and >= 0 (an l2 radius on pixels in [0, 1]), got {epsilon}."
+        )
 
 
 # norm(k, operator, like, mask_in, mask_out) -> (sigma, vector); k counts the linear nodes. Masks
@@ -219,7 +221,9 @@ class Walk:
         # Adding the constant rounds nothing that the sums of the slack do not cover.
         moved = arithmetic.norm(4 * rounding.DOUBLE * _magnitude(node, [p.center for p in parts]))
         radius = up(sum(p.radius for p in parts[1:]) + parts[0].radius + moved, terms + 1)
-        whole = up(sum(k.whole_radius for k in before[1:]) + before[0].whole_radius + moved, terms + 1)
+        whole = up(
+            sum(k.whole_radius for k in before[1:]) + before[0].whole_radius + moved, terms + 1
+        )
         lipschitz = before[0].lipschitz
         if terms > 1:
             lipschitz = up(sum(k.lipschitz for k in before[1:]) + lipschitz, terms)
@@ -228,10 +232,16 @@ class Walk:
         pairs = zip(node.signs, parts, strict=True)
         ends = [(p.lower, p.upper) if sign == 1 else (p.upper, p.lower) for sign, p in pairs]
         plain = dataclasses.replace(node, signs=(1,) * terms)
-        lower = _signed_sum(plain, [e[0] if s == 1 else -e[0] for s, e in zip(node.signs, ends, strict=True)])
-        upper = _signed_sum(plain, [e[1] if s == 1 else -e[1] for s, e in zip(node.signs, ends, strict=True)])
+        lower = _signed_sum(
+            plain, [e[0] if s == 1 else -e[0] for s, e in zip(node.signs, ends, strict=True)]
+        )
+        upper = _signed_sum(
+            plain, [e[1] if s == 1 else -e[1] for s, e in zip(node.signs, ends, strict=True)]
+        )
         if terms == 1 and node.constant is None:
-            return dataclasses.replace(before[0], region=Region(center, parts[0].radius, lower, upper), is_ball=False)
+            return dataclasses.replace(
+                before[0], region=Region(center, parts[0].radius, lower, upper), is_ball=False
+            )
         slack = 4 * rounding.DOUBLE * _magnitude(node, [p.magnitude for p in parts])
         lower, upper = arithmetic.widened(lower, upper, slack if terms > 2 else 0.0)
         lower, upper = smaller(lower, center), larger(upper, center)
@@ -315,7 +325,9 @@ class Walk:
         least = jnp.minimum(radius, box.radius) if mode.local else radius
         return Known(dataclasses.replace(box, radius=least), lipschitz, whole)
 
-    def box(self, operator: LinearOperator, before: Known, center, ball_radius, slack, own) -> Region:
+    def box(
+        self, operator: LinearOperator, before: Known, center, ball_radius, slack, own
+    ) -> Region:
         """Interval arithmetic, cut with the ball of the inputs that vary, and with `own`, how far
         each output can move, if given; always contains the center itself."""
         arithmetic, region, like = self.arithmetic, before.region, before.region.center
@@ -332,7 +344,9 @@ class Walk:
         if self.mode.as_paper and operator.kernel_row_norms is not None:
             row_norms = operator.kernel_row_norms
         else:
-            row_norms = operator.row_norms(varies if self.mode.local else jnp.ones(like.shape, bool))
+            row_norms = operator.row_norms(
+                varies if self.mode.local else jnp.ones(like.shape, bool)
+            )
         terms = like.size + operator.kernel.size
         reach = arithmetic.up(ball_radius * jnp.broadcast_to(row_norms, center.shape), terms)
         if own is not None:

@@ -12,8 +12,8 @@ P_i the product of all that is linear behind activation i, and
 one reverse pass and no norm of anything, and the exact norm of the gradient times epsilon as
 epsilon tends to 0. Rows of rivals make margins, rows of neurons make boxes.
 
-Source: METHOD 5 (docs/method.md); the idea is LipLT's (Fazlyab et al. 2023, arXiv 2310.00116), which
-takes the slopes globally, in [0, 1]; only slopes *from the center* count here.
+Source: METHOD 5 (docs/method.md); the idea is LipLT's (Fazlyab et al. 2023, arXiv 2310.00116),
+which takes the slopes globally, in [0, 1]; only slopes *from the center* count here.
 """
 
 from collections.abc import Callable, Sequence
@@ -21,10 +21,11 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 
-from lipjax import deterministic, rounding
+from lipjax import rounding
 from lipjax.bounds.regions import Region, Walk
 from lipjax.graph import Activation, Add, Graph, Linear, Rearrange
 from lipjax.graph.linear import LinearOperator, safe_norm
+from lipjax.norms import deterministic
 
 # The scaling that `largest_product` tries beside box and ball, as a multiple of that of the ball
 # alone. Measured on an ordinarily trained net: five scales give margins 1 % smaller than this one.
@@ -40,8 +41,8 @@ def dual(d, low, high, radius, scale, arithmetic) -> jax.Array:
     """
     t = jnp.clip(d * scale, low, high)
     # Each term of the sums is >= 0, the difference is not: its rounding is that of its parts' sum.
-    # (Squares that underflow, too: FLOOR is in the excess before that is divided by the scale, which
-    # can be far smaller.)
+    # (Squares that underflow, too: FLOOR is in the excess before that is divided by the scale,
+    # which can be far smaller.)
     room = jnp.square(radius)
     used = jnp.sum(jnp.square(t))
     excess = arithmetic.up(room + used, d.size) - (room + used)
@@ -88,7 +89,11 @@ class Reverse:
         self.graph, self.view, self.arithmetic = graph, view, arithmetic
         self.regions, self.end = regions[: end + 1], end
         self.norm_of = dict(zip(self.graph.linear, norms, strict=False))
-        self.relaxations = {i: self._relaxed(i) for i in range(end + 1) if isinstance(self.graph.nodes[i], Activation)}
+        self.relaxations = {
+            i: self._relaxed(i)
+            for i in range(end + 1)
+            if isinstance(self.graph.nodes[i], Activation)
+        }
 
     def _relaxed(self, i: int):
         """Slopes and errors of activation i, from the norm of the rows that move its output."""
@@ -99,7 +104,9 @@ class Reverse:
         moving = self._moving(node.inputs[0])
         if moving is not None:
             radius = jnp.minimum(moving, radius)
-        return node.rule.relaxations(before.center, before.lower, before.upper, radius, after, self.arithmetic)
+        return node.rule.relaxations(
+            before.center, before.lower, before.upper, radius, after, self.arithmetic
+        )
 
     def _moving(self, i: int) -> jax.Array | None:
         """Radius over the active inputs of an activation that alone reads node i."""

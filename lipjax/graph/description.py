@@ -61,7 +61,9 @@ def described(graph: Graph) -> list[dict[str, Any]]:
 
 
 def _described(node: Node, nodes: Sequence[Node]) -> dict[str, Any]:
-    executed = [[e.primitive, list(e.operands), e.result, e.precision, e.accumulate] for e in node.executed]
+    executed = [
+        [e.primitive, list(e.operands), e.result, e.precision, e.accumulate] for e in node.executed
+    ]
     return {
         **_own(node, [nodes[i] for i in node.inputs]),
         "inputs": list(node.inputs),
@@ -89,7 +91,10 @@ def _own(node: Node, before: Sequence[Node]) -> dict[str, Any]:
         return {"kind": "add", "signs": list(node.signs), "constant": constant}
     assert isinstance(node, Activation)
     found = node.rule.described()
-    return {name: value if isinstance(value, str) else _array(value, node.dtype) for name, value in found.items()}
+    return {
+        name: value if isinstance(value, str) else _array(value, node.dtype)
+        for name, value in found.items()
+    }
 
 
 def _map(apply, where: str, shape: tuple[int, ...]) -> dict[str, Any]:
@@ -140,7 +145,9 @@ def _windows(apply: Sum, where: str, shape: tuple[int, ...]) -> dict[str, Any]:
     }
     if name != "reduce_window_sum" or set(parameters) != set(names.values()):
         raise TypeError(f"{where}: no plain description of a sum by {name} of {parameters}.")
-    found: dict[str, Any] = {k: [int(n) for n in parameters[v]] for k, v in names.items() if k != "padding"}
+    found: dict[str, Any] = {
+        k: [int(n) for n in parameters[v]] for k, v in names.items() if k != "padding"
+    }
     return {**found, "padding": [[int(low), int(high)] for low, high in parameters["padding"]]}
 
 

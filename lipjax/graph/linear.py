@@ -12,22 +12,25 @@ import jax.numpy as jnp
 
 
 @functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["kernel", "bias", "kernel_row_norms"], meta_fields=["apply"]
+    jax.tree_util.register_dataclass,
+    data_fields=["kernel", "bias", "kernel_row_norms"],
+    meta_fields=["apply"],
 )
 @dataclasses.dataclass(frozen=True)
 class LinearOperator:
     """One example's affine map ``x -> W x + bias``, with ``W x = apply(kernel, x)``.
 
-    Contract: `apply` is linear in each argument, and every entry of W is zero or exactly one entry of `kernel`. Then
-    ``|W| x = apply(|kernel|, x)`` and the squared row norms over a mask are ``apply(kernel**2, mask)``: `absolute` and
-    `row_norms` rely on it. A map that breaks it must come in through `from_matrix`.
+    Contract: `apply` is linear in each argument, and every entry of W is zero or exactly one entry
+    of `kernel`. Then ``|W| x = apply(|kernel|, x)`` and the squared row norms over a mask are
+    ``apply(kernel**2, mask)``: `absolute` and `row_norms` rely on it. A map that breaks it must
+        come in through `from_matrix`.
 
     Attributes:
         apply: ``(kernel, x) -> W x`` for one example, no bias.
         kernel: the array that the matrix is made of.
         bias: broadcastable to the output, or None.
-        kernel_row_norms: norms of the rows as the paper takes them, of the whole kernel also where padding cuts some of
-            it off; broadcastable to the output. None: the true row norms.
+        kernel_row_norms: norms of the rows as the paper takes them, of the whole kernel also where
+            padding cuts some of it off; broadcastable to the output. None: the true row norms.
     """
 
     apply: Callable[[jax.Array, jax.Array], jax.Array]
@@ -51,7 +54,9 @@ class LinearOperator:
                 f"{(math.prod(output_shape), math.prod(input_shape))}, got {matrix.shape}."
             )
 
-        return cls(_Hashable(functools.partial(_apply_matrix, input_shape, output_shape)), matrix, bias)
+        return cls(
+            _Hashable(functools.partial(_apply_matrix, input_shape, output_shape)), matrix, bias
+        )
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """``W x``."""
@@ -67,19 +72,23 @@ class LinearOperator:
         return self.apply(jnp.abs(self.kernel), x)
 
     def transpose(self, x: jax.Array | jax.ShapeDtypeStruct) -> Callable[[jax.Array], jax.Array]:
-        """``y -> W^T y`` for inputs like `x`, as JAX derives it from `apply`: right for every stride and padding."""
+        """``y -> W^T y`` for inputs like `x`, as JAX derives it from `apply`: right for every
+        stride and padding."""
         transposed = jax.linear_transpose(self, jax.ShapeDtypeStruct(x.shape, x.dtype))
         return lambda y: transposed(y)[0]
 
     def materialized(self, x: jax.Array | jax.ShapeDtypeStruct) -> "LinearOperator":
         """The same map, for inputs like `x`, by its explicit matrix: quick where that is small."""
-        matrix = jax.vmap(lambda column: self(column.reshape(x.shape)).reshape(-1))(jnp.eye(x.size, dtype=x.dtype)).T
+        matrix = jax.vmap(lambda column: self(column.reshape(x.shape)).reshape(-1))(
+            jnp.eye(x.size, dtype=x.dtype)
+        ).T
         shape = jax.eval_shape(self, jax.ShapeDtypeStruct(x.shape, x.dtype)).shape
         explicit = LinearOperator.from_matrix(matrix, x.shape, shape, self.bias)
         return dataclasses.replace(explicit, kernel_row_norms=self.kernel_row_norms)
 
     def row_norms(self, mask: jax.Array) -> jax.Array:
-        """``||row_i(W) restricted to mask||_2``, of the output's shape; differentiable also where it is 0.
+        """``||row_i(W) restricted to mask||_2``, of the output's shape; differentiable also where
+        it is 0.
 
         Not below it but for rounding: entries whose squares would underflow are `raised`.
 
@@ -120,7 +129,8 @@ def safe_norm(x: jax.Array) -> jax.Array:
 def smaller(a: jax.Array, b: jax.Array) -> jax.Array:
     """``min(a, b)``, NaN where either is NaN. At a tie the gradient is that of `a`.
 
-    To differentiate `jnp.minimum` two numbers an entry are kept, for this one bit: a third of a training step's memory.
+    To differentiate `jnp.minimum` two numbers an entry are kept, for this one bit: a third of a
+    training step's memory.
     """
     return jnp.where((b < a) | jnp.isnan(b), b, a)
 
@@ -132,10 +142,11 @@ def larger(a: jax.Array, b: jax.Array) -> jax.Array:
 
 @dataclasses.dataclass(frozen=True)
 class Convolution:
-    """``(kernel, x) -> W x`` of a convolution of one example, channels last: what `LinearOperator.apply` is for nnx.Conv.
+    """``(kernel, x) -> W x`` of a convolution of one example, channels last: what
+    `LinearOperator.apply` is for nnx.Conv.
 
-    Hashable, and compared by value, so that two views of one layer are one static argument to `jit`. Bounds that use
-    the structure of a convolution find its geometry here.
+    Hashable, and compared by value, so that two views of one layer are one static argument to
+    `jit`. Bounds that use the structure of a convolution find its geometry here.
 
     Attributes:
         strides, input_dilation, dilation: one number per spatial axis; `dilation` is the kernel's.
@@ -156,7 +167,8 @@ class Convolution:
 
 
 class _Hashable:
-    """A partial that compares by value, so that two views of one layer are one static argument to `jit`."""
+    """A partial that compares by value, so that two views of one layer are one static argument to
+    `jit`."""
 
     def __init__(self, partial):
         self.partial = partial
@@ -181,16 +193,21 @@ def _spread(value, rank: int) -> tuple[int, ...]:
 def _apply_convolution(strides, padding, input_dilation, dilation, groups, kernel, x):
     rank = len(strides)
     if x.ndim != rank + 1:
-        raise ValueError(f"expected one example with {rank} spatial axes and channels, got shape {x.shape}.")
+        raise ValueError(
+            f"expected one example with {rank} spatial axes and channels, got shape {x.shape}."
+        )
     if padding == "CIRCULAR":
         extents = [(k - 1) * d + 1 for k, d in zip(kernel.shape, dilation, strict=False)]
         for extent, size in zip(extents, x.shape, strict=False):
             if extent > size:
                 raise ValueError(
-                    f"circular padding of an axis of {size} with a kernel that spans {extent} puts several kernel "
-                    "entries on one input: the matrix is not the kernel's. Register it with LinearOperator.from_matrix."
+                    f"circular padding of an axis of {size} with a kernel that spans {extent} puts "
+                    "several kernel "
+                    "entries on one input: the matrix is not the kernel's. Register it with "
+                    "LinearOperator.from_matrix."
                 )
-        # Each input is copied to at most one place under every kernel position, so the contract holds.
+        # Each input is copied to at most one place under every kernel position, so the contract
+        # holds.
         x = jnp.pad(x, [*(((e - 1) // 2, e // 2) for e in extents), (0, 0)], mode="wrap")
         padding = "VALID"
     if x.dtype == jnp.float64:
@@ -208,28 +225,34 @@ def _apply_convolution(strides, padding, input_dilation, dilation, groups, kerne
             feature_group_count=groups,
         )[0]
     if y.size == 0:
-        raise ValueError(f"a kernel of {kernel.shape[:rank]} does not fit an input of shape {x.shape}.")
+        raise ValueError(
+            f"a kernel of {kernel.shape[:rank]} does not fit an input of shape {x.shape}."
+        )
     return y
 
 
-# Channels below which all taps of a convolution go into one matrix product: it compiles and runs faster than many thin
-# ones. Above, that only costs memory.
+# Channels below which all taps of a convolution go into one matrix product: it compiles and runs
+# faster than many thin ones. Above, that only costs memory.
 THIN = 32
 
 
 def _convolve_by_products(strides, padding, input_dilation, dilation, groups, kernel, x):
-    """The same convolution as matrix products: one for all kernel positions, or one for each where channels are many.
+    """The same convolution as matrix products: one for all kernel positions, or one for each where
+    channels are many.
 
-    XLA's CPU backend has a fast convolution for float32 only; in float64, where certificates are computed, its generic
-    loop is an order of magnitude slower than these products. And these are inner products on every device, as the error
-    model of `rounding` wants, where a library's convolution may choose another algorithm.
+    XLA's CPU backend has a fast convolution for float32 only; in float64, where certificates are
+    computed, its generic loop is an order of magnitude slower than these products. And these are
+    inner products on every device, as the error model of `rounding` wants, where a library's
+    convolution may choose another algorithm.
     """
     rank = len(strides)
     sizes = [(n - 1) * d + 1 for n, d in zip(x.shape[:rank], input_dilation, strict=True)]
     extents = [(k - 1) * d + 1 for k, d in zip(kernel.shape[:rank], dilation, strict=True)]
     if isinstance(padding, str):
         padding = jax.lax.padtype_to_pads(sizes, extents, strides, padding)
-    pads = [(int(low), int(high), d - 1) for (low, high), d in zip(padding, input_dilation, strict=True)]
+    pads = [
+        (int(low), int(high), d - 1) for (low, high), d in zip(padding, input_dilation, strict=True)
+    ]
     x = jax.lax.pad(x, jnp.zeros((), x.dtype), [*pads, (0, 0, 0)])
     *window, channels, outputs = kernel.shape
     if x.shape[-1] != channels * groups:

@@ -72,7 +72,9 @@ def _flat(jaxpr: Jaxpr, names: dict, lines: list) -> Iterator[tuple]:
                 raise _Unprintable
             local = dict(zip(inner.invars, operands, strict=True))
             yield from _flat(inner, local, lines)
-            names.update((v, _name(w, local)) for v, w in zip(equation.outvars, inner.outvars, strict=True))
+            names.update(
+                (v, _name(w, local)) for v, w in zip(equation.outvars, inner.outvars, strict=True)
+            )
             continue
         for k, variable in enumerate(equation.outvars):
             names[variable] = ("line", len(lines), k)
@@ -82,7 +84,8 @@ def _flat(jaxpr: Jaxpr, names: dict, lines: list) -> Iterator[tuple]:
 
 
 def _text(value) -> str:
-    """A parameter in full. Jaxprs print without their arrays, and large arrays without the middle."""
+    """A parameter in full. Jaxprs print without their arrays, and large arrays without the
+    middle."""
     if isinstance(value, tuple | list):
         return f"({', '.join(map(_text, value))})"
     if isinstance(value, Jaxpr | ClosedJaxpr | np.ndarray | jax.Array):

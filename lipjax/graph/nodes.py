@@ -263,9 +263,14 @@ class Graph:
                 return dataclasses.replace(self, nodes=tuple(nodes))
             nodes = list(self.nodes)
         if len(last.shape) != 1:
-            raise TypeError(f"the value has shape {last.shape}: expected one axis, of logits or outputs. Flatten it.")
+            raise TypeError(
+                f"the value has shape {last.shape}: expected one axis, of logits or outputs. "
+                "Flatten it."
+            )
         identity = LinearOperator(Scale(), jnp.ones((), last.dtype))
-        head = Linear(inputs=(len(nodes) - 1,), shape=last.shape, dtype=last.dtype, operator=identity)
+        head = Linear(
+            inputs=(len(nodes) - 1,), shape=last.shape, dtype=last.dtype, operator=identity
+        )
         return dataclasses.replace(self, nodes=(*nodes, head))
 
     @property

@@ -52,7 +52,9 @@ def identity(constants: Sequence[Any]) -> tuple:
     return tuple(found)
 
 
-def together(nodes: Sequence[Node], parts: Sequence[int], axis: int) -> tuple[int, Steps, Constants] | None:
+def together(
+    nodes: Sequence[Node], parts: Sequence[int], axis: int
+) -> tuple[int, Steps, Constants] | None:
     """Parts of one node, concatenated, as one rearrangement of it.
 
     So it is known how often an entry occurs in all parts together.

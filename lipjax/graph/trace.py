@@ -40,7 +40,8 @@ LONGEST_LOOP = 256
 
 
 class TraceError(TypeError):
-    """The function does something of which lipjax knows no bound; the message says what and where."""
+    """The function does something of which lipjax knows no bound; the message says what and
+    where."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,7 +99,9 @@ def trace(f: Callable, example, *, batched: bool | None = None) -> Graph:
             failures.append(ValueError(f"a batch of one became an array of shape {out.shape}."))
             continue
         if batched is None and not with_axis and len(out.shape) > 1:
-            failures.append(ValueError(f"one example of shape {shape} became an array of shape {out.shape}."))
+            failures.append(
+                ValueError(f"one example of shape {shape} became an array of shape {out.shape}.")
+            )
             continue
         before = {path: state[path] for path in sorted(changed)}
         return _Reader(shape, dtype, with_axis).read(jaxpr, before)
@@ -181,7 +184,9 @@ class _Reader:
     """Reads one jaxpr into nodes."""
 
     def __init__(self, shape: tuple[int, ...], dtype, batched: bool):
-        self.nodes: list[Node] = [Input(inputs=(), shape=shape, dtype=str(dtype), where="the example")]
+        self.nodes: list[Node] = [
+            Input(inputs=(), shape=shape, dtype=str(dtype), where="the example")
+        ]
         self.batched = batched
         self.where = ""
         self.seen: dict[Any, Ref] = {}
@@ -276,7 +281,10 @@ class _Reader:
     def loop(self, equation, inputs: list[Value]) -> list[Value]:
         params = equation.params
         if not 0 < params["length"] <= LONGEST_LOOP:
-            raise TraceError(f"{self.where}: a loop of {params['length']} rounds; 1 to {LONGEST_LOOP} are written out.")
+            raise TraceError(
+                f"{self.where}: a loop of {params['length']} rounds; 1 to {LONGEST_LOOP} are "
+                "written out."
+            )
         fixed, carried = params["num_consts"], params["num_carry"]
         consts, carry = inputs[:fixed], inputs[fixed : fixed + carried]
         streams, body = inputs[fixed + carried :], params["jaxpr"]
@@ -284,7 +292,9 @@ class _Reader:
         order = range(params["length"])
         for i in reversed(order) if params["reverse"] else order:
             rows = [self.row(stream, i) for stream in streams]
-            results = self.jaxpr(body.jaxpr, [Known(c) for c in body.consts], [*consts, *carry, *rows])
+            results = self.jaxpr(
+                body.jaxpr, [Known(c) for c in body.consts], [*consts, *carry, *rows]
+            )
             carry = results[:carried]
             outputs.append(results[carried:])
         if params["reverse"]:
@@ -363,7 +373,9 @@ class _Reader:
             )
         )
 
-    def moved(self, refs: Sequence[Value], shape, primitive, constants=(), roundings=0.0, /, **parameters) -> Ref:
+    def moved(
+        self, refs: Sequence[Value], shape, primitive, constants=(), roundings=0.0, /, **parameters
+    ) -> Ref:
         """A Rearrange by one primitive, joined with the one in front; equal ones are made once.
 
         Args:
@@ -418,7 +430,9 @@ class _Reader:
         for step in node.steps:
             like = jax.ShapeDtypeStruct(shapes[-1], jnp.float32)
             shapes.append(jax.eval_shape(step, like).shape)
-        for step, before, after in zip(reversed(node.steps), reversed(shapes[:-1]), reversed(shapes[1:]), strict=True):
+        for step, before, after in zip(
+            reversed(node.steps), reversed(shapes[:-1]), reversed(shapes[1:]), strict=True
+        ):
             name, parameters = step.primitive.name, dict(step.parameters)
             if name == "transpose":
                 value = jnp.transpose(value, tuple(np.argsort(parameters["permutation"])))
@@ -550,7 +564,10 @@ def _arity(reference: Callable) -> int:
 @functools.cache
 def _reference(reference: Callable, avals, wide: bool) -> tuple | None:
     """Its fingerprint at these types; `wide`: are there 64 bits?"""
-    likes = [jax.ShapeDtypeStruct(shape, jnp.dtype(dtype), weak_type=weak) for shape, dtype, weak in avals]
+    likes = [
+        jax.ShapeDtypeStruct(shape, jnp.dtype(dtype), weak_type=weak)
+        for shape, dtype, weak in avals
+    ]
     try:
         return match.fingerprint(jax.make_jaxpr(reference)(*likes))
     except (TypeError, ValueError):  # shapes that it does not take
@@ -643,7 +660,10 @@ def _pruned(graph: Graph, last: int) -> Graph:
             stack += [i for i in graph.nodes[position].inputs if i not in needed]
     order = sorted(needed)
     place = {old: new for new, old in enumerate(order)}
-    nodes = [dataclasses.replace(graph.nodes[i], inputs=tuple(place[j] for j in graph.nodes[i].inputs)) for i in order]
+    nodes = [
+        dataclasses.replace(graph.nodes[i], inputs=tuple(place[j] for j in graph.nodes[i].inputs))
+        for i in order
+    ]
     return dataclasses.replace(graph, nodes=tuple(nodes))
 
 
@@ -718,7 +738,9 @@ def _gather(reader: _Reader, equation, inputs):
     constants = tuple(Positions(np.asarray(i.value)) for i in indices)
     roundings = max(i.roundings for i in indices)
     out = equation.outvars[0].aval
-    return reader.moved([value], out.shape, equation.primitive, constants, roundings, **equation.params)
+    return reader.moved(
+        [value], out.shape, equation.primitive, constants, roundings, **equation.params
+    )
 
 
 @register_primitive("concatenate")
@@ -751,7 +773,9 @@ def _constant(reader: _Reader, known: Known, dtype) -> Ref:
     empty = reader.moved([nothing], (0,), "slice", **bounds)
     value = jnp.asarray(known.value)
     config = ((0, value.size, 0),)
-    zeros = reader.moved([empty], (value.size,), "pad", (np.zeros((), dtype),), padding_config=config)
+    zeros = reader.moved(
+        [empty], (value.size,), "pad", (np.zeros((), dtype),), padding_config=config
+    )
     shaped = reader.moved([zeros], value.shape, "reshape", new_sizes=value.shape)
     return reader.add(
         Add(
@@ -925,7 +949,8 @@ def _convolution(reader: _Reader, equation, inputs):
     batch, channel, *spatial = numbers.lhs_spec
     if shape[batch] != 1:
         raise ValueError(
-            f"{reader.where}: a convolution over a batch of {shape[batch]}: give one example; jax.vmap makes the batch."
+            f"{reader.where}: a convolution over a batch of {shape[batch]}: give one example; "
+            "jax.vmap makes the batch."
         )
 
     # To one example, channels last; the kernel to (window, inputs, outputs); and back.

@@ -50,8 +50,8 @@ ARITHMETICS = {
     )
 }
 KNOWN_TYPES = ("float64", "float32", "bfloat16")
-# Algorithms that a product can fix, by the arithmetic that covers them. Others are refused: they sum
-# in 16 bits, multiply in 8, or take several products for one.
+# Algorithms that a product can fix, by the arithmetic that covers them. Others are refused: they
+# sum in 16 bits, multiply in 8, or take several products for one.
 ALGORITHMS = {
     "F64_F64_F64": "float64",
     "F32_F32_F32": "float32",
@@ -93,7 +93,9 @@ def arithmetics_of(graph: Graph, declared: str | None = None) -> tuple[tuple[Ari
                 "Write them down once: lipjax.orthogonal.plain(network), or compute them outside "
                 "of the function."
             )
-    return tuple(tuple(_arithmetic(node, e, declared) for e in node.executed) for node in graph.nodes)
+    return tuple(
+        tuple(_arithmetic(node, e, declared) for e in node.executed) for node in graph.nodes
+    )
 
 
 def _arithmetic(node: Node, equation: Executed, declared: str | None) -> Arithmetic:
@@ -105,7 +107,8 @@ def _arithmetic(node: Node, equation: Executed, declared: str | None) -> Arithme
     if not floats <= set(KNOWN_TYPES):
         strange = ", ".join(sorted(floats - set(KNOWN_TYPES)))
         raise TypeError(
-            f"{node.where}: `{equation.primitive}` in {strange}; what rounding does there is not in "
+            f"{node.where}: `{equation.primitive}` in {strange}; what rounding does there is not "
+            "in "
             f"the error model (known: {', '.join(KNOWN_TYPES)}). Compute in float32."
         )
     name = _own(equation, floats)
@@ -249,7 +252,9 @@ def forward_error(
         else:
             assert isinstance(node, Linear)
             before = boxes[node.inputs[0]]
-            error, total = _linear_error(node, before, sources[0], lengths[0], arithmetics[i], norm_of[i], view)
+            error, total = _linear_error(
+                node, before, sources[0], lengths[0], arithmetics[i], norm_of[i], view
+            )
         errors.append(error)
         totals.append(total)
     return errors[-1]

@@ -1,19 +1,23 @@
-"""The error model of floating-point arithmetic: what rounding can do to a network as executed, and to its bounds.
+"""The error model of floating-point arithmetic: what rounding can do to a network as executed, and
+to its bounds.
 
-**Model** (Higham, *Accuracy and Stability of Numerical Algorithms*, 2nd ed. 2002, sections 2.2 and 3.1). An operation
-returns the exact result times ``1 + d``, ``|d| <= u``. An inner product of n terms, summed in any order, with or
-without fused multiply-adds, errs by at most ``gamma(n) sum |a_i b_i|``, ``gamma(n) = n u / (1 - n u)``. Results that
-underflow may be flushed to zero, as may subnormal operands. Not covered: products that are no inner products (Winograd
-or Fourier convolutions, Strassen), and faults of the hardware.
+**Model** (Higham, *Accuracy and Stability of Numerical Algorithms*, 2nd ed. 2002, sections 2.2 and
+3.1). An operation returns the exact result times ``1 + d``, ``|d| <= u``. An inner product of n
+terms, summed in any order, with or without fused multiply-adds, errs by at most ``gamma(n) sum |a_i
+b_i|``, ``gamma(n) = n u / (1 - n u)``. Results that underflow may be flushed to zero, as may
+subnormal operands. Not covered: products that are no inner products (Winograd or Fourier
+    convolutions, Strassen), and faults of the hardware.
 
-Where the operands are first rounded to a narrower format (TF32, bfloat16) that adds a factor ``(1 + u_in)^2``, and the
-format of the result another ``1 + u_out``. Tensor cores truncate and keep few guard bits (Fasi, Higham, Mikaitis and
-Pranesh, *Numerical behavior of NVIDIA tensor cores*, 2021), so their accumulation is counted with ``u_acc = 2^-22`` and
-the conversion to TF32, which some do by truncation, with ``u_in = 2^-10``.
+Where the operands are first rounded to a narrower format (TF32, bfloat16) that adds a factor ``(1 +
+u_in)^2``, and the format of the result another ``1 + u_out``. Tensor cores truncate and keep few
+guard bits (Fasi, Higham, Mikaitis and Pranesh, *Numerical behavior of NVIDIA tensor cores*, 2021),
+so their accumulation is counted with ``u_acc = 2^-22`` and the conversion to TF32, which some do by
+truncation, with ``u_in = 2^-10``.
 
-Two things are made of it. `OUTWARD` turns every rounding error of a bound, computed in float64, to the safe side;
-`EXACT` does nothing and serves estimates, which are differentiated. `forward_error` bounds how far the logits of the
-network *as executed*, in its own arithmetic, can be from those of the real-number function, for every input of a ball.
+Two things are made of it. `OUTWARD` turns every rounding error of a bound, computed in float64, to
+the safe side; `EXACT` does nothing and serves estimates, which are differentiated. `forward_error`
+bounds how far the logits of the network *as executed*, in its own arithmetic, can be from those of
+the real-number function, for every input of a ball.
 """
 
 import math
@@ -24,23 +28,25 @@ import jax.numpy as jnp
 from lipjax.graph.linear import LinearOperator, raised, safe_norm
 
 DOUBLE = 2.0**-53
-# What underflow can do to one bound in float64: what is lost is below 2^-1022 a term, is multiplied by
-# at most one more number, of up to `LARGEST`, and there are millions of terms. It does not cover a square
-# root, a division or a second factor behind an underflow: what is squared for a root is
+# What underflow can do to one bound in float64: what is lost is below 2^-1022 a term, is multiplied
+# by at most one more number, of up to `LARGEST`, and there are millions of terms. It does not cover
+# a square root, a division or a second factor behind an underflow: what is squared for a root is
 # `graph.linear.raised` first, so that there is none.
 FLOOR = 1e-150
-# Bounds with a number above this are given up: below it nothing overflows, and FLOOR covers all that underflows.
+# Bounds with a number above this are given up: below it nothing overflows, and FLOOR covers all
+# that underflows.
 LARGEST = 1e100
 # Stands for a share of something that may have underflowed itself.
 LEAST_SHARE = 2.0**-1000
 
 
 def gamma(n, unit: float = DOUBLE) -> float:
-    """``n u / (1 - n u)``: relative error of an inner product of n terms; infinity where the model says nothing."""
+    """``n u / (1 - n u)``: relative error of an inner product of n terms; infinity where the model
+    says nothing."""
     return n * unit / (1 - n * unit) if n * unit < 1 else math.inf
 
 
-# ------------------------------------------------------------------------------------------- rounding of the bounds
+# --------------------------------------------------------------------------- rounding of the bounds
 
 
 class Exact:
@@ -72,14 +78,15 @@ class Exact:
 
 
 class Outward:
-    """Bounds in float64, every rounding error turned to the safe side; see the module's text for the model."""
+    """Bounds in float64, every rounding error turned to the safe side; see the module's text for
+    the model."""
 
     def up(self, x: jax.Array, terms: int = 1) -> jax.Array:
-        """At least the exact value of what was computed as x >= 0 by sums of `terms` products of numbers >= 0, with up
-        to eight further multiplications, divisions or square roots.
+        """At least the exact value of what was computed as x >= 0 by sums of `terms` products of
+        numbers >= 0, with up to eight further multiplications, divisions or square roots.
 
-        Also where products underflowed (see FLOOR), and therefore never 0: a 0 may be all that underflow
-        has left.
+        Also where products underflowed (see FLOOR), and therefore never 0: a 0 may be all that
+        underflow has left.
         """
         return x * (1 + 2 * gamma(terms + 8)) + FLOOR
 
@@ -97,10 +104,11 @@ class Outward:
         return lower - margin, upper + margin
 
     def slack(self, operator: LinearOperator, lower: jax.Array, upper: jax.Array) -> jax.Array:
-        """At least the rounding error, entry by entry, of each of ``W x + b``, ``|W| x`` and two sums of them, for every
-        x of size at most that of the box.
+        """At least the rounding error, entry by entry, of each of ``W x + b``, ``|W| x`` and two
+        sums of them, for every x of size at most that of the box.
 
-        Each errs by at most ``gamma(n + 2) (|W| |x| + |b|)``; a factor 8 covers their sum and this computation's own.
+        Each errs by at most ``gamma(n + 2) (|W| |x| + |b|)``; a factor 8 covers their sum and this
+        computation's own.
         """
         magnitude = operator.absolute(jnp.maximum(jnp.abs(lower), jnp.abs(upper)))
         if operator.bias is not None:
@@ -117,12 +125,14 @@ class Outward:
         return jnp.where(jnp.all(x == 0), 0.0, size)  # a NaN is no 0
 
     def slope_width(self, width: jax.Array) -> jax.Array:
-        """Half the distance of two slopes in [-1, 1], each computed as a ratio of two rounded differences, rounded up."""
+        """Half the distance of two slopes in [-1, 1], each computed as a ratio of two rounded
+        differences, rounded up."""
         return width + 32 * DOUBLE
 
     def left_over(self, relative, g: jax.Array, length: jax.Array) -> jax.Array:
-        """At least ``|<f, v>|`` for every ``||v|| <= length`` and ``||f|| <= relative ||g||``: for what is left over when a
-        row computed from g, `relative` of it wrong, takes the place of the exact one."""
+        """At least ``|<f, v>|`` for every ``||v|| <= length`` and ``||f|| <= relative ||g||``: for
+        what is left over when a row computed from g, `relative` of it wrong, takes the place of the
+        exact one."""
         # In this order: where the inner product underflows, the exact one is far below FLOOR.
         return self.up(jnp.maximum(relative, LEAST_SHARE) * (self.length(g) * length))
 
@@ -132,7 +142,8 @@ Rounding = Exact | Outward
 
 
 def terms_of(operator: LinearOperator, like: jax.Array | jax.ShapeDtypeStruct) -> int:
-    """Entries of the kernel in the fullest row of W, for inputs like `like`: the terms of one inner product. Static."""
+    """Entries of the kernel in the fullest row of W, for inputs like `like`: the terms of one inner
+    product. Static."""
     return _count(operator, like, transposed=False)
 
 

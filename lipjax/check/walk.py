@@ -1,0 +1,531 @@
+"""The checker's derivation of one example: what a ball around the input becomes, node by node, and
+the margin left.
+
+Part of `lipjax.check`; shares nothing with the bounds that it checks. METHOD 1 in mode "local" and
+METHOD 3, in float64 with every rounding error turned outwards.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from lipjax.check import slopes
+from lipjax.check.layers import Activation, Add, Affine, Executed, Move, Node
+from lipjax.check.norms import TINY, Norms, U, gamma, up, up_norm
+
+BISECTION_STEPS = 60
+
+# Of the network as executed: unit roundoff of its operands, its sums, its results, the smallest
+# result that is not flushed to zero, and the largest that is no overflow. Tensor cores truncate,
+# hence one bit less for TF32 and bfloat16. A file names the least precise arithmetic of the
+# network's layers; here all layers are taken to compute in it.
+ARITHMETICS = {
+    "float64": (0.0, 2.0**-53, 2.0**-53, 2.0**-1020, 2.0**1023),
+    "float32": (0.0, 2.0**-24, 2.0**-24, 2.0**-125, 2.0**127),
+    "tf32": (2.0**-10, 2.0**-22, 2.0**-24, 2.0**-125, 2.0**127),
+    "bfloat16_products": (2.0**-8, 2.0**-22, 2.0**-24, 2.0**-125, 2.0**127),
+    "bfloat16": (2.0**-8, 2.0**-22, 2.0**-8, 2.0**-125, 2.0**127),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Network:
+    """The graph, and what does not depend on the example.
+
+    Attributes:
+        nodes: each takes values of nodes in front of it; the last one makes the logits.
+        whole: per affine layer ``(lower, upper)`` bounds of its unmasked norm.
+        arithmetic: in which the network is executed, a key of `ARITHMETICS`.
+    """
+
+    nodes: list[Node]
+    whole: list[tuple[float, float]]
+    arithmetic: str
+
+    @functools.cached_property
+    def followers(self) -> dict[int, tuple[list[Move], Activation]]:
+        """The activation behind each affine layer whose value nothing else takes, by the value's
+        number, and the moves on the way to it, whose values nothing else takes either.
+
+        Only there the layer's rows that cannot move an output of the activation may be left out.
+        """
+        takers: dict[int, list[int]] = {}
+        for taker, node in enumerate(self.nodes, 1):
+            for number in node.inputs:
+                takers.setdefault(number, []).append(taker)
+        found = {}
+        for number, node in enumerate(self.nodes, 1):
+            path: list[Move] = []
+            at = takers.get(number, []) if isinstance(node.step, Affine) else []
+            while len(at) == 1:
+                step = self.nodes[at[0] - 1].step
+                if isinstance(step, Activation):
+                    found[number] = path, step
+                if not isinstance(step, Move) or len(step.sizes) != 1:
+                    break
+                path.append(step)
+                at = takers.get(at[0], [])
+        return found
+
+
+@dataclasses.dataclass(frozen=True)
+class Derived:
+    """What was derived of one example.
+
+    Attributes:
+        logits: ``(classes,)``, as the checker computes them.
+        rounding: ``(classes,)``, how far an executed logit can be from the exact one anywhere in
+            the ball.
+        margin: certified iff correct and this is positive; -infinity where the derivation met NaN
+            or overflow.
+        taken: what was taken off the clean margin to the rival that decides.
+        rival: that class.
+        norms: ``(affine layers - 1, 2)``, lower and upper bounds of the masked norms.
+    """
+
+    logits: np.ndarray
+    rounding: np.ndarray
+    margin: float
+    taken: float
+    rival: int
+    norms: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class Known:
+    """What is known of the activation h(x') for every x' in the ball.
+
+    Attributes:
+        center: the value that the checker computed at x. It lies in the box.
+        lower, upper: a box that contains h(x').
+        varies: False only where h(x') is the same real number for all x' (known only to rounding:
+            the box may have a width there).
+        radius: ``||h(x') - center||_2`` over the coordinates that vary.
+        error: per coordinate, how far the executed network's activation can be from h(x').
+        distance: the same, as a distance in l2.
+    """
+
+    center: np.ndarray
+    lower: np.ndarray
+    upper: np.ndarray
+    varies: np.ndarray
+    radius: float
+    error: np.ndarray
+    distance: float
+
+    def offset(self) -> np.ndarray:
+        """How far h(x') can be from the center."""
+        return up(np.maximum(self.upper - self.center, self.center - self.lower))
+
+
+@dataclasses.dataclass(frozen=True)
+class Walk:
+    """What is known of every value on the way to the logits, by its number.
+
+    Attributes:
+        nodes: of the network.
+        values: of x' itself and of each node that was passed.
+        slack: of a node's own value: per output, how far it can be from where the changes of its
+            inputs take the center (`transform`, `add`); zeros of an activation, which moves no
+            further than its input, and of a move, which is exact.
+        kept: of an affine layer with a follower: its radius over the rows that can move an output
+            of that activation; and of the moves on the way.
+        moving: of an activation: bound of ``||z(x') - center||_2`` over its inputs that can move an
+            output, and of what is not known of those that do not vary.
+        norms: ``(lower, upper)`` of the masked norms of the affine layers that were passed, in
+            order.
+    """
+
+    nodes: list[Node]
+    values: list[Known] = dataclasses.field(default_factory=list)
+    slack: list[np.ndarray] = dataclasses.field(default_factory=list)
+    kept: dict[int, float] = dataclasses.field(default_factory=dict)
+    moving: dict[int, float] = dataclasses.field(default_factory=dict)
+    norms: list[tuple[float, float]] = dataclasses.field(default_factory=list)
+
+
+def derive(
+    network: Network,
+    x: np.ndarray,
+    label: int,
+    epsilon: float,
+    norms: Norms,
+    *,
+    linear: bool = False,
+    rows: bool = False,
+) -> Derived:
+    """Bounds the margin of class `label` on the ball ``||x' - x||_2 <= epsilon`` around one example
+    x.
+
+    `linear`: also through the slopes (`check_slopes`); the better of the two. `rows`: so each
+    neuron's box, too.
+    """
+    with np.errstate(all="ignore"):  # NaN and infinity are dealt with at the end
+        return _margin(network, walk(network, x, epsilon, norms, rows), label, linear)
+
+
+def walk(
+    network: Network, x: np.ndarray, epsilon: float, norms: Norms, by_rows: bool = False
+) -> Walk:
+    """Carries the ball up to the input of the last layer, in mode "local"; `by_rows`: in mode
+    "rows"."""
+    x = x.astype(np.float64).reshape(-1)
+    ends = [
+        np.nextafter(x + side * epsilon, side * np.inf) if epsilon > 0 else x for side in (-1, 1)
+    ]
+    none = np.zeros(x.shape)
+    image = Known(x, ends[0], ends[1], np.full(x.shape, epsilon > 0), epsilon, none, 0.0)
+    walked = Walk(network.nodes, [image], [none])
+    for number, node in enumerate(network.nodes[:-1], 1):
+        taken = [walked.values[taken] for taken in node.inputs]
+        before = taken[-1]
+        if isinstance(node.step, Add):
+            known, slack = summed(node.step, taken, network.arithmetic)
+            radius = known.radius
+        elif isinstance(node.step, Move):
+            known = move(node.step, taken)
+            slack, radius = np.zeros(known.center.shape), known.radius
+            if node.inputs[0] in walked.kept and len(node.inputs) == 1:
+                # What reaches an output of the activation behind comes from rows that do.
+                walked.kept[number] = _spread(node.step, [walked.kept[node.inputs[0]]])
+        elif isinstance(node.step, Activation):
+            known, rows = activate(node.step, before)
+            slack = np.zeros(known.center.shape)
+            # 1-Lipschitz, also in what is not known of these
+            still = before.offset() * ~before.varies
+            radius = walked.kept.get(node.inputs[0], up(before.radius + up_norm(still[rows])))
+            walked.moving[number] = up(radius + up_norm(still))
+        else:
+            whole = network.whole[len(walked.norms)]
+            known, slack = transform(node.step, before, whole[1], network.arithmetic)
+            if by_rows and node.inputs[0] > 0:
+                known = _cut(known, node, walked, slack)
+            rows = known.varies
+            if number in network.followers:
+                rows = _moving_rows(*network.followers[number], known)
+            lower, upper = whole
+            if not (rows.all() and before.varies.all()):
+                lower, upper = norms(node.step.matrix[rows][:, before.varies])
+                upper = min(upper, whole[1])
+            walked.norms.append((lower, upper))
+            radius = up(up(upper * before.radius) + up_norm(slack[rows]))
+            if number in network.followers:
+                walked.kept[number], radius = radius, math.inf
+        half_diagonal = up_norm(known.offset()[known.varies])
+        # Unlike min, this keeps a NaN.
+        walked.values.append(
+            dataclasses.replace(known, radius=float(np.minimum(radius, half_diagonal)))
+        )
+        walked.slack.append(slack)
+    return walked
+
+
+def _cut(known: Known, node: Node, walked: Walk, slack: np.ndarray) -> Known:
+    """The box of an affine layer's outputs, cut with what the row of each says, upwards and
+    downwards."""
+    assert isinstance(node.step, Affine)
+    start = node.inputs[0]
+    directions = node.step.matrix.toarray() * walked.values[start].varies
+    ends = []
+    for sign, reach in ((-1, known.center - known.lower), (1, known.upper - known.center)):
+        none = np.full(len(slack), np.inf)
+        by_row = slopes.linear_gains(walked, start, sign * directions, none, worst_gains)
+        ends.append(
+            known.center
+            + sign * np.minimum(reach, up(by_row + slack) + 4 * U * np.abs(known.center))
+        )
+    return dataclasses.replace(known, lower=ends[0], upper=ends[1])
+
+
+def _margin(network: Network, walked: Walk, label: int, linear: bool) -> Derived:
+    head, (start,) = network.nodes[-1].step, network.nodes[-1].inputs
+    assert isinstance(head, Affine)  # nodes_of sees to it
+    known = walked.values[start]
+    logits, slack = transform(head, known, network.whole[-1][1], network.arithmetic)
+    rivals = np.flatnonzero(np.arange(len(logits.center)) != label)
+    rows, inside = head.matrix.toarray(), known.varies
+    directions = (rows[rivals] - rows[label]) * inside
+    low, high = known.lower - known.center, known.upper - known.center
+    gain = worst_gains(directions[:, inside], low[inside], high[inside], known.radius)
+    if linear:
+        gain = slopes.linear_gains(walked, start, directions, gain, worst_gains)
+    taken = gain + slack[rivals] + slack[label] + logits.error[rivals] + logits.error[label]
+    sizes = np.abs(logits.center[rivals]) + np.abs(logits.center[label]) + taken
+    margins = logits.center[label] - logits.center[rivals] - taken - 16 * U * sizes
+    worst = int(np.argmin(margins))
+    found = np.array(walked.norms).reshape(-1, 2)
+    everything = (logits.center, logits.lower, logits.upper, logits.error, gain, margins, found)
+    finite = all(np.all(np.isfinite(part)) for part in everything)
+    margin = float(margins[worst]) if finite else -math.inf
+    return Derived(
+        logits.center, logits.error, margin, float(taken[worst]), int(rivals[worst]), found
+    )
+
+
+def transform(
+    layer: Affine, known: Known, whole: float, arithmetic: str
+) -> tuple[Known, np.ndarray]:
+    """What is known behind an affine layer, but for the radius (infinity), and the slack of its
+    center.
+
+    The slack bounds, per output, ``(W h(x') + b - center) - W D_in (h(x') - h's center)``: rounding
+    of the center, and what is not known of the inputs that do not vary.
+
+    Args:
+        whole: an upper bound of ``||W||_2``.
+        arithmetic: key of `ARITHMETICS`, of the network as executed.
+    """
+    bias, sizes = layer.bias, np.abs(layer.bias)
+    loss = 2 * gamma(layer.terms + 4)
+    center = layer.matrix @ known.center + bias
+    fixed = np.where(known.varies, 0.0, known.offset())
+    slack = (
+        loss * (layer.absolute @ np.abs(known.center) + sizes)
+        + up(layer.absolute @ fixed, layer.terms)
+        + TINY
+    )
+
+    middle = (known.lower + known.upper) / 2
+    half = up(np.maximum(known.upper - middle, middle - known.lower))
+    half_image = layer.absolute @ half
+    around = layer.matrix @ middle + bias
+    reach = half_image + loss * (layer.absolute @ np.abs(middle) + half_image + sizes) + TINY
+
+    inside = known.varies.astype(np.float64)
+    rows = np.sqrt(up(layer.squared @ inside, layer.terms)) + layer.terms * 2.0**-500
+    ball = up(up(rows) * known.radius) + slack
+    # Both intervals hold, and so does the center's own value: without it, rounding could leave them
+    # no common point.
+    lower = np.minimum(np.maximum(around - reach, center - ball), center)
+    upper = np.maximum(np.minimum(around + reach, center + ball), center)
+    varies = layer.absolute @ inside > 0
+    error, distance = _executed(layer, known, whole, arithmetic)
+    return Known(center, lower, upper, varies, math.inf, error, distance), slack
+
+
+def _executed(
+    layer: Affine, known: Known, whole: float, arithmetic: str
+) -> tuple[np.ndarray, float]:
+    """How far the executed network can be behind this layer: the error carried through it, and its
+    own rounding.
+
+    An inner product of n terms of operands that are first rounded by u_in, summed with u_acc, and
+    stored with u_out errs by at most g(n) of the sum of its terms' sizes; the sizes are those of
+    the executed activation, |h| + error. Results below the smallest number may be flushed to zero.
+    Infinity where a sum could overflow.
+    """
+    if layer.executed is not None and layer.executed.results == 0:
+        return known.error, known.distance  # the identity
+    u_in, u_acc, u_out, smallest, largest = _units(layer.executed, arithmetic)
+    n, results = layer.terms, 3 if layer.executed is None else layer.executed.results
+    # (1 + u_in)^2 (1 + gamma) (1 + u_out)^results - 1, in which nothing cancels
+    growth = 2 * math.log1p(u_in) + math.log1p(gamma(n + 2, u_acc)) + results * math.log1p(u_out)
+    growth = up(math.expm1(growth))
+    size = up(np.maximum(np.abs(known.lower), np.abs(known.upper)) + known.error)
+    total = up(layer.absolute @ size + np.abs(layer.bias), n)
+    flushed = (n + 2) * smallest * (1 + layer.largest + np.max(size, initial=0.0))
+    local = up(growth * total + flushed)
+    carried = np.minimum(layer.absolute @ known.error, layer.row_norms * known.distance)
+    error = up(up(carried, n) + local)
+    distance = np.minimum(up(whole * known.distance + up_norm(local)), up_norm(error))
+    # A mean is added up before it is divided: so many of the largest input must not overflow
+    # either.
+    added = n * np.max(size, initial=0.0)
+    if not max(float(np.max(total + local, initial=0.0)), float(added)) < largest:
+        return np.full(error.shape, np.inf), math.inf
+    return error, float(distance)
+
+
+def _units(executed: Executed | None, arithmetic: str) -> tuple[float, float, float, float, float]:
+    """What a step of the network rounds by, as `ARITHMETICS` has it.
+
+    Only products of matrices depend on the device, of which the recorded arithmetic tells. All else
+    computes in its own types, sums included.
+    """
+    if executed is None:
+        return ARITHMETICS[arithmetic]
+    name = arithmetic
+    if "bfloat16" in executed.types:
+        name = "bfloat16"
+    elif not executed.product:
+        name = "float32" if "float32" in executed.types else "float64"
+    elif arithmetic == "bfloat16":  # whatever the device makes of its float32 products
+        name = "bfloat16_products"
+    u_in, u_acc, u_out, smallest, largest = ARITHMETICS[name]
+    if not executed.product:
+        u_in, u_acc = 0.0, u_out
+    return u_in, u_acc, u_out, smallest, largest
+
+
+def move(step: Move, taken: Sequence[Known]) -> Known:
+    """What is known of entries in other places, where a constant is known exactly."""
+    return Known(
+        step(*(known.center for known in taken)),
+        step(*(known.lower for known in taken)),
+        step(*(known.upper for known in taken)),
+        step(*(known.varies for known in taken), filled=False),
+        _spread(step, [known.radius for known in taken]),
+        step(*(known.error for known in taken), filled=False),
+        _spread(step, [known.distance for known in taken]),
+    )
+
+
+def _spread(step: Move, lengths: Sequence[float]) -> float:
+    """Bound of an l2 length behind a move, given those of what it moves."""
+    if len(lengths) == 1 and step.copies <= 1:
+        return lengths[0]
+    return float(up(math.sqrt(step.copies) * up_norm(np.array(lengths))))
+
+
+def _moving_rows(path: Sequence[Move], activation: Activation, known: Known) -> np.ndarray:
+    """Which entries can move an output of the activation behind these moves."""
+    for step in path:
+        known = move(step, [known])
+    _, rows = activate(activation, known)
+    for step in reversed(path):
+        (found,) = step.back(rows[None].astype(np.float64))
+        rows = found[0] > 0
+    return rows
+
+
+def summed(step: Add, taken: Sequence[Known], arithmetic: str) -> tuple[Known, np.ndarray]:
+    """What is known of a sum, and the slack of its center (`add`)."""
+    signed = zip(step.signs, taken, strict=True)
+    parts = [known if sign == 1 else _negated(known) for sign, known in signed]
+    u_out = _units(step.executed, arithmetic)[2]
+    if step.constant is not None:
+        c = step.constant
+        off = np.zeros(c.shape)
+        if step.roundings:
+            off = up(math.expm1(step.roundings * math.log1p(u_out)) * np.abs(c))
+        parts.append(Known(c, c, c, np.zeros(c.shape, bool), 0.0, off, up_norm(off)))
+    known = parts[0]
+    if len(parts) == 2:
+        return add(known, parts[1], arithmetic, step.executed)
+    none = np.zeros(known.center.shape)
+    if step.executed is not None and step.executed.results == 0:
+        return known, none
+    # The same number in a narrower type.
+    box, off, length = (known.lower, known.upper), known.error, known.distance
+    error, distance = _stored(*box, off, length, step.executed, arithmetic)
+    return dataclasses.replace(known, error=error, distance=distance), none
+
+
+def _negated(known: Known) -> Known:
+    return dataclasses.replace(known, center=-known.center, lower=-known.upper, upper=-known.lower)
+
+
+def add(
+    first: Known,
+    second: Known,
+    arithmetic: str,
+    executed: Executed | None = None,
+) -> tuple[Known, np.ndarray]:
+    """What is known of the sum of two values, and the slack of its center: the rounding of the sum
+    of the centers.
+
+    Both depend on the same x', so that the sum of the two boxes contains the sum, and where one of
+    the two varies, the other one counts with what is not known of it.
+    """
+    center = first.center + second.center
+    slack = 2 * U * np.abs(center) + TINY
+    lower = np.nextafter(first.lower + second.lower, -np.inf)
+    upper = np.nextafter(first.upper + second.upper, np.inf)
+    varies = first.varies | second.varies
+    still = [up_norm(known.offset()[varies & ~known.varies]) for known in (first, second)]
+    radius = up(first.radius + second.radius + sum(still) + up_norm(slack[varies]))
+
+    carried, length = up(first.error + second.error), up(first.distance + second.distance)
+    error, distance = _stored(lower, upper, carried, length, executed, arithmetic)
+    return Known(center, lower, upper, varies, float(radius), error, distance), slack
+
+
+def _stored(lower, upper, carried, length, executed, arithmetic) -> tuple[np.ndarray, float]:
+    """How far a value in this box, already off by so much, can be once it is rounded to its type.
+
+    Infinity where it could overflow.
+    """
+    _, _, u_out, smallest, largest = _units(executed, arithmetic)
+    size = up(np.maximum(np.abs(lower), np.abs(upper)) + carried)
+    local = up(u_out * size) + 4 * smallest
+    error = up(carried + local)
+    distance = np.minimum(up(length + up_norm(local)), up_norm(error))
+    if not np.max(size + local, initial=0.0) < largest:
+        return np.full(error.shape, np.inf), math.inf
+    return error, float(distance)
+
+
+def activate(step: Activation, known: Known) -> tuple[Known, np.ndarray]:
+    """What is known behind an activation, its radius as before, and which inputs can move an output
+    that varies."""
+    lower, upper = step(known.lower), step(known.upper)
+    # clipping returns the very same number for both ends; a NaN counts as open
+    open_ = lower != upper
+    if not step.pairs:
+        varies = rows = known.varies & open_
+        error = known.error
+    else:
+        (lower_a, lower_b), (upper_a, upper_b) = step.halves(known.lower), step.halves(known.upper)
+        varies_a, varies_b = step.halves(known.varies)
+        open_first, open_second = step.halves(open_)
+        # Where the order cannot change the pair is a permutation: each input feeds one output.
+        a_leads = lower_a >= upper_b
+        b_leads = ~a_leads & (lower_b >= upper_a)
+        mixed = varies_a | varies_b
+        first = np.where(a_leads, varies_a, np.where(b_leads, varies_b, mixed)) & open_first
+        second = np.where(a_leads, varies_b, np.where(b_leads, varies_a, mixed)) & open_second
+        either = first | second
+        rows_a = np.where(a_leads, first, np.where(b_leads, second, either))
+        rows_b = np.where(a_leads, second, np.where(b_leads, first, either))
+        varies, rows = step.joined(first, second), step.joined(rows_a, rows_b)
+        larger = np.maximum(*step.halves(known.error))
+        error = step.joined(larger, larger)
+    return Known(
+        step(known.center), lower, upper, varies, known.radius, error, known.distance
+    ), rows
+
+
+def worst_gains(
+    directions: np.ndarray, low: np.ndarray, high: np.ndarray, radius: float
+) -> np.ndarray:
+    """Upper bounds of ``max <d, t>`` over ``||t||_2 <= radius, low <= t <= high``, one per row d of
+    `directions`.
+
+    For every mu > 0, ``<d, t> <= max over the box of (<d, t> - mu/2 ||t||^2) + mu/2 radius^2``, and
+    the maximum is at ``t = clip(d / mu, low, high)`` (METHOD 3). The smallest of this at the mu
+    that bisection finds, of the ball alone and of the box alone.
+
+    Args:
+        directions: ``(rivals, n)``.
+        low, high: ``(n,)``, low <= 0 <= high.
+        radius: >= 0.
+    """
+    d, count = directions, directions.shape[1]
+    if count == 0 or radius == 0:
+        return np.zeros(len(d))
+    radius = np.float64(radius)  # of which squares overflow to infinity
+    low, high = low * (1 + 4 * U) - TINY, high * (1 + 4 * U) + TINY
+    norm = np.array([up_norm(row) for row in d])
+    ball = up(radius * norm)
+    box = up(np.sum(np.maximum(d * low, d * high), axis=1), count)
+    left = np.log(radius) - np.log(np.maximum(norm, 1e-290))  # the scale 1 / mu of the ball alone
+    right = left + 40
+    for _ in range(BISECTION_STEPS):
+        middle = (left + right) / 2
+        t = np.clip(d * np.exp(middle)[:, None], low, high)
+        short = np.linalg.norm(t, axis=1) <= radius
+        left, right = np.where(short, middle, left), np.where(short, right, middle)
+    scale = np.exp((left + right) / 2)
+    t = np.clip(d * scale[:, None], low, high)
+    # The scale may be so small that what underflows counts: the room is at least a normal number,
+    # and a coordinate that vanishes costs less than TINY times its d.
+    room = max(radius, 2.0**-500) ** 2
+    product, square = np.sum(d * t, axis=1), np.sum(np.square(t), axis=1)
+    dual = product + (room - square) / (2 * scale)
+    dual += 2 * gamma(count + 8) * (product + (room + square) / (2 * scale))
+    dual += count * TINY * (1 + np.max(np.abs(d), axis=1))
+    # The differences of rows that d holds are themselves rounded.
+    return np.minimum(np.minimum(box, ball), dual) + 4 * U * ball

@@ -1,0 +1,2 @@
+"""The commands: `lipjax train`, `certify`, `check`, `report`, `plan`, `data`, `export`,
+`models`."""

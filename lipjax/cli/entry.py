@@ -1,0 +1,372 @@
+"""The command `lipjax`: everything that the scripts and modules do, under one name.
+
+    lipjax train --config=digits --workdir=runs/digits
+    lipjax certify --workdir=runs/digits
+    lipjax check runs/digits/certification/certificate.npz --workdir=runs/digits
+    lipjax report runs/digits
+    lipjax plan --config=cifar10_maxmin --device=h200 --devices=8
+    lipjax data info digits
+    lipjax export runs/digits --out=digits.onnx
+    lipjax models
+    source <(lipjax completion bash)
+
+`lipjax <command> --help` says more. The commands need what requirements.txt lists: pip install
+"lipjax[scripts]".
+"""
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from importlib import import_module
+from pathlib import Path
+
+import lipjax
+
+# What `lipjax plan` calls the flags of train.py --plan.
+PLAN_FLAGS = ("device", "devices", "examples", "shape", "classes", "compile")
+
+COMMANDS = {
+    "train": "train a network with local Lipschitz bounds (train.py)",
+    "certify": "prove which predictions of a run cannot change (certify.py)",
+    "check": "derive the verdicts of a certificate file once more, with other code",
+    "report": "make the page of a certification once more from its files",
+    "plan": "print what a configuration needs, before anything runs",
+    "data": "list, describe or prepare data sets",
+    "export": "write a network as safetensors or ONNX",
+    "models": "list the trained networks that come with lipjax",
+    "completion": "print a script that completes commands and flags in a shell",
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command; returns the exit code, by `lipjax.cli.common.EXIT_CODES`."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if not arguments:
+        print(_help(), file=sys.stderr)
+        return 2
+    name, rest = arguments[0], arguments[1:]
+    if name in ("-h", "--help", "help"):
+        print(_help())
+        return 0
+    if name in ("-V", "--version"):
+        print(f"lipjax {lipjax.__version__}")
+        return 0
+    if name not in COMMANDS:
+        print(
+            f"lipjax: no command is called {name!r}; there are {', '.join(COMMANDS)}.",
+            file=sys.stderr,
+        )
+        return 2
+    try:
+        return _RUN[name](rest)
+    except ImportError as error:
+        if error.name is None:  # one of lipjax's own, which says what to install
+            return _fail(name, str(error))
+        if error.name.partition(".")[0] == "lipjax":
+            raise
+        return _fail(
+            name, f'{error.name} is not installed: pip install "lipjax[scripts]" brings it.'
+        )
+    except KeyboardInterrupt:
+        print(f"lipjax {name}: stopped", file=sys.stderr)
+        return 130
+
+
+def _help() -> str:
+    from lipjax.cli.common import EXIT_CODES
+
+    lines = [f"  {name:11} {text}" for name, text in COMMANDS.items()]
+    codes = [f"  {code:<11} {text}" for code, text in EXIT_CODES.items()]
+    return "\n".join([str(__doc__), "commands:", *lines, "", "exit codes:", *codes])
+
+
+def _fail(name: str, message: str, code: int = 1) -> int:
+    print(f"lipjax {name}: {message}", file=sys.stderr)
+    return code
+
+
+# ------------------------------------------------------------------------------------------ scripts
+
+
+def _script(name: str, arguments: list[str], program: str | None = None) -> int:
+    """Runs train.py or certify.py; they end the process themselves."""
+    from lipjax.cli import common
+
+    module = import_module(f"lipjax.cli.{name}")
+    # The scripts write their command line beside their results.
+    sys.argv = [program or f"lipjax {name}", *arguments]
+    common.run(module.main, module.ERRORS)
+    return 0
+
+
+def _train(arguments: list[str]) -> int:
+    return _script("train", arguments)
+
+
+def _certify(arguments: list[str]) -> int:
+    return _script("certify", arguments)
+
+
+def _plan(arguments: list[str]) -> int:
+    if any(argument in ("-h", "--help") for argument in arguments):
+        print(
+            "Prints what a configuration needs, before anything runs: memory on each device, "
+            "steps, operations, time.\n"
+        )
+        print("    lipjax plan --config=cifar10_maxmin --device=h200 --devices=8\n\nflags:")
+        for name, text in _flags("train"):
+            if name == "config" or name.startswith("plan_"):
+                print(f"  --{name.removeprefix('plan_')}: {text.removeprefix('With --plan: ')}")
+        return 0
+    return _script("train", ["--plan", *map(_as_plan_flag, arguments)], "lipjax plan")
+
+
+def _as_plan_flag(argument: str) -> str:
+    name, equals, value = argument.removeprefix("--").partition("=")
+    return (
+        f"--plan_{name}{equals}{value}"
+        if argument.startswith("--") and name in PLAN_FLAGS
+        else argument
+    )
+
+
+# --------------------------------------------------------------------------------------- the others
+
+
+def _check(arguments: list[str]) -> int:
+    from lipjax.check import checker
+
+    return checker.main(arguments, program="lipjax check")
+
+
+def _report(arguments: list[str]) -> int:
+    from lipjax import report
+
+    options = _report_parser().parse_args(arguments)
+    folder = Path(options.workdir)
+    folder = folder / "certification" if (folder / "certification").is_dir() else folder
+    try:
+        print(report.build(folder))
+    except (ValueError, OSError) as error:
+        return _fail("report", str(error))
+    return 0
+
+
+def _report_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="lipjax report",
+        description="Makes report.html of a certification once more, from the files beside it.",
+        epilog="example: lipjax report runs/digits",
+    )
+    parser.add_argument("workdir", help="a run that was certified, or its folder certification")
+    return parser
+
+
+def _data(arguments: list[str]) -> int:
+    from lipjax.data import records, sets
+
+    options = _data_parser().parse_args(arguments)
+    try:
+        if options.action == "list":
+            print(sets.listed(options.data_dir))
+        elif options.action == "info":
+            splits = sets.load(
+                options.name,
+                data_dir=options.data_dir,
+                manual_dir=options.manual_dir,
+                image_size=options.image_size,
+            )
+            print(sets.described(splits))
+        else:
+            given = {
+                "--out": options.out,
+                "--data_dir": options.data_dir,
+                "--manual_dir": options.manual_dir,
+            }
+            records.main(
+                [
+                    options.name,
+                    *(f"{flag}={value}" for flag, value in given.items() if value is not None),
+                ]
+            )
+    except (sets.DataError, OSError) as error:
+        return _fail("data", str(error))
+    return 0
+
+
+def _data_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="lipjax data",
+        description="Data sets by the names that --config.data.name takes.",
+        epilog="examples: lipjax data list; lipjax data info npz:train.npz,test.npz; lipjax data "
+        "prepare mnist; "
+        "lipjax data prepare folder:tiny-imagenet-200 --out=tiny",
+    )
+    actions = parser.add_subparsers(dest="action", required=True)
+    listing = actions.add_parser("list", help="the kinds of names, and the sets that are here")
+    info = actions.add_parser("info", help="sizes, classes, value range and fingerprint of a set")
+    prepare = actions.add_parser(
+        "prepare", help="prepare a TFDS set, or convert a folder to records"
+    )
+    for action in (info, prepare):
+        action.add_argument("name", help="digits, a TFDS name, npz:…, folder:…, records:…")
+        action.add_argument(
+            "--manual_dir", help="a folder that holds a TFDS set's original archives"
+        )
+    for action in (listing, info, prepare):
+        action.add_argument("--data_dir", help="where TFDS keeps its sets")
+    info.add_argument("--image_size", type=int, help="for sets of images of several sizes")
+    prepare.add_argument("--out", help="the new folder of records")
+    return parser
+
+
+def _export(arguments: list[str]) -> int:
+    from lipjax import storage
+    from lipjax.bridges import onnx_out
+    from lipjax.cli import networks
+
+    options = _export_parser().parse_args(arguments)
+    out = Path(options.out)
+    if out.suffix not in (".safetensors", ".onnx"):
+        return _fail("export", f"--out={out}: the name must end in .safetensors or .onnx.", code=2)
+    try:
+        if Path(options.source).is_dir():
+            subject = networks.of_run(options.source)
+            network, input_shape = subject.network, subject.test.images.shape[1:]
+            notes = networks.notes(subject)
+        else:
+            network, input_shape, notes = networks.opened(options.source)
+        if out.suffix == ".onnx":
+            onnx_out.to_onnx(network, out, input_shape=input_shape)
+        else:
+            storage.save(network, out, input_shape=input_shape, notes=notes)
+    except (ValueError, TypeError, OSError, RuntimeError) as error:
+        return _fail("export", str(error))
+    print(f"{out}: images of {input_shape} with pixels in [0, 1] -> logits")
+    return 0
+
+
+def _export_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="lipjax export",
+        description="Writes a network, with its selected parameters, for other programs.",
+        epilog="example: lipjax export runs/digits --out=digits.onnx",
+    )
+    parser.add_argument(
+        "source", help="a run, a .safetensors file, or the name of a network of `lipjax models`"
+    )
+    parser.add_argument(
+        "--out", required=True, help="the file: .safetensors (plain arrays by name) or .onnx"
+    )
+    return parser
+
+
+def _models(arguments: list[str]) -> int:
+    from lipjax import pretrained
+
+    argparse.ArgumentParser(
+        prog="lipjax models",
+        description="Lists the trained networks that come with lipjax.",
+        epilog='in Python: lipjax.load("digits-maxmin")',
+    ).parse_args(arguments)
+    print(pretrained.listed())
+    return 0
+
+
+# --------------------------------------------------------------------------------------- completion
+
+
+def _completion(arguments: list[str]) -> int:
+    import shtab
+
+    parser = argparse.ArgumentParser(
+        prog="lipjax completion",
+        description="Prints a script that completes commands and flags in a shell.",
+        epilog="bash: source <(lipjax completion bash); zsh: lipjax completion zsh > "
+        "~/.zfunc/_lipjax; "
+        "fish: lipjax completion fish > ~/.config/fish/completions/lipjax.fish",
+    )
+    parser.add_argument("shell", choices=("bash", "zsh", "fish"))
+    print(shtab.complete(whole_parser(), parser.parse_args(arguments).shell))
+    return 0
+
+
+def whole_parser() -> argparse.ArgumentParser:
+    """All commands with all their flags: what completion knows. The commands parse their flags
+    themselves."""
+    import shtab
+
+    from lipjax.check import checker
+    from lipjax.cli.common import experiments
+
+    parser = argparse.ArgumentParser(prog="lipjax")
+    parser.add_argument("--version", action="store_true", help="print the version")
+    common = parser.add_subparsers()
+    parents: dict[str, argparse.ArgumentParser] = {
+        "check": checker.parser(),
+        "report": _report_parser(),
+        "data": _data_parser(),
+        "export": _export_parser(),
+    }
+    for name, text in COMMANDS.items():
+        parent = [parents[name]] if name in parents else []
+        command = common.add_parser(name, help=text, parents=parent, add_help=not parent)
+        if name in ("train", "plan", "certify"):
+            for flag, help_ in _flags("certify" if name == "certify" else "train"):
+                planned = flag.removeprefix("plan_")
+                if name == "plan" and planned != flag:
+                    flag = planned
+                elif planned != flag or (flag == "plan" and name == "plan"):
+                    continue
+                option = command.add_argument(f"--{flag}", help=help_.replace("%", "%%"))
+                if flag == "config":
+                    option.choices = experiments()
+                if flag == "workdir":
+                    option.complete = shtab.DIRECTORY  # type: ignore[attr-defined]
+        if name == "completion":
+            command.add_argument("shell", choices=("bash", "zsh", "fish"))
+    return parser
+
+
+def _flags(name: str) -> list[tuple[str, str]]:
+    """Names and help of a script's flags, and for train the fields of the default configuration."""
+    from absl import flags
+
+    from lipjax.cli import common
+
+    module = import_module(f"lipjax.cli.{name}")
+    own = flags.FLAGS.get_flags_for_module(module)
+    found = [(flag.name, flag.help or "") for flag in own]
+    for flag in own:  # both scripts have flags of the same names
+        delattr(flags.FLAGS, flag.name)
+    del sys.modules[module.__name__]
+    if name == "train":
+        config = import_module(f"lipjax.configs.{common.DEFAULT_CONFIG}").get_config()
+        found += [(f"config.{field}", "") for field in _fields(config.to_dict())]
+    return found
+
+
+def _fields(tree: dict, prefix: str = "") -> list[str]:
+    return [
+        field
+        for name, value in tree.items()
+        for field in (
+            _fields(value, f"{prefix}{name}.") if isinstance(value, dict) else [prefix + name]
+        )
+    ]
+
+
+_RUN: dict[str, Callable[[list[str]], int]] = {
+    "train": _train,
+    "certify": _certify,
+    "check": _check,
+    "report": _report,
+    "plan": _plan,
+    "data": _data,
+    "export": _export,
+    "models": _models,
+    "completion": _completion,
+}
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,1 @@
+"""What lies in files: certificates, their arrays, and writing that cannot be half done."""

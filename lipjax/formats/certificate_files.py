@@ -1,0 +1,744 @@
+"""Certificate files: the verdicts of one call of `lipjax.certify` with all that is needed to derive
+them once more.
+
+`save` writes one npz: a JSON header (what the verdicts are about and rest on, in words and in
+hashes) and per-example arrays. `python -m lipjax.check` reads it, the network and the data, and
+re-derives every verdict with other code.
+
+**What the digest is, and is not.** The header holds a SHA-256 over the rest of the header and all
+arrays. It finds damage and careless edits. It is no signature: it needs no key, so whoever edits
+the file can compute it again. Such an edit is only found by re-derivation, and only where it
+matters: a verdict, margin, norm, epsilon or hash that does not fit the network and the data is
+    found; the recorded seed, failure probability, command or versions, which no
+derivation leads back to, are taken on trust. If it matters who wrote a file, sign it with a tool
+made for that.
+
+This module imports nothing of the bounds, so that the checker can use it and stay independent.
+"""
+
+import hashlib
+import inspect
+import json
+import math
+import re
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from lipjax.formats.files import Npz, Unreadable, parsed, quoted, replaced
+
+FORMAT = "lipjax certificate"
+VERSION = 2
+# Where the seed of the draws comes from; in tier "deterministic", which draws nothing, a seed that
+# nobody gave is "unused".
+SEEDS_FROM = ("system", "given", "unused")
+
+# Arrays of a file, one row an example: the type that is stored and the number of axes.
+ARRAYS = {
+    "index": (np.int64, 1),
+    "label": (np.int32, 1),
+    "predicted": (np.int32, 1),
+    "correct": (np.bool_, 1),
+    "certified": (np.bool_, 1),
+    "margin": (np.float64, 1),
+    "allowance": (np.float64, 1),
+    "lipschitz": (np.float64, 1),
+    "norms": (np.float64, 2),
+    "epsilon": (np.float64, 1),
+}
+FIELDS = (
+    *(
+        "predicted",
+        "correct",
+        "certified",
+        "margin",
+        "allowance",
+        "lipschitz",
+        "norms",
+        "epsilon",
+        "mode",
+        "tier",
+    ),
+    *("failure_probability", "seed", "seed_from", "arithmetic", "precision"),
+)
+MODES = ("global", "bcp", "paper", "local", "linear", "rows")
+TIERS = ("probabilistic", "deterministic")
+
+# The largest file that is written or read: characters of its header, columns of norms, bytes of all
+# arrays unpacked.
+HEADER_LENGTH = 2**19
+MOST_NORMS = 10_000
+MOST_BYTES = 2**29
+
+
+class Field(NamedTuple):
+    """What a header field may be; `since` is the first format version that has it."""
+
+    allows: Callable[[Any], bool]
+    expected: str
+    since: int = 1
+
+
+def _one_of(*values: str) -> Field:
+    return Field(
+        lambda value: type(value) is str and value in values, " or ".join(map(repr, values))
+    )
+
+
+def _matching(pattern: str, expected: str) -> Field:
+    return Field(
+        lambda value: type(value) is str and re.fullmatch(pattern, value) is not None, expected
+    )
+
+
+def _integer(low: int, high: int) -> Field:
+    return Field(
+        lambda value: type(value) is int and low <= value <= high,
+        f"an integer from {low} to {high}",
+    )
+
+
+def _words(length: int, printable: bool = True) -> Field:
+    def allows(value) -> bool:
+        return (
+            type(value) is str and len(value) <= length and (value.isprintable() or not printable)
+        )
+
+    return Field(allows, f"at most {length} {'printable ' if printable else ''}characters")
+
+
+def _or_none(field: Field) -> Field:
+    return Field(
+        lambda value: value is None or field.allows(value), f"null or {field.expected}", field.since
+    )
+
+
+def _is_versions(value) -> bool:
+    name = _words(100)
+    return (
+        type(value) is dict
+        and len(value) <= 20
+        and all(name.allows(word) for pair in value.items() for word in pair)
+    )
+
+
+_HASH = _matching("[0-9a-f]{64}", "a SHA-256 in hexadecimal digits")
+_WORD = _matching("[a-z0-9_]{1,40}", "a word of at most 40 of a-z, 0-9 and _")
+
+# Each field of a header, when it is read as when it is written.
+HEADER = {
+    "format": _one_of(FORMAT),
+    "version": _integer(1, VERSION),
+    "versions": Field(_is_versions, "at most 20 names and versions"),
+    "network": _HASH,
+    "classes": _or_none(_integer(1, 2**31 - 1)),
+    "data": _HASH,
+    "data_name": _or_none(_words(1000)),
+    "split": _or_none(_words(1000)),
+    "examples": _integer(1, 2**31 - 1),
+    "epsilon": _or_none(
+        Field(
+            lambda value: type(value) is float and 0 <= value < math.inf,
+            "a finite decimal number >= 0",
+        )
+    ),
+    "mode": _one_of(*MODES),
+    "tier": _one_of(*TIERS),
+    "failure_probability": Field(
+        lambda value: type(value) is float and 0 <= value < 1, "a decimal number in [0, 1)"
+    ),
+    "seed": _integer(-(2**63), 2**64 - 1),
+    "seed_from": _one_of(*SEEDS_FROM)._replace(since=2),
+    "arithmetic": _WORD,
+    "precision": _WORD,
+    "command": _or_none(_words(2**16, printable=False)),
+    "statement": _words(4000),
+    "digest": _HASH,
+}
+
+# Arguments and attributes of an nnx layer that `describe` writes down or `unusual` compares with
+# the parameters, and those that have no influence on what it computes.
+_UNDERSTOOD = (
+    *("self", "rngs", "in_features", "out_features", "use_bias", "kernel_size", "strides"),
+    *("padding", "input_dilation", "kernel_dilation", "feature_group_count", "dtype"),
+    *("param_dtype", "precision", "kernel_init", "bias_init", "kernel_metadata", "bias_metadata"),
+    *("kernel", "bias", "kernel_shape", "_pytree__state", "_pytree__nodes"),
+)
+
+
+class CertificateFileError(ValueError):
+    """The file is no certificate file that this version can read; the message says why."""
+
+
+# ----------------------------------------------------------------------------------- write and read
+
+
+def save(
+    path,
+    certificate,
+    network,
+    images,
+    labels,
+    *,
+    indices=None,
+    data: Mapping[str, Any] | None = None,
+    command: str | None = None,
+) -> None:
+    """Writes a certificate and what it is about to one npz file; a kill leaves the old file or the
+    new, never a part.
+
+    Args:
+        path: the file, by custom ``*.npz``.
+        certificate: what `lipjax.certify` returned. Read by field name; `epsilon` may be a number
+            or ``(N,)``.
+        network: what was certified, as it was given to `certify`. An nnx.Sequential of layers that
+            `describe` knows is described by them; a graph, or any other function, by its nodes, as
+            it is traced on an image.
+        images, labels: ``(N, ...)`` and ``(N,)``, as they were given to `certify`; where the
+            predictions themselves were certified (labels None there), the predictions.
+        indices: ``(N,)`` positions of the images in their source split; 0 .. N - 1 if None.
+        data: what the images are: "name" and "split", as strings.
+        command: the command line that made the certificate.
+
+    Raises:
+        TypeError: `certificate` lacks a field of a certificate (an estimate, for one, is none);
+            a function without a plain description.
+        ValueError: shapes that do not fit each other; a tier that proves nothing; verdicts that
+            contradict the labels; a field that is not what `HEADER` says (a name with a line break,
+            say), repeated indices, more than `load` reads.
+        OSError: the file cannot be written.
+    """
+    fields = {name: _field(certificate, name) for name in FIELDS}
+    labels = np.asarray(labels)
+    if labels.ndim != 1:
+        raise ValueError(
+            f"labels must have shape (N,), got {labels.shape}; for labels None save the "
+            "predictions."
+        )
+    count = len(labels)
+    columns = {name: fields[name] for name in ARRAYS if name in fields}
+    columns |= {
+        "index": np.arange(count) if indices is None else indices,
+        "label": labels,
+        "epsilon": np.broadcast_to(np.asarray(fields["epsilon"], np.float64), (count,)),
+    }
+    arrays = {name: _stored(name, columns[name], count) for name in ARRAYS}
+    if len(np.asarray(images)) != count:
+        raise ValueError(f"{len(np.asarray(images))} images do not fit {count} labels.")
+    if not np.array_equal(arrays["correct"], arrays["predicted"] == arrays["label"]):
+        raise ValueError(
+            "certificate.correct is not predicted == label: pass the labels that certify was given."
+        )
+    same = count > 0 and bool(np.all(arrays["epsilon"] == arrays["epsilon"][0]))
+    data = dict(data or {})
+    layers = describe(network) if _is_sequential(network) else [{"kind": ""}]
+    if not {layer["kind"] for layer in layers} <= KINDS:
+        one = np.empty(np.shape(images)[1:], np.asarray(images).dtype)
+        layers = describe(network, one, arithmetic=str(fields["arithmetic"]))
+    header = {
+        "format": FORMAT,
+        "version": VERSION,
+        "versions": versions(),
+        "network": network_hash(layers),
+        "classes": _classes(layers),
+        "data": data_hash(images, labels),
+        "data_name": _text(data.pop("name", None)),
+        "split": _text(data.pop("split", None)),
+        "examples": count,
+        "epsilon": float(arrays["epsilon"][0]) if same else None,
+        "mode": str(fields["mode"]),
+        "tier": str(fields["tier"]),
+        "failure_probability": float(fields["failure_probability"]),
+        "seed": int(fields["seed"]),
+        "seed_from": str(fields["seed_from"]),
+        "arithmetic": str(fields["arithmetic"]),
+        "precision": str(fields["precision"]),
+        "command": _text(command),
+    }
+    if data:
+        raise ValueError(f'data takes "name" and "split", got also {", ".join(map(repr, data))}.')
+    header["statement"] = statement(header)
+    problems = faults({**header, "digest": digest(header, arrays)}, arrays)
+    if problems:
+        raise ValueError(f"this cannot be written to a certificate file: {' '.join(problems)}")
+    write(path, header, arrays)
+
+
+def write(path, header: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> None:
+    """Writes a header (its digest is computed here) and arrays as they are; `save` is the way to
+    write a certificate."""
+    header = {**header, "digest": digest(header, arrays)}
+    text = json.dumps(header, sort_keys=True, allow_nan=False)
+    with replaced(path) as file:
+        np.savez_compressed(file, header=np.array(text), **arrays)  # type: ignore[arg-type]
+
+
+def load(path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """The header and the arrays of a certificate file, each of the right type and within its
+    bounds; nothing is verified yet.
+
+    The file may be anybody's: all sizes are looked at before something is unpacked.
+
+    Raises:
+        CertificateFileError: not there, not a certificate file, damaged, forged, or of a newer
+            version.
+    """
+    path = Path(path)
+    try:
+        with open(path, "rb") as file:
+            return _loaded(path, file)
+    except FileNotFoundError:
+        raise CertificateFileError(f"{path.absolute()} is not there.") from None
+    except (OSError, Unreadable) as error:
+        raise CertificateFileError(
+            f"{path} is damaged, cut short, or no certificate file: {error}"
+        ) from error
+
+
+def _loaded(path: Path, file) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    npz = Npz(file)
+    if "header" not in npz.names:
+        names = ", ".join(map(quoted, npz.names[:10]))
+        raise CertificateFileError(f"{path} is no certificate file: it has no header, but {names}.")
+    text = npz.member("header")
+    if text.shape != () or text.dtype[:2] != "<U":
+        raise CertificateFileError(f"{path}: the header is no text.")
+    header = parsed(str(npz.read("header", 4 * HEADER_LENGTH)), HEADER_LENGTH)
+    if not isinstance(header, dict) or header.get("format") != FORMAT:
+        raise CertificateFileError(
+            f"{path} is no certificate file: its header does not say format {FORMAT!r}."
+        )
+    version = header.get("version")
+    if type(version) is not int or not 1 <= version <= VERSION:
+        raise CertificateFileError(
+            f"{path} has format version {quoted(version)}, this lipjax reads 1 to {VERSION}: use a "
+            "newer lipjax."
+        )
+    problems = _header_faults(header) or _differing(
+        "arrays", set(ARRAYS), set(npz.names) - {"header"}
+    )
+    members = {} if problems else {name: npz.member(name) for name in ARRAYS}
+    for name, member in members.items():
+        dtype, axes = np.dtype(ARRAYS[name][0]), ARRAYS[name][1]
+        if member.dtype != dtype.newbyteorder("<").str or not _fits(
+            member.shape, axes, header["examples"]
+        ):
+            problems.append(
+                _misshapen(name, np.dtype(member.dtype), member.shape, header["examples"])
+            )
+    if sum(member.size for member in members.values()) > MOST_BYTES:
+        problems.append(f"its arrays have more than {MOST_BYTES} bytes.")
+    arrays: dict[str, np.ndarray] = {}
+    if not problems:
+        arrays = {
+            name: npz.read(name, MOST_BYTES).astype(ARRAYS[name][0], copy=False) for name in ARRAYS
+        }
+        problems = faults(header, arrays)
+    if problems:
+        raise CertificateFileError(f"{path}: {' '.join(problems)}")
+    return header, arrays
+
+
+def faults(header: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> list[str]:
+    """What in a file's content is not of its type or outside its bounds, a sentence each; none:
+    `check` can work with it."""
+    problems = _header_faults(header) or _differing("arrays", set(ARRAYS), set(arrays))
+    if problems:
+        return problems
+    for name, (dtype, axes) in ARRAYS.items():
+        array = arrays[name]
+        if array.dtype != np.dtype(dtype) or not _fits(array.shape, axes, header["examples"]):
+            problems.append(_misshapen(name, array.dtype, array.shape, header["examples"]))
+    if sum(array.nbytes for array in arrays.values()) > MOST_BYTES:
+        problems.append(f"the arrays have more than {MOST_BYTES} bytes.")
+    if not problems and (
+        np.min(arrays["index"]) < 0 or len(np.unique(arrays["index"])) < header["examples"]
+    ):
+        problems.append("index holds negative or repeated positions.")
+    return problems
+
+
+def _header_faults(header: Mapping[str, Any]) -> list[str]:
+    version = header.get("version")
+    wanted = {
+        name for name, field in HEADER.items() if type(version) is not int or field.since <= version
+    }
+    return _differing("header fields", wanted, set(header)) or [
+        f"{name} is {quoted(header[name])}, expected {HEADER[name].expected}."
+        for name in sorted(wanted)
+        if not HEADER[name].allows(header[name])
+    ]
+
+
+def _fits(shape: tuple[int, ...], axes: int, examples: int) -> bool:
+    return len(shape) == axes and shape[0] == examples and all(n <= MOST_NORMS for n in shape[1:])
+
+
+def _misshapen(name: str, dtype: np.dtype, shape: tuple[int, ...], examples: int) -> str:
+    wanted, axes = ARRAYS[name]
+    return (
+        f"{name} is {dtype} of shape {shape}, expected {np.dtype(wanted)} with {axes} axes and "
+        f"{examples} rows."
+    )
+
+
+def _differing(what: str, wanted: set[str], found: set[str]) -> list[str]:
+    if wanted == found:
+        return []
+    missing, unknown = (
+        sorted(wanted - found) or "none",
+        sorted(map(quoted, found - wanted))[:10] or "none",
+    )
+    return [f"{what} missing: {missing}, not known: {unknown}."]
+
+
+def _field(certificate, name):
+    try:
+        return getattr(certificate, name)
+    except AttributeError:
+        raise TypeError(
+            f"{type(certificate).__name__} has no field {name!r}: expected what lipjax.certify "
+            "returns (an estimate is no "
+            "certificate)."
+        ) from None
+
+
+def _stored(name, value, count):
+    dtype, axes = ARRAYS[name]
+    array = np.asarray(value)
+    if array.ndim != axes or len(array) != count:
+        raise ValueError(f"{name} has shape {array.shape}, expected {count} rows and {axes} axes.")
+    if not np.can_cast(array.dtype, dtype, "same_kind"):
+        raise ValueError(f"{name} is {array.dtype}, expected {np.dtype(dtype)}.")
+    return array.astype(dtype)
+
+
+def _text(value):
+    return None if value is None else str(value)
+
+
+# ------------------------------------------------------------------------------------- what it says
+
+
+def statement(header: Mapping[str, Any]) -> str:
+    """The file's claim in one sentence, from the header's other fields.
+
+    Raises:
+        ValueError: a tier that proves nothing, or a failure probability that does not belong to the
+            tier; a seed of which it is not said where it comes from.
+    """
+    # Files of version 1 do not say it.
+    draws = {
+        None: "",
+        "system": ", from the operating system",
+        "given": ", given: network and images are assumed to be chosen independently of it",
+    }
+    tier, delta = header["tier"], header["failure_probability"]
+    origin = header.get("seed_from")
+    if tier == "probabilistic" and origin not in draws:
+        raise ValueError(
+            'the draws of a probabilistic certificate have a seed from "system" or "given", got '
+            f"{origin!r}."
+        )
+    if tier == "probabilistic" and 0 < delta < 1:
+        condition = (
+            f"with probability >= 1 - {delta!r} over the tool's own draws (seed "
+            f"{header['seed']}{draws[origin]}), all "
+            "certificates of this file hold together"
+        )
+    elif tier == "deterministic" and delta == 0:
+        condition = "all certificates of this file hold, without any probability of failure"
+    else:
+        raise ValueError(
+            "a certificate's tier is probabilistic with a failure probability in (0, 1), or "
+            "deterministic with 0; got "
+            f"tier {tier!r} with {delta!r}."
+        )
+    radius = "its epsilon" if header["epsilon"] is None else f"epsilon = {header['epsilon']!r}"
+    return (
+        f"{condition}: for each image marked certified, the network, executed in "
+        f"{header['arithmetic']} arithmetic by "
+        f"lipjax's error model, gives every image within l2 distance {radius} of it (pixels in [0, "
+        "1]) the image's label."
+    )
+
+
+def versions() -> dict[str, str]:
+    """Versions of what computed a certificate."""
+    import flax
+    import jax
+
+    import lipjax
+
+    return {
+        "lipjax": lipjax.__version__,
+        "jax": jax.__version__,
+        "flax": flax.__version__,
+        "numpy": np.__version__,
+    }
+
+
+# ------------------------------------------------------------------------------------------- hashes
+
+
+def digest(header: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> str:
+    """SHA-256 (hex) over the header without its "digest" and all arrays. No signature: see the
+    module's text."""
+    sha = hashlib.sha256()
+    rest = {name: value for name, value in header.items() if name != "digest"}
+    sha.update(json.dumps(rest, sort_keys=True, allow_nan=False).encode())
+    for name in sorted(arrays):
+        _feed(sha, name, np.asarray(arrays[name]))
+    return sha.hexdigest()
+
+
+def data_hash(images, labels) -> str:
+    """SHA-256 (hex) over images as float32 and labels as int32. Images that float32 does not hold
+    count as float64."""
+    sha = hashlib.sha256()
+    images = np.asarray(images)
+    with np.errstate(over="ignore"):
+        single = images.astype(np.float32)
+    _feed(sha, "images", single if np.array_equal(single, images) else images.astype(np.float64))
+    _feed(sha, "labels", np.asarray(labels).astype(np.int32))
+    return sha.hexdigest()
+
+
+def network_hash(layers: Sequence[Mapping[str, Any]]) -> str:
+    """SHA-256 (hex) over the layer descriptions of `describe`, settings and every parameter's
+    bytes."""
+    sha = hashlib.sha256()
+    for i, layer in enumerate(layers):
+        for name in sorted(layer):
+            if isinstance(layer[name], np.ndarray):
+                _feed(sha, f"{i}.{name}", layer[name])
+            else:
+                sha.update(json.dumps([i, name, layer[name]], sort_keys=True).encode())
+    return sha.hexdigest()
+
+
+def _feed(sha, name: str, array: np.ndarray) -> None:
+    if array.dtype.byteorder == ">" or (array.dtype.byteorder == "=" and sys.byteorder == "big"):
+        array = array.astype(array.dtype.newbyteorder("<"))
+    sha.update(json.dumps([name, array.dtype.name, list(array.shape)]).encode())
+    sha.update(np.ascontiguousarray(array).tobytes())
+
+
+# -------------------------------------------------------------------------------------- the network
+
+
+# Layers that their description determines.
+KINDS = {
+    *("conv", "linear", "average_pool", "normalize", "flatten", "fork", "join"),
+    *("relu", "clipped_relu", "maxmin", "clipped_maxmin"),
+}
+
+
+def describe(network, example=None, *, arithmetic: str | None = None) -> list[dict[str, Any]]:
+    """A network as plain data: one dict per layer, nested sequences spliced in, parameters as NumPy
+    arrays.
+
+    With an `example` one dict per node of its graph, as `lipjax.graph.description` says, of any
+    function. Such a description, and so its hash, is of the program as this version of JAX traces
+    it and computes what does not depend on the example.
+
+    Of layers: "kind" is "conv", "linear", "average_pool", "normalize", "flatten", "relu",
+    "clipped_relu", "maxmin" or "clipped_maxmin", by the layer's exact type; "fork" and "join" stand
+    around the layers of a Residual. The other entries are a layer's parameters (kernel, bias,
+    threshold, upper, lower), its settings (strides, padding, dilation, groups, window, ndim), the
+    type it computes in ("dtype", None: that of its input and parameters), the algorithm that its
+    products are fixed to ("precision", absent: the device's), a "mask" if there is one, and under
+    "unusual" what is not written down here and may change what it computes. A layer of any other
+    type gets its full type name as kind and all parameters it has: enough for a hash, not for the
+    checker.
+
+    Args:
+        network: an nnx.Sequential, or with an `example` any function that `lipjax.certify` takes.
+        example: one image, as `lipjax.certify` was given it; only shape and type count.
+        arithmetic: with an example, that of the certificate.
+
+    Raises:
+        TypeError: without an example, the network is no nnx.Sequential; with one, the function has
+            no bound, or no plain description.
+    """
+    from flax import nnx
+
+    if example is not None:
+        # Of the tool: to check what is described it is not needed.
+        from lipjax.graph import description
+
+        return description.describe(network, example, arithmetic)
+    if not _is_sequential(network):
+        raise TypeError(
+            f"expected a flax.nnx.Sequential, got {_name(network)}: of any other function give an "
+            "example too, describe(f, image)."
+        )
+    layers: list[dict[str, Any]] = []
+    for layer in network.layers:
+        if type(layer) is nnx.Sequential:
+            layers += describe(layer)
+        elif _name(layer) == "lipjax.layers.Residual":
+            layers += [{"kind": "fork"}, *describe(layer.branch), {"kind": "join"}]
+        else:
+            layers.append(_describe_layer(layer))
+    return layers
+
+
+def _is_sequential(network) -> bool:
+    from flax import nnx
+
+    return type(network) is nnx.Sequential
+
+
+def _classes(layers: Sequence[Mapping[str, Any]]) -> int | None:
+    """The number of logits, where the description says it."""
+    if any("inputs" in layer for layer in layers):
+        return int(layers[-1]["shape"][-1])
+    kernels = [layer["kernel"] for layer in layers if "kernel" in layer]
+    return kernels[-1].shape[-1] if kernels else None
+
+
+def _describe_layer(layer) -> dict[str, Any]:
+    from flax import nnx
+
+    if type(layer) is nnx.Conv:
+        rank = len(layer.kernel_size)
+        return {
+            "kind": "conv",
+            **_affine_parameters(layer),
+            "strides": _spread(layer.strides, rank),
+            "padding": _padding(layer.padding, rank),
+            "dilation": _spread(layer.kernel_dilation, rank),
+            "input_dilation": _spread(layer.input_dilation, rank),
+            "groups": int(layer.feature_group_count),
+        }
+    if type(layer) is nnx.Linear:
+        return {"kind": "linear", **_affine_parameters(layer)}
+    # By name, so that nothing of the bounds is imported here.
+    if hasattr(layer, "__qualname__"):
+        return {"kind": f"function {layer.__module__}.{layer.__qualname__}"}
+    match name := _name(layer):
+        case "lipjax.activations.clip.ReLU":
+            return {"kind": "relu"}
+        case "lipjax.activations.clip.ClippedReLU":
+            return {"kind": "clipped_relu", "threshold": np.asarray(layer.threshold[...])}
+        case "lipjax.activations.maxmin.MaxMin":
+            return {"kind": "maxmin"}
+        case "lipjax.activations.maxmin.ClippedMaxMin":
+            upper, lower = np.asarray(layer.upper[...]), np.asarray(layer.lower[...])
+            return {"kind": "clipped_maxmin", "upper": upper, "lower": lower}
+        case "lipjax.layers.Flatten":
+            return {"kind": "flatten", "ndim": int(layer.ndim)}
+        case "lipjax.layers.AveragePool":
+            return {
+                "kind": "average_pool",
+                "window": _spread(layer.window, 2),
+                "strides": _spread(layer.strides, 2),
+            }
+        case "lipjax.layers.Normalize":
+            return {"kind": "normalize", "scale": list(layer.scale), "shift": list(layer.shift)}
+    return {"kind": name, **_all_parameters(layer)}
+
+
+def _name(layer) -> str:
+    return f"{type(layer).__module__}.{type(layer).__qualname__}"
+
+
+def unusual(layer) -> list[str]:
+    """What of an nnx.Linear or nnx.Conv may make it compute something else than its parameters say.
+
+    Returns:
+        Names of attributes: those that nothing here knows (of a later Flax, or set by hand), those
+        known ones that are not as the constructor sets them by default, and those that contradict
+        the parameters.
+    """
+    defaults = _defaults(type(layer))
+    found = [
+        name
+        for name in dict.fromkeys((*defaults, *vars(layer)))
+        if name not in _UNDERSTOOD and getattr(layer, name, None) is not defaults.get(name, _ABSENT)
+    ]
+    # Flax's Conv looks at use_bias alone, its Linear at both.
+    if layer.use_bias not in (True, False) or layer.use_bias != (layer.bias is not None):
+        found.append("use_bias")
+    kernel = layer.kernel[...]
+    window = tuple(kernel.shape[:-2])
+    if getattr(layer, "kernel_size", window) != window:
+        found.append("kernel_size")
+    if getattr(layer, "kernel_shape", kernel.shape) != tuple(kernel.shape):
+        found.append("kernel_shape")
+    if not _floating(kernel):
+        found.append("kernel")
+    if layer.bias is not None and not _floating(layer.bias[...]):
+        found.append("bias")
+    return found
+
+
+_ABSENT = object()
+
+
+def _defaults(kind) -> dict[str, Any]:
+    """The constructor's arguments and their default values."""
+    parameters = inspect.signature(kind.__init__).parameters
+    return {name: parameter.default for name, parameter in parameters.items()}
+
+
+def _floating(array) -> bool:
+    import jax.numpy as jnp
+
+    return jnp.issubdtype(array.dtype, jnp.floating)
+
+
+def _affine_parameters(layer) -> dict[str, Any]:
+    found = {
+        "kernel": np.asarray(layer.kernel[...]),
+        "bias": None if layer.bias is None else np.asarray(layer.bias[...]),
+        "dtype": None if layer.dtype is None else np.dtype(layer.dtype).name,
+        "unusual": unusual(layer),
+    }
+    # Only where they say something, so that the hashes of other networks stay as they were.
+    if getattr(layer, "mask", None) is not None:
+        found["mask"] = np.asarray(layer.mask)
+    algorithm = _algorithm(layer.precision)
+    if algorithm is not None:
+        found["precision"] = algorithm
+    return found
+
+
+def _algorithm(precision) -> str | None:
+    """What a layer's products are computed by, where its precision leaves that to no device."""
+    import jax
+
+    fixed = {name for name in jax.lax.DotAlgorithmPreset.__members__ if name != "DEFAULT"}
+
+    def left_to_device(part):
+        return str(part) not in fixed and not isinstance(part, jax.lax.DotAlgorithm)
+
+    parts = precision if type(precision) in (list, tuple) else [precision]
+    return None if all(map(left_to_device, parts)) else str(precision)
+
+
+def _all_parameters(layer) -> dict[str, Any]:
+    import jax
+
+    return {
+        "parameter " + jax.tree_util.keystr(path, simple=True, separator="."): np.asarray(leaf)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(layer)
+        if isinstance(leaf, (jax.Array, np.ndarray))
+    }
+
+
+def _padding(padding, rank: int) -> str | list[list[int]]:
+    if isinstance(padding, str):
+        return padding.upper()
+    pairs = [padding] * rank if isinstance(padding, int) else padding
+    return [[int(p), int(p)] if isinstance(p, int) else [int(p[0]), int(p[1])] for p in pairs]
+
+
+def _spread(value, rank: int) -> list[int]:
+    if value is None:
+        return [1] * rank
+    return [int(value)] * rank if isinstance(value, int) else [int(v) for v in value]

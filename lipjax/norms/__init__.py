@@ -1,0 +1,1 @@
+"""Spectral norms of linear operators: estimates (`power`) and bounds (`deterministic`)."""

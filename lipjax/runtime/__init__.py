@@ -1,0 +1,1 @@
+"""The machine below: several hosts (`hosts`), and what makes CPUs quick (`cpu`)."""
