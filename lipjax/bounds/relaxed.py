@@ -25,7 +25,7 @@ from lipjax import rounding
 from lipjax.bounds.regions import Region, Walk
 from lipjax.graph import Activation, Add, Graph, Linear, Rearrange
 from lipjax.graph.linear import LinearOperator, safe_norm
-from lipjax.norms import deterministic
+from lipjax.norms import closed
 
 # The scaling that `largest_product` tries beside box and ball, as a multiple of that of the ball
 # alone. Measured on an ordinarily trained net: five scales give margins 1 % smaller than this one.
@@ -202,7 +202,7 @@ class Reverse:
             return row, 0.0
         slack = arithmetic.slack(operator, before.lower, before.upper)
         terms = rounding.transposed_terms_of(operator, before.center)
-        size = deterministic.schur_bound(operator, before.center, None, None)
+        size = closed.schur_bound(operator, before.center, None, None)
         relative = 2 * rounding.gamma(terms + 8) * size
         cost = arithmetic.up(jnp.sum(jnp.abs(g) * slack), g.size)
         left = arithmetic.left_over(relative, g, before.radius)
