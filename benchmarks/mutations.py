@@ -80,6 +80,7 @@ GUARDS = {
         _guard("bounds/margins", "margins underflow relaxed rounding certificates"),
         _guard("bounds/relaxed", "margins underflow relaxed residual rounding"),
         _guard("bounds/regions", "regions residual underflow executed rounding relaxed"),
+        _guard("bounds/walk", "regions residual underflow executed rounding relaxed"),
         _guard("bounds/estimate", "regions residual"),
         _guard("activations/base", "relaxed regions residual rounding"),
         _guard("activations/clip", "relaxed regions residual rounding linear"),

@@ -513,8 +513,7 @@ class _Problem:
         ):
             raise ValueError(
                 f"labels must be {len(self.images)} integers, got {self.labels.dtype} of shape "
-                f"{self.labels.shape}: images "
-                f"have shape {self.images.shape}."
+                f"{self.labels.shape}: images have shape {self.images.shape}."
             )
         logits = jax.eval_shape(
             lambda x: network(x), jax.ShapeDtypeStruct(self.images.shape[1:], jnp.float32)

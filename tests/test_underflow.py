@@ -202,7 +202,7 @@ def rows_of(matrix, mask, radius):
     return (
         norms,
         up(radius * norms, 3),
-        up(bounds.regions.safe_frobenius(operator, jnp.zeros(3)), 6),
+        up(bounds.walk.safe_frobenius(operator, jnp.zeros(3)), 6),
     )
 
 

@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 
 from lipjax.bounds.modes import mode_of
-from lipjax.bounds.regions import Bound, Walk, check_epsilon
+from lipjax.bounds.regions import Bound, check_epsilon
+from lipjax.bounds.walk import Walk
 from lipjax.graph import Graph, trace
 from lipjax.norms import power
 
@@ -115,9 +116,9 @@ def bound(
             "global" ones are shared: ``in_axes={"global": None, "local": 0}``.
         key: a key of `jax.random`. Alone: the random start vectors are drawn from it. With
             `vectors`: they get a fresh part from it, or they may stay where the norm is not
-            (`norms.power.refresh`). Under `vmap` one key serves all examples, ``in_axes=None``: it has
-            to be new in each step, not in each example, and with one for each the "global" norms
-            are computed for each. None: random start vectors are the same in every call.
+            (`norms.power.refresh`). Under `vmap` one key serves all examples, ``in_axes=None``: it
+            has to be new in each step, not in each example, and with one for each the "global"
+            norms are computed for each. None: random start vectors are the same in every call.
         rivals: modes "linear" and "rows": how many rival classes get the reverse pass; None: all.
         products: of the power iterations, as `norms.power.power_iteration` takes it.
 

@@ -121,7 +121,7 @@ def reverse_of(
     arithmetic: rounding.Rounding = rounding.EXACT,
     view: Callable = lambda operator, like: operator,
 ) -> relaxed.Reverse:
-    """The pass that carries rows back from what is in front of the last node."""
+    """The pass that propagates rows back from what is in front of the last node."""
     (end,) = bound.graph.nodes[-1].inputs
     return relaxed.Reverse(bound.graph, view, arithmetic, bound.regions, bound.norms, end)
 

@@ -20,8 +20,9 @@ from typing import Any
 
 import numpy as np
 
-from lipjax.data import records
-from lipjax.data.sets import DataError, Dataset
+from lipjax.data.dataset import Dataset
+from lipjax.data.errors import DataError
+from lipjax.data.images import Images, pixels
 
 # Of a random resized crop, as usual for ImageNet: share of the image's area, width over height.
 AREAS, ASPECTS = (0.08, 1.0), (3 / 4, 4 / 3)
@@ -33,7 +34,7 @@ def augments(dataset: Dataset) -> bool:
 
     The others are for `data.random_crop_and_flip`, on the device.
     """
-    return isinstance(dataset.images, records.Images) and dataset.images.image_size is not None
+    return isinstance(dataset.images, Images) and dataset.images.image_size is not None
 
 
 def batches(
@@ -175,7 +176,7 @@ class _Steps:
     """Images of each step, as the random access that Grain reads from; it travels to the
     workers."""
 
-    images: np.ndarray | records.Images
+    images: np.ndarray | Images
     rows: np.ndarray | Sequence[np.ndarray]
     seed: int
     first_step: int
@@ -192,7 +193,7 @@ class _Steps:
         out = np.empty((len(rows), size, size, self.images.shape[3]), np.uint8)
         for i, row in enumerate(rows.tolist()):
             generator = np.random.default_rng([self.seed, self.first_step + step, row])
-            out[i] = records.pixels(random_resized_crop(self.images.picture(row), generator, size))
+            out[i] = pixels(random_resized_crop(self.images.picture(row), generator, size))
         return out
 
 

@@ -178,9 +178,8 @@ def build(folder) -> Path:
     except FileNotFoundError as error:
         raise ReportError(
             f"{Path(error.filename).absolute()} is not there: a report is made of "
-            f"{', '.join(SOURCES)}, which certify.py "
-            "writes to workdir/certification. Give that folder, or certify (again, if it was by an "
-            "earlier version)."
+            f"{', '.join(SOURCES)}, which certify.py writes to workdir/certification. Give that "
+            "folder, or certify (again, if it was by an earlier version)."
         ) from None
     except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
         raise ReportError(
@@ -338,8 +337,7 @@ def _header(summary, certified) -> Element:
     )
     images = f"{run['split']} image{'s' if count > 1 else ''} of {run['data']}"
     claim = (
-        f"no change of ℓ2 norm up to {_epsilon(run)} makes the network answer anything but "
-        "the "
+        f"no change of ℓ2 norm up to {_epsilon(run)} makes the network answer anything but the "
         "right class."
     )
     if not proved:
@@ -381,9 +379,8 @@ def _header(summary, certified) -> Element:
         element("blockquote", statement(run)[:1].upper() + statement(run)[1:]),
         _note(
             "Decided early: an image counts as certified if this bound or a looser one of the run "
-            "certifies it; each bound "
-            "has its own certificate file. Lipschitz constants and neurons are of the images that "
-            "each bound examined."
+            "certifies it; each bound has its own certificate file. Lipschitz constants and "
+            "neurons are of the images that each bound examined."
         )
         if run["early"]
         else None,
@@ -574,8 +571,7 @@ def _radii(run, columns) -> Element:
         title,
         charts.chart(
             f"Histogram of {len(positive)} positive certified radii, the largest "
-            f"{rounded(most, ROUND_FLOOR)}; {none} "
-            "images have none.",
+            f"{rounded(most, ROUND_FLOOR)}; {none} images have none.",
             x,
             y,
             "certified radius (ℓ2, pixels in [0, 1])",
@@ -602,8 +598,7 @@ def _radii(run, columns) -> Element:
         ),
         _note(
             f"Each radius is proved ({_proof(run)}, seed {run['seed']}, {_by(run)}); the true one "
-            "may be larger, as the attacks "
-            "below show."
+            "may be larger, as the attacks below show."
         ),
     )
 
@@ -699,8 +694,7 @@ def _lipschitz(summary, columns) -> Element:
         element("ul", element("li", "Medians:"), facts, class_="legend inline"),
         _note(
             f"Proved upper bounds on the ball of radius ε = {_epsilon(run)} around each image "
-            f"({_proof(run)}, seed "
-            f"{run['seed']}); the height of a row is its own.",
+            f"({_proof(run)}, seed {run['seed']}); the height of a row is its own.",
             *(_SAME_CONSTANT[mode] for mode in values if mode in _SAME_CONSTANT),
         ),
     )
@@ -806,10 +800,9 @@ def _gallery(run, columns, examples) -> Element:
         element(
             "p",
             "The true radius of an image is the distance to the nearest image of another class. "
-            "The certified radius is a lower "
-            "bound (≥): nothing nearer can change the class, that is proved. The distance of the "
-            "adversarial image that an "
-            "attack found is an upper bound (≤). What lies between is open.",
+            "The certified radius is a lower bound (≥): nothing nearer can change the class, that "
+            "is proved. The distance of the adversarial image that an attack found is an upper "
+            "bound (≤). What lies between is open.",
         ),
         element(
             "ul",
@@ -826,9 +819,8 @@ def _gallery(run, columns, examples) -> Element:
         children,
         _note(
             f"Certified: {_proof(run)}, seed {run['seed']}, {_by(run)}. Attack: gradients with "
-            "decoupled direction and norm, "
-            f"{run['gallery_steps']} steps, {run['gallery_restarts']} starts, pixels kept in [0, "
-            f"1], seed {run['seed']}. Pixels "
+            f"decoupled direction and norm, {run['gallery_steps']} steps, "
+            f"{run['gallery_restarts']} starts, pixels kept in [0, 1], seed {run['seed']}. Pixels "
             "are shown in 8 bits; gallery.npz holds them as they are."
         ),
         class_="card wide",
@@ -1013,8 +1005,7 @@ def _commands(summary) -> Element:
         element(
             "p",
             "The checker derives every verdict of a certificate file once more from the network "
-            "and the images, and exits with "
-            "0 if it confirms them.",
+            "and the images, and exits with 0 if it confirms them.",
         ),
         element(
             "div",
@@ -1027,8 +1018,7 @@ def _commands(summary) -> Element:
         element("dl", files, class_="hashes"),
         _note(
             f"Data: fingerprint {run['data_fingerprint']} of the certified split. Hashes find "
-            "damage; they are no signature. It "
-            f"took {run['seconds']:g} s to certify."
+            f"damage; they are no signature. It took {run['seconds']:g} s to certify."
         ),
         class_="card wide",
     )
@@ -1072,6 +1062,5 @@ def check_command(file, *flags: str) -> str:
 
 _FOOTER = (
     "“Certified” is said of what is proved alone. Accuracies under attack are upper bounds: a "
-    "stronger attack may lower them, "
-    "but never below the certified one."
+    "stronger attack may lower them, but never below the certified one."
 )
