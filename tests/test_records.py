@@ -322,7 +322,7 @@ def test_a_folder_that_is_incomplete_or_of_another_format_is_an_error_that_says_
 ):
     with pytest.raises(
         DataError,
-        match=r"nothing holds no records .* python -m lipjax\.records folder:<path> --out=",
+        match=r"nothing holds no records .* python -m lipjax\.data\.records folder:<path> --out=",
     ):
         sets.load(f"records:{tmp_path}/nothing")
     description = stored / "records.json"

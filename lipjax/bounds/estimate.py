@@ -99,8 +99,8 @@ def bound(
     either a gradient in the parameters of a norm is an error (one in x or epsilon alone is none).
     That key and vectors really change from step to step is up to you.
 
-    Source: METHOD 1 and 2 (docs/method.md), after Huang et al.,
-    NeurIPS 2021; `mode="paper"` equals their code at convergence.
+    Source: METHOD 1 and 2 (docs/method.md), after Huang et al., NeurIPS 2021; `mode="paper"` equals
+    their code at convergence.
 
     Args:
         f: a function of one example that JAX traces (`lipjax.trace`), or its graph.

@@ -61,8 +61,8 @@ def certify(
     Both: the bounds are computed in float64 (on the host, where the device has none), rounded
     outwards, and hold for the real-number function of the network as well as for the network as
     executed in `arithmetic`, by the error model of `lipjax.rounding`. A certificate of one image
-    does not depend on the other images, except through the split of
-    failure_probability. Strict: ties, NaN and infinities are never certified.
+    does not depend on the other images, except through the split of failure_probability. Strict:
+    ties, NaN and infinities are never certified.
 
     | case | verdict |
     |---|---|

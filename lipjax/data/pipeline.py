@@ -3,7 +3,7 @@ processes (Grain).
 
 The element that workers pass on is a step's whole batch, and step s is a function of ``(rows[s],
 seed, s)`` alone: the position in the data is the step's number, and neither a restart nor the
-    number of workers changes an image.
+number of workers changes an image.
 """
 
 import dataclasses

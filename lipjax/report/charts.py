@@ -4,7 +4,7 @@ text.
 Pages are trees of `xml.etree` elements, so whatever text comes from outside is escaped where the
 tree is written, and what is written is well-formed. Charts are drawn here and not by Matplotlib,
 whose SVG has fixed colours and sizes: these follow the page's style sheet (light, dark, print) and
-    its width.
+its width.
 """
 
 import dataclasses
