@@ -202,7 +202,8 @@ class Images:
         return np.frombuffer(digest.digest(), np.uint8)
 
 
-def images_of(what, source, stored_shape, image_size) -> Images:
+def images_of(what: str, source: Source, stored_shape, image_size: int | None) -> Images:
+    """All images of a source; a DataError that names the set if they have several sizes."""
     if image_size is None and None in stored_shape:
         raise DataError(
             f"{what} has images of several sizes: give the size that they are brought to, "

@@ -46,6 +46,7 @@ def frobenius_bound(
 
 
 def closed_form(problem: Problem) -> jax.Array:
+    """The smaller of the two, at unit scale."""
     return jnp.minimum(or_infinity(_schur(problem)), or_infinity(_frobenius(problem)))
 
 

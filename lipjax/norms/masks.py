@@ -26,6 +26,7 @@ def masked(
 
 
 def keep(mask: jax.Array | None, x: jax.Array) -> jax.Array:
+    """x where the mask keeps it, else 0."""
     return x if mask is None else jnp.where(mask, x, 0)
 
 
