@@ -24,7 +24,9 @@ from lipjax.attacks import (
 # Starts that `boundary` tries per example: so many of the images to start from, and so many of
 # noise, in strengths from a twentieth of the range to six times it (then clipped: nearly all pixels
 # black or white).
-START_IMAGES, START_NOISES, STRENGTHS = 32, 192, 8
+START_IMAGES = 32
+START_NOISES = 192
+STRENGTHS = 8
 
 
 def targeted(
@@ -98,7 +100,8 @@ def boundary(
     problem.check_pixels(pool, "starts")
 
     def search(x, y, margin, key, rows, kept):
-        best, best_distance = x, jnp.full(len(x), jnp.inf, x.dtype)
+        best = x
+        best_distance = jnp.full(len(x), jnp.inf, x.dtype)
         for restart in range(restarts):
             behind = restart % problem.classes
             rival = (y + behind) % problem.classes if behind else jnp.full_like(y, -1)
@@ -150,7 +153,8 @@ def _walk(network, x, y, rival, pool, key, steps, low, high):
         around = unit(offset + along * distance * tangent) * distance
         sideways = jnp.clip(x + around, low, high)
         nearer = jnp.clip(x + around * (1 - inward), low, high)
-        still, success = lost(sideways), lost(nearer)
+        still = lost(sideways)
+        success = lost(nearer)
         success = success & (norm(nearer - x) < distance)
         current = jnp.where(success, nearer, current)
         along = jnp.clip(along * jnp.exp(0.1 * (still - 0.5)), 1e-6, 1.0)

@@ -33,7 +33,8 @@ SCHEDULES: dict[str, Callable[[jax.Array], jax.Array]] = {
 BISECTIONS = 20
 # Share by which `smallest` lets the radius of its search grow or shrink in a step, and what remains
 # of it in the last.
-RADIUS_SHARE, LAST_SHARE = 0.1, 0.01
+RADIUS_SHARE = 0.1
+LAST_SHARE = 0.01
 # Beyond it float32's squares overflow: an attack within a larger radius looks no farther.
 LARGEST_RADIUS = 1e15
 # A boundary point found in one program may be on the other side in another, by rounding: it is
@@ -146,7 +147,8 @@ def within(
     lengths = radii / 4 if step_size is None else np.full(radii.shape, float(step_size))
 
     def search(x, y, margin, key, rows, kept):
-        best, best_margin = x, margin
+        best = x
+        best_margin = margin
         radius = jnp.asarray(np.minimum(radii[rows], LARGEST_RADIUS), x.dtype)
         length = jnp.asarray(np.minimum(lengths[rows], LARGEST_RADIUS), x.dtype)
         for i, (loss, behind) in enumerate(searches):
@@ -172,7 +174,8 @@ def _descend(network, x, y, rival, loss, radius, length, key, steps, low, high, 
     """One random start; the worst image met on the way and its margin."""
     start_key, direction_key = jax.random.split(key)
     # A hair inside, so that few images need to be pulled back into the ball.
-    radius, length = column(radius * (1 - 1e-5), x), column(length, x)
+    radius = column(radius * (1 - 1e-5), x)
+    length = column(length, x)
 
     def project(candidate):
         """To the nearest point of ball and range at once.
@@ -247,7 +250,8 @@ def smallest(
 
     def search(x, y, margin, key, rows, kept):
         ranked = _ranked(problem.network, x, y)
-        best, best_distance = x, jnp.full(len(x), jnp.inf, x.dtype)
+        best = x
+        best_distance = jnp.full(len(x), jnp.inf, x.dtype)
         for restart in range(restarts):
             loss = MARGIN if restart == 0 else RIVAL
             rival = ranked[:, max(0, restart - 1) % (problem.classes - 1)]
@@ -292,7 +296,8 @@ def _approach(network, x, y, rival, loss, spread, key, steps, low, high):
         offset, radius, best, best_distance = carry
         draw = jax.random.fold_in(key, i)
         direction, _, _, margin = _gradient(network, x + offset, y, rival, loss, draw)
-        distance, adversarial = norm(offset), column(~(margin > 0), x)
+        distance = norm(offset)
+        adversarial = column(~(margin > 0), x)
         better = adversarial & (distance < best_distance)
         best = jnp.where(better, offset, best)
         best_distance = jnp.where(better, distance, best_distance)
@@ -372,7 +377,8 @@ class Problem:
 
     def check_pixels(self, images, name):
         """Raises a ValueError for pixels that are not finite or outside the range."""
-        low, high = images.min(), images.max()
+        low = images.min()
+        high = images.max()
         # a NaN fails too
         if not (low >= self.range[0] and high <= self.range[1] and np.isfinite(high - low)):
             raise ValueError(
@@ -393,7 +399,8 @@ class Problem:
         """``search(x, y, margin, key, rows, kept)`` of each batch; predictions; which are lost."""
         parts = []
         for rows, kept in self._batches():
-            x, y = jnp.asarray(self.images[rows]), jnp.asarray(self.labels[rows], jnp.int32)
+            x = jnp.asarray(self.images[rows])
+            y = jnp.asarray(self.labels[rows], jnp.int32)
             predicted, margin = _clean(self.network, x, y)
             found = search(x, y, margin, jax.random.fold_in(self.key, int(rows[0])), rows, kept)
             parts.append([np.asarray(a)[:kept] for a in (found, predicted, ~(margin > 0))])
@@ -404,7 +411,8 @@ class Problem:
         """Is the label's logit not strictly the largest?"""
         parts = []
         for rows, kept in self._batches():
-            x, y = jnp.asarray(images[rows]), jnp.asarray(self.labels[rows], jnp.int32)
+            x = jnp.asarray(images[rows])
+            y = jnp.asarray(self.labels[rows], jnp.int32)
             _, margin = _clean(self.network, x, y)
             parts.append(~(np.asarray(margin)[:kept] > 0))
         return np.concatenate(parts)
@@ -438,7 +446,8 @@ def _float32_range(clip) -> tuple[np.float32, np.float32]:
     """The smallest and the largest float32 in the range; infinities for None."""
     if clip is None:
         return np.float32(-np.inf), np.float32(np.inf)
-    low, high = np.float32(clip[0]), np.float32(clip[1])
+    low = np.float32(clip[0])
+    high = np.float32(clip[1])
     if not clip[0] <= clip[1]:
         raise ValueError(f"clip must be (lowest, highest) or None, got {clip}.")
     low = np.nextafter(low, np.float32(np.inf)) if float(low) < clip[0] else low

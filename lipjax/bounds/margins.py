@@ -41,7 +41,8 @@ def ascent(
     Returns:
         A scalar >= 0 up to rounding; NaN if anything is NaN.
     """
-    d, up = direction, arithmetic.up
+    d = direction
+    up = arithmetic.up
     # The center lies in the box, so the ends have signs and can be rounded outwards one by one.
     low = -up(region.center - region.lower)
     high = up(region.upper - region.center)

@@ -100,7 +100,8 @@ class Reverse:
 
     def _relaxed(self, i: int, node: Activation):
         """Slopes and errors of an activation, from the norm of the rows that move its output."""
-        before, after = self.regions[node.inputs[0]], self.regions[i]
+        before = self.regions[node.inputs[0]]
+        after = self.regions[i]
         radius = before.radius
         active = self._active_radius(node.inputs[0])
         if active is not None:
@@ -130,13 +131,15 @@ class Reverse:
         """
         up = self.arithmetic.up
         row, spent = self.propagate(d)
-        last, first = self.regions[self.end], self.regions[0]
+        last = self.regions[self.end]
+        first = self.regions[0]
         spent = up(spent + self.arithmetic.left_over(4 * rounding.DOUBLE, d, last.radius), 2)
         return up(up(first.radius * self.arithmetic.length(row)) + spent, 2)
 
     def propagate(self, d: jax.Array) -> tuple[jax.Array, jax.Array]:
         """``P_0^T d``, of the example's shape, and a bound of what errors on the way can add."""
-        up, spent = self.arithmetic.up, jnp.zeros((), d.dtype)
+        up = self.arithmetic.up
+        spent = jnp.zeros((), d.dtype)
         rows: dict[int, jax.Array] = {self.end: d}
 
         for i in range(self.end, 0, -1):

@@ -130,7 +130,8 @@ class Walk:
     # ------------------------------------------------------------------------------ rearrangements
 
     def _through_rearrange(self, node: Rearrange, before: Sequence[Known]) -> Known:
-        up, exact = self.arithmetic.up, len(before) == 1 and node.copies == 1
+        up = self.arithmetic.up
+        exact = len(before) == 1 and node.copies == 1
         spread = 1.0 if node.copies == 1 else math.sqrt(node.copies)
 
         def together(values):
@@ -159,7 +160,9 @@ class Walk:
     # --------------------------------------------------------------------------------------- sums
 
     def _through_add(self, node: Add, before: Sequence[Known]) -> Known:
-        arithmetic, up, terms = self.arithmetic, self.arithmetic.up, len(before)
+        arithmetic = self.arithmetic
+        up = self.arithmetic.up
+        terms = len(before)
         parts = [known.region for known in before]
         centers = [p.center for p in parts]
         if terms == 1 and node.constant is None and node.signs == (1,):
@@ -186,16 +189,20 @@ class Walk:
 
         slack = 4 * rounding.DOUBLE * _magnitude(node, [p.magnitude for p in parts])
         lower, upper = arithmetic.widened(lower, upper, slack if terms > 2 else 0.0)
-        lower, upper = smaller(lower, center), larger(upper, center)
+        lower = smaller(lower, center)
+        upper = larger(upper, center)
         return Known(self._capped(Region(center, radius, lower, upper)), lipschitz, whole)
 
     # -------------------------------------------------------------------------------- activations
 
     def _through_activation(self, node: Activation, before: Known) -> Known:
-        arithmetic, region, rule = self.arithmetic, before.region, node.rule
+        arithmetic = self.arithmetic
+        region = before.region
+        rule = node.rule
         center = rule(region.center)
         radius = region.radius if before.masked_radius is None else before.masked_radius
-        lipschitz, whole = before.lipschitz, before.whole_radius
+        lipschitz = before.lipschitz
+        whole = before.whole_radius
 
         constant = rule.lipschitz
         if not (isinstance(constant, float) and constant == 1.0):
@@ -215,8 +222,11 @@ class Walk:
     # ------------------------------------------------------------------------------- linear nodes
 
     def _through_linear(self, i: int, node: Linear, before: Known, found: Found) -> Known:
-        arithmetic, mode, region = self.arithmetic, self.mode, before.region
-        up, last = arithmetic.up, i == len(self.graph.nodes) - 1
+        arithmetic = self.arithmetic
+        mode = self.mode
+        region = before.region
+        up = arithmetic.up
+        last = i == len(self.graph.nodes) - 1
         operator = self.view(node.operator, region.center)
         center = operator.affine(region.center)
         slack = arithmetic.slack(operator, region.lower, region.upper)
@@ -255,7 +265,8 @@ class Walk:
         self, operator: LinearOperator, before: Known, center, moved, last: bool, found: Found
     ) -> Known:
         """Of modes without boxes: the ball by the whole norm."""
-        up, like = self.arithmetic.up, before.region.center
+        up = self.arithmetic.up
+        like = before.region.center
         if last:
             sigma = up(safe_frobenius(operator, like), like.size + center.size)
             lipschitz = before.lipschitz
@@ -285,7 +296,9 @@ class Walk:
         Interval arithmetic, cut with the ball of the inputs that vary, and with `own`, how far each
         output can move, if given.
         """
-        arithmetic, region, like = self.arithmetic, before.region, before.region.center
+        arithmetic = self.arithmetic
+        region = before.region
+        like = before.region.center
         if before.is_ball:
             # The ball of the example is the same around every center.
             varies = jnp.full(like.shape, ~(region.radius == 0))
@@ -311,7 +324,8 @@ class Walk:
         upper = smaller(middle + half_width, center + by_ball)
         lower, upper = arithmetic.widened(lower, upper, slack)
         # Without these, rounding could leave the two intervals without a common point.
-        lower, upper = smaller(lower, center), larger(upper, center)
+        lower = smaller(lower, center)
+        upper = larger(upper, center)
         box = Region(center, ball_radius, lower, upper)
         return dataclasses.replace(box, radius=half_diagonal(box, arithmetic))
 
@@ -320,9 +334,11 @@ class Walk:
         if behind is None:
             return None
         path, activation = behind
-        lower, upper = region.lower, region.upper
+        lower = region.lower
+        upper = region.upper
         for node in path:
-            lower, upper = node(lower), node(upper)
+            lower = node(lower)
+            upper = node(upper)
         mask = activation.rule.active(lower, upper, as_paper=self.mode.as_paper)
         for node in reversed(path):
             mask = node.reached(mask, self.graph.nodes[node.inputs[0]].shape)

@@ -61,7 +61,8 @@ def checked_images(images) -> np.ndarray:
             "that type, and what is certified is the network on float32 images. Give it, and "
             "execute it on, images.astype(np.float32)."
         )
-    low, high = images.min(), images.max()
+    low = images.min()
+    high = images.max()
     if not (low >= 0 and high <= 1):  # a NaN fails too
         raise ValueError(
             f"images must lie in [0, 1], got {low} to {high}: epsilon is an l2 radius on pixels in "

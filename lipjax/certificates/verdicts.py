@@ -52,7 +52,8 @@ def verdict(graph, x, label, epsilon, mode, arithmetics, global_norms, local_nor
     def taken_off(allowance):
         return jnp.where(jnp.arange(worst.shape[0]) == label, worst - allowance, worst + allowance)
 
-    ideal, real = taken_off(own), taken_off(own + executed)
+    ideal = taken_off(own)
+    real = taken_off(own + executed)
     return facts_of(bound, label, real, bounds.margin(ideal, label) - bounds.margin(real, label))
 
 
@@ -73,7 +74,8 @@ def facts_of(bound, label, worst, extra):
     numbers = jax.tree.leaves((bound.regions, bound.norms, bound.graph))
     numbers = [leaf for leaf in numbers if jnp.issubdtype(jnp.result_type(leaf), jnp.floating)]
     sound = jnp.array([jnp.all(jnp.abs(leaf) < largest) for leaf in numbers])
-    constant, stable = [], []
+    constant = []
+    stable = []
     for node, after in zip(bound.graph.nodes, bound.regions, strict=True):
         if isinstance(node, Activation):
             before = bound.regions[node.inputs[0]]

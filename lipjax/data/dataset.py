@@ -107,7 +107,8 @@ def in_memory(
     Raises:
         DataError: shapes, types or ranges that are not those of images and labels.
     """
-    images, labels = np.asarray(images), np.asarray(labels).reshape(-1)
+    images = np.asarray(images)
+    labels = np.asarray(labels).reshape(-1)
     if images.ndim == 3:
         images = images[..., None]
     if images.ndim != 4 or len(images) != len(labels) or len(labels) == 0:
@@ -128,8 +129,10 @@ def in_memory(
                 "floats, or times 255."
             )
     elif np.issubdtype(images.dtype, np.floating):
-        levels, images = levels or 1.0, images.astype(np.float32)
-        low, high = images.min(), images.max()
+        levels = levels or 1.0
+        images = images.astype(np.float32)
+        low = images.min()
+        high = images.max()
         if not (low >= 0 and high <= levels):
             raise DataError(
                 f"{name}, {split}: float images must lie in [0, 1], got {low} to {high}. Store "

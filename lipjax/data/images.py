@@ -57,7 +57,8 @@ def pixels(image, image_size: int | None = None) -> np.ndarray:
         scale = round(image_size * 256 / 224) / min(image.size)
         width, height = (max(image_size, round(side * scale)) for side in image.size)
         image = image.resize((width, height), Image.Resampling.BILINEAR)
-        left, top = (width - image_size) // 2, (height - image_size) // 2
+        left = (width - image_size) // 2
+        top = (height - image_size) // 2
         image = image.crop((left, top, left + image_size, top + image_size))
     array = np.asarray(image)
     return array[..., None] if array.ndim == 2 else array

@@ -25,7 +25,8 @@ from lipjax.data.errors import DataError
 from lipjax.data.images import Images, pixels
 
 # Of a random resized crop, as usual for ImageNet: share of the image's area, width over height.
-AREAS, ASPECTS = (0.08, 1.0), (3 / 4, 4 / 3)
+AREAS = (0.08, 1.0)
+ASPECTS = (3 / 4, 4 / 3)
 
 
 def augments(dataset: Dataset) -> bool:
@@ -95,7 +96,9 @@ class Batches(Iterator[tuple[np.ndarray, np.ndarray]]):
         import grain
         from absl import flags
 
-        self._steps, self._labels, self._next = steps, labels, 0
+        self._steps = steps
+        self._labels = labels
+        self._next = 0
         if isinstance(steps.images, np.ndarray):
             workers = 0
         threads = min(1, read_ahead) if workers == 0 else 0
@@ -211,7 +214,8 @@ def random_resized_crop(image, generator: np.random.Generator, size: int):
     for _ in range(10):
         area = width * height * generator.uniform(*AREAS)
         aspect = math.exp(generator.uniform(math.log(ASPECTS[0]), math.log(ASPECTS[1])))
-        w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        w = round(math.sqrt(area * aspect))
+        h = round(math.sqrt(area / aspect))
         if 0 < w <= width and 0 < h <= height:
             left, top = (
                 int(generator.integers(width - w + 1)),
@@ -219,8 +223,10 @@ def random_resized_crop(image, generator: np.random.Generator, size: int):
             )
             break
     else:
-        w, h = min(width, round(height * ASPECTS[1])), min(height, round(width / ASPECTS[0]))
-        left, top = (width - w) // 2, (height - h) // 2
+        w = min(width, round(height * ASPECTS[1]))
+        h = min(height, round(width / ASPECTS[0]))
+        left = (width - w) // 2
+        top = (height - h) // 2
     image = image.resize(
         (size, size), Image.Resampling.BILINEAR, box=(left, top, left + w, top + h)
     )

@@ -42,7 +42,8 @@ def load(
 ) -> tuple[Dataset, Dataset]:
     """Training and test split of a TFDS set; arguments and errors as of `sets.load`."""
     builder = tfds_builder(name, data_dir, manual_dir)
-    features, splits = builder.info.features, builder.info.splits
+    features = builder.info.features
+    splits = builder.info.splits
     if "image" not in features or "label" not in features:
         raise DataError(f"TFDS's {name} is not image classification: it has {', '.join(features)}.")
     if "train" not in splits:
@@ -204,7 +205,8 @@ def open_tfds(builder, split: str, image_size: int | None = None) -> tuple[Image
     """
     import tensorflow_datasets as tfds
 
-    image, name = builder.info.features["image"], builder.info.full_name
+    image = builder.info.features["image"]
+    name = builder.info.full_name
     if (
         not isinstance(image, tfds.features.Image)
         or image.np_dtype != np.uint8

@@ -188,7 +188,8 @@ def _banded_largest(
     none."""
     forward, backward = problem.maps()
     inwards = bands.side == "in"
-    near, far = problem.mask_in, problem.mask_out
+    near = problem.mask_in
+    far = problem.mask_out
     if not inwards:
         near, far = far, near
 
@@ -266,7 +267,8 @@ def _banded_entries(
         return apply(image if far is None else jnp.where(far, image, 0)).reshape(-1)
 
     columns_of = chunked(back, images, max(problem.like.size, problem.out.size))
-    probe_of, where = jnp.asarray(probe), [jnp.asarray(p) for p in pixels]
+    probe_of = jnp.asarray(probe)
+    where = [jnp.asarray(p) for p in pixels]
 
     def entries(rows, columns):
         near = [

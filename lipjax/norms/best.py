@@ -52,7 +52,8 @@ def norm_bound(
     """
     problem = problem_of(operator, like, mask_in, mask_out)
     known = problem.bound(closed_form(problem), known=global_bound)
-    dense, banded = dense_cost(operator, like), masked_convolution_cost(operator, like)
+    dense = dense_cost(operator, like)
+    banded = masked_convolution_cost(operator, like)
     fits = dense <= budget and min(like.size, problem.out.size) <= DENSE_LIMIT
     if fits and (dense <= banded or banded > budget):
         return jnp.minimum(known, dense_norm_bound(operator, like, mask_in, mask_out, guess))

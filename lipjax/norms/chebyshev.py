@@ -110,7 +110,8 @@ def probabilistic_norm_bound(
     scale = jnp.where(scale > 0, scale, 1.0).astype(dtype)
     forward, backward = masked(operator, like, mask_in, mask_out)
     size = _schur_size(operator, like, mask_in, mask_out) / scale
-    terms, transposed_terms = terms_of(operator, like), transposed_terms_of(operator, like)
+    terms = terms_of(operator, like)
+    transposed_terms = transposed_terms_of(operator, like)
     relative = gamma(terms + 4, unit) + gamma(transposed_terms + 4, unit)
     error_of_gram = 2 * relative * jnp.square(size)  # times ||u||
 

@@ -53,7 +53,8 @@ def power_iteration(
     frozen = jax.lax.stop_gradient(operator)
     if products == "bfloat16":
         frozen = jax.tree.map(lambda a: a.astype(products), frozen)
-        low, high = masked(frozen, start.astype(products), mask_in, mask_out), start.dtype
+        low = masked(frozen, start.astype(products), mask_in, mask_out)
+        high = start.dtype
         # Vectors are scaled in their own type: only the products are short.
         forward, backward = (lambda v, f=f: f(v.astype(products)).astype(high) for f in low)
     else:

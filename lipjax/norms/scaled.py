@@ -21,7 +21,8 @@ from lipjax.rounding import DOUBLE, gamma
 
 # Entries of one intermediate result of a chunk. On a CPU it must fit the cache: measured, 2.5 times
 # as fast as 2^23.
-CPU_CHUNK_ENTRIES, CHUNK_ENTRIES = 2**16, 2**23
+CPU_CHUNK_ENTRIES = 2**16
+CHUNK_ENTRIES = 2**23
 
 ROUND_UP = 1 + 16 * DOUBLE  # covers a handful of operations on a bound itself
 TINY = 2.0**-500  # covers underflow in a bound of an eigenvalue, at unit scale

@@ -34,7 +34,8 @@ ROW_HEIGHT = 78
 
 def curve(summary, columns) -> Element:
     """Certified accuracy against epsilon, and that under PGD."""
-    run, title = summary["run"], "Certified accuracy against ε"
+    run = summary["run"]
+    title = "Certified accuracy against ε"
     if summary["pgd_curve"] is None:
         text = "Radii were not computed in this run (certify.py --nocurve), so there is no curve."
         return section(title, note(text))
@@ -52,7 +53,8 @@ def curve(summary, columns) -> Element:
         charts.dots(x, y, pgd, "attacked"),
         charts.marker(x, y, run["epsilon"], f"ε = {epsilon_of(run)}"),
     ]
-    said, rows = ["Accuracy against epsilon."], []
+    said = ["Accuracy against epsilon."]
+    rows = []
     for i, (e, a) in enumerate(pgd):
         shown = rounded(e, ROUND_FLOOR, 6)
         said.append(f"At {shown}: certified {100 * at[e]:.1f} %, PGD {100 * a:.1f} %.")
@@ -81,13 +83,16 @@ def radii(run, columns) -> Element:
     title = "Certified radii"
     if "certified_radius" not in columns:
         return section(title, note("Radii were not computed in this run (certify.py --nocurve)."))
-    found, epsilon = columns["certified_radius"], run["epsilon"]
-    positive, none = found[found > 0], int(np.sum(found == 0))
+    found = columns["certified_radius"]
+    epsilon = run["epsilon"]
+    positive = found[found > 0]
+    none = int(np.sum(found == 0))
     if not len(positive):
         text = f"No image has a positive certified radius (of {len(found)})."
         return section(title, element("p", text))
 
-    largest, median = float(np.max(found)), float(np.median(found))
+    largest = float(np.max(found))
+    median = float(np.median(found))
     edges = _edges(largest, epsilon)
     counts, _ = np.histogram(positive, edges)
     x, y = charts.axes((0.0, float(edges[-1])), (0.0, 1.08 * max(1, int(np.max(counts)))))
@@ -142,7 +147,8 @@ def _edges(largest: float, epsilon: float) -> np.ndarray:
 
 def lipschitz(summary, columns) -> Element:
     """Histograms of the Lipschitz constants, one row for each bound."""
-    run, title = summary["run"], "Lipschitz constants around the images"
+    run = summary["run"]
+    title = "Lipschitz constants around the images"
     values = {mode: columns[f"lipschitz_{mode}"] for mode in summary["modes"]}
     values = {mode: found[np.isfinite(found)] for mode, found in values.items()}
     known = np.concatenate(list(values.values()))
@@ -153,7 +159,8 @@ def lipschitz(summary, columns) -> Element:
     height = charts.TOP + charts.BOTTOM + ROW_HEIGHT * len(values)
     x, y = charts.axes((low, high), (0.0, 1.0), height)
     said = ["Histograms of Lipschitz constants, one row for each bound."]
-    parts, facts = [], []
+    parts = []
+    facts = []
     for i, (mode, found) in enumerate(values.items()):
         stored = summary["modes"][mode]["median_lipschitz"]
         parts += _row(x, charts.TOP + ROW_HEIGHT * (i + 1), mode, found, stored)
@@ -186,7 +193,8 @@ def lipschitz(summary, columns) -> Element:
 def _row(x: charts.Axis, bottom: int, mode: str, found: np.ndarray, median: float) -> list[Element]:
     """One bound's histogram, on its own scale of counts."""
     ends = {"x1": f"{x.start}", "x2": f"{x.end}", "y1": f"{bottom}", "y2": f"{bottom}"}
-    parts, text = [element("line", **ends, class_="axis")], f"{mode}: none examined"
+    parts = [element("line", **ends, class_="axis")]
+    text = f"{mode}: none examined"
 
     def hint(left, right, count):
         return f"{mode}: {count} images from {left:.4g} to {right:.4g}"
@@ -203,7 +211,9 @@ def _row(x: charts.Axis, bottom: int, mode: str, found: np.ndarray, median: floa
 
 def neurons(summary) -> Element:
     """The shares of neurons that are constant or stable, layer by layer."""
-    run, layers, title = summary["run"], summary["activations"], "Neurons that cannot change much"
+    run = summary["run"]
+    layers = summary["activations"]
+    title = "Neurons that cannot change much"
     modes = [mode for mode in reversed(summary["modes"]) if mode != "global"]
     if not layers:
         return section(title, note("The network has no activation."))
@@ -211,7 +221,8 @@ def neurons(summary) -> Element:
         return section(title, note("The global bound knows nothing of single neurons."))
 
     kinds = ("constant", "stable")
-    bars, rows = [], []
+    bars = []
+    rows = []
     for i, layer in enumerate(layers):
         name = f"{i + 1} · {layer['kind']}, {'×'.join(map(str, layer['shape']))}"
         constant, stable = (summary["modes"][modes[0]][f"{kind}_share"][i] for kind in kinds)

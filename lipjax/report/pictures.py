@@ -48,7 +48,8 @@ def select(
         mode: whose verdicts count.
         modes: all of the run.
     """
-    certified, broken = columns[f"certified_{mode}"], columns["broken_by_pgd"]
+    certified = columns[f"certified_{mode}"]
+    broken = columns["broken_by_pgd"]
     right = columns["predicted"] == columns["label"]
     if "certified_radius" in columns:
         strength = columns["certified_radius"]
@@ -118,7 +119,8 @@ def proved_radii(columns: Mapping[str, np.ndarray], run: Mapping[str, Any]) -> n
 def section_of_images(run, columns, examples) -> Element:
     """The gallery: for each image what is proved of it, and what an attack has found."""
     names = GROUPS if "certified_radius" in columns else GROUPS_WITHOUT_RADII
-    groups, rows = examples["group"].tolist(), examples["row"]
+    groups = examples["group"].tolist()
+    rows = examples["row"]
     distances = examples["distance"]
     proved = proved_radii(columns, run)[rows]
     known = [*proved.tolist(), *distances[np.isfinite(distances)].tolist(), run["epsilon"]]
@@ -157,18 +159,23 @@ def section_of_images(run, columns, examples) -> Element:
 
 def _card(run, columns, examples, i: int, radius: float, scale: float) -> Element:
     """One image of the gallery; `radius` is proved of it, and `scale` is where bars end."""
-    row, distance = int(examples["row"][i]), float(examples["distance"][i])
+    row = int(examples["row"][i])
+    distance = float(examples["distance"][i])
     index, label, predicted = (int(columns[name][row]) for name in ("index", "label", "predicted"))
     certified = bool(columns[f"certified_{run['curve_mode']}"][row])
     found = np.isfinite(distance) and distance > 0
     if predicted != label:
-        status, word = "wrong", "misclassified"
+        status = "wrong"
+        word = "misclassified"
     elif certified:
-        status, word = "proved", "certified"
+        status = "proved"
+        word = "certified"
     elif columns["broken_by_pgd"][row]:
-        status, word = "attacked", "broken"
+        status = "attacked"
+        word = "broken"
     else:
-        status, word = "undecided", "undecided"
+        status = "undecided"
+        word = "undecided"
 
     if found:
         shown = number(distance, rounded(distance, ROUND_CEILING), f"gallery.{i}.distance")
@@ -219,7 +226,8 @@ def _bracket(radius: float, distance: float | None, epsilon: float, scale: float
 
 def _pictures(run, examples, i: int, index: int, label: int, found) -> list[Element]:
     """The image, and where there is one the adversarial image and their difference."""
-    image, adversarial = examples["image"][i], examples["adversarial"][i]
+    image = examples["image"][i]
+    adversarial = examples["adversarial"][i]
     pictures = [_picture(image, f"{run['split']} image {index}, class {label}", "image")]
     if not found:
         return pictures

@@ -20,7 +20,8 @@ HASHES = {
 
 def commands(summary) -> Element:
     """Commands, versions and hashes."""
-    run, told = summary["run"], summary["commands"]
+    run = summary["run"]
+    told = summary["commands"]
     train = told["train"] or "# not recorded; the configuration below is that of the training"
     check = ["# check the certificates with other code", *told["check"]]
     lines = ["# train", train, "# certify", told["certify"], *check]

@@ -47,8 +47,10 @@ def header(summary, certified: np.ndarray) -> Element:
 
 
 def _headline(summary, certified: np.ndarray) -> list:
-    run, count = summary["run"], len(certified)
-    mode, epsilon = run["curve_mode"], epsilon_of(run)
+    run = summary["run"]
+    count = len(certified)
+    mode = run["curve_mode"]
+    epsilon = epsilon_of(run)
     accuracy = summary["modes"][mode]["certified_accuracy"]
     share = percent(accuracy, f"modes.{mode}.certified_accuracy")
     images = f"{run['split']} image{'s' if count > 1 else ''} of {run['data']}"
@@ -89,7 +91,8 @@ def _facts(summary, count: int) -> dict[str, str]:
 
 def verdicts(columns, certified: np.ndarray) -> Element:
     """How many images are certified, undecided, broken by PGD, misclassified."""
-    right, broken = columns["predicted"] == columns["label"], columns["broken_by_pgd"]
+    right = columns["predicted"] == columns["label"]
+    broken = columns["broken_by_pgd"]
     undecided = right & ~broken & ~certified
     parts = [
         ("proved", "certified", "right, and proved to stay so", certified),
@@ -103,7 +106,8 @@ def verdicts(columns, certified: np.ndarray) -> Element:
         ("wrong", "misclassified", "wrong without any attack", ~right),
     ]
     counts = [int(np.sum(mask)) for *_, mask in parts]
-    bar, entries = [], []
+    bar = []
+    entries = []
     for (name, title, words, _), count in zip(parts, counts, strict=True):
         if count:
             bar.append((name, str(count), f"{title}: {count}"))
@@ -120,7 +124,9 @@ def verdicts(columns, certified: np.ndarray) -> Element:
 
 def accuracies(summary, columns) -> Element:
     """Clean, under PGD, and certified by each bound."""
-    run, count, seed = summary["run"], len(columns["label"]), str(summary["run"]["seed"])
+    run = summary["run"]
+    count = len(columns["label"])
+    seed = str(summary["run"]["seed"])
     clean = percent(summary["clean_accuracy"], "clean_accuracy")
     attacked = percent(summary["pgd_accuracy"], "pgd_accuracy")
     attack = f"{run['pgd_steps']} steps, {run['pgd_restarts']} restarts, ε = {epsilon_of(run)}"
@@ -149,7 +155,8 @@ def accuracies(summary, columns) -> Element:
 
 def classes(summary, columns, certified: np.ndarray) -> Element:
     """The three accuracies, class by class."""
-    run, labels = summary["run"], columns["label"]
+    run = summary["run"]
+    labels = columns["label"]
     masks = {
         "clean": columns["predicted"] == labels,
         "pgd": ~columns["broken_by_pgd"],
