@@ -161,10 +161,10 @@ def test_files_of_version_1_stay_readable_and_say_what_they_said(tmp_path):
 
 def test_no_bit_of_a_seed_is_lost(x64):
     def key(seed):
-        graph = lipjax.trace(small_net(), images()[0])
         found = setup.set_up(
-            graph,
+            small_net(),
             images(),
+            None,
             tier="probabilistic",
             failure_probability=0.1,
             mode="local",
@@ -172,6 +172,7 @@ def test_no_bit_of_a_seed_is_lost(x64):
             budget=1.0,
             seed=seed,
             batch_size=1,
+            examine=None,
         )
         return tuple(jax.random.key_data(found.key).tolist())
 

@@ -17,14 +17,7 @@ from flax import nnx
 
 from lipjax import bounds
 from lipjax.certificates import batches, verdicts
-from lipjax.certificates.checks import (
-    as_executed,
-    certifiable,
-    checked_images,
-    checked_labels,
-    examined_rows,
-    example_of,
-)
+from lipjax.certificates.checks import checked_images, checked_labels, example_of
 from lipjax.certificates.results import Certificate, CertifiedRadius, Estimate
 from lipjax.certificates.setup import candidates, decided, set_up, unexamined
 from lipjax.norms.best import BUDGET
@@ -104,14 +97,10 @@ def certify(
         TypeError, ValueError: as the table and `bound` say, naming the value.
     """
     bounds.check_epsilon(epsilon)
-    images = checked_images(images)
-    graph = certifiable(network, images, tier, failure_probability, arithmetic)
-    with as_executed(arithmetic):
-        labels = checked_labels(graph, images, labels)
-    rows = examined_rows(examine, len(images))
     setup = set_up(
-        graph,
+        network,
         images,
+        labels,
         tier=tier,
         failure_probability=failure_probability,
         mode=mode,
@@ -119,15 +108,16 @@ def certify(
         budget=budget,
         seed=seed,
         batch_size=batch_size,
+        examine=examine,
     )
-
-    radii = np.full(len(images), float(epsilon))
-    if len(rows) == len(images):
-        found = decided(setup, images, labels, radii)
+    rows = setup.examined
+    radii = np.full(len(rows), float(epsilon))
+    if len(rows) == len(setup.images):
+        found = decided(setup, rows, radii)
     else:
-        found = unexamined(setup, images, labels)
+        found = unexamined(setup)
         if len(rows):
-            examined = decided(setup, images[rows], labels[rows], radii[rows], rows)
+            examined = decided(setup, rows, radii)
             for name, column in found.items():
                 column[rows] = examined[name]
     certified = found.pop("ok")
@@ -163,14 +153,10 @@ def certified_radius(
     """
     if not (max_radius > 0 and math.isfinite(max_radius)):
         raise ValueError(f"max_radius must be positive and finite, got {max_radius}.")
-    images = checked_images(images)
-    graph = certifiable(network, images, tier, failure_probability, arithmetic)
-    with as_executed(arithmetic):
-        labels = checked_labels(graph, images, labels)
-    examined = examined_rows(examine, len(images))
     setup = set_up(
-        graph,
+        network,
         images,
+        labels,
         tier=tier,
         failure_probability=failure_probability,
         mode=mode,
@@ -178,23 +164,23 @@ def certified_radius(
         budget=budget,
         seed=seed,
         batch_size=batch_size,
+        examine=examine,
         attempts=len(RADIUS_SHARES),
     )
-
-    nothing = unexamined(setup, images, labels)
-    candidate = np.zeros(len(images))
-    if len(examined):
-        candidate[examined] = candidates(setup, images[examined], labels[examined], max_radius)
+    nothing = unexamined(setup)
+    candidate = np.zeros(len(setup.images))
+    if len(setup.examined):
+        candidate[setup.examined] = candidates(setup, setup.examined, max_radius)
     candidate = np.where(nothing["correct"], candidate, 0)
 
     kept = {name: nothing[name] for name in ("margin", "allowance", "lipschitz", "norms")}
-    kept["radius"] = np.zeros(len(images))
+    kept["radius"] = np.zeros(len(candidate))
     for attempt, portion in enumerate(RADIUS_SHARES):
         rows = np.flatnonzero((candidate > 0) & (kept["radius"] == 0))
         if not len(rows):
             break
         trial = candidate[rows] * portion
-        found = decided(setup, images[rows], labels[rows], trial, rows, attempt)
+        found = decided(setup, rows, trial, attempt)
         found["radius"] = trial
         for name, column in kept.items():
             column[rows[found["ok"]]] = found[name][found["ok"]]

@@ -10,7 +10,14 @@ import numpy as np
 
 from lipjax import rounding
 from lipjax.certificates import batches, verdicts
-from lipjax.certificates.checks import predict
+from lipjax.certificates.checks import (
+    as_executed,
+    certifiable,
+    checked_images,
+    checked_labels,
+    examined_rows,
+    predict,
+)
 from lipjax.certificates.randomness import checked_seed, drawn_seed, split_failure_probability
 from lipjax.graph import Activation, Graph
 from lipjax.norms.best import global_norm_bound
@@ -21,6 +28,8 @@ class Setup:
     """What all certificates of one call share.
 
     Attributes:
+        images, labels: of the whole call, checked.
+        examined: positions of the images to decide.
         graph: of the network, in float64.
         global_norms: proven upper bounds of the linear nodes' whole norms, in order.
         key: of all draws of the call.
@@ -31,6 +40,9 @@ class Setup:
             precision, arithmetic.
     """
 
+    images: np.ndarray
+    labels: np.ndarray
+    examined: np.ndarray
     graph: Graph
     global_norms: tuple[jax.Array, ...]
     key: jax.Array
@@ -41,8 +53,9 @@ class Setup:
 
 
 def set_up(
-    graph: Graph,
-    images: np.ndarray,
+    network,
+    images,
+    labels,
     *,
     tier: str,
     failure_probability: float,
@@ -51,18 +64,22 @@ def set_up(
     budget: float,
     seed: int | None,
     batch_size: int,
+    examine: np.ndarray | None,
     attempts: int = 1,
 ) -> Setup:
-    """The set-up of a call; arguments as of `certify`, which has checked the others.
+    """Checks the arguments of `certify` and prepares what its images share.
 
     Args:
-        images: of the whole call.
         attempts: at most so many radii are tried for an image.
 
     Raises:
-        ValueError: a negative budget; a seed that is none.
-        TypeError: a seed that is no integer; an arithmetic or dtype without an error model.
+        TypeError, ValueError: as `certify`.
     """
+    images = checked_images(images)
+    graph = certifiable(network, images, tier, failure_probability, arithmetic)
+    with as_executed(arithmetic):
+        labels = checked_labels(graph, images, labels)
+    examined = examined_rows(examine, len(images))
     if not budget >= 0:
         raise ValueError(f"budget must be >= 0 floating-point operations, got {budget}.")
 
@@ -76,6 +93,9 @@ def set_up(
     with batches.exact():
         graph = jax.tree.map(_in_float64, graph)
         return Setup(
+            images=images,
+            labels=labels,
+            examined=examined,
             graph=graph,
             global_norms=_global_norms(graph),
             # In 64 bits, where no bit of the seed is lost, by the generator that is meant.
@@ -127,46 +147,45 @@ def _in_float64(leaf):
 
 
 def decided(
-    setup: Setup, images, labels, radii, indices=None, attempt: int | None = None
+    setup: Setup, rows: np.ndarray, radii: np.ndarray, attempt: int | None = None
 ) -> dict[str, Any]:
-    """`verdicts.verdict` of each image at its own radius, by the norms of the tier.
+    """`verdicts.verdict` of images, each at its own radius, by the norms of the tier.
 
     Args:
-        indices: positions of the images in the whole call; None: they are the whole call.
+        rows: positions of the images in the whole call.
         attempt: of a radius; each draws anew.
     """
-    indices = np.arange(len(images)) if indices is None else indices
     with batches.exact():
         key = setup.key if attempt is None else jax.random.fold_in(setup.key, attempt)
         shared = (setup.graph, setup.global_norms, key)
         run = _program(setup, verdicts.certify_batch, shared, setup.options)
-        return _batched(setup, run, images, labels, radii, indices)
+        return _batched(setup, run, setup.images[rows], setup.labels[rows], radii, rows)
 
 
-def candidates(setup: Setup, images, labels, max_radius: float) -> np.ndarray:
-    """Each image's largest radius at which it would be certified if estimates were norms."""
+def candidates(setup: Setup, rows: np.ndarray, max_radius: float) -> np.ndarray:
+    """The largest radius at which each image would be certified if estimates were norms."""
     options = {name: setup.options[name] for name in ("mode", "arithmetics")}
     with batches.exact():
         shared = (setup.graph, setup.global_norms, jnp.float64(max_radius))
         run = _program(setup, verdicts.radius_batch, shared, options)
-        return _batched(setup, run, images, labels)["radius"]
+        return _batched(setup, run, setup.images[rows], setup.labels[rows])["radius"]
 
 
-def unexamined(setup: Setup, images, labels) -> dict[str, Any]:
+def unexamined(setup: Setup) -> dict[str, Any]:
     """What is reported of images that are not examined: predictions, and no claim."""
 
     def run(columns):
         return {"predicted": predict(setup.graph, *columns)}
 
     with batches.exact():
-        predicted = _batched(setup, run, images)["predicted"]
+        predicted = _batched(setup, run, setup.images)["predicted"]
 
-    count = len(images)
+    count = len(setup.images)
     norms = len(setup.graph.linear) - 1
     activations = sum(isinstance(node, Activation) for node in setup.graph.nodes)
     return {
         "predicted": predicted,
-        "correct": predicted == labels,
+        "correct": predicted == setup.labels,
         "ok": np.zeros(count, bool),
         "margin": np.full(count, -np.inf),
         "allowance": np.full(count, np.inf),
