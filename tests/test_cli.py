@@ -69,14 +69,13 @@ def test_a_wrong_command_line_of_train_is_exit_code_2_and_says_what_is_meant():
     # parsed once.
     code = """
 import json, os, sys
-from lipjax import commands
-from lipjax.cli.common import train
+from lipjax.cli import common, train
 
 for arguments in json.loads(sys.argv[1]):
     if not os.fork():
         try:
             sys.argv = ["lipjax train", *arguments]
-            commands._parsed(sys.argv, train)
+            common._parsed(sys.argv, train)
         except SystemExit as ended:
             print("exit code", ended.code, file=sys.stderr)
         os._exit(0)
@@ -170,7 +169,7 @@ def test_completion_knows_commands_flags_and_fields(shell, capsys, completions):
 def completions():
     """The scripts of all shells, from one process: flags can be registered once."""
     code = (
-        "import json, shtab; from lipjax import cli; parser = cli.whole_parser(); "
+        "import json, shtab; from lipjax.cli import entry; parser = entry.whole_parser(); "
         "print(json.dumps({shell: shtab.complete(parser, shell) for shell in ('bash', 'zsh', "
         "'fish')}))"
     )
