@@ -17,6 +17,7 @@ from lipjax.configs import baselines, cifar10_maxmin, digits, imagenet, tiny_ima
 from lipjax.data import sets
 from lipjax.training import config as configuration
 from lipjax.training import feeding, plan
+from lipjax.training.data_sheets import DEVICES, device_of
 
 SHAPE, CLASSES, EXAMPLES = (8, 8, 1), 10, 100
 
@@ -32,7 +33,7 @@ def small(mode="local", **vectors):
 
 
 def planned(config, devices=1, device="h200", examples=EXAMPLES, pixels="uint8", **more):
-    device = plan.device_of(device, devices) if isinstance(device, str) else device
+    device = device_of(device, devices) if isinstance(device, str) else device
     sizes = plan.Sizes(SHAPE, CLASSES, examples, pixels)
     return plan.plan(config, sizes, devices, device, **more)
 
@@ -43,7 +44,7 @@ def nbytes(tree):
 
 def with_memory(size, **changes):
     """A device of that many bytes."""
-    return dataclasses.replace(plan.DEVICES["v5e"], memory=int(size), **changes)
+    return dataclasses.replace(DEVICES["v5e"], memory=int(size), **changes)
 
 
 # -------------------------------------------------------------------------------------- exact parts
@@ -259,7 +260,7 @@ def test_an_unknown_device_is_an_error_that_lists_the_known_ones():
         planned(small(), device="h300")
 
 
-@pytest.mark.parametrize("device", [*plan.DEVICES, "cpu"])
+@pytest.mark.parametrize("device", [*DEVICES, "cpu"])
 def test_every_device_has_a_plan(device):
     found = planned(small(), devices=2, device=device)
     shortest, longest = found.step_seconds

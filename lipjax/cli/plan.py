@@ -8,6 +8,7 @@ from absl import flags
 from lipjax.cli import common
 from lipjax.data import sets
 from lipjax.training import plan
+from lipjax.training.data_sheets import DEVICES
 
 # These say what is wrong and what to do.
 ERRORS = (sets.DataError, ValueError, OSError)
@@ -18,7 +19,7 @@ def define_flags(values: flags.FlagValues, prefix: str = "", when: str = "") -> 
     if not prefix:
         common.define_config(values)
     own = {"flag_values": values}
-    kinds = ", ".join((*plan.DEVICES, "cpu"))
+    kinds = ", ".join((*DEVICES, "cpu"))
     flags.DEFINE_string(f"{prefix}device", None, f"{when}{kinds}; default: this.", **own)
     flags.DEFINE_integer(
         f"{prefix}devices", None, f"{when}how many; default: those here.", lower_bound=1, **own
