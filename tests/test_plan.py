@@ -88,6 +88,15 @@ def test_a_store_on_the_host_keeps_all_rows_there_and_those_of_one_call_on_the_d
     assert not [part for part in example.host_parts if part.name == "all vectors"]
 
 
+def test_a_plan_allocates_nothing_where_vectors_of_terabytes_stay_on_the_hosts():
+    config = imagenet.get_config()
+    config.model.stem, config.model.widths = 0, (16, 32, 64, 128, 256)
+    config.vectors.store = "host"
+    found = plan.planned(config, plan.sizes_of(config), 64, "v5e")
+    assert found.part("all vectors").total > 2e12 and found.left > 0
+    assert found.checkpoint > found.part("all vectors").total
+
+
 def test_twice_the_devices_halve_vectors_and_images_on_each_and_nothing_else():
     one, two = planned(small(), devices=1), planned(small(), devices=2)
     for name in ("vectors", "training images"):

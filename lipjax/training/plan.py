@@ -247,75 +247,85 @@ def plan(
     """
     configuration.check_config(config)
     sharding.check_batch(config.batch_size, devices)
-    batch = config.batch_size
     steps_per_epoch = feeding.steps_per_epoch(config, sizes.examples)
-    rows = -(-sizes.examples // batch) * batch
     mesh: Any = AbstractMesh((devices,), ("data",))
     state, store = _abstract_state(config, sizes, mesh)
     stepping.examples_at_once(config, mesh, state)  # refuses what does not divide
 
-    # ---------------------------------------------------------------- on the devices
-    parameters = _bytes(state.network)
-    here = _held(state.network, config, devices)
-    moments = _held(state.optimizer, config, devices)
-    split = here < parameters  # then each step gathers all of them beside
-    here += parameters if split else 0
-    common = _bytes(state.vectors.get("global", ()))
-    local = _bytes(state.vectors.get("local", ())) // devices
-    one_image = math.prod(sizes.input_shape) * np.dtype(sizes.pixels).itemsize
-    resident = sizes.examples * one_image // devices <= feeding.RESIDENT_BYTES
-    # Of a large set the images of the next call travel while one runs.
-    image_rows = rows if resident else 2 * feeding.MAX_STEPS * batch
-    images = image_rows * (one_image + 4) // devices  # 4: the label
-    parts = [
-        Part("parameters", here, devices * here, "split, and gathered" if split else "float32"),
-        Part("gradients", parameters, devices * parameters, "float32"),
-        Part("optimizer state", moments, devices * moments, "Adam's two moments"),
-        Part("vectors", common + local, devices * (common + local), config.vectors.dtype),
-        Part("training images", images, devices * images, "all" if resident else "of two calls"),
-    ]
-    if temporary is not None:
-        more = max(temporary - parameters, 0)
-        parts.append(Part("temporary", more, devices * more, "XLA's figure, on the devices here"))
-
-    # ---------------------------------------------------------------- in the hosts' memory
     hosts = -(-devices // device.per_host)
-    on_disk = not config.data.name.startswith(("npz:", "folder:"))
-    loaded = sizes.examples * one_image
-    loaded = 0 if on_disk and loaded > sets.IN_MEMORY_BYTES else loaded
-    host_parts = [Part("images", loaded, hosts * loaded, "" if loaded else "they stay on disk")]
-    all_local = _bytes(store.whole_state(state).vectors.get("local", ()))
-    if store.host:
-        host_parts.append(Part("all vectors", -(-all_local // hosts), all_local))
-
-    # ---------------------------------------------------------------- time
-    layers = _of_shapes(
-        lambda network: list(
-            _layers(network, sizes.input_shape, config.bound.mode, config.bound.iterations)
-        ),
-        state.network,
-    )
-    operations = batch * sum(count * each for count, each, _ in layers)
-    traffic = 4 * batch * sum(count * entries for count, _, entries in layers)
-    parts_of_batch = batch // (config.examples_at_once or batch)
-    launched = 0 if device.platform == "cpu" else parts_of_batch * sum(n for n, _, _ in layers)
-    seconds = _step_seconds(device, operations / devices, traffic / devices, launched)
+    rows = -(-sizes.examples // config.batch_size) * config.batch_size
+    all_local = rows * sum(_bytes(v) // len(v) for v in state.vectors.get("local", ()))
+    common = _bytes(state.vectors.get("global", ()))
+    operations, seconds = _time(config, sizes, state.network, devices, device)
     return Plan(
         title=(
             f"{config.model.name} on {config.data.name}: {sizes.examples:,} training images "
             f"{sizes.input_shape}, {sizes.classes} classes, mode {config.bound.mode}, batch "
-            f"{batch}; {devices} x {device.name} on {hosts} host(s)."
+            f"{config.batch_size}; {devices} x {device.name} on {hosts} host(s)."
         ),
         device=device,
         devices=devices,
         steps_per_epoch=steps_per_epoch,
         epochs=config.schedule.epochs,
-        parts=tuple(parts),
-        host_parts=tuple(host_parts),
-        checkpoint=parameters + _bytes(state.optimizer) + common + all_local,
+        parts=tuple(_on_devices(config, sizes, state, rows, devices, temporary)),
+        host_parts=tuple(_on_hosts(config, sizes, all_local if store.host else 0, hosts)),
+        checkpoint=_bytes(state.network) + _bytes(state.optimizer) + common + all_local,
         operations=operations,
         step_seconds=seconds,
     )
+
+
+def _on_devices(config, sizes: Sizes, state, rows: int, devices: int, temporary):
+    """What is in the memory of the devices."""
+    parameters = _bytes(state.network)
+    here = _held(state.network, config, devices)
+    split = here < parameters  # then each step gathers all of them beside
+    here += parameters if split else 0
+    yield Part("parameters", here, devices * here, "split, and gathered" if split else "float32")
+    yield Part("gradients", parameters, devices * parameters, "float32")
+
+    moments = _held(state.optimizer, config, devices)
+    yield Part("optimizer state", moments, devices * moments, "Adam's two moments")
+
+    vectors = _bytes(state.vectors.get("global", ()))
+    vectors += _bytes(state.vectors.get("local", ())) // devices
+    yield Part("vectors", vectors, devices * vectors, config.vectors.dtype)
+
+    resident = sizes.examples * _image_bytes(sizes) // devices <= feeding.RESIDENT_BYTES
+    # Of a large set the images of the next call travel while one runs.
+    image_rows = rows if resident else 2 * feeding.MAX_STEPS * config.batch_size
+    images = image_rows * (_image_bytes(sizes) + 4) // devices  # 4: the label
+    yield Part("training images", images, devices * images, "all" if resident else "of two calls")
+
+    if temporary is not None:
+        more = max(temporary - parameters, 0)
+        yield Part("temporary", more, devices * more, "XLA's figure, on the devices here")
+
+
+def _on_hosts(config, sizes: Sizes, vectors: int, hosts: int):
+    """What is in the memory of the hosts; `vectors` are bytes of those that are kept there."""
+    images = sizes.examples * _image_bytes(sizes)
+    if images > sets.IN_MEMORY_BYTES and not config.data.name.startswith(("npz:", "folder:")):
+        images = 0
+    yield Part("images", images, hosts * images, "" if images else "they stay on disk")
+    if vectors:
+        yield Part("all vectors", -(-vectors // hosts), vectors)
+
+
+def _time(config, sizes: Sizes, network, devices: int, device: Device):
+    """Operations of a step, and its shortest and longest time."""
+    mode, iterations = config.bound.mode, config.bound.iterations
+    layers = _of_shapes(
+        lambda network: list(_layers(network, sizes.input_shape, mode, iterations)), network
+    )
+    batch = config.batch_size
+    operations = batch * sum(count * each for count, each, _ in layers)
+    traffic = 4 * batch * sum(count * entries for count, _, entries in layers)
+    launched = 0
+    if device.platform != "cpu":
+        launched = batch // (config.examples_at_once or batch) * sum(n for n, _, _ in layers)
+    seconds = _step_seconds(device, operations / devices, traffic / devices, launched)
+    return operations, seconds
 
 
 def _step_seconds(device: Device, operations, traffic, launched) -> tuple[float, float]:
@@ -412,6 +422,10 @@ def _of_shapes(function, network):
     found: list = []
     jax.eval_shape(lambda network: found.append(function(network)), network)
     return found[0]
+
+
+def _image_bytes(sizes: Sizes) -> int:
+    return math.prod(sizes.input_shape) * np.dtype(sizes.pixels).itemsize
 
 
 def _bytes(tree) -> int:
