@@ -94,8 +94,9 @@ def test_progress_in_a_log_is_a_quiet_line_with_an_honest_time_left(monkeypatch)
         assert log.getvalue() == ""
         clock.now += 15
         progress.update(50, loss="0.4")
-        # 20 s for the 10 steps of this start, not for 50: 50 more take 100 s.
-        assert log.getvalue() == "training: 50 %, 1 min 40 s left; loss 0.4\n"
+        # 15 s for 5 steps: what came before the first sign of life does not come again, and the 40
+        # steps of an earlier start say nothing. So 50 more take 150 s.
+        assert log.getvalue() == "training: 50 %, 2 min 30 s left; loss 0.4\n"
         clock.now += 1
         progress.update(100, loss="0.1")
         assert log.getvalue().splitlines()[1] == "training: 100 %, 0 s left; loss 0.1"
@@ -121,7 +122,7 @@ def test_progress_on_a_terminal_is_a_bar():
     [(0.4, "0 s"), (59.6, "1 min 0 s"), (3599.7, "1 h 0 min"), (90061, "25 h 1 min")],
 )
 def test_durations_are_rounded_before_they_are_split(seconds, shown):
-    assert reporting._duration(seconds) == shown
+    assert reporting.duration(seconds) == shown
 
 
 # ------------------------------------------------------------------------------------- certificates

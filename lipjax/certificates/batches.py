@@ -3,7 +3,8 @@
 import concurrent.futures
 import contextlib
 import functools
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -12,6 +13,21 @@ import numpy as np
 # Pixels in all images up to which compiling without LLVM's optimizer is the quicker way (two CPU
 # cores: 1500 digits or 130 MNIST images).
 FEW_PIXELS = 100_000
+
+# Called after each batch with rows that are done and all rows of the call; see `watched`.
+_watcher: Callable[[int, int], None] | None = None
+
+
+@contextlib.contextmanager
+def watched(watcher: Callable[[int, int], None]) -> Iterator[None]:
+    """Lets ``watcher(done, total)`` know of each batch, while the context lasts; of each call of
+    `batched` from its first batch to its last, by one thread at a time."""
+    global _watcher
+    before, _watcher = _watcher, watcher
+    try:
+        yield
+    finally:
+        _watcher = before
 
 
 @functools.cache
@@ -36,9 +52,19 @@ def batched(run, size, *columns, context=contextlib.nullcontext) -> dict[str, An
     places = np.arange(-(-count // size) * size).reshape(-1, size)
     batches = list(np.minimum(places, count - 1))
     workers = devices()
+    done = 0
+    lock = threading.Lock()
 
     def results(of):
-        return [jax.device_get(run(tuple(column[rows] for column in columns))) for rows in of]
+        nonlocal done
+        found = []
+        for rows in of:
+            found.append(jax.device_get(run(tuple(column[rows] for column in columns))))
+            with lock:
+                done = min(done + size, count)
+                if _watcher:
+                    _watcher(done, count)
+        return found
 
     def work(worker):
         # One program over all devices would be compiled once only, but hangs on CPU: jax 0.10.2,

@@ -6,7 +6,7 @@
         --workdir=runs/own
 
 `lipjax certify` is the same. It prints accuracies (clean, under PGD attack, certified by the bounds
-of --modes side by side) and writes to workdir/certification: report.html (a page of all of it;
+of --modes side by side) and writes to workdir/certification, or --out: report.html (a page of it;
 lipjax/report/page.py), summary.json, examples.npz and examples.csv (per image), gallery.npz (some
 images with adversarial ones near them), curve.png (certified accuracy against epsilon, below the
 PGD curve), and certificate.npz, which `python -m lipjax.check` derives once more with other code.
@@ -15,10 +15,16 @@ bound named or by a looser one of --modes, and certificate_<bound>.npz has the o
 certificates.
 """
 
+import contextlib
 import dataclasses
+import importlib
+import importlib.util
+import math
 import platform
 import sys
+import tempfile
 import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +33,14 @@ import numpy as np
 from absl import flags, logging
 
 import lipjax
-from lipjax import report
+from lipjax import pretrained, report
+from lipjax.certificates import batches
 from lipjax.cli import common, networks
 from lipjax.data import sets
 from lipjax.formats import certificate_files
 from lipjax.runtime import cpu, hosts
 from lipjax.training import metrics
-from lipjax.training.checkpoints import CheckpointError
+from lipjax.training.checkpoints import CheckpointError, load_config
 
 # The curve's PGD points are for orientation: one restart, where at epsilon itself there are more.
 CURVE_RESTARTS = 1
@@ -44,7 +51,7 @@ GALLERY_STEPS = 200
 GALLERY_RESTARTS = 4
 
 # These say what is wrong and what to do.
-ERRORS = (sets.DataError, CheckpointError, ValueError, TypeError)
+ERRORS = (sets.DataError, CheckpointError, ValueError, TypeError, OSError)
 
 
 def define_flags(values: flags.FlagValues) -> None:
@@ -60,6 +67,9 @@ def define_flags(values: flags.FlagValues) -> None:
         **own,
     )
     flags.DEFINE_string(
+        "out", None, "Folder for the results; default <workdir>/certification.", **own
+    )
+    flags.DEFINE_string(
         "network",
         None,
         "Instead of a run: a .safetensors file of lipjax.save, or the name of a network that comes "
@@ -67,7 +77,10 @@ def define_flags(values: flags.FlagValues) -> None:
         **own,
     )
     flags.DEFINE_string(
-        "data", None, "With --network: the data set, as --config.data.name takes it.", **own
+        "data",
+        None,
+        "With --network: the data set, as --config.data.name takes it, or npz:<test.npz> alone.",
+        **own,
     )
     flags.DEFINE_integer(
         "image_size", None, "With --network: of sets of encoded images, as data.image_size.", **own
@@ -132,9 +145,12 @@ def define_flags(values: flags.FlagValues) -> None:
         upper_bound=2**63 - 1,
         **own,
     )
-    flags.DEFINE_integer("batch_size", 64, "Images at once; no influence on the result.", **own)
-    flags.DEFINE_integer("pgd_steps", 100, "Steps of each attack, each of epsilon / 4.", **own)
-    flags.DEFINE_integer("pgd_restarts", 5, "Random starts of each attack at epsilon.", **own)
+    for name, default, meaning in (
+        ("batch_size", 64, "Images at once; no influence on the result."),
+        ("pgd_steps", 100, "Steps of each attack, each of epsilon / 4."),
+        ("pgd_restarts", 5, "Random starts of each attack at epsilon."),
+    ):
+        flags.DEFINE_integer(name, default, meaning, lower_bound=1, **own)
     flags.DEFINE_bool(
         "curve",
         True,
@@ -159,9 +175,14 @@ def main(options: flags.FlagValues) -> None:
     logging.set_verbosity(logging.ERROR)
     started = time.monotonic()
 
+    # ------------------------------------------------------------------ before anything is loaded
+    workdir = named(options)
+    folder = Path(options.out or workdir / "certification")
+    pictures = hosts.is_writer() and probe(folder)
+
     # ------------------------------------------------------------------ network, data, settings
-    given = open_network(options)
-    task = settle(options, given)
+    given = open_network(options, workdir)
+    task = settle(options, given, workdir)
     facts = given.facts
     count = len(task.labels)
     say(f"{facts['network']}: epoch {facts['epoch']}; {count} test images of {given.test.name}")
@@ -174,23 +195,112 @@ def main(options: flags.FlagValues) -> None:
         contradicted = certificate.certified & broken
         refuse_contradictions(mode, given.test.indices[contradicted])
 
+    # ------------------------------------------------------------------ what is proved is kept
+    # At once: whatever fails from here on, it is on the disk.
+    run = run_facts(task, verdicts)
+    files: dict[str, str] = {}
+    if hosts.is_writer():
+        folder, files = write_certificates(task, verdicts, run, folder)
+
     # ------------------------------------------------------------------ radii and curve
     curve = trace_curve(task, verdicts, broken) if options.curve else None
-
-    # ------------------------------------------------------------------ what is written
     if not hosts.is_writer():
         return
-    run = run_facts(task, verdicts)
+
+    # ------------------------------------------------------------------ tables, then pictures
     columns = columns_of(task, verdicts, broken, curve)
-    gallery = find_gallery(task, run, columns)
-    folder = task.workdir / "certification"
-    files = write_certificates(task, verdicts, run, folder)
-    if curve:
+    seconds = round(time.monotonic() - started, 1)
+    timed = {**run, "seconds": seconds}
+    summary = summarise(task, verdicts, broken, curve, timed, folder, files)
+    write_tables(folder, run, summary, columns)
+    gallery = find_gallery(task, run, columns, [folder / name for name in files.values()])
+    metrics.write_arrays(folder / "gallery.npz", run, gallery)
+    page = report.build(folder)
+    names = [page.name, *files.values(), "summary.json", "examples.csv", "examples.npz"]
+    names.append("gallery.npz")
+    if curve and pictures:
         at_epsilon = {mode: float(np.mean(rows)) for mode, rows in verdicts.certified.items()}
         metrics.plot_curve(folder / "curve.png", run, curve.radii, curve.pgd, at_epsilon)
-    seconds = round(time.monotonic() - started, 1)
-    summary = summarise(task, verdicts, broken, curve, {**run, "seconds": seconds}, files)
-    write_results(folder, run, summary, columns, gallery)
+        names.append("curve.png")
+    print("written: " + ", ".join(str(folder / name) for name in names))
+
+
+# ------------------------------------------------------------------- what can be known beforehand
+
+
+def named(options) -> Path:
+    """The folder of the run or, of a network, for its results, after the names and numbers on the
+    command line were looked at; no data is read.
+
+    Raises:
+        ValueError: one that is unknown or makes no sense, with what there is.
+        CheckpointError: no run there.
+    """
+    modes_of(options)
+    if not 0 < options.failure_probability < 1:
+        raise ValueError(
+            f"failure_probability must lie in (0, 1), got {options.failure_probability}."
+        )
+    if options.epsilon is not None:
+        lipjax.bounds.check_epsilon(options.epsilon)
+    if options.network is None:
+        if options.data is not None or options.image_size is not None:
+            raise ValueError(
+                "--data and --image_size belong to --network: a run has its own data set."
+            )
+        workdir = Path(options.workdir or "runs/digits")
+        load_config(workdir)
+        return workdir
+
+    if options.data is None:
+        raise ValueError(
+            "--network needs --data, the data set to certify it on: `lipjax data list` lists the "
+            "names."
+        )
+    if options.epsilon is None:
+        raise ValueError(
+            "--network needs --epsilon, the l2 radius on pixels in [0, 1]: a file says nothing of "
+            "it."
+        )
+    network = Path(options.network)
+    if network.is_dir():
+        raise ValueError(f"--network={network} is a folder: give a run as --workdir={network}.")
+    if network.suffix != ".safetensors":
+        pretrained.card(options.network)
+    elif not network.is_file():
+        raise ValueError(f"--network: {network.absolute()} is not there.")
+    return Path(options.workdir or f"runs/{network.stem}")
+
+
+def modes_of(options) -> list[str]:
+    """The bounds of --modes, from the loosest to the tightest."""
+    modes = [mode for mode in lipjax.bounds.MODES if mode in options.modes]
+    if not modes or len(modes) < len(options.modes):
+        raise ValueError(
+            f"modes must be some of {', '.join(lipjax.bounds.MODES)}, got "
+            f"{', '.join(options.modes)}."
+        )
+    return modes
+
+
+def probe(folder: Path) -> bool:
+    """Makes sure, before minutes of work, that the results can be written.
+
+    Returns:
+        whether curve.png can be drawn, which needs Matplotlib; the page has the curve too.
+
+    Raises:
+        ValueError: the folder cannot be written to, or the page needs a package that is missing.
+    """
+    common.writable(folder)
+    if importlib.util.find_spec("PIL") is None:
+        raise ValueError("the page's pictures need Pillow: pip install pillow.")
+    try:
+        importlib.import_module("matplotlib")
+    except ImportError as error:
+        say(f"there will be no curve.png ({error}): pip install matplotlib. All else is made.")
+        return False
+    return True
 
 
 # ------------------------------------------------------------------------------------ the settings
@@ -222,20 +332,10 @@ class Task:
     mine: np.ndarray
 
 
-def open_network(options) -> networks.NetworkWithData:
+def open_network(options, workdir: Path) -> networks.NetworkWithData:
     """What the flags say is certified."""
     if options.network is None:
-        if options.data is not None or options.image_size is not None:
-            raise ValueError(
-                "--data and --image_size belong to --network: a run has its own data set."
-            )
-        workdir = options.workdir or "runs/digits"
         return networks.of_run(workdir, examples=options.examples, data_dir=options.data_dir)
-    if options.data is None:
-        raise ValueError(
-            "--network needs --data, the data set to certify it on: `lipjax data list` lists the "
-            "names."
-        )
     return networks.of_network(
         options.network,
         options.data,
@@ -245,25 +345,15 @@ def open_network(options) -> networks.NetworkWithData:
     )
 
 
-def settle(options, given: networks.NetworkWithData) -> Task:
+def settle(options, given: networks.NetworkWithData, workdir: Path) -> Task:
     """The settings, checked before anything takes long.
 
     Raises:
         ValueError: one that makes no sense.
     """
     test = given.test
-    shape = tuple(test.images.shape[1:])
-    epsilon = checked_epsilon(options, given, shape)
-    if not 0 < options.failure_probability < 1:
-        raise ValueError(
-            f"failure_probability must lie in (0, 1), got {options.failure_probability}."
-        )
-    modes = [mode for mode in lipjax.bounds.MODES if mode in options.modes]
-    if not modes or len(modes) < len(options.modes):
-        raise ValueError(
-            f"modes must be some of {', '.join(lipjax.bounds.MODES)}, got "
-            f"{', '.join(options.modes)}."
-        )
+    epsilon = checked_epsilon(options, given, tuple(test.images.shape[1:]))
+    modes = modes_of(options)
 
     # One statement for the whole run: each call gets an equal share of the failure probability.
     calls = len(modes) + (1 if options.curve else 0)
@@ -271,13 +361,12 @@ def settle(options, given: networks.NetworkWithData) -> Task:
     drawn = options.seed is None
     seed = lipjax.certificates.drawn_seed() if drawn else options.seed
     seed = int(hosts.gather(np.asarray(seed, np.int64))[0])
-    name = Path(options.network).stem if options.network else "digits"
     return Task(
         options=options,
         given=given,
         images=test.unit_images(slice(None)),
         labels=test.labels,
-        workdir=Path(options.workdir or f"runs/{name}"),
+        workdir=workdir,
         epsilon=epsilon,
         modes=modes,
         arguments={
@@ -297,11 +386,7 @@ def settle(options, given: networks.NetworkWithData) -> Task:
 def checked_epsilon(options, given, shape) -> float:
     """The radius, by flag or by the run's configuration."""
     epsilon = given.epsilon if options.epsilon is None else options.epsilon
-    if epsilon is None:
-        raise ValueError(
-            "--network needs --epsilon, the l2 radius on pixels in [0, 1]: a file says nothing of "
-            "it."
-        )
+    assert epsilon is not None  # `named` refuses a network without one
     lipjax.bounds.check_epsilon(epsilon)
     diameter = float(np.sqrt(np.prod(shape)))
     if epsilon >= diameter:
@@ -363,17 +448,18 @@ def certify_modes(task: Task, broken: np.ndarray) -> Verdicts:
     verdicts = Verdicts({}, {}, {})
     for i, mode in enumerate(task.modes):
         say(f"certifying {np.sum(left)} images, {mode} bound ...")
-        # Independent draws for each call, as the union bound over them needs fresh ones.
-        certificate = lipjax.certify(
-            task.given.network,
-            task.images,
-            task.labels,
-            task.epsilon,
-            mode=mode,
-            seed=draw_seed(task.seed, i),
-            examine=left & task.mine,
-            **task.arguments,
-        )
+        with progress(f"certifying, {mode}"):
+            # Independent draws for each call, as the union bound over them needs fresh ones.
+            certificate = lipjax.certify(
+                task.given.network,
+                task.images,
+                task.labels,
+                task.epsilon,
+                mode=mode,
+                seed=draw_seed(task.seed, i),
+                examine=left & task.mine,
+                **task.arguments,
+            )
         if task.drawn:
             certificate = dataclasses.replace(certificate, seed_from="system")
         certificate = together(certificate)
@@ -385,6 +471,31 @@ def certify_modes(task: Task, broken: np.ndarray) -> Verdicts:
             verdicts.certified[mode] = before
             left = left & ~before
     return verdicts
+
+
+@contextlib.contextmanager
+def progress(what: str) -> Iterator[None]:
+    """Shows how far the passes over images within are, and the time left: a bar for each of them,
+    or now and then a line in a log."""
+    bars: list[metrics.Progress] = []
+    before = math.inf
+
+    def watcher(done: int, total: int) -> None:
+        nonlocal before
+        if done <= before:  # another pass
+            stack.close()
+            bars[:] = [stack.enter_context(metrics.Progress(total, what))]
+        before = done
+        # A log is told that it goes on, not that each pass is over.
+        if done < total or bars[0].is_bar:
+            bars[0].update(done)
+
+    with contextlib.ExitStack() as stack:
+        if hosts.is_writer():
+            with batches.watched(watcher):
+                yield
+        else:
+            yield
 
 
 def together(found):
@@ -404,10 +515,12 @@ def draw_seed(seed: int, call: int) -> int:
     return int(np.random.SeedSequence([seed, call]).generate_state(1, np.uint64)[0] >> 1)
 
 
-def refuse_contradictions(bound: str, indices: np.ndarray) -> None:
+def refuse_contradictions(bound: str, indices: np.ndarray, files: Sequence[Path] = ()) -> None:
     """Ends the program if there are test images that a certificate speaks of and that an attack
-    broke nevertheless."""
+    broke nevertheless; certificate files of such a run are removed."""
     if len(indices):
+        for file in files:
+            file.unlink()
         raise SystemExit(
             f"{common.program()}: the {bound} bound certified test images {indices.tolist()} and "
             "the attack broke them: do not trust this run, and please report it."
@@ -429,16 +542,17 @@ def trace_curve(task: Task, verdicts: Verdicts, broken: np.ndarray) -> Curve:
     """Certified radii by the tightest mode, and what PGD leaves at some radii."""
     say("certified radii for the curve ...")
     epsilon, mode = task.epsilon, task.modes[-1]
-    found = lipjax.certified_radius(
-        task.given.network,
-        task.images,
-        task.labels,
-        mode=mode,
-        seed=draw_seed(task.seed, len(task.modes)),
-        max_radius=8 * max(epsilon, 0.01),
-        examine=task.mine,
-        **task.arguments,
-    )
+    with progress("certified radii"):
+        found = lipjax.certified_radius(
+            task.given.network,
+            task.images,
+            task.labels,
+            mode=mode,
+            seed=draw_seed(task.seed, len(task.modes)),
+            max_radius=8 * max(epsilon, 0.01),
+            examine=task.mine,
+            **task.arguments,
+        )
     radii = together(found).radius
     # All are certificates of the same statement, so the largest radius holds.
     radii = np.where(verdicts.certified[mode], np.maximum(radii, epsilon), radii)
@@ -506,8 +620,14 @@ def columns_of(task: Task, verdicts: Verdicts, broken, curve: Curve | None) -> d
     return columns
 
 
-def find_gallery(task: Task, run: dict, columns: dict) -> dict[str, np.ndarray]:
-    """Adversarial images near some of the images, for the report."""
+def find_gallery(
+    task: Task, run: dict, columns: dict, certificates: Sequence[Path]
+) -> dict[str, np.ndarray]:
+    """Adversarial images near some of the images, for the report.
+
+    Args:
+        certificates: their files, which are removed if an adversarial image contradicts a radius.
+    """
     say("adversarial images for the report ...")
     tightest = task.modes[-1]
     gallery = report.gallery(
@@ -522,36 +642,54 @@ def find_gallery(task: Task, run: dict, columns: dict) -> dict[str, np.ndarray]:
     proved = report.proved_radii(columns, run)[gallery["row"]]
     nearer = (proved > 0) & (gallery["distance"] <= proved)
     indices = task.given.test.indices[gallery["row"][nearer]]
-    refuse_contradictions(f"{tightest} (certified radius)", indices)
+    refuse_contradictions(f"{tightest} (certified radius)", indices, certificates)
     return gallery
 
 
-def write_certificates(task: Task, verdicts: Verdicts, run: dict, folder: Path) -> dict[str, str]:
-    """The certificate files; their names by mode."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / report.NAME).unlink(missing_ok=True)  # no page of other files, whatever happens now
+def write_certificates(
+    task: Task, verdicts: Verdicts, run: dict, folder: Path
+) -> tuple[Path, dict[str, str]]:
+    """Writes the certificate files.
 
+    Returns:
+        the folder, which is another one if that one has become unwritable meanwhile; and their
+        names by mode.
+    """
     # Early, the verdicts are those of all bounds together, each in a file of its own.
     *looser, tightest = task.modes
     files = {mode: f"certificate_{mode}.npz" for mode in looser} if task.options.early else {}
     files[tightest] = "certificate.npz"
-    for mode, name in files.items():
-        certificate_files.save(
-            folder / name,
-            verdicts.certificates[mode],
-            task.given.network,
-            task.images,
-            task.labels,
-            indices=task.given.test.indices,
-            data={"name": task.given.test.name, "split": "test"},
-            command=run["command"],
-        )
-    return files
+
+    def write(folder: Path) -> None:
+        # No page of other files, whatever happens now.
+        (folder / report.NAME).unlink(missing_ok=True)
+        for mode, name in files.items():
+            certificate_files.save(
+                folder / name,
+                verdicts.certificates[mode],
+                task.given.network,
+                task.images,
+                task.labels,
+                indices=task.given.test.indices,
+                data={"name": task.given.test.name, "split": "test"},
+                command=run["command"],
+            )
+
+    try:
+        write(folder)
+    except OSError as error:
+        # The proofs have taken their time: better elsewhere than nowhere.
+        elsewhere = Path(tempfile.mkdtemp(prefix="lipjax-certification-"))
+        say(f"cannot write to {folder} any more ({error}); the results go to {elsewhere}")
+        folder = elsewhere
+        write(folder)
+    return folder, files
 
 
-def summarise(task: Task, verdicts, broken, curve: Curve | None, run, files) -> dict[str, Any]:
+def summarise(
+    task: Task, verdicts, broken, curve: Curve | None, run, folder: Path, files
+) -> dict[str, Any]:
     """What summary.json says."""
-    folder = task.workdir / "certification"
     trained = task.workdir / "command.txt"
     of_run = trained.exists() and not task.options.network
     source = source_flags(task)
@@ -565,7 +703,7 @@ def summarise(task: Task, verdicts, broken, curve: Curve | None, run, files) -> 
         "activations": report.activation_layers(task.given.network, task.images.shape[1:]),
         "config": task.given.config,
         "commands": {
-            "train": trained.read_text().strip() if of_run else None,
+            "train": trained.read_text(encoding="utf-8").strip() if of_run else None,
             "certify": run["command"],
             "check": [report.check_command(folder / name, *source) for name in files.values()],
         },
@@ -598,16 +736,11 @@ def source_flags(task: Task) -> list[str]:
     return found
 
 
-def write_results(folder: Path, run: dict, summary: dict, columns: dict, gallery: dict) -> None:
-    """Summary, tables and page; says what was found and written."""
+def write_tables(folder: Path, run: dict, summary: dict, columns: dict) -> None:
+    """Prints the table, and writes summary and results of each image."""
+    metrics.print_table(summary)
     metrics.write_summary(folder / "summary.json", summary)
     metrics.write_examples(folder, run, columns)
-    metrics.write_arrays(folder / "gallery.npz", run, gallery)
-    page = report.build(folder)
-    metrics.print_table(summary)
-    names = [page.name, *summary["files"], "summary.json", "examples.csv", "examples.npz"]
-    names += ["gallery.npz"] + (["curve.png"] if summary["pgd_curve"] else [])
-    print("written: " + ", ".join(str(folder / name) for name in names))
 
 
 def say(message: str) -> None:

@@ -6,9 +6,11 @@ Exit codes are in `EXIT_CODES`.
 """
 
 import difflib
+import errno
 import os
 import shlex
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
@@ -117,6 +119,8 @@ def parsed(argv: list[str], command: ModuleType) -> flags.FlagValues:
         message = (
             f"unexpected arguments {' '.join(left[1:])}; flags look like --workdir=runs/digits."
         )
+    except flags.UnrecognizedFlagError as error:
+        message = f"{error}{_fields_called(error.flagname) if 'config' in values else ''}"
     except (flags.Error, UsageError) as error:
         message = str(error)
         if "Traceback" in message:  # of get_config(): what it says itself is in the last line
@@ -129,6 +133,14 @@ def parsed(argv: list[str], command: ModuleType) -> flags.FlagValues:
         message = f"the configuration has no such field: {reason.args[0]}"
     print(f"{argv[0]}: {message}\n{argv[0]} --help lists the flags.", file=sys.stderr)
     raise SystemExit(2)
+
+
+def _fields_called(name: str) -> str:
+    """A hint at the configuration's fields of that name, or of the group of that name."""
+    from lipjax import training
+
+    found = [f"--config.{field}" for field in training.FIELDS if name in field.split(".")]
+    return f" Did you mean {' or '.join(found)}?" if found else ""
 
 
 def _with_config(argv: list[str]) -> list[str]:
@@ -168,6 +180,7 @@ def run(command: ModuleType) -> None:
     import jax
 
     name = program()
+    steady_streams()
     options = parsed([name, *sys.argv[1:]], command)
     logging.use_absl_handler()
     try:
@@ -182,6 +195,77 @@ def run(command: ModuleType) -> None:
             raise
         reason = str(error).splitlines()[0]
         hosts.give_up(f"{name}: another process is gone, or a device failed: {reason}")
+
+
+class Steady:
+    """A text stream whose reader may go away, as `head` does, or whose disk may be full: what
+    cannot be written is dropped from then on, and work goes on."""
+
+    def __init__(self, stream):
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        try:
+            return self._stream.write(text)
+        except OSError:
+            self._drop()
+            return len(text)
+
+    def flush(self) -> None:
+        try:
+            self._stream.flush()
+        except OSError:
+            self._drop()
+
+    def _drop(self):
+        # What is left in buffers goes there too, also at the end of the program.
+        with open(os.devnull, "w") as nowhere:
+            os.dup2(nowhere.fileno(), self._stream.fileno())
+
+    def __getattr__(self, name: str):
+        return getattr(self._stream, name)
+
+
+def steady_streams() -> None:
+    """Makes stdout and stderr streams that never end the program: closed ones lead nowhere, readers
+    may go away, and characters that the locale lacks are written as escapes."""
+    # Else the next file that is opened would be what libraries believe to be stdout.
+    for descriptor in (0, 1, 2):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number, this one
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if isinstance(stream, Steady):
+            continue
+        if stream is None:
+            stream = os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+        setattr(sys, name, Steady(stream))
+
+
+def writable(folder: Path, size: int = 2**22) -> None:
+    """Makes a folder, and makes sure that so many bytes can be written to it.
+
+    Raises:
+        ValueError: they cannot, with the reason and what to do.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as file:
+            # Not a hole: these take their room on the disk.
+            file.write(os.urandom(size))
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        reason = error.strerror or str(error)
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            reason = "the disk is full"
+        raise ValueError(
+            f"cannot write to {folder.absolute()}: {reason}. Give another folder with --out=."
+        ) from error
 
 
 def program() -> str:

@@ -7,7 +7,6 @@ from typing import Any
 
 import jax
 from flax import nnx
-from ml_collections import ConfigDict
 
 from lipjax import pretrained, storage, training
 from lipjax.data import sets
@@ -49,7 +48,7 @@ def of_run(workdir, *, examples: int | None = None, data_dir: str | None = None)
         CheckpointError: no run there, or nothing selected yet. DataError: its data set is not here.
     """
     stored = load_config(workdir)
-    config = ConfigDict(stored)
+    config = training.completed(stored)
     if examples is not None:
         config.data.test_examples = examples
     if data_dir is not None:
@@ -68,7 +67,7 @@ def selected(workdir, input_shape, classes: int) -> tuple[nnx.Sequential, int]:
         CheckpointError: no run there, nothing selected yet, or a network of another shape.
     """
     with Checkpoints(workdir) as checkpoints:
-        config = ConfigDict(load_config(workdir))
+        config = training.completed(load_config(workdir))
         network, known = training.selected_network(checkpoints, config, input_shape, classes)
     return network, known["epoch"]
 

@@ -40,11 +40,15 @@ from lipjax.runtime import cpu, hosts
 from lipjax.training import feeding, sharding
 from lipjax.training.checkpoints import CheckpointError, Checkpoints, locked, open_workdir
 from lipjax.training.metrics import (
+    ROBUST,
     Curves,
     Metrics,
     Progress,
     TensorBoard,
+    best_of,
+    duration,
     read_metrics,
+    score,
     tensorboard_writer,
 )
 
@@ -95,6 +99,7 @@ def main(options: flags.FlagValues) -> None:
     """Trains as the flags say; each station below is a function with its name."""
     hosts.join(options.hosts)
     cpu.keep_compiled()
+    began = time.monotonic()
     # Orbax reports every step of every save; its errors are reported below.
     logging.set_verbosity(logging.FATAL)
     config = options.config
@@ -150,8 +155,7 @@ def main(options: flags.FlagValues) -> None:
             if position.epoch % config.checkpoints.every == 0 or position.epoch == last_epoch:
                 save(parts, position, checkpoints)
         checkpoints.wait()
-    then = common.line("certify", [f"--workdir={os.path.relpath(workdir)}"])
-    say(f"done: {position.epoch} epochs. Next: {then}")
+    conclude(parts, position, workdir, time.monotonic() - began)
 
 
 # ------------------------------------------------------------------------ what a run is made of
@@ -260,7 +264,8 @@ def prepare(config, train: sets.Dataset, mesh) -> Parts:
 def claim(workdir: Path, config, stack: contextlib.ExitStack) -> None:
     """Makes the workdir this run's own, until the stack is left."""
     if hosts.is_writer():
-        open_workdir(workdir, config.to_dict(), volatile=VOLATILE)
+        defaults = training.default_config().to_dict()
+        open_workdir(workdir, config.to_dict(), volatile=VOLATILE, defaults=defaults)
         stack.enter_context(locked(workdir))
         with replaced(workdir / "command.txt", "w") as file:
             file.write(common.line("train", sys.argv[1:]) + "\n")
@@ -281,7 +286,9 @@ def restore(parts: Parts, checkpoints: Checkpoints) -> Position | None:
     state, meta = found
     state = parts.store.restored(state)
     say(f"continuing after epoch {meta['epoch']}, step {int(state.step)}")
-    return Position(state, int(state.step), meta["epoch"], meta["sums"])
+    # A checkpoint of an earlier version lacks the figures that came later.
+    sums = dict.fromkeys(training.METRICS, 0.0) | meta["sums"]
+    return Position(state, int(state.step), meta["epoch"], sums)
 
 
 def begin(parts: Parts) -> Position:
@@ -368,10 +375,9 @@ def evaluate_and_select(parts, position, validation: sets.Dataset, checkpoints) 
     if position.epoch % config.evaluation.every and not last:
         return {}
     found = training.evaluate(position.state.network, validation, config, parts.mesh)
-    # Clean accuracy only breaks ties: it weighs less than one validation example.
-    score = found["validation_robust_accuracy_estimate"] + 1e-6 * found["validation_accuracy"]
-    if score > float(position.state.best):
-        best = feeding.put(np.asarray(score, np.float32), parts.mesh, PartitionSpec())
+    reached = score(found)
+    if reached > float(position.state.best):
+        best = feeding.put(np.asarray(reached, np.float32), parts.mesh, PartitionSpec())
         position.state = dataclasses.replace(position.state, best=best)
         parameters = nnx.to_pure_dict(nnx.state(position.state.network))
         checkpoints.save_best(position.step, parameters, {"epoch": position.epoch, **found})
@@ -415,6 +421,35 @@ def record(parts, position, recorders: Recorders | None, found: dict, seconds: f
     recorders.curves.refresh()
     if recorders.board:
         recorders.board.write(line)
+
+
+def conclude(parts: Parts, position: Position, workdir: Path, seconds: float) -> None:
+    """Says what training has achieved, and what comes next.
+
+    Args:
+        seconds: since this start.
+    """
+    if not hosts.is_writer():
+        return
+    epochs = parts.config.schedule.epochs
+    best = best_of(read_metrics(workdir / "metrics.jsonl"))
+    if best:
+        say(
+            f"best: epoch {best['epoch']}, {100 * best['validation_accuracy']:.1f} % of the "
+            f"validation images right, {100 * best[ROBUST]:.1f} % robust at ε = "
+            f"{best['validation_epsilon']:g} (an estimate, no certificate)"
+        )
+    picture = workdir / "curves.png"
+    shown = f"; curves: {os.path.relpath(picture)}" if picture.exists() else ""
+    say(f"this start took {duration(seconds)}{shown}")
+    if position.epoch < epochs:
+        say(
+            f"stopped after epoch {position.epoch} of {epochs}, as --stop_after says: the same "
+            "command with a later one, or none, goes on there"
+        )
+        return
+    then = common.line("certify", [f"--workdir={os.path.relpath(workdir)}"])
+    say(f"done: {position.epoch} epochs. Next: {then}")
 
 
 def open_progress(parts: Parts, position: Position) -> Progress:

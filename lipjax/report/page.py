@@ -85,7 +85,7 @@ def build(folder) -> Path:
 def _read(folder: Path) -> tuple[dict, dict[str, np.ndarray], dict[str, np.ndarray]]:
     """Summary, columns and gallery, of one run; errors as of `build`."""
     try:
-        summary = json.loads((folder / SOURCES[0]).read_text())
+        summary = json.loads((folder / SOURCES[0]).read_text(encoding="utf-8"))
         arrays = [_arrays(folder / name) for name in SOURCES[1:]]
     except FileNotFoundError as error:
         raise ReportError(
@@ -149,7 +149,7 @@ def page(
             content="default-src 'none'; style-src 'unsafe-inline'; img-src data:",
         ),
         element("link", rel="icon", href="data:,"),
-        element("style", Path(__file__).with_name("style.css").read_text()),
+        element("style", Path(__file__).with_name("style.css").read_text(encoding="utf-8")),
     )
     body = element(
         "body",

@@ -59,8 +59,8 @@ def keep_compiled() -> None:
     compile them again.
 
     In ``~/.cache/lipjax``, or where the environment's JAX_COMPILATION_CACHE_DIR says;
-    JAX_ENABLE_COMPILATION_CACHE=false turns it off. Where it cannot be written, JAX warns and goes
-    on.
+    JAX_ENABLE_COMPILATION_CACHE=false turns it off. Where there is no home, or it cannot be
+    written, nothing is kept.
     """
     if os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         return
@@ -72,7 +72,13 @@ def keep_compiled() -> None:
     except (OSError, StopIteration):
         features = platform.processor()
     folder = f"{platform.machine()}-{zlib.crc32(features.encode()):08x}"
-    jax.config.update("jax_compilation_cache_dir", str(Path.home() / ".cache" / "lipjax" / folder))
+    try:
+        cache = Path.home() / ".cache" / "lipjax" / folder
+        cache.mkdir(parents=True, exist_ok=True)
+    except (OSError, RuntimeError):  # not writable; no home
+        return
+    if os.access(cache, os.W_OK):
+        jax.config.update("jax_compilation_cache_dir", str(cache))
 
 
 def _evaluate(jaxpr: Jaxpr, consts: Sequence, *arguments) -> list:

@@ -6,6 +6,7 @@ from lipjax.training.config import (
     STORES,
     build_network,
     check_config,
+    completed,
     default_config,
     load_data,
 )
@@ -35,6 +36,7 @@ __all__ = [
     "build_network",
     "check_config",
     "check_finite",
+    "completed",
     "default_config",
     "device_mesh",
     "evaluate",

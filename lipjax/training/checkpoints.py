@@ -39,7 +39,9 @@ class AnotherArchitecture(CheckpointError):
     """The checkpoint is of a network or a data set of other shapes."""
 
 
-def open_workdir(workdir, config: dict, *, volatile: tuple[str, ...] = ()) -> Path:
+def open_workdir(
+    workdir, config: dict, *, volatile: tuple[str, ...] = (), defaults: dict | None = None
+) -> Path:
     """The workdir's absolute path, created if needed, after checking that it belongs to this
     configuration.
 
@@ -49,6 +51,7 @@ def open_workdir(workdir, config: dict, *, volatile: tuple[str, ...] = ()) -> Pa
         workdir: folder of the run.
         config: JSON-able nested dict (tuples and lists are the same).
         volatile: dotted names of fields that may differ, such as where the data lies.
+        defaults: of all fields: what a run of an earlier version, which lacks some, has meant.
 
     Raises:
         ConfigMismatch: naming every field that differs.
@@ -64,8 +67,10 @@ def open_workdir(workdir, config: dict, *, volatile: tuple[str, ...] = ()) -> Pa
     except OSError as error:
         raise CheckpointError(f"cannot write to {path}: {_reason(error)}.") from error
 
-    stored = _flat(load_config(path))
     now = _flat(config)
+    assumed = _flat(json.loads(json.dumps(defaults))) if defaults else {}
+    # Only of fields that there are now: another network's fields are no defaults of this one.
+    stored = {name: assumed[name] for name in now if name in assumed} | _flat(load_config(path))
     missing = "(absent)"
     differing = [
         f"  {name}: stored {stored.get(name, missing)!r}, now {now.get(name, missing)!r}"

@@ -149,11 +149,25 @@ def default_config() -> ml_collections.ConfigDict:
     return config
 
 
+def completed(stored: dict) -> ml_collections.ConfigDict:
+    """The configuration that a run stored; a field that it lacks, since an earlier version wrote
+    it, has its default."""
+
+    def merged(default: dict, given: dict) -> dict:
+        both = default | given
+        for name in default.keys() & given.keys():
+            if isinstance(default[name], dict) and isinstance(given[name], dict):
+                both[name] = merged(default[name], given[name])
+        return both
+
+    return ml_collections.ConfigDict(merged(default_config().to_dict(), stored))
+
+
 def check_config(config) -> None:
     """Checks every field that has limits, before any work is done.
 
-    Data and network are checked where they are loaded and built, the optimizer's fields by
-    `learning_rate`.
+    Data and network are checked where they are loaded and built, but for the network's name; the
+    optimizer's fields by `learning_rate`.
 
     Raises:
         ValueError: names the first field that is missing, or whose value makes no sense.
@@ -161,6 +175,9 @@ def check_config(config) -> None:
     for name, field in FIELDS.items():
         if field.choices or field.least is not None:
             _check(name, field, _value(config, name))
+    network = _value(config, "model.name")
+    if network not in models.NETWORKS:
+        models.build(network)  # says which there are
 
 
 def _value(config, name: str):

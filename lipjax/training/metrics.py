@@ -33,12 +33,15 @@ def read_metrics(path) -> list[dict]:
     if not path.exists():
         return []
     lines = []
-    for line in path.read_text().splitlines():
+    for line in path.read_text(encoding="utf-8").splitlines():
         try:
             lines.append(json.loads(line))
         except ValueError:
             break
     return lines
+
+
+ROBUST = "validation_robust_accuracy_estimate"
 
 
 class Metrics:
@@ -61,7 +64,7 @@ class Metrics:
         """Writes and returns one line. Numbers that are not finite become null; NumPy and JAX
         scalars are accepted."""
         line = {name: _plain(value) for name, value in fields.items()}
-        with open(self.path, "a") as file:
+        with open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
         return line
 
@@ -98,9 +101,30 @@ class Curves:
     def _draw(self):
         began, lines = time.monotonic(), read_metrics(self.metrics)
         if len(lines) > self._drawn:
-            plot_metrics(self.path, lines)
+            try:
+                plot_metrics(self.path, lines)
+            except (ImportError, OSError) as error:  # no reason to end training
+                print(f"{self.path} is not drawn: {error}", file=sys.stderr, flush=True)
             self._drawn, self._last = len(lines), time.monotonic() - began
             self._spent += self._last
+
+
+def best_of(lines: list[dict]) -> dict | None:
+    """The line of the epoch whose parameters training selected, the first of equally good ones;
+    None if nothing was evaluated yet.
+
+    Args:
+        lines: as `read_metrics` returns them.
+    """
+    evaluated = [line for line in lines if line.get(ROBUST) is not None]
+    return max(evaluated, key=score, default=None)
+
+
+def score(found: dict) -> float:
+    """What checkpoints are selected by: the estimated robust accuracy on the validation split.
+    Clean accuracy only breaks ties: it weighs less than one validation example. In float32, as the
+    state keeps the best, so that an equal one is not taken for a better one."""
+    return float(np.float32(found[ROBUST] + 1e-6 * found["validation_accuracy"]))
 
 
 def plot_metrics(path, lines: list[dict]) -> None:
@@ -236,8 +260,11 @@ def _plain(value):
 
 
 class Progress:
-    """Progress of a long loop: a bar with the time left on a terminal, a quiet line now and then in
-    a log.
+    """Progress of a long loop: a bar with the time left on a terminal or in a notebook, a quiet
+    line now and then in a log.
+
+    The time left is told by what came after the first update, since what came before it was
+    compiling and reading, which do not come again; only before the second update it counts all.
 
     Args:
         total: steps in all.
@@ -260,15 +287,18 @@ class Progress:
         self.stream = sys.stderr if stream is None else stream
         self.quiet_seconds = quiet_seconds
         self._began = self._spoke = time.monotonic()
+        self._from = start
+        self._updates = 0
         self._bar = None
-        if self.stream.isatty():
+        notebook = stream is None and Console().is_jupyter
+        if notebook or self.stream.isatty():
             self._bar = Bar(
                 TextColumn("{task.description}"),
                 BarColumn(),
                 TaskProgressColumn(),
                 TimeRemainingColumn(),
                 TextColumn("{task.fields[shown]}"),
-                console=Console(file=self.stream),
+                console=Console(file=None if notebook else self.stream),
             )
             self._task = self._bar.add_task(description, total=total, completed=start, shown="")
 
@@ -281,6 +311,11 @@ class Progress:
         if self._bar:
             self._bar.stop()
 
+    @property
+    def is_bar(self) -> bool:
+        """Whether it is a bar, which people watch, and not lines in a log."""
+        return self._bar is not None
+
     def update(self, done: int, **shown) -> None:
         """`done` steps of the total are done; `shown` are figures to show beside it."""
         text = ", ".join(f"{name} {value}" for name, value in shown.items())
@@ -290,16 +325,18 @@ class Progress:
         now = time.monotonic()
         if now - self._spoke >= self.quiet_seconds or done >= self.total:
             self._spoke = now
-            left = (now - self._began) / max(done - self.start, 1) * (self.total - done)
+            left = (now - self._began) / max(done - self._from, 1) * (self.total - done)
             share = 100 * done / max(self.total, 1)
-            print(
-                f"{self.description}: {share:.0f} %, {_duration(left)} left; {text}",
-                file=self.stream,
-                flush=True,
-            )
+            said = f"{self.description}: {share:.0f} %, {duration(left)} left"
+            print(f"{said}; {text}" if text else said, file=self.stream, flush=True)
+        self._updates += 1
+        if self._updates == 1:
+            self._began = now
+            self._from = done
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """Seconds as people say them."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     if hours:
@@ -361,12 +398,14 @@ def print_table(summary: dict, stream=None) -> None:
 
 def write_summary(path: Path, summary: dict) -> None:
     """The summary as JSON."""
-    path.write_text(json.dumps(_plain(summary), indent=2) + "\n")
+    with replaced(path, "w") as file:
+        file.write(json.dumps(_plain(summary), indent=2) + "\n")
 
 
 def write_arrays(path: Path, run: dict, arrays: dict[str, np.ndarray]) -> None:
     """Arrays as npz, with the run's facts as JSON in `run`."""
-    np.savez_compressed(path, run=np.array(json.dumps(_plain(run))), **arrays)  # type: ignore[arg-type]
+    with replaced(path) as file:
+        np.savez_compressed(file, run=np.array(json.dumps(_plain(run))), **arrays)  # type: ignore[arg-type]
 
 
 def hashes(path: Path) -> dict:
@@ -385,7 +424,7 @@ def write_examples(folder: Path, run: dict, columns: dict[str, np.ndarray]) -> N
         columns: name to array of shape ``(N,)``.
     """
     write_arrays(folder / "examples.npz", run, columns)
-    with open(folder / "examples.csv", "w", newline="") as file:
+    with replaced(folder / "examples.csv", "w") as file:
         facts = (
             "tier",
             "failure_probability",
@@ -448,5 +487,6 @@ def plot_curve(
         f"{run['training_seed']}"
     )
     axes.legend(fontsize=8)
-    figure.savefig(path, dpi=150)
+    with replaced(path) as file:
+        figure.savefig(file, dpi=150, format="png")
     plt.close(figure)
