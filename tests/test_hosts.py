@@ -214,7 +214,7 @@ def test_when_one_of_two_processes_is_killed_the_job_ends_with_an_error_and_resu
     before = len(read_metrics(tmp_path / "metrics.jsonl"))
     # On another number of devices: one process, one device.
     out = run(1, 1, "train.py", *LONG, f"--stop_after={before + 2}", f"--workdir={tmp_path}")
-    assert "continuing after epoch" in out and f"done: {before + 2} epochs" in out
+    assert "continuing after epoch" in out and f"stopped after epoch {before + 2} of" in out
     assert [line["epoch"] for line in read_metrics(tmp_path / "metrics.jsonl")] == list(
         range(1, before + 3)
     )
