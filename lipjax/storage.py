@@ -12,6 +12,7 @@ may differ there in their last bits. `lipjax.orthogonal.plain` writes the kernel
 is the one to store and to certify.
 """
 
+import inspect
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -70,13 +71,7 @@ def save(
     """
     import safetensors.numpy
 
-    if type(network) is not nnx.Sequential:
-        kind = f"{type(network).__module__}.{type(network).__qualname__}"
-        raise TypeError(
-            f"expected a flax.nnx.Sequential, got {kind}: of others there is no description."
-        )
-    arrays: dict[str, np.ndarray] = {}
-    layers = _described(network, "layers", arrays)
+    layers, arrays = layers_of(network)
     shape = _checked_shape(network, input_shape)
     try:
         kept = json.loads(json.dumps(dict(notes or {}), allow_nan=False))
@@ -313,6 +308,46 @@ SETTINGS: dict[type, tuple[str, ...]] = {
 }
 
 
+# Arguments and attributes of an affine layer that are stored, or that `unusual` compares with the
+# parameters, and those that have no influence on what it computes.
+_UNDERSTOOD = (
+    *("self", "rngs", "in_features", "out_features", "use_bias", "kernel_size", "strides"),
+    *("padding", "input_dilation", "kernel_dilation", "feature_group_count", "dtype"),
+    *("param_dtype", "precision", "kernel_init", "bias_init", "kernel_metadata", "bias_metadata"),
+    *("kernel", "bias", "kernel_shape", "_pytree__state", "_pytree__nodes"),
+)
+_ABSENT = object()
+
+
+def unusual(layer: nnx.Linear | nnx.Conv) -> list[str]:
+    """What may make it compute something else than its parameters and `SETTINGS` say.
+
+    Returns:
+        Names of attributes: those that nothing here knows (of a later Flax, or set by hand), those
+        known ones that are not as the constructor sets them by default, and those that contradict
+        the parameters.
+    """
+    arguments = inspect.signature(type(layer).__init__).parameters
+    defaults = {name: argument.default for name, argument in arguments.items()}
+    found = [
+        name
+        for name in dict.fromkeys((*defaults, *vars(layer)))
+        if name not in _UNDERSTOOD and getattr(layer, name, None) is not defaults.get(name, _ABSENT)
+    ]
+    # Flax's Conv looks at use_bias alone, its Linear at both.
+    if layer.use_bias not in (True, False) or layer.use_bias != (layer.bias is not None):
+        found.append("use_bias")
+    kernel = layer.kernel[...]
+    window = tuple(kernel.shape[:-2])
+    if getattr(layer, "kernel_size", window) != window:
+        found.append("kernel_size")
+    if getattr(layer, "kernel_shape", kernel.shape) != tuple(kernel.shape):
+        found.append("kernel_shape")
+    if not jnp.issubdtype(kernel.dtype, jnp.floating):
+        found.append("kernel")
+    return found
+
+
 def _nothing(layer) -> dict[str, Any]:
     return {}
 
@@ -378,8 +413,24 @@ KINDS = {
 _NAMES = {kind.type: name for name, kind in KINDS.items()}
 
 
+def layers_of(network: nnx.Sequential) -> tuple[list[dict[str, Any]], dict[str, np.ndarray]]:
+    """The layers of an nnx.Sequential with their settings as JSON values, and their arrays by the
+    names of Flax: what a file holds of a network.
+
+    Raises:
+        TypeError, ValueError: as `save`.
+    """
+    if type(network) is not nnx.Sequential:
+        kind = f"{type(network).__module__}.{type(network).__qualname__}"
+        raise TypeError(
+            f"expected a flax.nnx.Sequential, got {kind}: of others there is no description."
+        )
+    arrays: dict[str, np.ndarray] = {}
+    return _described(network, "layers", arrays), arrays
+
+
 def _described(network, prefix: str, arrays: dict[str, np.ndarray]) -> list[dict[str, Any]]:
-    """The layers of an nnx.Sequential as JSON values; their arrays go into `arrays`, by name."""
+    """`layers_of`, recursively; arrays go into `arrays`."""
     layers: list[dict[str, Any]] = []
     for i, layer in enumerate(network.layers):
         where = f"{prefix}.{i}"
@@ -409,10 +460,9 @@ def _described(network, prefix: str, arrays: dict[str, np.ndarray]) -> list[dict
                 f"{', '.join(KINDS)}, "
                 "Sequential and Residual, by exact type."
             )
-        unusual = certificate_files.describe(nnx.Sequential(layer))[0].get("unusual")
-        if unusual:
+        if type(layer) in SETTINGS and (strange := unusual(layer)):
             raise ValueError(
-                f"{where}, {type(layer).__name__}, has a {', '.join(unusual)} of its own, which is "
+                f"{where}, {type(layer).__name__}, has a {', '.join(strange)} of its own, which is "
                 "not stored."
             )
         kind = KINDS[_NAMES[type(layer)]]

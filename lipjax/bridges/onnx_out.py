@@ -33,7 +33,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from lipjax import orthogonal
+from lipjax import orthogonal, storage
 from lipjax.activations import ClippedMaxMin, ClippedReLU, MaxMin, ReLU
 from lipjax.formats import certificate_files
 from lipjax.formats.files import replaced
@@ -275,8 +275,7 @@ def _(layer: nnx.Conv, graph, x, shape):
 
 def _standard(layer) -> None:
     """Refuses a Flax layer with settings that may change what it computes, and have no nodes."""
-    (described,) = certificate_files.describe(nnx.Sequential(layer))
-    unusual = set(described["unusual"]) - {"mask"}
+    unusual = set(storage.unusual(layer)) - {"mask"}
     if unusual:
         settings = ", ".join(sorted(unusual))
         raise ValueError(
