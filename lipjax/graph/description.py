@@ -85,7 +85,8 @@ def _own(node: Node, before: Sequence[Node]) -> dict[str, Any]:
             "bias": _array(node.operator.bias, node.dtype),
         }
     if isinstance(node, Rearrange):
-        return {"kind": "move", **_move(node, [each.shape for each in before])}
+        index, fill = positions(node, [each.shape for each in before])
+        return {"kind": "move", "index": index, "fill": fill}
     if isinstance(node, Add):
         constant = _array(node.constant, node.dtype)
         return {"kind": "add", "signs": list(node.signs), "constant": constant}
@@ -117,14 +118,19 @@ def _map(apply, where: str, shape: tuple[int, ...]) -> dict[str, Any]:
     if type(apply) is Scale:
         return {"kind": "scale"}
     if type(apply) is Sum:
-        return {"kind": "sum", **_windows(apply, where, shape)}
+        return {"kind": "sum", **windows(apply, where, shape)}
     raise TypeError(
         f"{where}: no plain description of a linear map by {type(apply).__name__}: it cannot be "
         "written to a certificate file. Write it with matrix products, convolutions or sums."
     )
 
 
-def _windows(apply: Sum, where: str, shape: tuple[int, ...]) -> dict[str, Any]:
+def windows(apply: Sum, where: str, shape: tuple[int, ...]) -> dict[str, Any]:
+    """What a node "sum" has beside its kernel and bias, of an input of this shape.
+
+    Raises:
+        TypeError: a sum that is neither over axes nor over windows.
+    """
     parameters, name = dict(apply.parameters), apply.primitive.name
     ones = [1] * len(shape)
     if name == "reduce_sum" and set(parameters) <= {"axes", "out_sharding"}:
@@ -151,21 +157,26 @@ def _windows(apply: Sum, where: str, shape: tuple[int, ...]) -> dict[str, Any]:
     return {**found, "padding": [[int(low), int(high)] for low, high in parameters["padding"]]}
 
 
-def _move(node: Rearrange, shapes: Sequence[tuple[int, ...]]) -> dict[str, Any]:
-    """Where each entry comes from: found by running the node on positions."""
+def positions(node: Rearrange, shapes: Sequence[tuple[int, ...]]) -> tuple[np.ndarray, np.ndarray]:
+    """Where each entry comes from, and what fills: `index` and `fill` of a node "move".
+
+    Found by running the node on positions in its inputs, which have these shapes.
+    """
     starts = np.cumsum([0, *(math.prod(shape) for shape in shapes)])
     # Counted from 1, as 0 is what stands where something fills.
-    positions = [
+    numbers = [
         np.arange(1 + start, 1 + start + math.prod(shape), dtype=np.float64).reshape(shape)
         for start, shape in zip(starts, shapes, strict=False)
     ]
     with jax.enable_x64(True), jax.ensure_compile_time_eval():
-        seen = np.asarray(node.linear(*(jax.numpy.asarray(p) for p in positions)))
+        seen = np.asarray(node.linear(*(jax.numpy.asarray(p) for p in numbers)))
         filled = np.asarray(node(*(jax.numpy.zeros(shape, "float64") for shape in shapes)))
     if not np.all((seen >= 0) & (seen <= starts[-1]) & (seen == np.round(seen))):
         raise TypeError(f"{node.where}: {node.steps} does more than move entries.")
     index = seen.astype(np.int64) - 1
-    return {"index": index, "fill": _array(filled[index < 0], node.dtype, cast=True)}
+    fill = _array(filled[index < 0], node.dtype, cast=True)
+    assert fill is not None
+    return index, fill
 
 
 def _array(value, dtype: str, cast: bool = False) -> np.ndarray | None:
