@@ -56,6 +56,7 @@ from lipjax.check import nodes as check_nodes
 from lipjax.check.layers import Add, Affine, CannotCheck, Move, Node, by_nodes, nodes_of, of_stored
 from lipjax.check.norms import Norms, U
 from lipjax.check.walk import ARITHMETICS, Derived, Network, derive
+from lipjax.formats import network_files
 from lipjax.formats.certificate_files import (
     BY_NODES,
     CertificateFileError,
@@ -524,7 +525,7 @@ def load_subject(given: argparse.Namespace, header, arrays):
             network, *_ = networks.opened(given.network)
         else:  # the number of classes is only to build the network: its hash is compared
             network, _ = networks.selected(given.workdir, images.shape[1:], header["classes"])
-        return _described(network, images, header), images, labels
+        return _described(given, network, images, header), images, labels
     if header["split"] not in (None, "test"):
         raise CannotCheck(
             f"the file is about the {header['split']} split: give its images with --images."
@@ -550,13 +551,17 @@ def load_subject(given: argparse.Namespace, header, arrays):
         )
     rows = np.array([place[int(index)] for index in arrays["index"]])
     images = test.unit_images(rows)
-    return _described(subject.network, images, header), images, test.labels[rows]
+    return _described(given, subject.network, images, header), images, test.labels[rows]
 
 
-def _described(network, images: np.ndarray, header) -> list[dict[str, Any]]:
-    """The network in the terms of the file's version."""
+def _described(given, network, images: np.ndarray, header) -> list[dict[str, Any]]:
+    """The network in the terms of the file's version; a function's stored nodes as they stand."""
     from lipjax import storage
 
+    if given.workdir is None and given.network.endswith(".safetensors"):
+        head, arrays = network_files.read(given.network)
+        if "nodes" in head:
+            return network_files.joined(head["nodes"], arrays)
     if header["version"] < BY_NODES:
         try:
             return of_stored(*storage.layers_of(network))
