@@ -125,6 +125,9 @@ def test_the_file_says_what_it_takes_and_what_certificates_say_of_it(tmp_path):
     assert {w.dtype for w in weights} == {np.dtype(np.float32), np.dtype(np.int64)}
 
 
+WEIGHTS = np.sin(np.arange(36, dtype=np.float32))
+
+
 class Own(nnx.Module):
     """A block with a `__call__` of its own: two branches, pooling, BatchNorm, GroupSort."""
 
@@ -149,14 +152,14 @@ class Batched(Own):
     def __call__(self, x):
         h = nnx.relu(self.norm(self.first(x)))
         h = jnp.pad(h, ((0, 0), (1, 0), (0, 0), (0, 0)), constant_values=0.25)
-        h = jnp.einsum("nijc,jcd->ndi", h, jnp.linspace(-1, 1, 36).reshape(3, 4, 3))
+        h = jnp.einsum("nijc,jcd->ndi", h, WEIGHTS[:36].reshape(3, 4, 3))
         return jnp.clip(jnp.flip(h, 2).sum(2) / 3.0, -0.5, 0.8)
 
 
 def plain(x):
-    kernel = jnp.sin(jnp.arange(30.0)).reshape(10, 3)
+    kernel = WEIGHTS[:30].reshape(10, 3)
     wide = jnp.concatenate([x[::-1], jnp.asarray([0.3, -0.2]), 1.0 - x[1:], x]) @ kernel
-    return jnp.maximum(jnp.tanh(kernel[:3]) @ wide, -0.4) - wide
+    return jnp.maximum(kernel[:3] @ wide, -0.4) - wide
 
 
 FUNCTIONS = {"own": (Own, SHAPE), "batched": (Batched, SHAPE), "plain": (lambda: plain, (3,))}
@@ -210,17 +213,15 @@ def test_an_activation_of_ones_own_needs_a_rule_and_is_exported_with_one(tmp_pat
     "network, shape, expected",
     [
         (
-            lambda: nnx.Sequential(
-                lipjax.AOLConv(4, 4, (3, 3), rngs=nnx.Rngs(0)), *around(lipjax.ReLU()).layers
-            ),
+            lambda: around(lipjax.AOLConv(4, 4, (3, 3), rngs=nnx.Rngs(0))),
             SHAPE,
-            "plain",
+            r"lipjax\.orthogonal\.plain",
         ),
         (lambda: around(conv(input_dilation=2, padding=1)), SHAPE, "input_dilation"),
         (lambda: around(conv(padding=((-1, 0), (0, 0)))), SHAPE, "padding"),
         (lambda: around(conv(dtype=jnp.bfloat16)), SHAPE, "computes in bfloat16"),
         (lambda: around(lipjax.ReLU()), (7, 6, 3), "shape"),
-        (lambda: nnx.Sequential(conv()), SHAPE, r"became an array of shape \(7, 6, 4\)"),
+        (lambda: nnx.Sequential(conv()), SHAPE, "one axis"),
         (lambda: around(lambda x: x * x), SHAPE, "`mul` of two quantities"),
     ],
 )
