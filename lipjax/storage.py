@@ -113,7 +113,10 @@ def load(path) -> nnx.Sequential | Program:
     left = dict(arrays)
     try:
         if header["version"] == 2:
-            return _program(network_files.joined(header["nodes"], arrays))
+            program = _program(network_files.joined(header["nodes"], arrays))
+            if program.input_shape != tuple(header["input_shape"]):
+                raise ValueError(f"it takes inputs of shape {program.input_shape}.")
+            return program
         network = _built(header["layers"], "layers", left)
         _check_shape(network, _positive(header["input_shape"]))
     except (TypeError, ValueError, ArithmeticError, LookupError, AttributeError) as error:

@@ -940,12 +940,13 @@ def test_pixels_that_are_no_numbers_certify_nothing():
 MODULES = (
     *("check.__init__", "check.checker", "check.layers", "check.nodes", "check.norms"),
     *("check.slopes", "check.walk", "formats.certificate_files", "formats.files"),
+    "formats.network_files",
 )
 
 
 def test_nothing_of_the_bounds_is_imported():
     allowed = {f"lipjax.{name}" for name in MODULES}
-    allowed |= {"lipjax", "lipjax.check", "lipjax.cli", "lipjax.storage"}
+    allowed |= {"lipjax", "lipjax.check", "lipjax.cli", "lipjax.formats", "lipjax.storage"}
     # Where a function is turned into plain data, which the rest of the checker is given.
     description = {"lipjax.graph", "lipjax.graph.description"}
     for module in MODULES:

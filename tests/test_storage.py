@@ -379,7 +379,10 @@ def test_a_stored_function_has_the_values_the_graph_and_the_margins_of_the_given
     np.testing.assert_array_equal(again.norms, given.norms)
     # Weights that are written down are not computed anew: less may be rounded, never more.
     assert np.all(again.allowance <= given.allowance)
-    np.testing.assert_array_equal(again.margin + again.allowance, given.margin + given.allowance)
+    left = given.margin + given.allowance
+    np.testing.assert_allclose(again.margin + again.allowance, left, rtol=1e-14)
+    if name == "moved":
+        np.testing.assert_array_equal(again.margin, given.margin)
 
 
 def test_certificates_of_a_stored_function_are_checked_from_its_file(tmp_path, capsys):
@@ -410,7 +413,7 @@ def test_certificates_of_a_stored_function_are_checked_from_its_file(tmp_path, c
         (lambda x: jnp.sort(x), "Sort"),
         (nnx.Sequential(lipjax.CayleyLinear(3, 4, rngs=nnx.Rngs(0))), r"orthogonal\.plain"),
         (lambda x: x @ jnp.full((3, 2), jnp.inf), "NaN or infinite"),
-        (lambda x: x.reshape(3, 1), "one axis"),
+        (lambda x: x.reshape(3, 1), "takes neither one example"),
     ],
 )
 def test_a_function_that_is_not_stored_is_an_error_and_writes_nothing(tmp_path, f, expected):
@@ -434,9 +437,10 @@ def edited(i, **fields):
         edited(1, kind="os.system"),
         edited(1, inputs=[7]),
         edited(1, roundings=3.0),
-        edited(1, executed=[["dot_general", ["float32", "float32"], "float32", "HIGHEST", None]]),
+        edited(1, executed=[["dot_general", ["bfloat16", "float32"], "float32", None, None]]),
         edited(0, shape=[4]),
-        edited(1, kernel_first=True),
+        lambda header: header.update(input_shape=[4]),
+        edited(1, numbers=[[[5], [0]], [[], []]]),
         lambda header: header["nodes"].pop(),
         lambda header: header["nodes"].append(None),
     ],
