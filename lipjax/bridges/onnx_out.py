@@ -79,6 +79,7 @@ def to_onnx(f: Callable, path, *, input_shape: Sequence[int]) -> None:
     floating = {name for name in types if "float" in name}
     dtype = np.dtype("float64" if floating == {"float64"} else "float32")
     graph = f if isinstance(f, Graph) else trace(f, jax.ShapeDtypeStruct(shape, dtype))
+    graph = graph.spelled_out()
     if len(graph.shape) != 1:
         raise ValueError(
             f"the logits must have one axis, got shape {graph.shape}: a lipjax.Flatten is missing."

@@ -26,6 +26,7 @@ from flax import nnx
 from lipjax import bounds, rounding
 from lipjax.formats import certificate_files
 from lipjax.graph import Activation, Graph
+from lipjax.graph.joining import rejoined
 from lipjax.norms import deterministic, power
 from lipjax.runtime import cpu
 
@@ -465,7 +466,7 @@ class _Prover:
         return self
 
     def _prepare(self) -> None:
-        self.graph = jax.tree.map(_in_float64, self.graph)
+        self.graph = rejoined(jax.tree.map(_in_float64, self.graph))
         # In 64 bits, where no bit of the seed is lost, and by the generator whose draws are meant.
         self._key = jax.random.key(self.seed, impl="threefry2x32")
         self._global = _global_norms(self.graph)

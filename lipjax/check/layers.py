@@ -50,6 +50,8 @@ class Affine:
         row_norms: ``(outputs,)``, upper bounds of the norms of the rows.
         largest: ``max |W|``.
         executed: None: in the network's arithmetic, as a layer with a bias.
+        parts: what is executed, one behind the other, where that is several maps; W and b are then
+            of all together. Empty: the map as it stands.
     """
 
     matrix: Any
@@ -60,6 +62,7 @@ class Affine:
     row_norms: np.ndarray
     largest: float
     executed: Executed | None = None
+    parts: tuple["Affine", ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)

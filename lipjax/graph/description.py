@@ -46,18 +46,20 @@ def described(graph: Graph) -> list[dict[str, Any]]:
     - "product": `kernel`, `bias` or None, `numbers` of ``dot_general``, `kernel_first`.
     - "conv": `kernel` ``(*window, inputs / groups, outputs)``, `bias`, `strides`, `padding`,
       `dilation`, `input_dilation`, `groups`; one example, channels last.
-    - "scale": `kernel` and `bias`, both broadcast.
+    - "scale": `kernel` and `bias`, both broadcast; `joined`: is it one linear node with that in
+      front, whose norm is taken of both together?
     - "sum": over windows, times the one number `kernel`: `bias`, `window`, `strides`, `padding`,
       `dilation`, `base_dilation`; an axis that is summed away has the window of its size.
     - "move": `index`, of the value's shape: positions in the flattened inputs, one behind the
       other; -1 where a value of `fill` stands, in order.
-    - "add": `signs`, `constant` or None.
+    - "add": `signs`, `constant` or None; `joined`, of a constant.
     - "clip": `bottom`, `top`, either may be None; "maxmin": the same of the pairs.
 
     Raises:
         TypeError: an activation or a map without a plain description; parameters that are traced.
     """
-    return [_described(node, graph.nodes) for node in graph.nodes]
+    nodes = graph.spelled_out().nodes
+    return [_described(node, nodes) for node in nodes]
 
 
 def _described(node: Node, nodes: Sequence[Node]) -> dict[str, Any]:
@@ -79,8 +81,11 @@ def _own(node: Node, before: Sequence[Node]) -> dict[str, Any]:
     if isinstance(node, Input):
         return {"kind": "input"}
     if isinstance(node, Linear):
+        found = _map(node.operator.apply, node.where, before[0].shape)
+        if found["kind"] == "scale":
+            found["joined"] = node.joined
         return {
-            **_map(node.operator.apply, node.where, before[0].shape),
+            **found,
             "kernel": _array(node.operator.kernel, node.dtype),
             "bias": _array(node.operator.bias, node.dtype),
         }
@@ -89,7 +94,12 @@ def _own(node: Node, before: Sequence[Node]) -> dict[str, Any]:
         return {"kind": "move", "index": index, "fill": fill}
     if isinstance(node, Add):
         constant = _array(node.constant, node.dtype)
-        return {"kind": "add", "signs": list(node.signs), "constant": constant}
+        return {
+            "kind": "add",
+            "signs": list(node.signs),
+            "constant": constant,
+            "joined": node.joined,
+        }
     assert isinstance(node, Activation)
     found = node.rule.described()
     return {
