@@ -109,6 +109,7 @@ GUARDS = {
         _guard("check_nodes", "description"),
         _guard("check_layers", "check_graph check forgery"),
         _guard("check_slopes", "check_graph check forgery"),
+        _guard("check/kinds", "check_kinds"),
         _guard(
             "check",
             "forgery check check_graph fuzz",
