@@ -270,7 +270,7 @@ ERRORS = {
     ),
     "a comparison as the value": (lambda x: x > 0, r"comparison .*mask or a branch"),
     "a comparison that chooses another": (
-        lambda x: jnp.where(x > 0, 2 * x, x),
+        lambda x: jnp.where(x > 0, 2 * x, x + 1),
         r"test_trace.py:\d+.*comparison",
     ),
     "a comparison of two": (lambda x: jnp.where(x > x @ W, x, 0), r"test_trace.py:\d+.*`gt`"),

@@ -257,12 +257,16 @@ class Walk:
         radius = region.radius if before.masked_radius is None else before.masked_radius
         lipschitz, whole = before.lipschitz, before.whole_radius
         constant = rule.lipschitz
-        if not (isinstance(constant, float) and constant == 1.0):
-            radius = arithmetic.up(radius * constant)
+        local = constant
+        if self.mode.local:
+            local = rule.lipschitz_on(region.lower, region.upper)
+        if not _is_one(local):
+            radius = arithmetic.up(radius * local)
+        if not _is_one(constant):
             lipschitz = arithmetic.up(lipschitz * constant)
             whole = arithmetic.up(whole * constant)
-        if not rule.selects:  # the center is rounded, by some units where it is transcendental
-            moved = arithmetic.norm(2**10 * rounding.DOUBLE * jnp.abs(center))
+        if not rule.selects:  # the center is rounded
+            moved = arithmetic.norm(rule.evaluation_error(center))
             radius = arithmetic.up(radius + moved)
             whole = arithmetic.up(whole + moved)
         if not self.mode.boxes:
@@ -394,6 +398,10 @@ def _ball(center, radius, arithmetic) -> Region:
     lower, upper = arithmetic.widened(center - radius, center + radius, 0.0)
     still = radius == 0
     return Region(center, radius, jnp.where(still, center, lower), jnp.where(still, center, upper))
+
+
+def _is_one(constant) -> bool:
+    return isinstance(constant, float) and constant == 1.0
 
 
 def _signed_sum(node: Add, values) -> jax.Array:

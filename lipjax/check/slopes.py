@@ -64,7 +64,10 @@ def linear_gains(
         g, node = live.pop(number), walked.nodes[number - 1]
         before = walked.values[node.inputs[-1]]
         if isinstance(node.step, Nonlinear):
-            length = up_norm(before.offset())
+            # With a slope above 1, and where an entry stands in several places, more is rounded.
+            length = up_norm(before.offset()) * max(1.0, node.step.growth(before)) ** 3
+            if np.any(slack := walked.slack[number]):
+                spent = up(spent + np.abs(g) @ slack, g.shape[1])
             for piece in reversed(pieces(node.step, before, walked.moving[number])):
                 met = piece.along(g)
                 open_ = piece.reach > 0
@@ -210,8 +213,18 @@ def elementwise(function, kinks, z, lower, upper, moving) -> Piece:
     # No kink strictly inside: one slope, exactly 0 or 1.
     straight = np.all([(kink <= lower) | (kink >= upper) for kink in kinks], axis=0)
     low, high = np.where(straight, np.round(low), low), np.where(straight, np.round(high), high)
+    return between(low, high, straight, z, lower, upper, moving)
+
+
+def between(low, high, straight, z, lower, upper, moving, size: float = 1.0) -> Piece:
+    """Of an elementwise function whose chords from z have slopes from `low` to `high`.
+
+    Args:
+        straight: where both are the same, and exact.
+        size: bound of the size of the slopes.
+    """
     middle = (low + high) / 2
-    width = np.where(straight, 0.0, (high - low) / 2 + 64 * U)
+    width = np.where(straight, 0.0, (high - low) / 2 + 64 * U * size)
     reach = np.where(width > 0, up(width * np.maximum(upper - z, z - lower)), 0.0)
     radius = float(np.minimum(up(np.max(width, initial=0.0) * moving), up_norm(reach)))
     return Piece(lambda g: g, lambda g: g * middle, reach, radius)
