@@ -9,6 +9,7 @@ it, and a line in `READERS`.
 import dataclasses
 import math
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
 import scipy.sparse  # type: ignore[import-untyped]
@@ -386,7 +387,7 @@ class Smooth(Nonlinear):
 
     kind: str
     dtype: str
-    alpha: np.ndarray | None = None
+    alpha: Any = None
 
     def __call__(self, z: np.ndarray) -> np.ndarray:
         match self.kind:

@@ -670,7 +670,7 @@ def _reference(reference: Callable, avals, wide: bool) -> tuple | None:
     ]
     try:
         return match.fingerprint(jax.make_jaxpr(reference)(*likes))
-    except (TypeError, ValueError):  # shapes that it does not take
+    except (TypeError, ValueError, IndexError):  # shapes that it does not take
         return None
 
 
