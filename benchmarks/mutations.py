@@ -89,6 +89,9 @@ GUARDS = {
         _guard("rounding/executed", "executed underflow rounding residual"),
         _guard("activations/absolute", "groupsort trace"),
         _guard("activations/groupsort", "groupsort"),
+        _guard("activations/leaky", "leaky"),
+        _guard("activations/pooling", "pooling"),
+        _guard("activations/smooth", "smooth"),
         _guard("graph/description", "description"),
         _guard("graph/known", "trace executed"),
         _guard("graph/match", "trace"),
@@ -119,6 +122,7 @@ GUARDS = {
         _guard("check/nodes", "description"),
         _guard("check/layers", "check_graph check forgery"),
         _guard("check/slopes", "check_graph check forgery"),
+        _guard("check/kinds", "check_kinds"),
         _guard(
             "check/checker",
             "forgery check check_graph fuzz",
