@@ -1,6 +1,7 @@
 """Networks of every kind for the tests of Lipschitz constants and ranges, an exact oracle, and an
 attack. None of it uses the library's bounds."""
 
+import itertools
 from fractions import Fraction
 
 import jax
@@ -9,8 +10,9 @@ import numpy as np
 from conftest import rational
 
 import lipjax
-from lipjax import activations
+from lipjax import activations, bounds, rounding
 from lipjax.activations.slopes import Slopes
+from lipjax.bounds.two_points import TwoPointWalk
 
 # Far more than what the value of a smooth function is rounded by here.
 ROUNDED = 1e-14
@@ -89,7 +91,7 @@ def kinds(size: int) -> dict:
 KINDS = tuple(kinds(4))
 
 
-def random_net(kind: str, seed: int, inputs: int = 2, width: int = 6, outputs: int = 3):
+def random_net(kind: str, seed: int, inputs: int = 2, width: int = 4, outputs: int = 3):
     """``x -> W_3 a(W_2 a(W_1 x + b_1) + b_2) + b_3 + V x``: float32, and its parameters."""
     rng = np.random.default_rng(seed)
     shapes = ((width, inputs), (width, width), (outputs, width))
@@ -106,58 +108,66 @@ def random_net(kind: str, seed: int, inputs: int = 2, width: int = 6, outputs: i
     return net, (weights, shifts, skip)
 
 
-def random_points(rng, center, epsilon, half, count):
-    """Points of the region, many of them at its edge: float64, ``(count, inputs)``."""
+def regions(seed: int):
+    """Six centers in the plane, radii and half-widths: two balls, two boxes, and two of both, from
+    small to large. One shape, so that each kind of net is compiled once."""
+    rng = np.random.default_rng(seed)
+    centers = rng.normal(0, 1, (6, 2)).astype(np.float32)
+    half = np.geomspace(0.01, 0.6, 6)[:, None] * np.array([1.0, 0.5])
+    corner = np.linalg.norm(half, axis=1)
+    radii = np.array([1, 2, 0.8, 1, 2, 0.8]) * corner
+    half[[0, 3]] = radii[[0, 3], None]  # a box around the ball: the ball alone counts
+    return centers, radii, half
+
+
+def random_points(rng, center, radius, half, count):
+    """Points of the ball and the box, many of them at its edge: float64, ``(count, inputs)``."""
     inputs = len(center)
     step = rng.normal(size=(count, inputs))
     step /= np.linalg.norm(step, axis=1, keepdims=True)
     step *= rng.uniform(size=(count, 1)) ** rng.choice([0.0, 1 / inputs], size=(count, 1))
-    step *= np.linalg.norm(half) if epsilon is None else epsilon
-    if half is not None:
-        step = np.clip(step, -half, half)
-    return center + step * (1 - 1e-12)
+    step = np.clip(step * radius, -half, half)
+    # Not all in the same corner of a box: no two points are one.
+    return center + step * rng.uniform(0.98, 1 - 1e-12, size=(count, 1))
 
 
-def strongest_rates(net, center, epsilon, half, seed, steps: int = 30, count: int = 64):
-    """The largest ``|f(a) - f(b)|_2 / |a - b|`` and, per output, ``|f_i(a) - f_i(b)| / |a - b|``
-    that gradient ascent over pairs of points of the region finds, in float64."""
-    with jax.enable_x64(True):
-        rng = np.random.default_rng(seed)
-        first = random_points(rng, center, epsilon, half, count)
-        second = random_points(rng, center, epsilon, half, count)
-        # Half of the pairs are close to each other: derivatives.
-        second[::2] = first[::2] + 1e-4 * (second[::2] - first[::2])
-        reach = 2.0 * (np.linalg.norm(half) if epsilon is None else epsilon)
+def strongest_rates(net, centers, radii, halves, seed=0, steps: int = 30, count: int = 64):
+    """For each region the largest ``|f(a) - f(b)|_2 / |a - b|`` and, per output, ``|f_i(a) -
+    f_i(b)| / |a - b|`` that gradient ascent over pairs of its points finds, in float64."""
+    rng = np.random.default_rng(seed)
+    regions = list(zip(np.asarray(centers, np.float64), radii, halves, strict=True))
+    first = np.stack([random_points(rng, *region, count) for region in regions])
+    second = np.stack([random_points(rng, *region, count) for region in regions])
+    # Half of the pairs are close to each other: derivatives.
+    second[:, ::2] = first[:, ::2] + 1e-4 * (second[:, ::2] - first[:, ::2])
 
-        def rates(pair):
-            change = net(pair[0]) - net(pair[1])
-            return jnp.abs(change) / jnp.linalg.norm(pair[0] - pair[1])
+    def rates(pair):
+        change = net(pair[0]) - net(pair[1])
+        return jnp.abs(change) / jnp.linalg.norm(pair[0] - pair[1])
 
+    def climb(center, radius, half, pair):
         def inside(points):
-            step = points - center
-            if half is not None:
-                step = jnp.clip(step, -half, half)
-            if epsilon is not None:
-                size = jnp.linalg.norm(step, axis=-1, keepdims=True)
-                step = step * jnp.minimum(1, epsilon / jnp.maximum(size, 1e-300))
-            return center + step
+            step = jnp.clip(points - center, -half, half)
+            size = jnp.linalg.norm(step, axis=-1, keepdims=True)
+            return center + step * jnp.minimum(1, radius / jnp.maximum(size, 1e-300))
 
-        @jax.jit
-        @jax.vmap
-        def climb(pair):
-            def step(pair, _):
-                slope = jax.grad(lambda p: jnp.sum(rates(p) ** 2))(pair)
-                slope = slope / jnp.maximum(jnp.linalg.norm(slope), 1e-300)
-                moved = inside(pair + 0.1 * reach * slope)
-                apart = jnp.linalg.norm(moved[0] - moved[1]) > 1e-7 * reach
-                better = jnp.sum(rates(moved) ** 2) > jnp.sum(rates(pair) ** 2)
-                return jnp.where(apart & better, moved, pair), None
+        def step(pair, _):
+            slope = jax.grad(lambda p: jnp.sum(rates(p) ** 2))(pair)
+            slope = slope / jnp.maximum(jnp.linalg.norm(slope), 1e-300)
+            moved = inside(pair + 0.1 * radius * slope)
+            apart = jnp.linalg.norm(moved[0] - moved[1]) > 1e-7 * radius
+            better = jnp.sum(rates(moved) ** 2) > jnp.sum(rates(pair) ** 2)
+            return jnp.where(apart & better, moved, pair), None
 
-            pair, _ = jax.lax.scan(step, pair, length=steps)
-            return rates(pair)
+        pair, _ = jax.lax.scan(step, pair, length=steps)
+        return rates(pair)
 
-        found = np.asarray(climb(jnp.asarray(np.stack([first, second], axis=1))))
-    return np.max(np.linalg.norm(found, axis=1)), np.max(found, axis=0)
+    with jax.enable_x64(True):
+        each = jax.vmap(climb, in_axes=(None, None, None, 0))
+        pairs = jnp.asarray(np.stack([first, second], axis=2))
+        found = jax.jit(jax.vmap(each))(jnp.asarray(centers, jnp.float64), radii, halves, pairs)
+        found = np.asarray(found)
+    return np.max(np.linalg.norm(found, axis=2), axis=1), np.max(found, axis=1)
 
 
 # ------------------------------------------------------------------- piecewise linear nets, exactly
@@ -224,7 +234,7 @@ def exact_pieces(kind: str, parameters, a, b) -> list:
         """Pieces of the hidden values behind layer k, from those of its input."""
         before = [(t, dot(weights[k], v, shifts[k])) for t, v in points]
         refined = []
-        for (t, low), (s, high) in zip(before[:-1], before[1:], strict=True):
+        for (t, low), (s, high) in itertools.pairwise(before):
             refined.append((t, low))
             for c in sorted(_corners(kind, low, high, width)):
                 middle = [u + c * (v - u) for u, v in zip(low, high, strict=True)]
@@ -243,7 +253,33 @@ def exact_pieces(kind: str, parameters, a, b) -> list:
     return found
 
 
+# ----------------------------------------------------------------------------- what is compared
+
+
 def certificates_of(net, centers, mode="rows", **options):
     """In tier "deterministic"."""
     options = {"tier": "deterministic", "mode": mode, **options}
     return lipjax.certify_lipschitz(net, np.asarray(centers, np.float32), **options)
+
+
+def walked(net, centers, radii, halves, mode) -> dict[str, np.ndarray]:
+    """The same bounds, rounded outwards, with norms by an SVD: these compile in little time."""
+
+    def norm(k, operator, like, mask_in, mask_out):
+        matrix = operator.materialized(like).kernel * jnp.ravel(mask_in)
+        if mask_out is not None:
+            matrix = matrix * jnp.ravel(mask_out)[:, None]
+        return jnp.linalg.norm(matrix, 2) * (1 + 1e-12)
+
+    graph = lipjax.trace(net, jax.ShapeDtypeStruct(centers.shape[1:], jnp.float32))
+    with jax.enable_x64(True):
+        graph = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float64), graph)
+        walk = TwoPointWalk(graph, bounds.mode_of(mode), norm, arithmetic=rounding.OUTWARD)
+
+        def one(x, radius, half):
+            found = walk(x, radius, half)
+            del found["variations"]
+            return found
+
+        centers = jnp.asarray(centers, jnp.float64)
+        return jax.device_get(jax.jit(jax.vmap(one))(centers, radii, halves))

@@ -172,7 +172,6 @@ class RegionProof:
             "failure_probability": share if tier == "probabilistic" else 0.5,
             "arithmetics": arithmetics,
             "budget": float(budget),
-            "ball": epsilon is not None,
         }
         self.facts = {
             "mode": mode,
@@ -197,7 +196,7 @@ class RegionProof:
 
 
 def _prove_batch(
-    shared, columns, *, mode, tier, failure_probability, arithmetics, budget, ball
+    shared, columns, *, mode, tier, failure_probability, arithmetics, budget
 ) -> dict[str, jax.Array]:
     graph, global_norms, key = shared
 
@@ -221,9 +220,7 @@ def _prove_batch(
             schur = deterministic.schur_bound(operator, like, mask_in, mask_out)
             return jnp.minimum(jnp.minimum(sigma, whole), schur)
 
-        return _prove(
-            graph, x, epsilon if ball else None, box, mode, norm, arithmetics, global_norms
-        )
+        return _prove(graph, x, epsilon, box, mode, norm, arithmetics, global_norms)
 
     return jax.vmap(one)(*columns)
 
