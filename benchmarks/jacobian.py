@@ -82,16 +82,18 @@ def by_lirpa(weights, shifts, centers, half):
         def forward(self, x):
             return JacobianOP.apply(self.plain(x), x)
 
-    x = torch.tensor(centers)
-    bounded = BoundedModule(Jacobian(), x)
+    bounded = BoundedModule(Jacobian(), torch.tensor(centers[:1]))
+    ball = PerturbationLpNorm(norm=np.inf, eps=float(half))
 
-    def run():
-        ball = BoundedTensor(x, PerturbationLpNorm(norm=np.inf, eps=float(half)))
-        lower, upper = bounded.compute_jacobian_bounds(ball)
-        size = torch.maximum(lower.abs(), upper.abs())
-        return size.detach().numpy().reshape(len(centers), 2, 2)
+    def one(center):
+        x = BoundedTensor(torch.tensor(center[None]), ball)
+        lower, upper = bounded.compute_jacobian_bounds(x)
+        return torch.maximum(lower.abs(), upper.abs()).detach().numpy().reshape(2, 2)
 
-    size, seconds = timed(run)
+    def run():  # one cell after the other: with many, its Jacobian is refused
+        return np.stack([one(center) for center in centers])
+
+    size, seconds = timed(run, 1)
     return np.linalg.norm(size, 2, axis=(1, 2)), np.linalg.norm(size, axis=2), seconds
 
 
@@ -145,7 +147,7 @@ def main(arguments=None) -> None:
     if found is None:
         print("auto_LiRPA: not installed, left out")
     else:
-        line("auto_LiRPA (not rounded outwards)", *found)
+        line("auto_LiRPA, cell by cell", *found)
 
 
 if __name__ == "__main__":

@@ -89,7 +89,8 @@ def local_lipschitz(
             Jacobian: for small networks far the tightest.
         iterations: of each norm.
         key: of the random starts. None: the same in every call, and then an error where a norm is
-            differentiated in the parameters: training would hide from them (`bound`).
+            differentiated (in the parameters, with smooth activations also in x): training would
+            hide from them (`bound`).
 
     Returns:
         A `LipschitzEstimate`.

@@ -32,7 +32,7 @@ from lipjax.bounds.modes import Mode
 from lipjax.bounds.regions import activation_behind
 from lipjax.bounds.relaxed import ROWS, largest_product
 from lipjax.graph import Activation, Add, Graph, Input, Linear, Rearrange
-from lipjax.graph.linear import LinearOperator, larger, smaller
+from lipjax.graph.linear import LinearOperator, larger, safe_sqrt, smaller
 from lipjax.norms import deterministic
 
 
@@ -231,7 +231,7 @@ class TwoPointWalk:
             squares = sum(jnp.square(value) for value in values)
             if len(values) == 1 and node.copies == 1:
                 return values[0]
-            return self.arithmetic.up(jnp.sqrt(node.copies * squares), len(values))
+            return self.arithmetic.up(safe_sqrt(node.copies * squares), len(values))
 
         rates = node.linear(*(b.rates for b in before))
         masked = None
@@ -453,7 +453,7 @@ class TwoPointWalk:
                 entries = rows.entries.reshape(matrix.shape)
                 by_rows = up(jnp.max(jnp.sum(entries, axis=1)), matrix.size)
                 by_columns = up(jnp.max(jnp.sum(entries, axis=0)), matrix.size)
-                schur = up(jnp.sqrt(by_rows) * jnp.sqrt(by_columns))
+                schur = up(safe_sqrt(by_rows) * safe_sqrt(by_columns))
                 off = smaller(off, smaller(arithmetic.length(entries), schur))
             rate = smaller(rate, up(sigma + off + arithmetic.length(rows.spent), 3))
         return {
