@@ -78,7 +78,7 @@ def kinds(size: int) -> dict:
     top, bottom = jnp.linspace(0.1, 0.6, half), jnp.linspace(-0.5, 0.1, half)
     return {
         "relu": jax.nn.relu,
-        "clip": lambda z: jnp.clip(z, -0.2, 0.3),
+        "clip": lambda z: jnp.clip(z, np.float32(-0.2), np.float32(0.3)),
         "abs": jnp.abs,
         "maxmin": activations.maxmin,
         "clipped_maxmin": lambda z: activations.clipped_maxmin(z, top, bottom),
