@@ -12,6 +12,7 @@ from typing import Any, dataclass_transform
 import jax
 import jax.numpy as jnp
 
+from lipjax.activations.slopes import Slopes, Unknown
 from lipjax.graph import register_composite
 from lipjax.graph.linear import larger, smaller
 
@@ -158,6 +159,18 @@ class Rule:
             TypeError: an arithmetic of which nothing is known.
         """
         return self.rounding(error)
+
+    def jacobian(
+        self, lower: jax.Array, upper: jax.Array, arithmetic
+    ) -> tuple[Slopes | Unknown, ...]:
+        """How the value can change between any two points of a box (`activations.slopes`), in order
+        of application; by default only `lipschitz` is known.
+
+        What is monotone or smooth, entry by entry, gives ``(Slopes.between(low, high,
+        arithmetic),)``, the range of its derivative on the box.
+        """
+        after = jax.eval_shape(self, lower)
+        return (Unknown(self.lipschitz, lower.shape, after.shape),)
 
     def rounding(self, error: jax.Array) -> jax.Array:
         """Bound of ``|computed - exact|`` of each output as executed, given that of each input."""

@@ -9,6 +9,7 @@ import numpy as np
 from flax import nnx
 
 from lipjax.activations.base import Rule, clip_above, hinge, ratio, register, relaxed, rule, varies
+from lipjax.activations.slopes import Slopes
 from lipjax.graph import register_primitive
 from lipjax.graph.linear import larger, smaller
 from lipjax.graph.trace import Known, Ref
@@ -103,6 +104,9 @@ class Clip(Rule):
         bottom, top = self._ends(center)
         return (clip_relaxation(center, lower, upper, bottom, top, radius, arithmetic),)
 
+    def jacobian(self, lower, upper, arithmetic):
+        return (clip_slopes(lower, upper, *self._ends(lower), arithmetic),)
+
     def rounding(self, error):
         return error  # comparing and selecting round nothing, and no output moves further
 
@@ -176,6 +180,15 @@ def clip_relaxation(z, lower, upper, bottom, top, radius, arithmetic):
     low = jnp.where(constant, 0.0, jnp.where(linear, 1.0, low))
     high = jnp.where(constant, 0.0, jnp.where(linear, 1.0, high))
     return relaxed(low, high, constant | linear, z, lower, upper, 1.0, radius, arithmetic)
+
+
+def clip_slopes(lower, upper, bottom, top, arithmetic) -> Slopes:
+    """Of ``clip(z, bottom, top)`` between any two points of a box."""
+    constant = (upper <= bottom) | (lower >= top) | (bottom >= top)
+    linear = (lower >= bottom) & (upper <= top) & ~constant
+    low = jnp.where(linear, jnp.ones_like(lower), 0.0)
+    high = jnp.where(constant, jnp.zeros_like(lower), 1.0)
+    return Slopes.between(low, high, arithmetic)
 
 
 register(clipped_relu, lambda threshold: Clip(None, threshold, rectifies=True))

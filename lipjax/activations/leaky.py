@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lipjax.activations.base import DOUBLE, FLOOR, Rule, hinge, ratio, relaxed, rule, varies
+from lipjax.activations.slopes import Slopes
 from lipjax.graph import register_primitive
 from lipjax.graph.known import is_concrete
 from lipjax.graph.linear import Scale, larger, smaller
@@ -92,6 +93,9 @@ class Leaky(Rule):
         off = self.evaluation_error(after.center)
         box = (center, lower, upper)
         return (relaxed(low, high, fixed, *box, 1.0, radius, arithmetic, size=size, off=off),)
+
+    def jacobian(self, lower, upper, arithmetic):
+        return (Slopes.between(*self._extremes(lower, upper), arithmetic),)
 
     def executed(self, error, lower, upper, arithmetics):
         # A product of an input that is off itself, rounded.

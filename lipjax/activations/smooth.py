@@ -25,6 +25,7 @@ import jax
 import jax.numpy as jnp
 
 from lipjax.activations.base import DOUBLE, Rule, register, relaxed, rule, varies
+from lipjax.activations.slopes import Slopes
 from lipjax.graph import register_primitive
 from lipjax.graph.known import is_concrete
 from lipjax.graph.linear import larger, smaller
@@ -181,6 +182,9 @@ class _Rounded(Rule):
         off = self.evaluation_error(after.center)
         box = (center, lower, upper)
         return (relaxed(low, high, False, *box, 1.0, radius, arithmetic, size=size, off=off),)
+
+    def jacobian(self, lower, upper, arithmetic):
+        return (Slopes.between(*self.slopes(lower, upper), arithmetic),)
 
     def executed(self, error, lower, upper, arithmetics):
         names = sorted({a.name for a in arithmetics})
