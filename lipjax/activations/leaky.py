@@ -11,7 +11,7 @@ from lipjax.activations.slopes import Slopes
 from lipjax.graph import register_primitive
 from lipjax.graph.known import is_concrete
 from lipjax.graph.linear import Scale, larger, smaller
-from lipjax.graph.nodes import Linear
+from lipjax.graph.nodes import Linear, Rearrange
 from lipjax.graph.trace import Ref, Test
 
 
@@ -149,11 +149,38 @@ def _factor(reader, value, node: int):
     """By what a value is a multiple of a node's: factor, its roundings, and what computes it."""
     if value == Ref(node):
         return 1.0, 0.0, ()
-    found = reader.nodes[value.node] if isinstance(value, Ref) else None
-    if not isinstance(found, Linear) or type(found.operator.apply) is not Scale:
+    if not isinstance(value, Ref):
         return None
+    found = reader.nodes[value.node]
     like = reader.nodes[node]
     alike = (found.shape, found.dtype) == (like.shape, like.dtype)
-    if found.inputs != (node,) or found.operator.bias is not None or not alike:
+    step = _last_step(reader, found, like) if alike else None
+    if not isinstance(step, Linear) or type(step.operator.apply) is not Scale:
         return None
-    return found.operator.kernel, found.roundings, found.executed
+    if step.operator.bias is not None:
+        return None
+    return step.operator.kernel, step.roundings, step.executed
+
+
+def _last_step(reader, found, like):
+    """What makes the value `found` of the value `like`, in one step, where that is so.
+
+    Behind a linear node a scale is joined with it: then it is the last of its parts.
+    """
+    if isinstance(found, Rearrange) and isinstance(like, Rearrange):
+        if found.steps != like.steps or len(found.inputs) != 1 or len(like.inputs) != 1:
+            return None
+        (inner,), (outer,) = found.inputs, like.inputs
+        step = _last_step(reader, reader.nodes[inner], reader.nodes[outer])
+        # One number is the same in any place.
+        single = isinstance(step, Linear) and np.size(step.operator.kernel) == 1
+        return step if single else None
+    if not isinstance(found, Linear):
+        return None
+    if not found.parts:
+        return found if reader.nodes[found.inputs[0]] is like else None
+    before = like.parts or (like,) if isinstance(like, Linear) else (like,)
+    same = len(found.parts) == len(before) + 1
+    if not same or any(a is not b for a, b in zip(found.parts, before, strict=False)):
+        return None
+    return found.parts[-1]
