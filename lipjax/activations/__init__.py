@@ -9,6 +9,7 @@ from lipjax.activations.base import Relaxation, Rule, register, rule, varies
 from lipjax.activations.clip import Clip, ClippedReLU, ReLU, clipped_relu
 from lipjax.activations.groupsort import GroupSort, Sort, groupsort
 from lipjax.activations.maxmin import ClippedMaxMin, MaxMin, Pairs, clipped_maxmin, maxmin
+from lipjax.activations.pieces import Pieces
 
 __all__ = [
     "Absolute",
@@ -19,6 +20,7 @@ __all__ = [
     "GroupSort",
     "MaxMin",
     "Pairs",
+    "Pieces",
     "ReLU",
     "Relaxation",
     "Rule",

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from lipjax.activations.base import Rule, clip_above, hinge, ratio, register, relaxed, rule, varies
+from lipjax.activations.pieces import Pieces
 from lipjax.graph import register_primitive
 from lipjax.graph.linear import larger, smaller
 from lipjax.graph.trace import Known, Ref
@@ -102,6 +103,9 @@ class Clip(Rule):
         bottom, top = self._ends(center)
         return (clip_relaxation(center, lower, upper, bottom, top, radius, arithmetic),)
 
+    def pieces(self, center, lower, upper, arithmetic):
+        return (clip_pieces(center, lower, upper, *self._ends(center)),)
+
     def rounding(self, error):
         return error  # comparing and selecting round nothing, and no output moves further
 
@@ -175,6 +179,18 @@ def clip_relaxation(z, lower, upper, bottom, top, radius, arithmetic):
     low = jnp.where(constant, 0.0, jnp.where(linear, 1.0, low))
     high = jnp.where(constant, 0.0, jnp.where(linear, 1.0, high))
     return relaxed(low, high, constant | linear, z, lower, upper, 1.0, radius, arithmetic)
+
+
+def clip_pieces(center, lower, upper, bottom, top) -> Pieces:
+    """``clip(z, bottom, top)`` on a box; where that is constant the slope is 0."""
+    first = jnp.broadcast_to(bottom, center.shape)
+    second = larger(jnp.broadcast_to(top, center.shape), first)
+    clipped = (smaller(larger(end, first), second) for end in (lower, upper))
+    slopes = (0.0, 1.0, 0.0)
+    none = jnp.zeros_like(center)
+    return Pieces(
+        center, lower, upper, (first, second), slopes, slopes, varies(*clipped), exact=none
+    )
 
 
 register(clipped_relu, lambda threshold: Clip(None, threshold, rectifies=True))

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from lipjax import rounding
-from lipjax.bounds import relaxed
+from lipjax.bounds import relaxed, tight
 from lipjax.bounds.modes import mode_of
 from lipjax.bounds.regions import Bound, Region
 from lipjax.graph import Graph, Linear
@@ -112,8 +112,16 @@ def relaxed_gains(
     Returns:
         ``(n,)``, at most `gains`.
     """
-    reverse = reverse_of(bound, arithmetic, view)
-    return jnp.minimum(gains, jax.vmap(reverse.gain)(rows))
+    if not mode_of(bound.mode).one_sided:
+        reverse = reverse_of(bound, arithmetic, view)
+        return jnp.minimum(gains, jax.vmap(reverse.gain)(rows))
+    (end,) = bound.graph.nodes[-1].inputs
+    for by in tight.CHOICES:
+        passed = tight.OneSided(
+            bound.graph, view, arithmetic, bound.regions, bound.norms, end, by=by
+        )
+        gains = jnp.minimum(gains, jax.vmap(passed.gain)(rows))
+    return gains
 
 
 def reverse_of(
@@ -154,7 +162,8 @@ def worst_logits(
     rivals = directions(bound.graph, bound.penultimate, label)
     gains = jax.vmap(lambda d: ascent(d, bound.penultimate, arithmetic))(rivals)
     own = jnp.arange(classes) == label
-    if mode_of(bound.mode).relaxed_margins:
+    mode = mode_of(bound.mode)
+    if mode.relaxed_margins or mode.one_sided:
         if bound.rivals is None or bound.rivals >= classes - 1:
             gains = relaxed_gains(bound, rivals, gains, arithmetic, view)
         else:
