@@ -21,6 +21,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from lipjax import rounding
 from lipjax.activations import Pieces
@@ -168,3 +169,40 @@ class OneSided(Reverse):
             g = pieces.transposed(slope, g)
         self.taken[i] = tuple(taken)
         return g, total
+
+
+def ascended(gain, start, limits, goal, steps: int, rate: float = 0.1):
+    """Better slopes for one row: Adam on ``gain(slopes)``, which any slopes make a bound.
+
+    Args:
+        gain: of a pytree of slopes.
+        start: where to begin.
+        limits: two such pytrees, the smallest and the largest slopes to look among.
+        goal: it stops where the gain is below this.
+        steps: at most so many.
+        rate: of the first step; it falls to 0 along a cosine.
+
+    Returns:
+        The best slopes that were seen, multiples of 1/256: short to store, exact in any type.
+    """
+    optimizer = optax.adam(optax.cosine_decay_schedule(rate, max(steps, 1)))
+    low, high = limits
+
+    def goes_on(state):
+        count, *_, least = state
+        return (count < steps) & (least >= goal)
+
+    def step(state):
+        count, slopes, moments, best, least = state
+        found, gradient = jax.value_and_grad(gain)(slopes)
+        better = found < least
+        best = jax.tree.map(lambda new, old: jnp.where(better, new, old), slopes, best)
+        # Where a gradient is no number nothing is learned; the bound of these slopes says so itself.
+        gradient = jax.tree.map(lambda d: jnp.where(jnp.isfinite(d), d, 0.0), gradient)
+        moves, moments = optimizer.update(gradient, moments)
+        slopes = jax.tree.map(lambda s, d, a, b: jnp.clip(s + d, a, b), slopes, moves, low, high)
+        return count + 1, slopes, moments, best, jnp.where(better, found, least)
+
+    first = (jnp.zeros((), int), start, optimizer.init(start), start, gain(start))
+    best = jax.lax.while_loop(goes_on, step, first)[-2]
+    return jax.tree.map(lambda s: jnp.round(256 * s) / 256, best)
