@@ -104,7 +104,7 @@ def _bounds(network, images, labels, epsilon, *, mode):
         like = bound.penultimate.center
         reverse = bounds.margins.reverse_of(bound)
         # The map whose matrix is P_0^T; its norm is that of P_0.
-        back = LinearOperator(lambda _, d: reverse.carried(d)[0], jnp.ones(()))
+        back = LinearOperator(lambda _, d: reverse.propagate(d)[0], jnp.ones(()))
         start = jax.random.normal(jax.random.key(0), like.shape)
         linear_part, _ = power.power_iteration(back, start, ITERATIONS)
         return bound.lipschitz, lipjax.worst_logits(bound, label) - bound.logits, linear_part

@@ -11,7 +11,7 @@ are certified at each tier, and the certified images attacked on the whole ball 
 [0, 1]), at `SHARE` of each radius:
 
 - *sampling*: random points on the sphere, the worst of them;
-- *pgd*, *targeted*: `lipjax.attacks`, the second on every rival class;
+- *pgd*, *targeted*: the second on every rival class (`benchmarks.attacks`);
 - *boundary*, *smallest*: the nearest adversarial image that they find must not lie within the
   certified radius;
 - *precise*: every image that these found, evaluated once more as the real-number function of the
@@ -49,6 +49,7 @@ from flax import nnx
 from ml_collections import ConfigDict
 
 import lipjax
+from benchmarks import attacks as more_attacks
 from benchmarks import unsound
 from lipjax import attacks, training
 from lipjax.check import layers as check_layers
@@ -291,7 +292,7 @@ def sound_rows(options: argparse.Namespace) -> Iterator[dict]:
 def distances(network, images, labels, effort: Effort, key) -> dict[str, attacks.Nearest]:
     """The opponents that look for the smallest perturbation."""
     return {
-        "boundary": attacks.boundary(
+        "boundary": more_attacks.boundary(
             network, images, labels, steps=effort.walk, clip=None, key=key
         ),
         "smallest": attacks.smallest(
@@ -318,7 +319,7 @@ def violations(
             schedule="cosine",
             **options,
         ),
-        "targeted": attacks.targeted(network, images, labels, inside, **options),
+        "targeted": more_attacks.targeted(network, images, labels, inside, **options),
     }
     counts, refuted = {}, np.zeros(len(images), bool)
     for name in OPPONENTS:

@@ -27,9 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from lipjax import bounds, models
-from lipjax.certificates import prover
-from lipjax.norms import deterministic, power
+from lipjax import bounds, models, norms
 
 SHAPES = {
     "conv4_dense3": (28, 28, 1),
@@ -57,7 +55,7 @@ def main() -> None:
     parser.add_argument(
         "--budget",
         type=float,
-        default=deterministic.BUDGET,
+        default=norms.best.BUDGET,
         help="flops of each deterministic bound",
     )
     parser.add_argument("--seed", type=int, default=0)
@@ -116,12 +114,14 @@ def rows(name: str, arguments: argparse.Namespace) -> Iterator[dict]:
 
         def converged(operator, key, mask_in, mask_out, like=like):
             start = jax.random.normal(key, like.shape)
-            return power.power_iteration(operator, start, arguments.steps, mask_in, mask_out)[0]
+            return norms.power.power_iteration(operator, start, arguments.steps, mask_in, mask_out)[
+                0
+            ]
 
         key = jax.random.fold_in(jax.random.key(arguments.seed), k)
         references, _ = measure(converged, operator, key, masks)
         reached, took = measure(
-            lambda operator, *_, like=like: deterministic.global_norm_bound(operator, like),
+            lambda operator, *_, like=like: norms.best.global_norm_bound(operator, like),
             operator,
             key,
             masks[:1],
@@ -155,23 +155,21 @@ def ways(operator, like, global_bound: float, arguments: argparse.Namespace) -> 
 
     def estimate(operator, key, mask_in, mask_out, iterations=20):
         start = jax.random.normal(key, like.shape)
-        return power.power_iteration(operator, start, iterations, mask_in, mask_out)[0]
+        return norms.power.power_iteration(operator, start, iterations, mask_in, mask_out)[0]
 
     def probabilistic(operator, key, mask_in, mask_out):
-        return prover.probabilistic_norm(operator, key, delta, like, mask_in, mask_out)
+        return norms.chebyshev.inflated_norm_bound(operator, key, delta, like, mask_in, mask_out)
 
     def schur(operator, _, mask_in, mask_out):
-        return deterministic.schur_bound(operator, like, mask_in, mask_out)
+        return norms.closed.schur_bound(operator, like, mask_in, mask_out)
 
     def local(operator, _, mask_in, mask_out):
-        return deterministic.norm_bound(
+        return norms.best.norm_bound(
             operator, like, mask_in, mask_out, global_bound=global_bound, budget=arguments.budget
         )
 
-    banded, dense = (
-        deterministic.masked_convolution_cost(operator, like),
-        deterministic.dense_cost(operator, like),
-    )
+    banded = norms.banded.masked_convolution_cost(operator, like)
+    dense = norms.gram.dense_cost(operator, like)
     yield "power iteration, 20 steps", "estimate", None, None, estimate
     yield "Chebyshev", "probabilistic", delta, None, probabilistic
     yield "Schur", "deterministic", None, None, schur

@@ -20,9 +20,8 @@ from matplotlib.patches import Circle, Rectangle
 from ml_collections import ConfigDict
 
 import lipjax
-from lipjax import training
+from lipjax import norms, training
 from lipjax.graph.linear import LinearOperator
-from lipjax.norms import power
 from lipjax.training.checkpoints import Checkpoints, load_config
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -173,12 +172,14 @@ def estimate_and_proof() -> None:
         like = jnp.zeros(size)
         starts = jax.random.normal(jax.random.key(0), (20, size))
         below = [
-            np.asarray(jax.vmap(lambda s, k=k: power.power_iteration(operator, s, k)[0])(starts))
+            np.asarray(
+                jax.vmap(lambda s, k=k: norms.power.power_iteration(operator, s, k)[0])(starts)
+            )
             for k in steps_power
         ]
         above = [
             float(
-                power.probabilistic_norm_bound(
+                norms.chebyshev.probabilistic_norm_bound(
                     operator, jax.random.key(k), 1.002 * norm, k, 1e-9, like
                 )
             )

@@ -1,9 +1,6 @@
 """Attacks: what is certainly not robust. They bound from above what any certificate can claim.
 
-Within a given radius: `pgd`, and `targeted`, which goes for every rival class in turn. At the
-smallest distance that they
-can find: `smallest`, by gradients, and `boundary`, which sees nothing but whether the label is
-predicted.
+Within a given radius: `pgd`. At the smallest distance that it can find: `smallest`.
 
 Own code and not foolbox: that (3.3.4, its last release) runs beside JAX 0.10 and NumPy 2.4, but it
 steps outside `jit`, wants a pixel range where certificates speak of the whole ball, and imports
@@ -23,6 +20,8 @@ from flax import nnx
 from lipjax.bounds import check_epsilon
 from lipjax.runtime import cpu
 
+__all__ = ["Attack", "Nearest", "pgd", "smallest"]
+
 # How the length of a step falls, as a function of the share of the steps that is done.
 SCHEDULES: dict[str, Callable[[jax.Array], jax.Array]] = {
     "constant": jnp.ones_like,
@@ -34,18 +33,15 @@ SCHEDULES: dict[str, Callable[[jax.Array], jax.Array]] = {
 BISECTIONS = 20
 # Share by which `smallest` lets the radius of its search grow or shrink in a step, and what remains
 # of it in the last.
-RADIUS_SHARE, LAST_SHARE = 0.1, 0.01
-# Starts that `boundary` tries per example: so many of the images to start from, and so many of
-# noise, in strengths from a twentieth of the range to six times it (then clipped: nearly all pixels
-# black or white).
-START_IMAGES, START_NOISES, STRENGTHS = 32, 192, 8
+RADIUS_SHARE = 0.1
+LAST_SHARE = 0.01
 # Beyond it float32's squares overflow: an attack within a larger radius looks no farther.
 LARGEST_RADIUS = 1e15
 # A boundary point found in one program may be on the other side in another, by rounding: it is
 # moved out by these shares of its distance until a forward pass confirms it.
 STRETCHES = (0.0, 1e-6, 1e-4, 1e-2)
 
-_ENTROPY, _MARGIN, _RIVAL = range(3)  # what a gradient step makes larger, see `_gradient`
+ENTROPY, MARGIN, RIVAL = range(3)  # what a gradient step makes larger, see `_gradient`
 
 
 class Attack(NamedTuple):
@@ -97,12 +93,11 @@ def pgd(
     key: jax.Array | None = None,
     batch_size: int = 256,
 ) -> Attack:
-    """l2 projected gradient descent with random starts; cross-entropy and margin loss in turn over
-    the restarts.
+    """l2 projected gradient descent with random starts.
 
-    Every image returned lies within epsilon of the image as float32 (as a float64 norm) and within
-    `clip`, and `broken` is what one more forward pass says of it. When all of a batch is broken it
-    uses no more restarts.
+    The restarts follow cross-entropy and the margin in turn. Every image returned lies within
+    epsilon of the image as float32 (as a float64 norm) and within `clip`, and `broken` is what one
+    more forward pass says of it. When all of a batch is broken it uses no more restarts.
 
     Args:
         network: any module that maps one example to logits ``(classes,)``.
@@ -119,50 +114,23 @@ def pgd(
             other, pixels outside `clip`, steps or restarts < 1, a step_size that is not positive,
             an unknown schedule.
     """
-    searches = [
-        ((_ENTROPY, _MARGIN)[restart % 2], 1)
-        for restart in range(_at_least_one(restarts, "restarts"))
-    ]
-    problem = _Problem(network, images, labels, clip, key, batch_size)
-    return _within(problem, searches, epsilon, steps, step_size, schedule)
+    losses = (ENTROPY, MARGIN)
+    searches = [(losses[i % 2], 1) for i in range(at_least_one(restarts, "restarts"))]
+    problem = Problem(network, images, labels, clip, key, batch_size)
+    return within(problem, searches, epsilon, steps, step_size, schedule)
 
 
-def targeted(
-    network: nnx.Module,
-    images,
-    labels,
-    epsilon: float,
-    *,
-    steps: int = 100,
-    restarts: int = 1,
-    step_size: float | None = None,
-    schedule: str = "cosine",
-    clip: tuple[float, float] | None = (0.0, 1.0),
-    key: jax.Array | None = None,
-    batch_size: int = 256,
+def within(
+    problem: "Problem", searches: Sequence[tuple[int, int]], epsilon, steps, step_size, schedule
 ) -> Attack:
-    """As `pgd`, but every rival class j in turn: ``z_label - z_j`` is made small, from `restarts`
-    random starts each.
+    """Projected descent, by one search after the other.
 
-    The largest logit of the rivals changes on the way, and with it the goal of `pgd`; here each
-    goal stays. Arguments,
-    guarantee and errors as in `pgd`. Cost: ``(classes - 1) * restarts`` runs.
+    Args:
+        problem: the checked arguments.
+        searches: a loss, and how far behind the label, cyclically, its rival class comes.
+        epsilon, steps, step_size, schedule: as in `pgd`.
     """
-    problem = _Problem(network, images, labels, clip, key, batch_size)
-    searches = [
-        (_RIVAL, rival)
-        for _ in range(_at_least_one(restarts, "restarts"))
-        for rival in range(1, problem.classes)
-    ]
-    return _within(problem, searches, epsilon, steps, step_size, schedule)
-
-
-def _within(
-    problem: "_Problem", searches: Sequence[tuple[int, int]], epsilon, steps, step_size, schedule
-) -> Attack:
-    """Projected descent; a search is a loss and how far behind the label, cyclically, its rival
-    class comes."""
-    _at_least_one(steps, "steps")
+    at_least_one(steps, "steps")
     if schedule not in SCHEDULES:
         raise ValueError(f"schedule must be one of {', '.join(SCHEDULES)}, got {schedule!r}.")
     if step_size is not None and not (step_size > 0 and math.isfinite(step_size)):
@@ -179,26 +147,20 @@ def _within(
     lengths = radii / 4 if step_size is None else np.full(radii.shape, float(step_size))
 
     def search(x, y, margin, key, rows, kept):
-        best, best_margin = x, margin
-        radius, length = (
-            jnp.asarray(np.minimum(a[rows], LARGEST_RADIUS), x.dtype) for a in (radii, lengths)
-        )
+        best = x
+        best_margin = margin
+        radius = jnp.asarray(np.minimum(radii[rows], LARGEST_RADIUS), x.dtype)
+        length = jnp.asarray(np.minimum(lengths[rows], LARGEST_RADIUS), x.dtype)
         for i, (loss, behind) in enumerate(searches):
             if not np.any(np.asarray(best_margin)[:kept] > 0):
                 break
-            ways = (
-                (y + behind) % problem.classes,
-                loss,
-                radius,
-                length,
-                jax.random.fold_in(key, i),
-                steps,
-            )
+            rival = (y + behind) % problem.classes
+            ways = (rival, loss, radius, length, jax.random.fold_in(key, i), steps)
             found, margin = _descend(
                 problem.network, x, y, *ways, *problem.range, schedule=schedule
             )
             better = margin < best_margin
-            best = jnp.where(_column(better, x), found, best)
+            best = jnp.where(column(better, x), found, best)
             best_margin = jnp.where(better, margin, best_margin)
         return best
 
@@ -212,19 +174,22 @@ def _descend(network, x, y, rival, loss, radius, length, key, steps, low, high, 
     """One random start; the worst image met on the way and its margin."""
     start_key, direction_key = jax.random.split(key)
     # A hair inside, so that few images need to be pulled back into the ball.
-    radius, length = _column(radius * (1 - 1e-5), x), _column(length, x)
+    radius = column(radius * (1 - 1e-5), x)
+    length = column(length, x)
 
     def project(candidate):
-        """To the nearest point of ball and range at once: clipping what was first put on the ball
-        would fall short."""
+        """To the nearest point of ball and range at once.
+
+        Clipping what was first put on the ball would fall short.
+        """
         offset = candidate - x
         # The projection is a clipped multiple of the offset, the largest that the ball holds.
-        share = jnp.minimum(1.0, radius / jnp.maximum(_norm(offset), 1e-30))
+        share = jnp.minimum(1.0, radius / jnp.maximum(norm(offset), 1e-30))
 
         def halve(_, bracket):
             small, large = bracket
             middle = (small + large) / 2
-            fits = _norm(jnp.clip(x + middle * offset, low, high) - x) <= radius
+            fits = norm(jnp.clip(x + middle * offset, low, high) - x) <= radius
             return jnp.where(fits, middle, small), jnp.where(fits, large, middle)
 
         share, _ = jax.lax.fori_loop(0, BISECTIONS, halve, (share, jnp.ones_like(share)))
@@ -232,7 +197,7 @@ def _descend(network, x, y, rival, loss, radius, length, key, steps, low, high, 
 
     def keep(current, margin, best, best_margin):
         better = margin < best_margin
-        return jnp.where(_column(better, x), current, best), jnp.where(better, margin, best_margin)
+        return jnp.where(column(better, x), current, best), jnp.where(better, margin, best_margin)
 
     def step(i, carry):
         current, best, best_margin = carry
@@ -243,14 +208,13 @@ def _descend(network, x, y, rival, loss, radius, length, key, steps, low, high, 
         share = SCHEDULES[schedule](i / jnp.asarray(steps, x.dtype))
         return project(current + length * share * direction), best, best_margin
 
-    direction = _unit(jax.random.normal(start_key, x.shape, x.dtype))
-    share = jax.random.uniform(jax.random.fold_in(start_key, 1), (len(x),), x.dtype) ** (
-        1 / x[0].size
-    )
-    start = project(x + direction * radius * _column(share, x))
+    direction = unit(jax.random.normal(start_key, x.shape, x.dtype))
+    draw = jax.random.uniform(jax.random.fold_in(start_key, 1), (len(x),), x.dtype)
+    share = draw ** (1 / x[0].size)
+    start = project(x + direction * radius * column(share, x))
     first = (start, x, jnp.full(len(x), jnp.inf, x.dtype))
     last, best, best_margin = jax.lax.fori_loop(0, steps, step, first)
-    return keep(last, _margins(network, last, y)[1], best, best_margin)
+    return keep(last, margins(network, last, y)[1], best, best_margin)
 
 
 # -------------------------------------------------------------------------------- smallest distance
@@ -267,28 +231,29 @@ def smallest(
     key: jax.Array | None = None,
     batch_size: int = 256,
 ) -> Nearest:
-    """The nearest adversarial image that gradients find, each example searching at a radius of its
-    own.
+    """The nearest adversarial image that gradients find.
 
-    Direction and norm are decoupled (Rony et al., *Decoupling Direction and Norm*, CVPR 2019): the
-    offset follows the gradient on a sphere that shrinks while the label has lost and grows while it
-    has not. The first sphere is where the boundary would be if the network were linear. The first
-    start follows the margin to whatever rival is largest, the others go for the rivals one by one,
-    the one with the largest logit first; when they are through it starts again from random offsets.
-    Bisection towards the image ends each.
+    Each example searches at a radius of its own. Direction and norm are decoupled (Rony et al.,
+    *Decoupling Direction and Norm*, CVPR 2019): the offset follows the gradient on a sphere that
+    shrinks while the label has lost and grows while it has not. The first sphere is where the
+    boundary would be if the network were linear. The first start follows the margin to whatever
+    rival is largest, the others go for the rivals one by one, the one with the largest logit first;
+    when they are through it starts again from random offsets. Bisection towards the image ends
+    each.
 
     An upper bound of the distance to the decision boundary; guarantee, arguments and errors
     otherwise as in `pgd`.
     """
-    _at_least_one(steps, "steps")
-    _at_least_one(restarts, "restarts")
-    problem = _Problem(network, images, labels, clip, key, batch_size)
+    at_least_one(steps, "steps")
+    at_least_one(restarts, "restarts")
+    problem = Problem(network, images, labels, clip, key, batch_size)
 
     def search(x, y, margin, key, rows, kept):
         ranked = _ranked(problem.network, x, y)
-        best, best_distance = x, jnp.full(len(x), jnp.inf, x.dtype)
+        best = x
+        best_distance = jnp.full(len(x), jnp.inf, x.dtype)
         for restart in range(restarts):
-            loss = _MARGIN if restart == 0 else _RIVAL
+            loss = MARGIN if restart == 0 else RIVAL
             rival = ranked[:, max(0, restart - 1) % (problem.classes - 1)]
             draw = jax.random.fold_in(key, restart)
             spread = float(restart >= problem.classes)
@@ -296,7 +261,7 @@ def smallest(
                 problem.network, x, y, rival, loss, spread, draw, steps, *problem.range
             )
             better = distance < best_distance
-            best = jnp.where(_column(better, x), found, best)
+            best = jnp.where(column(better, x), found, best)
             best_distance = jnp.where(better, distance, best_distance)
         return best
 
@@ -306,189 +271,68 @@ def smallest(
 @jax.jit
 def _ranked(network, x, y):
     """The other classes, largest logit first."""
-    logits, _ = _margins(network, x, y)
-    return jnp.argsort(
-        jnp.where(jnp.arange(logits.shape[1]) == y[:, None], jnp.inf, logits), descending=True
-    )[:, 1:]
+    logits, _ = margins(network, x, y)
+    own = jnp.arange(logits.shape[1]) == y[:, None]
+    return jnp.argsort(jnp.where(own, jnp.inf, logits), descending=True)[:, 1:]
 
 
 @jax.jit
 def _approach(network, x, y, rival, loss, spread, key, steps, low, high):
-    """One start; the nearest adversarial image met on the way and its distance, infinity if there
-    was none.
+    """One start; the nearest adversarial image met on the way and its distance, or infinity.
 
     It starts at x, or with spread = 1 somewhere on the first sphere.
     """
     start_key, key = jax.random.split(key)
     _, slope, value, _ = _gradient(network, x, y, rival, loss, key)
-    radius = jnp.where(slope > 0, _column(jnp.abs(value), x) / jnp.where(slope > 0, slope, 1), 0)
+    radius = jnp.where(slope > 0, column(jnp.abs(value), x) / jnp.where(slope > 0, slope, 1), 0)
     radius = jnp.where((radius > 0) & (radius < 1e8), radius, 1.0)
     # No image of the range is farther away than this.
-    farthest = jnp.minimum(_norm(jnp.maximum(high - x, x - low)), LARGEST_RADIUS)
+    farthest = jnp.minimum(norm(jnp.maximum(high - x, x - low)), LARGEST_RADIUS)
 
     def random_offset(key, radius):
-        return jnp.clip(x + radius * _unit(jax.random.normal(key, x.shape, x.dtype)), low, high) - x
+        return jnp.clip(x + radius * unit(jax.random.normal(key, x.shape, x.dtype)), low, high) - x
 
     def step(i, carry):
         offset, radius, best, best_distance = carry
         draw = jax.random.fold_in(key, i)
         direction, _, _, margin = _gradient(network, x + offset, y, rival, loss, draw)
-        distance, adversarial = _norm(offset), _column(~(margin > 0), x)
+        distance = norm(offset)
+        adversarial = column(~(margin > 0), x)
         better = adversarial & (distance < best_distance)
-        best, best_distance = (
-            jnp.where(better, offset, best),
-            jnp.where(better, distance, best_distance),
-        )
+        best = jnp.where(better, offset, best)
+        best_distance = jnp.where(better, distance, best_distance)
         share = LAST_SHARE + (1 - LAST_SHARE) * SCHEDULES["cosine"](i / jnp.asarray(steps, x.dtype))
         # While nothing adversarial is known the radius is only a guess, and grows at full pace.
         change = RADIUS_SHARE * jnp.where(jnp.isinf(best_distance), 1.0, share)
         radius = jnp.where(
             adversarial, jnp.minimum(radius, distance) * (1 - change), radius * (1 + change)
         )
-        offset = jnp.clip(x + radius * _unit(offset + radius * share * direction), low, high) - x
+        offset = jnp.clip(x + radius * unit(offset + radius * share * direction), low, high) - x
         # At the end of the range and still nothing: somewhere else.
         stuck = jnp.isinf(best_distance) & (radius > farthest)
-        elsewhere = farthest * jax.random.uniform(
-            jax.random.fold_in(draw, 1), radius.shape, x.dtype
-        )
-        radius = jnp.where(stuck, elsewhere, radius)
+        share_of_range = jax.random.uniform(jax.random.fold_in(draw, 1), radius.shape, x.dtype)
+        radius = jnp.where(stuck, farthest * share_of_range, radius)
         offset = jnp.where(stuck, random_offset(jax.random.fold_in(draw, 2), radius), offset)
         return offset, radius, best, best_distance
 
-    carry = (
-        spread * random_offset(start_key, radius),
-        radius,
-        jnp.zeros_like(x),
-        jnp.full_like(radius, jnp.inf),
-    )
+    start = spread * random_offset(start_key, radius)
+    carry = (start, radius, jnp.zeros_like(x), jnp.full_like(radius, jnp.inf))
     _, _, best, best_distance = jax.lax.fori_loop(0, steps + 1, step, carry)
     known = jnp.isfinite(best_distance)
-    end = _bisected(network, x, y, jnp.where(known, x + best, x), BISECTIONS)
-    return end, jnp.where(known, _norm(end - x), jnp.inf).reshape(-1)
+    end = bisected(network, x, y, jnp.where(known, x + best, x), BISECTIONS)
+    return end, jnp.where(known, norm(end - x), jnp.inf).reshape(-1)
 
 
-def boundary(
-    network: nnx.Module,
-    images,
-    labels,
-    *,
-    steps: int = 3000,
-    restarts: int = 3,
-    starts=None,
-    clip: tuple[float, float] | None = (0.0, 1.0),
-    key: jax.Array | None = None,
-    batch_size: int = 256,
-) -> Nearest:
-    """The nearest adversarial image that a walk along the decision boundary finds, using predicted
-    classes only.
-
-    Blind to gradients, hence to whatever hides them (Brendel, Rauber and Bethge, *Decision-Based
-    Adversarial Attacks*, ICLR 2018). It starts from the nearest it can find among images of other
-    classes and noise, and bisects the way to the boundary; the next starts are of a certain rival
-    class each, as each may have a nearest point of its own. Each step is random and orthogonal to
-    the offset, on the sphere around the image, and then inward; both lengths adapt per example, so
-    that about half of the first and a quarter of the second find the label lost. Only steps that
-    come nearer are taken. Bisection towards the image ends it.
-
-    An upper bound of the distance to the decision boundary, weaker than `smallest` where gradients
-    tell the way; guarantee, arguments and errors otherwise as in `pgd`.
-
-    Args:
-        steps: random steps of each start, two forward passes each.
-        starts: ``(M, ...)`` images to start from; the given `images` by default.
-    """
-    _at_least_one(steps, "steps")
-    _at_least_one(restarts, "restarts")
-    problem = _Problem(network, images, labels, clip, key, batch_size)
-    pool = problem.images if starts is None else np.asarray(starts, np.float32)
-    if pool.shape[1:] != problem.images.shape[1:] or not len(pool):
-        raise ValueError(
-            f"starts of shape {pool.shape} do not fit images of shape {problem.images.shape}."
-        )
-    problem.check_pixels(pool, "starts")
-
-    def search(x, y, margin, key, rows, kept):
-        best, best_distance = x, jnp.full(len(x), jnp.inf, x.dtype)
-        for restart in range(restarts):
-            behind = restart % problem.classes
-            rival = (y + behind) % problem.classes if behind else jnp.full_like(y, -1)
-            draw = jax.random.fold_in(key, restart)
-            found, distance = _walk(
-                problem.network, x, y, rival, jnp.asarray(pool), draw, steps, *problem.range
-            )
-            better = distance < best_distance
-            best = jnp.where(_column(better, x), found, best)
-            best_distance = jnp.where(better, distance, best_distance)
-        return best
-
-    return problem.nearest(search)
-
-
-@jax.jit
-def _walk(network, x, y, rival, pool, key, steps, low, high):
-    """One start, where possible in class `rival` (-1: any); the nearest image found and its
-    distance, or infinity."""
-    start_key, walk_key = jax.random.split(key)
-    span = jnp.where(jnp.isfinite(high - low), high - low, 1.0)
-
-    def lost(candidate):
-        return _column(~(_margins(network, candidate, y)[1] > 0), x)
-
-    def begin(i, carry):
-        best, least = carry
-        draw = jax.random.fold_in(start_key, i)
-        image = pool[jax.random.randint(draw, (len(x),), 0, len(pool))]
-        strength = 0.05 * span * 2.0 ** jnp.asarray(i % STRENGTHS, x.dtype)
-        noise = jnp.clip(x + strength * jax.random.normal(draw, x.shape, x.dtype), low, high)
-        candidate = jnp.where(i < START_IMAGES, image, noise)
-        logits, margin = _margins(network, candidate, y)
-        wanted = _column(jnp.argmax(logits, axis=1) == rival, x)
-        # Behind the distances of all candidates of the wanted class come those of the others.
-        rank = _norm(candidate - x) + jnp.where(wanted | (rival[0] < 0), 0.0, LARGEST_RADIUS)
-        rank = jnp.where(_column(~(margin > 0), x), rank, jnp.inf)
-        better = rank < least
-        return jnp.where(better, candidate, best), jnp.where(better, rank, least)
-
-    def step(i, carry):
-        current, along, inward = carry
-        offset = current - x
-        distance = _norm(offset)
-        outward = _unit(offset)
-        random = jax.random.normal(jax.random.fold_in(walk_key, i), x.shape, x.dtype)
-        axes = tuple(range(1, x.ndim))
-        tangent = _unit(random - outward * jnp.sum(random * outward, axis=axes, keepdims=True))
-        around = _unit(offset + along * distance * tangent) * distance
-        sideways = jnp.clip(x + around, low, high)
-        nearer = jnp.clip(x + around * (1 - inward), low, high)
-        still, success = lost(sideways), lost(nearer)
-        success = success & (_norm(nearer - x) < distance)
-        current = jnp.where(success, nearer, current)
-        along = jnp.clip(along * jnp.exp(0.1 * (still - 0.5)), 1e-6, 1.0)
-        inward = jnp.clip(
-            inward * jnp.where(still, jnp.exp(0.1 * (success - 0.25)), 1.0), 1e-7, 0.5
-        )
-        return current, along, inward
-
-    nothing = jnp.full_like(_norm(x), jnp.inf)
-    start, least = jax.lax.fori_loop(0, START_IMAGES + START_NOISES, begin, (x, nothing))
-    start = _bisected(network, x, y, start, BISECTIONS)
-    shares = jnp.full_like(nothing, 0.1)
-    last, _, _ = jax.lax.fori_loop(0, steps, step, (start, shares, shares))
-    end = _bisected(network, x, y, last, BISECTIONS)
-    return end, jnp.where(jnp.isfinite(least), _norm(end - x), jnp.inf).reshape(-1)
-
-
-def _bisected(network, x, y, adversarial, halvings):
-    """A point at which the label is still lost on the segment from x to `adversarial`, near the
-    last such one."""
+def bisected(network, x, y, adversarial, halvings):
+    """The last point, nearly, at which the label is lost on the way from `adversarial` to x."""
 
     def halve(_, bracket):
         near, far = bracket
         middle = (near + far) / 2
-        lost = _column(~(_margins(network, x + middle * (adversarial - x), y)[1] > 0), x)
+        lost = column(~(margins(network, x + middle * (adversarial - x), y)[1] > 0), x)
         return jnp.where(lost, near, middle), jnp.where(lost, middle, far)
 
-    share = jnp.ones_like(_norm(x))
+    share = jnp.ones_like(norm(x))
     _, far = jax.lax.fori_loop(0, halvings, halve, (jnp.zeros_like(share), share))
     # At the far end itself exactly that image, which rounding of x + (adversarial - x) may miss.
     return jnp.where(far < 1, x + far * (adversarial - x), adversarial)
@@ -497,28 +341,25 @@ def _bisected(network, x, y, adversarial, halvings):
 # ---------------------------------------------------------------------------------- what they share
 
 
-class _Problem:
-    """Checked arguments, batches, and what is computed anew of the images that an attack has
-    found."""
+class Problem:
+    """Checked arguments, batches, and what is computed anew of what an attack has found."""
 
     def __init__(self, network, images, labels, clip, key, batch_size):
         self.network = network
-        self.images, self.labels = np.asarray(images, np.float32), np.asarray(labels)
+        self.images = np.asarray(images, np.float32)
+        self.labels = np.asarray(labels)
         if self.images.ndim < 2 or not len(self.images):
             raise ValueError(
                 f"images must be a non-empty batch (N, ...), got shape {self.images.shape}."
             )
-        if self.labels.shape != self.images.shape[:1] or not np.issubdtype(
-            self.labels.dtype, np.integer
-        ):
+        fits = self.labels.shape == self.images.shape[:1]
+        if not fits or not np.issubdtype(self.labels.dtype, np.integer):
             raise ValueError(
                 f"labels must be {len(self.images)} integers, got {self.labels.dtype} of shape "
-                f"{self.labels.shape}: images "
-                f"have shape {self.images.shape}."
+                f"{self.labels.shape}: images have shape {self.images.shape}."
             )
-        logits = jax.eval_shape(
-            lambda x: network(x), jax.ShapeDtypeStruct(self.images.shape[1:], jnp.float32)
-        )
+        like = jax.ShapeDtypeStruct(self.images.shape[1:], jnp.float32)
+        logits = jax.eval_shape(lambda x: network(x), like)
         if len(logits.shape) != 1 or logits.shape[0] < 2:
             raise ValueError(
                 f"the network must give at least 2 logits on one axis, got shape {logits.shape}."
@@ -532,10 +373,12 @@ class _Problem:
         self.range = _float32_range(clip)
         self.check_pixels(self.images, "images")
         self.key = jax.random.key(0) if key is None else key
-        self.batch_size = _at_least_one(batch_size, "batch_size")
+        self.batch_size = at_least_one(batch_size, "batch_size")
 
     def check_pixels(self, images, name):
-        low, high = images.min(), images.max()
+        """Raises a ValueError for pixels that are not finite or outside the range."""
+        low = images.min()
+        high = images.max()
         # a NaN fails too
         if not (low >= self.range[0] and high <= self.range[1] and np.isfinite(high - low)):
             raise ValueError(
@@ -544,8 +387,7 @@ class _Problem:
             )
 
     def _batches(self) -> Iterator[tuple[np.ndarray, int]]:
-        """Rows of equal batches, the last one padded with its last row, and how many of them are
-        meant."""
+        """Rows of equal batches, and how many are meant: the last one is padded."""
         # A power of two, so that attacks on changing subsets of some images compile a few times
         # only.
         size = min(self.batch_size, 1 << (len(self.images) - 1).bit_length())
@@ -554,11 +396,11 @@ class _Problem:
             yield rows, min(size, len(self.images) - first)
 
     def searched(self, search) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """``search(x, y, margin, key, rows, kept)`` of each batch; predictions; is the image itself
-        lost?"""
+        """``search(x, y, margin, key, rows, kept)`` of each batch; predictions; which are lost."""
         parts = []
         for rows, kept in self._batches():
-            x, y = jnp.asarray(self.images[rows]), jnp.asarray(self.labels[rows], jnp.int32)
+            x = jnp.asarray(self.images[rows])
+            y = jnp.asarray(self.labels[rows], jnp.int32)
             predicted, margin = _clean(self.network, x, y)
             found = search(x, y, margin, jax.random.fold_in(self.key, int(rows[0])), rows, kept)
             parts.append([np.asarray(a)[:kept] for a in (found, predicted, ~(margin > 0))])
@@ -569,9 +411,9 @@ class _Problem:
         """Is the label's logit not strictly the largest?"""
         parts = []
         for rows, kept in self._batches():
-            _, margin = _clean(
-                self.network, jnp.asarray(images[rows]), jnp.asarray(self.labels[rows], jnp.int32)
-            )
+            x = jnp.asarray(images[rows])
+            y = jnp.asarray(self.labels[rows], jnp.int32)
+            _, margin = _clean(self.network, x, y)
             parts.append(~(np.asarray(margin)[:kept] > 0))
         return np.concatenate(parts)
 
@@ -582,9 +424,9 @@ class _Problem:
         for stretch in STRETCHES:
             if confirmed.all():
                 break
-            candidates = (
-                self.images + np.float32(1 + stretch) * (found - self.images) if stretch else found
-            )
+            candidates = found
+            if stretch:
+                candidates = self.images + np.float32(1 + stretch) * (found - self.images)
             candidates = np.clip(candidates, *self.range)
             new = self.fooled(candidates) & ~confirmed
             adversarial[new] = candidates[new]
@@ -593,7 +435,8 @@ class _Problem:
         return Nearest(adversarial, distance, predicted)
 
 
-def _at_least_one(value: int, name: str) -> int:
+def at_least_one(value: int, name: str) -> int:
+    """The value; a ValueError if it is no integer of at least 1."""
     if value != int(value) or value < 1:
         raise ValueError(f"{name} must be an integer of at least 1, got {value}.")
     return int(value)
@@ -603,7 +446,8 @@ def _float32_range(clip) -> tuple[np.float32, np.float32]:
     """The smallest and the largest float32 in the range; infinities for None."""
     if clip is None:
         return np.float32(-np.inf), np.float32(np.inf)
-    low, high = np.float32(clip[0]), np.float32(clip[1])
+    low = np.float32(clip[0])
+    high = np.float32(clip[1])
     if not clip[0] <= clip[1]:
         raise ValueError(f"clip must be (lowest, highest) or None, got {clip}.")
     low = np.nextafter(low, np.float32(np.inf)) if float(low) < clip[0] else low
@@ -616,13 +460,12 @@ def _distances(candidates: np.ndarray, images: np.ndarray) -> np.ndarray:
 
 
 def _pulled_inside(candidates: np.ndarray, images: np.ndarray, radii: np.ndarray) -> np.ndarray:
-    """The candidates, those outside their balls moved towards their images until no rounding is
-    left outside."""
+    """The candidates; those outside their balls are moved in until no rounding is left outside."""
     distances = _distances(candidates, images)
     outside = np.flatnonzero(distances > radii)
     x = images[outside]
     shares = radii[outside] / distances[outside] * (1 - 1e-12)
-    moved = x + _column(shares, x) * (candidates[outside].astype(np.float64) - x)
+    moved = x + column(shares, x) * (candidates[outside].astype(np.float64) - x)
     rounded = moved.astype(np.float32)
     # Rounded towards the image, pixel by pixel: it is a float32 itself, so nothing ends beyond it.
     beyond = np.abs(rounded.astype(np.float64) - x) > np.abs(moved - x)
@@ -634,23 +477,24 @@ def _pulled_inside(candidates: np.ndarray, images: np.ndarray, radii: np.ndarray
     return result
 
 
-def _column(values, like):
+def column(values, like):
     """Per-example values, shaped to be multiplied with the examples."""
     return values.reshape(-1, *(1,) * (like.ndim - 1))
 
 
-def _norm(v):
+def norm(v):
+    """Of each example, with its axes."""
     return jnp.sqrt(jnp.sum(jnp.square(v), axis=tuple(range(1, v.ndim)), keepdims=True))
 
 
-def _unit(v):
-    n = _norm(v)
+def unit(v):
+    """``v / ||v||``, example by example, and 0 for 0."""
+    n = norm(v)
     return v / jnp.where(n > 0, n, 1.0)
 
 
-def _margins(network, x, y):
-    """Logits, and the label's minus the largest of the others; minus infinity where a NaN makes
-    them incomparable."""
+def margins(network, x, y):
+    """Logits, and the label's minus the largest of the others; minus infinity for a NaN."""
     logits = jax.vmap(network)(x)
     own = jnp.take_along_axis(logits, y[:, None], axis=1)[:, 0]
     others = jnp.where(jnp.arange(logits.shape[1])[None] == y[:, None], -jnp.inf, logits)
@@ -660,20 +504,19 @@ def _margins(network, x, y):
 
 @jax.jit
 def _clean(network, x, y):
-    logits, margin = _margins(network, x, y)
+    logits, margin = margins(network, x, y)
     return jnp.argmax(logits, axis=1), margin
 
 
 def _gradient(network, x, y, rival, loss, key):
-    """Direction in which the loss grows (a random one where it has no slope), slope, loss, and the
-    margin.
+    """Direction in which the loss grows, slope, loss, and the margin.
 
-    `loss` may be traced: cross-entropy, or minus the margin to the largest rival, or minus that to
-    `rival`.
+    The direction is random where there is no slope. `loss` may be traced: cross-entropy, or minus
+    the margin to the largest rival, or minus that to `rival`.
     """
 
     def objective(candidate):
-        logits, margin = _margins(network, candidate, y)
+        logits, margin = margins(network, candidate, y)
         own = jnp.take_along_axis(logits, y[:, None], axis=1)[:, 0]
         goal = jnp.take_along_axis(logits, rival[:, None], axis=1)[:, 0]
         entropy = -jnp.take_along_axis(jax.nn.log_softmax(logits), y[:, None], axis=1)[:, 0]
@@ -687,4 +530,4 @@ def _gradient(network, x, y, rival, loss, key):
     usable = (largest > 0) & jnp.isfinite(largest)  # False also for NaN
     noise = jax.random.normal(key, x.shape, x.dtype)
     direction = jnp.where(usable, gradient / jnp.where(usable, largest, 1.0), noise)
-    return _unit(direction), jnp.where(usable, largest * _norm(direction), 0.0), value, margin
+    return unit(direction), jnp.where(usable, largest * norm(direction), 0.0), value, margin

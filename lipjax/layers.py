@@ -121,7 +121,8 @@ class Normalize(nnx.Module):
     """
 
     def __init__(self, mean: Sequence[float], deviation: Sequence[float]):
-        mean, deviation = tuple(mean), tuple(deviation)
+        mean = tuple(mean)
+        deviation = tuple(deviation)
         if len(mean) != len(deviation) or not mean:
             raise ValueError(
                 f"mean and deviation need one number per channel each, got {mean} and {deviation}."

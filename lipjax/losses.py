@@ -65,8 +65,8 @@ def emma(bound: Bound, label: jax.Array) -> jax.Array:
     2023).
 
     Each rival's gain is multiplied by the share of the ball at which it would draw level with the
-    label, in [0, 1] and
-    held fixed: the loss works at the boundary of what is robust already, not beyond it.
+    label, in [0, 1] and held fixed: the loss works at the boundary of what is robust already, not
+    beyond it.
     """
     gain = worst_logits(bound, label) - bound.logits
     ahead = bound.logits[label] - bound.logits

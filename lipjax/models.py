@@ -178,7 +178,8 @@ def small_residual(
         blocks: how many blocks; each is followed by an activation and has one inside.
         dense, threshold, orthogonal: as those of `small_conv`.
     """
-    stem, inside = _Conv(width, 4, 2), _Conv(width, 3, 1)
+    stem = _Conv(width, 4, 2)
+    inside = _Conv(width, 3, 1)
     height, side, channels = input_shape
     shape = (_size(height, stem, 0, input_shape), _size(side, stem, 0, input_shape), width)
     pair = (threshold, -threshold)

@@ -42,7 +42,8 @@ class CayleyLinear(nnx.Module):
         wide = free.shape[0] < free.shape[1]
         tall = free.T if wide else free
         side = tall.shape[1]
-        square, rest = tall[:side], tall[side:]
+        square = tall[:side]
+        rest = tall[side:]
         skew = square - square.T + rest.T @ rest
         identity = jnp.eye(side, dtype=free.dtype)
         # (I + A)^T = the system from the left: X (I + A) = B.
@@ -92,9 +93,11 @@ class AOLConv(nnx.Module):
 
     def plain(self) -> nnx.Conv:
         """The nnx.Conv of the same map."""
-        kernel, stride = self.free.kernel[...], int(self.free.strides)  # type: ignore[arg-type]
+        kernel = self.free.kernel[...]
+        stride = int(self.free.strides)  # type: ignore[arg-type]
         height, width, inputs, outputs = kernel.shape
-        tall, broad = -(-height // stride), -(-width // stride)
+        tall = -(-height // stride)
+        broad = -(-width // stride)
         padded = jnp.pad(
             kernel, ((0, tall * stride - height), (0, broad * stride - width), (0, 0), (0, 0))
         )

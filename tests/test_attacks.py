@@ -14,7 +14,8 @@ from flax import nnx
 
 import lipjax
 from benchmarks import hunt, unsound
-from lipjax.attacks import SCHEDULES, boundary, pgd, smallest, targeted
+from benchmarks.attacks import boundary, targeted
+from lipjax.attacks import SCHEDULES, pgd, smallest
 
 SIZE, CLASSES = 6, 4
 ROWS = 8

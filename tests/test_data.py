@@ -16,7 +16,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lipjax.data import records, sets
+from lipjax.data import dataset, sets
+from lipjax.data import images as on_disk
+from lipjax.data import tfds as tfds_sets
 from lipjax.data.sets import DataError
 
 
@@ -99,8 +101,8 @@ def test_the_fingerprint_changes_with_every_pixel_label_and_order(ten):
     images, labels = whole.images.copy(), whole.labels.copy()
     images[3, 2, 1, 0] += 1
     labels[5] = 1 - labels[5]
-    seen.add(sets.fingerprint(sets._dataset("a", "test", images, whole.labels)))
-    seen.add(sets.fingerprint(sets._dataset("a", "test", whole.images, labels)))
+    seen.add(sets.fingerprint(dataset.in_memory("a", "test", images, whole.labels)))
+    seen.add(sets.fingerprint(dataset.in_memory("a", "test", whole.images, labels)))
     assert len(seen) == 5
     assert sets.fingerprint(whole.take(rows)) == sets.fingerprint(whole)
 
@@ -383,7 +385,7 @@ def test_tfds_prepares_its_own_mnist_offline_from_the_original_archives(
     def refuse(*_, **__):
         raise AssertionError("prepared a second time")
 
-    monkeypatch.setattr(sets.subprocess, "run", refuse)
+    monkeypatch.setattr(tfds_sets.subprocess, "run", refuse)
     again = sets.load("mnist", data_dir=str(tmp_path / "prepared"))
     assert sets.fingerprint(again.train) == sets.fingerprint(splits.train)
 
@@ -466,22 +468,22 @@ def test_a_large_tfds_set_stays_on_disk_with_the_same_images_and_is_read_through
     prepare_own_set(name, tmp_path, channels=channels)
     name = f"lipjax_large{channels}"
     small = sets.load(name, data_dir=str(tmp_path))
-    monkeypatch.setattr(sets, "IN_MEMORY_BYTES", 12 * 20 * channels - 1)
+    monkeypatch.setattr(tfds_sets, "IN_MEMORY_BYTES", 12 * 20 * channels - 1)
 
-    read = records.Source.read
+    read = on_disk.Source.read
 
     def first_alone(self, position):  # the first label says whether the labels are withheld
         assert position == 0, "read through a second time"
         return read(self, position)
 
-    monkeypatch.setattr(records.Source, "read", first_alone)
+    monkeypatch.setattr(on_disk.Source, "read", first_alone)
     large = sets.load(name, data_dir=str(tmp_path))
     fingerprints = {sets.fingerprint(part) for part in (large.train, large.validation, large.test)}
     assert len(fingerprints) == 3
     monkeypatch.undo()
     for split in ("train", "validation", "test"):
         found, expected = getattr(large, split), getattr(small, split)
-        assert isinstance(found.images, records.Images) and isinstance(expected.images, np.ndarray)
+        assert isinstance(found.images, on_disk.Images) and isinstance(expected.images, np.ndarray)
         assert (
             found.images.nbytes == expected.images.nbytes and found.levels == expected.levels == 255
         )
@@ -584,7 +586,7 @@ def test_well_known_sets_have_the_names_that_one_tries(tmp_path, monkeypatch):
         asked.append(command[3])
         return subprocess.CompletedProcess(command, 1, "", "not here\n")
 
-    monkeypatch.setattr(sets.subprocess, "run", child)
+    monkeypatch.setattr(tfds_sets.subprocess, "run", child)
     own = {"svhn": "svhn_cropped", "fashion-mnist": "fashion_mnist", "imagenet": "imagenet2012"}
     names = [
         "mnist",
@@ -683,7 +685,7 @@ def test_what_tfds_cannot_prepare_is_an_error_that_says_what_to_do(tmp_path, mon
         assert command[1:4] == ["-m", "lipjax.data", "mnist"]
         return subprocess.CompletedProcess(command, 1, "", said)
 
-    monkeypatch.setattr(sets.subprocess, "run", fail)
+    monkeypatch.setattr(tfds_sets.subprocess, "run", fail)
     said = "Traceback\nConnectionError: no route to host\n"
     with pytest.raises(
         DataError, match=r"(?s)could not prepare mnist: ConnectionError: no route.*manual_dir"

@@ -20,11 +20,11 @@ from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lipjax import norms
 from lipjax.graph.linear import Convolution, LinearOperator
-from lipjax.norms import deterministic
 
 # What an accepted first attempt inflates the norm by, and what Gram iteration may.
-ATTEMPT = deterministic.INFLATIONS[0] ** 0.5 + 1e-6
+ATTEMPT = norms.cholesky.INFLATIONS[0] ** 0.5 + 1e-6
 GRAM = 1.004
 
 BANDED = {
@@ -137,15 +137,15 @@ def test_bounds_of_masked_convolutions_are_at_least_the_norm_and_tight_whatever_
 ):
     operator, like = convolution(*BANDED[name])
     shape_out = jax.eval_shape(operator, like).shape
-    assert deterministic.masked_convolution_cost(operator, like) < 1e9
+    assert norms.banded.masked_convolution_cost(operator, like) < 1e9
 
     @jax.jit
     def bounds(operator, *arguments):
         *masks, guess = arguments
         return {
-            "schur": deterministic.schur_bound(operator, like, *masks),
-            "frobenius": deterministic.frobenius_bound(operator, like, *masks),
-            "banded": deterministic.masked_convolution_norm_bound(operator, like, *masks, guess),
+            "schur": norms.closed.schur_bound(operator, like, *masks),
+            "frobenius": norms.closed.frobenius_bound(operator, like, *masks),
+            "banded": norms.banded.masked_convolution_norm_bound(operator, like, *masks, guess),
         }
 
     @settings(max_examples=20, deadline=None)
@@ -195,7 +195,7 @@ def test_dense_bounds_are_at_least_the_norm_and_tight_whatever_the_guess(x64, si
 
     @jax.jit
     def bound(matrix, *arguments):
-        return deterministic.dense_norm_bound(with_kernel(operator, matrix), like, *arguments)
+        return norms.gram.dense_norm_bound(with_kernel(operator, matrix), like, *arguments)
 
     @settings(max_examples=40, deadline=None)
     @given(
@@ -224,7 +224,7 @@ def test_dense_bounds_are_at_least_the_norm_and_tight_whatever_the_guess(x64, si
 def test_the_hidden_direction_does_not_deceive_the_dense_bound(x64):
     n = 512
     v = np.random.default_rng(0).choice([-1.0, 1.0], n) / np.sqrt(n)
-    bound = jax.jit(deterministic.gram_norm_bound)
+    bound = jax.jit(norms.gram.gram_norm_bound)
     for s in (2.0, 1.01):
         # the guess is what an estimate sees
         found = bound(jnp.asarray(np.eye(n) + (s - 1) * np.outer(v, v)), 1.0)
@@ -232,10 +232,10 @@ def test_the_hidden_direction_does_not_deceive_the_dense_bound(x64):
 
 
 def test_an_estimate_that_misses_the_largest_value_falls_back_on_gram_iteration(x64, monkeypatch):
-    monkeypatch.setattr(deterministic, "_ritz_value", lambda gram, shape: jnp.asarray(1e-3))
+    monkeypatch.setattr(norms.gram, "ritz_value", lambda gram, shape: jnp.asarray(1e-3))
     matrix = np.random.default_rng(0).normal(size=(12, 12))
     truth = np.linalg.norm(matrix, 2)
-    found = jax.jit(lambda m: deterministic.gram_norm_bound(m))(jnp.asarray(matrix))
+    found = jax.jit(lambda m: norms.gram.gram_norm_bound(m))(jnp.asarray(matrix))
     assert truth <= found <= GRAM * truth
 
 
@@ -263,7 +263,7 @@ def test_the_circular_bound_is_the_norm_of_the_circle_that_contains_the_convolut
     x64, settings_, shape
 ):
     operator, like = convolution(settings_, shape)
-    bound = jax.jit(lambda operator: deterministic.convolution_norm_bound(operator, like))
+    bound = jax.jit(lambda operator: norms.fourier.convolution_norm_bound(operator, like))
     apply = operator.apply
     extents = [(k - 1) * d for k, d in zip(operator.kernel.shape, apply.dilation, strict=False)]
     grid = [
@@ -296,7 +296,7 @@ def test_circular_padding_is_its_own_circle_where_the_stride_divides_it(x64, siz
         jax.ShapeDtypeStruct((size, size, 2), jnp.float64),
     )
     truth = np.linalg.norm(matrix_of(operator, like), 2)
-    found = jax.jit(lambda operator: deterministic.convolution_norm_bound(operator, like))(operator)
+    found = jax.jit(lambda operator: norms.fourier.convolution_norm_bound(operator, like))(operator)
     assert found >= truth * (1 - 1e-12)
     assert (found <= GRAM * truth) == exact
 
@@ -304,7 +304,7 @@ def test_circular_padding_is_its_own_circle_where_the_stride_divides_it(x64, siz
 def test_the_circular_bound_is_close_for_large_images(x64):
     operator, like = convolution(dict(kernel_size=(3, 3), padding=1), (24, 24, 1), 2)
     truth = np.linalg.norm(matrix_of(operator, like), 2)
-    found = jax.jit(lambda operator: deterministic.convolution_norm_bound(operator, like))(operator)
+    found = jax.jit(lambda operator: norms.fourier.convolution_norm_bound(operator, like))(operator)
     assert truth <= found <= 1.02 * truth
 
 
@@ -323,7 +323,7 @@ def block_attempts(gram, taus):
         return gram[rows[:, None], columns[None, :]]
 
     indices, valid = jnp.arange(8).reshape(4, 2), jnp.ones((4, 2), bool)
-    return jax.vmap(lambda tau: deterministic._banded_attempt(entries, indices, valid, tau))(taus)
+    return jax.vmap(lambda tau: norms.banded._banded_attempt(entries, indices, valid, tau))(taus)
 
 
 def block_gram(seed):
@@ -338,7 +338,7 @@ def full_gram(seed):
 
 
 def dense_attempts(gram, taus):
-    return jax.vmap(lambda tau: deterministic._attempt(gram, tau))(taus)
+    return jax.vmap(lambda tau: norms.gram._attempt(gram, tau))(taus)
 
 
 def compiled(attempts):
@@ -353,7 +353,7 @@ def test_a_factorisation_accepted_below_the_largest_eigenvalue_still_bounds_it(
     x64, monkeypatch, attempts, gram_of
 ):
     # Without the general allowance: what the factors leave over must be enough by itself.
-    monkeypatch.setattr(deterministic, "_ROUND_UP", 1.0)
+    monkeypatch.setattr(norms.cholesky, "ROUND_UP", 1.0)
     run, below = compiled(attempts), 0
     for gram in map(gram_of, range(8)):
         taus = around(np.linalg.eigvalsh(gram)[-1])
@@ -411,14 +411,14 @@ def test_a_gram_matrix_as_wrong_as_the_error_model_allows_does_not_lower_the_bou
     there is."""
     rows = 4096
     matrix = np.full((rows, 1), 2.0**-6)  # of norm 1, exactly
-    honest = deterministic.largest_eigenvalue_bound
+    honest = norms.gram.largest_eigenvalue_bound
     worst = 1 - (rows - 1) * 2.0**-53  # less than gamma of so many terms
 
     def rounded(gram, guess=None):
         return honest(gram * worst, guess)
 
-    monkeypatch.setattr(deterministic, "largest_eigenvalue_bound", rounded)
-    bound = float(deterministic.gram_norm_bound(jnp.asarray(matrix), 1.0))
+    monkeypatch.setattr(norms.gram, "largest_eigenvalue_bound", rounded)
+    bound = float(norms.gram.gram_norm_bound(jnp.asarray(matrix), 1.0))
     assert exceeds_norm(bound, matrix) and bound < 1 + 1e-9
 
 
@@ -435,7 +435,7 @@ def test_what_a_factor_leaves_over_counts_the_rounding_of_multiplying_it_out(x64
     gram = np.eye(2 * half) - rounded
     assert np.array_equal(np.eye(2 * half) - gram, rounded)  # nothing else is rounded
     monkeypatch.setattr(jax.lax.linalg, "cholesky", lambda a, **_: jnp.asarray(factor))
-    bound = float(deterministic._attempt(jnp.asarray(gram), jnp.asarray(1.0)))
+    bound = float(norms.gram._attempt(jnp.asarray(gram), jnp.asarray(1.0)))
     # A Rayleigh quotient, exactly: x is q on the first half and -p on the second, orthogonal to the
     # column.
     x = [Fraction(q)] * half + [Fraction(-p)] * half
@@ -464,8 +464,8 @@ def _values_that_round_apart():
 def test_gram_iteration_of_matrices_on_which_it_is_exact_is_not_rounded_below_the_norm(x64):
     """Rank one: every iterate's Frobenius norm is its norm, so nothing but the allowance for
     rounding is between."""
-    real = jax.jit(lambda m: deterministic._gram_iteration((m,)))
-    doubled = jax.jit(lambda a, b: deterministic._gram_iteration((a, b)))
+    real = jax.jit(lambda m: norms.gram.gram_iteration((m,)))
+    doubled = jax.jit(lambda a, b: norms.gram.gram_iteration((a, b)))
     for seed in range(10):
         rng = np.random.default_rng(seed)
         left, right = rng.uniform(size=5) * 10.0 ** rng.integers(-100, 100), rng.uniform(size=4)
@@ -481,8 +481,8 @@ def test_gram_iteration_of_matrices_on_which_it_is_exact_is_not_rounded_below_th
 
 def test_closed_forms_of_matrices_on_which_they_are_exact_are_not_rounded_below_the_norm(x64):
     operator, like = explicit(np.zeros((5, 4)))
-    schur = jax.jit(lambda m: deterministic.schur_bound(with_kernel(operator, m), like))
-    frobenius = jax.jit(lambda m: deterministic.frobenius_bound(with_kernel(operator, m), like))
+    schur = jax.jit(lambda m: norms.closed.schur_bound(with_kernel(operator, m), like))
+    frobenius = jax.jit(lambda m: norms.closed.frobenius_bound(with_kernel(operator, m), like))
     for value in (0.1, 1 / 3, 7e-151, 3e150, 1e-320):
         matrix = np.full((5, 4), value)
         assert exceeds_norm(schur(matrix), matrix)
@@ -495,7 +495,7 @@ def test_closed_forms_of_matrices_on_which_they_are_exact_are_not_rounded_below_
 
 def test_a_circular_convolution_with_a_positive_kernel_is_not_rounded_below_its_sum(x64):
     operator, like = convolution(dict(kernel_size=(3, 2), padding="CIRCULAR"), (5, 4, 1), 1)
-    bound = jax.jit(lambda operator: deterministic.convolution_norm_bound(operator, like))
+    bound = jax.jit(lambda operator: norms.fourier.convolution_norm_bound(operator, like))
     for seed in range(10):
         kernel = np.random.default_rng(seed).uniform(size=operator.kernel.shape)
         exact = sum(Fraction(float(k)) for k in kernel.reshape(-1))
@@ -504,7 +504,7 @@ def test_a_circular_convolution_with_a_positive_kernel_is_not_rounded_below_its_
 
 
 def test_cancellation_and_nearly_equal_singular_values_are_covered(x64):
-    bound = jax.jit(deterministic.gram_norm_bound)
+    bound = jax.jit(norms.gram.gram_norm_bound)
     rng = np.random.default_rng(0)
     parallel = np.outer(rng.normal(size=6), np.ones(5)) + 1e-12 * rng.normal(size=(6, 5))
     q, _ = np.linalg.qr(rng.normal(size=(6, 5)))
@@ -542,18 +542,18 @@ def _bounds_of_any_size(whole, kernel, mask_in, mask_out):
     dense, like = explicit(jnp.zeros((3, 3)))
     layer, image = convolution(dict(kernel_size=(3,), padding=1), (3, 1), 1)
     kinds = [
-        deterministic.schur_bound,
-        deterministic.frobenius_bound,
-        deterministic.dense_norm_bound,
+        norms.closed.schur_bound,
+        norms.closed.frobenius_bound,
+        norms.gram.dense_norm_bound,
     ]
     dense = with_kernel(dense, whole)
     layer = with_kernel(layer, kernel)
-    kinds_of_layer = [*kinds, deterministic.masked_convolution_norm_bound]
+    kinds_of_layer = [*kinds, norms.banded.masked_convolution_norm_bound]
     return (
         [bound(dense, like, mask_in, mask_out) for bound in kinds],
         [
             *(bound(layer, image, mask_in[:, None], mask_out[:, None]) for bound in kinds_of_layer),
-            deterministic.global_norm_bound(layer, image),
+            norms.best.global_norm_bound(layer, image),
         ],
     )
 
@@ -569,12 +569,12 @@ def test_degenerate_kernels_and_masks_never_give_a_number_too_small(x64):
     def bounds(operator, mask_in, mask_out):
         masks = mask_in, mask_out
         return (
-            deterministic.schur_bound(operator, like, *masks),
-            deterministic.frobenius_bound(operator, like, *masks),
-            deterministic.dense_norm_bound(operator, like, *masks),
-            deterministic.masked_convolution_norm_bound(operator, like, *masks),
+            norms.closed.schur_bound(operator, like, *masks),
+            norms.closed.frobenius_bound(operator, like, *masks),
+            norms.gram.dense_norm_bound(operator, like, *masks),
+            norms.banded.masked_convolution_norm_bound(operator, like, *masks),
             jnp.where(
-                jnp.all(mask_in & mask_out), deterministic.convolution_norm_bound(operator, like), 0
+                jnp.all(mask_in & mask_out), norms.fourier.convolution_norm_bound(operator, like), 0
             ),
         )
 
@@ -601,10 +601,15 @@ def test_degenerate_kernels_and_masks_never_give_a_number_too_small(x64):
 
 
 @pytest.mark.parametrize(
-    "function", ["schur_bound", "dense_norm_bound", "masked_convolution_norm_bound", "norm_bound"]
+    "bound",
+    [
+        norms.closed.schur_bound,
+        norms.gram.dense_norm_bound,
+        norms.banded.masked_convolution_norm_bound,
+        norms.best.norm_bound,
+    ],
 )
-def test_unsuitable_arguments_are_errors(function):
-    bound = getattr(deterministic, function)
+def test_unsuitable_arguments_are_errors(bound):
     single = operator_of(nnx.Conv(1, 1, (3,), rngs=nnx.Rngs(0)))
     with pytest.raises(ValueError, match=r"float32.*enable x64"):
         bound(single, jnp.zeros((5, 1)))
@@ -621,26 +626,28 @@ def test_unsuitable_arguments_are_errors(function):
 
 def test_unsuitable_matrices_and_maps_are_errors(x64):
     with pytest.raises(ValueError, match=r"square float64 matrix, got float64 of shape \(3, 2\)"):
-        deterministic.largest_eigenvalue_bound(jnp.zeros((3, 2)))
+        norms.gram.largest_eigenvalue_bound(jnp.zeros((3, 2)))
     with pytest.raises(ValueError, match="expected a matrix"):
-        deterministic.gram_norm_bound(jnp.zeros(3))
+        norms.gram.gram_norm_bound(jnp.zeros(3))
     with pytest.raises(TypeError, match="expected the view of a convolution"):
-        deterministic.convolution_norm_bound(*explicit(np.eye(2)))
-    assert deterministic.masked_convolution_cost(*explicit(np.eye(2))) == np.inf
+        norms.fourier.convolution_norm_bound(*explicit(np.eye(2)))
+    assert norms.banded.masked_convolution_cost(*explicit(np.eye(2))) == np.inf
 
 
 # ----------------------------------------------------------------------------------- what is chosen
 
 
-@pytest.mark.parametrize("function", ["dense_norm_bound", "masked_convolution_norm_bound"])
+@pytest.mark.parametrize(
+    "function", [norms.gram.dense_norm_bound, norms.banded.masked_convolution_norm_bound]
+)
 def test_examples_taken_one_after_the_other_under_vmap_keep_their_own_masks(
     x64, monkeypatch, function
 ):
-    monkeypatch.setattr(deterministic, "VECTORISED_ENTRIES", 1)
+    monkeypatch.setattr(norms.gram, "VECTORISED_ENTRIES", 1)
     operator, like = convolution(dict(kernel_size=(3,), padding=1), (6, 2), 3)
     rng = np.random.default_rng(0)
     masks = [rng.uniform(size=(4, 6, channels)) < 0.5 for channels in (2, 3)]
-    bound = lambda operator, *masks: getattr(deterministic, function)(operator, like, *masks)  # noqa: E731
+    bound = lambda operator, *masks: function(operator, like, *masks)  # noqa: E731
     found = jax.jit(jax.vmap(bound, in_axes=(None, 0, 0)))(operator, *map(jnp.asarray, masks))
     matrix = matrix_of(operator, like)
     for value, keep_in, keep_out in zip(found, *masks, strict=True):
@@ -657,10 +664,10 @@ def test_a_gram_matrix_formed_by_application_in_chunks_is_the_explicit_one(
     truth = np.linalg.norm(
         matrix_of(operator, like) * keep_in.reshape(-1) * keep_out.reshape(-1, 1), 2
     )
-    monkeypatch.setattr(deterministic, "EXPLICIT_ENTRIES", 1)
+    monkeypatch.setattr(norms.gram, "EXPLICIT_ENTRIES", 1)
     # does not divide the number of columns
-    monkeypatch.setattr(deterministic, "CPU_CHUNK_ENTRIES", 100)
-    found = jax.jit(lambda *masks: deterministic.dense_norm_bound(operator, like, *masks))(
+    monkeypatch.setattr(norms.scaled, "CPU_CHUNK_ENTRIES", 100)
+    found = jax.jit(lambda *masks: norms.gram.dense_norm_bound(operator, like, *masks))(
         keep_in, keep_out
     )
     assert truth <= found <= ATTEMPT * truth
@@ -668,9 +675,9 @@ def test_a_gram_matrix_formed_by_application_in_chunks_is_the_explicit_one(
 
 def test_a_budget_below_the_whole_still_serves_examples_with_few_kept_coordinates(x64):
     operator, like = convolution(dict(kernel_size=(3, 3), padding=1), (12, 6, 2), 2)
-    budget = 0.5 * deterministic.masked_convolution_cost(operator, like)
+    budget = 0.5 * norms.banded.masked_convolution_cost(operator, like)
     bound = jax.jit(
-        lambda mask: deterministic.masked_convolution_norm_bound(
+        lambda mask: norms.banded.masked_convolution_norm_bound(
             operator, like, mask, None, fallback=50.0, budget=budget
         )
     )
@@ -690,11 +697,11 @@ def test_the_best_bound_is_at_most_every_candidate_within_the_budget(x64):
     truth = np.linalg.norm(dense.kernel, 2)
 
     def best(**options):
-        return float(jax.jit(lambda: deterministic.norm_bound(dense, like, **options))())
+        return float(jax.jit(lambda: norms.best.norm_bound(dense, like, **options))())
 
     assert truth <= best() <= ATTEMPT * truth
     cheap = best(budget=0.0)
-    np.testing.assert_allclose(cheap, deterministic.schur_bound(dense, like), rtol=1e-12)
+    np.testing.assert_allclose(cheap, norms.closed.schur_bound(dense, like), rtol=1e-12)
     assert cheap > 1.1 * truth
     assert best(budget=0.0, global_bound=1.0001 * truth) == 1.0001 * truth
     assert best(budget=0.0, global_bound=np.nan) == cheap  # a NaN is no bound
@@ -705,9 +712,9 @@ def test_the_global_bound_is_tight_within_the_budget_and_circular_beyond_it(x64)
     truth = np.linalg.norm(matrix_of(operator, like), 2)
     whole, circular, expected = jax.jit(
         lambda operator: (
-            deterministic.global_norm_bound(operator, like),
-            deterministic.global_norm_bound(operator, like, budget=0.0),
-            deterministic.convolution_norm_bound(operator, like),
+            norms.best.global_norm_bound(operator, like),
+            norms.best.global_norm_bound(operator, like, budget=0.0),
+            norms.fourier.convolution_norm_bound(operator, like),
         )
     )(operator)
     assert truth <= whole <= ATTEMPT * truth < circular
@@ -716,20 +723,20 @@ def test_the_global_bound_is_tight_within_the_budget_and_circular_beyond_it(x64)
 
 def test_batches_of_several_layers_at_once_do_not_wait_for_each_other_for_ever():
     """jaxlib 0.10's batched LAPACK calls did, on as many threads as there are calls
-    (`deterministic._one_by_one`)."""
+    (`norms.cholesky.one_by_one`)."""
     program = """
 import os
 if hasattr(os, "sched_setaffinity"):
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:2])
 import jax, jax.numpy as jnp
-from lipjax import deterministic
+from lipjax import norms
 jax.config.update("jax_enable_x64", True)
 factors = [jax.random.normal(jax.random.key(i), (64, 30, 30)) for i in range(4)]
 
 def layer(factor):
     gram = factor @ factor.T
-    attempt = deterministic._attempt(gram, jnp.asarray(200.0))
-    return attempt, deterministic._ritz_value(lambda x: gram @ x, (30,))
+    attempt = norms.gram._attempt(gram, jnp.asarray(200.0))
+    return attempt, norms.lanczos.ritz_value(lambda x: gram @ x, (30,))
 
 run = jax.jit(lambda factors: [jax.vmap(layer)(factor) for factor in factors])
 for _ in range(300):

@@ -24,7 +24,7 @@ from jax.sharding import AxisType
 
 import lipjax
 from lipjax import models, training
-from lipjax.certificates import prover
+from lipjax.certificates import batches
 from lipjax.configs import digits
 from lipjax.data import sets
 from lipjax.training import feeding
@@ -139,7 +139,7 @@ def report(mode):
 def certified_by(devices, test):
     """Certificates of more batches than devices, the last one not full, as bytes; and that some are
     positive."""
-    prover._devices = lambda: jax.devices()[:devices]
+    batches.devices = lambda: jax.devices()[:devices]
     network = models.build("small_dense", input_shape=(8, 8, 1), widths=(6,), rngs=nnx.Rngs(0))
     found = lipjax.certify(
         network, test.unit_images(np.arange(13)), None, 1e-3, batch_size=4, seed=0

@@ -130,7 +130,7 @@ def test_the_guards_name_files_that_exist_and_all_that_a_proof_rests_on():
         text = (ROOT / guard.path).read_text()
         assert all(f"def {name}(" in text or f"class {name}" in text for name in guard.only)
     guarded = {guard.path for guard in mutations.GUARDS.values()}
-    for folder in ("activations", "bounds", "rounding"):
+    for folder in ("activations", "bounds", "certificates", "norms", "rounding"):
         for path in (ROOT / "lipjax" / folder).glob("[!_]*.py"):
             assert str(path.relative_to(ROOT)) in guarded
 

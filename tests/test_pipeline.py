@@ -336,7 +336,8 @@ def test_no_worker_is_left_of_an_iterator_that_is_closed_early(train):
 PROGRAM = """
 import multiprocessing, sys, time
 import numpy as np
-from lipjax import data, pipeline
+from lipjax import data
+from lipjax.data import pipeline
 
 if __name__ == "__main__":
     train = data.load(sys.argv[1], image_size=12).train

@@ -1,6 +1,7 @@
 """Records on disk: the same images as the folder they come from, lazily; what is damaged or
 half-written is named."""
 
+import dataclasses
 import json
 import multiprocessing
 import os
@@ -14,7 +15,9 @@ import pytest
 from conftest import ROOT
 from PIL import Image
 
-from lipjax.data import records, sets
+from lipjax.data import images as on_disk
+from lipjax.data import local, records, sets
+from lipjax.data import stored as stored_records
 from lipjax.data.sets import DataError
 
 
@@ -83,7 +86,7 @@ def test_records_hold_the_folders_examples_in_its_order_pixel_for_pixel(
     found = sets.load(f"records:{stored}", image_size=image_size, **arguments)
     for split in ("train", "validation", "test"):
         same(getattr(found, split), getattr(expected, split))
-        assert isinstance(getattr(found, split).images, records.Images)
+        assert isinstance(getattr(found, split).images, on_disk.Images)
 
 
 def test_the_real_tiny_imagenet_is_the_same_from_records(shared, tmp_path):
@@ -111,8 +114,8 @@ def test_the_real_tiny_imagenet_is_the_same_from_records(shared, tmp_path):
 
 
 def test_the_original_bytes_are_stored(folder, stored):
-    _, files = sets.folder_files(folder)
-    for split, (images, labels) in records.open_folder(stored).splits.items():
+    _, files = local.folder_files(folder)
+    for split, (images, labels) in stored_records.open_folder(stored).splits.items():
         assert [path.read_bytes() for path, _ in files[split]] == [
             images.source.read(i)[0] for i in range(len(images))
         ]
@@ -184,7 +187,7 @@ def test_the_fingerprint_changes_with_pixels_choice_order_labels_and_size_and_de
         whole,
         whole.take(rows[::-1]),
         whole.take(rows[:5]),
-        sets.dataclasses.replace(whole, labels=labels),
+        dataclasses.replace(whole, labels=labels),
     ]
     first, second = np.flatnonzero(whole.labels == 0)[:2]
     exchanged = rows.copy()
@@ -200,7 +203,7 @@ def test_the_fingerprint_changes_with_pixels_choice_order_labels_and_size_and_de
     def refuse(*_):
         raise AssertionError("decoded")
 
-    monkeypatch.setattr(records, "decode", refuse)
+    monkeypatch.setattr(on_disk, "decode", refuse)
     assert len({sets.fingerprint(one) for one in different}) == len(different)
     assert sets.fingerprint(whole.take(rows)) == sets.fingerprint(whole)
     again = sets.load(f"records:{stored}").train
@@ -218,7 +221,7 @@ def test_resizing_keeps_the_aspect_and_the_centre(size):
     image = Image.fromarray(
         np.stack([255 * x / width, 255 * y / height, 0 * x], -1).round().astype(np.uint8)
     )
-    out = records.pixels(image, 14).astype(float)
+    out = on_disk.pixels(image, 14).astype(float)
     assert out.shape == (14, 14, 3)
     # 14 of 16 pixels of the shorter side: positions relative to the centre, in units of the
     # original's pixels.
@@ -229,7 +232,7 @@ def test_resizing_keeps_the_aspect_and_the_centre(size):
         # the filter is cut off.
         np.testing.assert_allclose(line[2:-2], expected[2:-2], atol=min(size) / 16 * 1.1)
         np.testing.assert_allclose(np.diff(line[2:-2]).mean(), min(size) / 16, rtol=0.07)
-    np.testing.assert_array_equal(records.pixels(image), np.asarray(image))
+    np.testing.assert_array_equal(on_disk.pixels(image), np.asarray(image))
 
 
 def test_images_of_several_sizes_need_an_image_size(tmp_path):
@@ -267,7 +270,7 @@ CHANGES = {
 def test_a_damaged_record_is_an_error_that_names_file_record_and_remedy_and_the_others_are_read(
     stored, change
 ):
-    images, _ = records.open_folder(stored).splits["train"]
+    images, _ = stored_records.open_folder(stored).splits["train"]
     good = images[:]
     position = 4
     encoded, _ = images.source.read(position)
@@ -275,7 +278,7 @@ def test_a_damaged_record_is_an_error_that_names_file_record_and_remedy_and_the_
     inside = [i for i in range(len(images)) if images.source.read(i)[0] in path.read_bytes()]
     raw = path.read_bytes()
     path.write_bytes(CHANGES[change](raw, raw.index(encoded) + 30))
-    again, _ = records.open_folder(stored).splits["train"]  # the file's size is right
+    again, _ = stored_records.open_folder(stored).splits["train"]  # the file's size is right
     with pytest.raises(
         DataError,
         match=rf"{path}, record {inside.index(position)}, is missing or damaged: .*convert again",
@@ -288,7 +291,7 @@ def test_a_damaged_record_is_an_error_that_names_file_record_and_remedy_and_the_
 
 
 def test_records_that_do_not_belong_where_they_are_or_are_no_images_are_errors(stored):
-    images, _ = records.open_folder(stored).splits["train"]
+    images, _ = stored_records.open_folder(stored).splits["train"]
     first, second = (path for path, _, _ in images.source.shards[:2])
     count = images.source.shards[0][2]
     assert count == images.source.shards[1][2]
@@ -298,20 +301,20 @@ def test_records_that_do_not_belong_where_they_are_or_are_no_images_are_errors(s
         DataError,
         match=rf"{first}, record 1, .* it says that it is number {count + 1} .* expected 1",
     ):
-        records.Images(
-            records.Source(images.source.shards, records.parse_record, "", ""),
+        on_disk.Images(
+            on_disk.Source(images.source.shards, stored_records.parse_record, "", ""),
             np.arange(9),
             (16, 20, 3),
         )[1]
     for record, message in (
         (b"short", "it holds 5 bytes"),
-        (records.HEADER.pack(7, 0), "it says that it is number 7"),
+        (stored_records.HEADER.pack(7, 0), "it says that it is number 7"),
     ):
         with pytest.raises(ValueError, match=message):
-            records.parse_record(record, 3)
+            stored_records.parse_record(record, 3)
     for encoded in (b"", b"no image", b"\xff\xd8\xff\xe0" + bytes(50)):
-        with pytest.raises(records.Undecodable):
-            records.decode(encoded)
+        with pytest.raises(on_disk.Undecodable):
+            on_disk.decode(encoded)
 
 
 def test_a_folder_that_is_incomplete_or_of_another_format_is_an_error_that_says_what_to_do(
@@ -319,7 +322,7 @@ def test_a_folder_that_is_incomplete_or_of_another_format_is_an_error_that_says_
 ):
     with pytest.raises(
         DataError,
-        match=r"nothing holds no records .* python -m lipjax\.records folder:<path> --out=",
+        match=r"nothing holds no records .* python -m lipjax\.data\.records folder:<path> --out=",
     ):
         sets.load(f"records:{tmp_path}/nothing")
     description = stored / "records.json"
@@ -389,7 +392,7 @@ def test_a_kill_leaves_nothing_that_looks_complete(tmp_path):
     # The process stops itself in the middle of the training images (test images come first).
     program = (
         "import os, signal, sys\n"
-        "from lipjax import records\n"
+        "from lipjax.data import records\n"
         "decode, calls = records.decode, []\n"
         "def kill_at_30(encoded):\n"
         "    calls.append(1)\n"

@@ -12,10 +12,10 @@ import pytest
 from flax import nnx
 
 import lipjax
-from lipjax.certificates import prover as certificates
+from lipjax import norms
+from lipjax.certificates import batches, prover, randomness, setup, verdicts
 from lipjax.check import checker
 from lipjax.formats import certificate_files
-from lipjax.norms import deterministic, power
 
 SIZE, BUMP, EPSILON = 64, 0.3, 0.1
 
@@ -27,7 +27,7 @@ def seen(seed: int) -> np.ndarray:
     with jax.enable_x64(True):
         _, local = jax.random.split(jax.random.key(seed, impl="threefry2x32"))
         key = jax.random.fold_in(jax.random.fold_in(local, 0), 0)
-        starts = np.asarray(jax.random.normal(key, (power.STARTS, SIZE), jnp.float64))
+        starts = np.asarray(jax.random.normal(key, (norms.chebyshev.STARTS, SIZE), jnp.float64))
     chirp = np.cos(0.5 * np.sqrt(5) * np.square(np.arange(SIZE, dtype=np.float64)))
     return np.concatenate([starts, chirp[None]])
 
@@ -161,16 +161,24 @@ def test_files_of_version_1_stay_readable_and_say_what_they_said(tmp_path):
 
 def test_no_bit_of_a_seed_is_lost(x64):
     def key(seed):
-        graph = lipjax.trace(small_net(), images()[0])
-        prover = certificates._Prover(
-            graph, images(), "probabilistic", 0.1, "local", None, 1.0, seed, 1
+        found = setup.set_up(
+            small_net(),
+            images(),
+            None,
+            tier="probabilistic",
+            failure_probability=0.1,
+            mode="local",
+            arithmetic=None,
+            budget=1.0,
+            seed=seed,
+            batch_size=1,
+            examine=None,
         )
-        with prover:
-            return tuple(jax.random.key_data(prover._key).tolist())
+        return tuple(jax.random.key_data(found.key).tolist())
 
-    seeds = [0, *(2**bit for bit in range(certificates.SEED_BITS)), 2**63 - 1]
+    seeds = [0, *(2**bit for bit in range(randomness.SEED_BITS)), 2**63 - 1]
     assert len({key(seed) for seed in seeds}) == len(seeds)
-    drawn = {certificates.drawn_seed() for _ in range(100)}
+    drawn = {randomness.drawn_seed() for _ in range(100)}
     assert len(drawn) == 100 and all(0 <= seed < 2**63 for seed in drawn)
     assert max(drawn) > 2**61 and len({seed % 2 for seed in drawn}) == 2
 
@@ -187,16 +195,16 @@ def test_seeds_that_are_no_integers_of_63_bits_are_errors(function, seed, error)
 
 def test_a_seed_of_63_bits_is_taken_as_it_is():
     for seed in (0, 1, 2**62 + 1, 2**63 - 1, np.int64(7)):
-        assert certificates._checked_seed(seed) == seed
+        assert randomness.checked_seed(seed) == seed
 
 
 # ---------------------------------------------------------------------------------------- the split
 
 
 def test_a_call_that_says_nothing_of_attempts_makes_one():
-    assert certificates.split_failure_probability(
-        0.5, 3, 2
-    ) == certificates.split_failure_probability(0.5, 3, 2, 1)
+    assert randomness.split_failure_probability(0.5, 3, 2) == randomness.split_failure_probability(
+        0.5, 3, 2, 1
+    )
 
 
 @pytest.mark.parametrize("delta", [1e-6, 0.3, 1 / 3, 0.999])
@@ -204,7 +212,7 @@ def test_a_call_that_says_nothing_of_attempts_makes_one():
     "images_, layers, attempts", [(1, 1, 1), (3, 2, 6), (10_000, 7, 6), (49, 3, 1), (1, 0, 1)]
 )
 def test_the_shares_of_all_bounds_add_up_to_at_most_the_whole(delta, images_, layers, attempts):
-    share = certificates.split_failure_probability(delta, images_, layers, attempts)
+    share = randomness.split_failure_probability(delta, images_, layers, attempts)
     whole = Fraction(share) * max(1, layers) * (images_ + 1) * attempts
     assert Fraction(delta) * (1 - Fraction(1, 10**12)) <= whole <= Fraction(delta)
 
@@ -226,11 +234,11 @@ def draws(monkeypatch):
     def eager(function, *static, optimize=True):
         return function
 
-    monkeypatch.setattr(certificates, "probabilistic_norm", record)
-    monkeypatch.setattr(certificates, "_compiled", eager)
+    monkeypatch.setattr(norms.chebyshev, "inflated_norm_bound", record)
+    monkeypatch.setattr(batches, "compiled", eager)
     # So that what was recorded is what counts.
-    monkeypatch.setattr(certificates, "_global_norms", lambda graph: (jnp.asarray(1e90),) * 3)
-    monkeypatch.setattr(deterministic, "schur_bound", lambda *_: jnp.asarray(1e90))
+    monkeypatch.setattr(setup, "_global_norms", lambda graph: (jnp.asarray(1e90),) * 3)
+    monkeypatch.setattr(norms.closed, "schur_bound", lambda *_: jnp.asarray(1e90))
     return found
 
 
@@ -267,8 +275,8 @@ def test_every_attempt_of_a_radius_draws_anew_and_all_shares_are_within_the_fail
     draws, monkeypatch
 ):
     monkeypatch.setattr(
-        certificates,
-        "_radius_batch",
+        verdicts,
+        "radius_batch",
         lambda shared, columns, **_: {"radius": jnp.full(len(columns[0]), 0.1)},
     )
     found = lipjax.certified_radius(
@@ -276,7 +284,7 @@ def test_every_attempt_of_a_radius_draws_anew_and_all_shares_are_within_the_fail
     )
     jax.effects_barrier()
     assert not found.certified.any()
-    keys, attempts = {key for key, _ in draws}, len(certificates.RADIUS_SHARES)
+    keys, attempts = {key for key, _ in draws}, len(prover.RADIUS_SHARES)
     assert len(keys) == 2 * (3 + 1) * attempts
     (share,) = {share for _, share in draws}
     assert Fraction(0.29) <= len(keys) * Fraction(share) <= Fraction(0.3)

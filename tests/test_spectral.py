@@ -12,20 +12,20 @@ from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lipjax import rounding
+from lipjax import norms, rounding
 from lipjax.graph.linear import LinearOperator
-from lipjax.norms import power
 
 DELTA = 1e-9
-estimated = jax.jit(power.power_iteration, static_argnames="iterations")
+estimated = jax.jit(norms.power.power_iteration, static_argnames="iterations")
 short = jax.jit(
-    functools.partial(power.power_iteration, products="bfloat16"), static_argnames="iterations"
+    functools.partial(norms.power.power_iteration, products="bfloat16"),
+    static_argnames="iterations",
 )
 
 
 @functools.partial(jax.jit, static_argnames=("shape", "steps"))
 def certified(operator, shape, scale, mask_in=None, mask_out=None, seed=0, steps=150):
-    return power.probabilistic_norm_bound(
+    return norms.chebyshev.probabilistic_norm_bound(
         operator,
         jax.random.key(seed),
         jnp.asarray(scale),
@@ -78,7 +78,7 @@ def test_the_norms_gradient_is_that_of_the_singular_vectors(x64):
 
     def sigma(matrix):
         operator = LinearOperator.from_matrix(matrix, (5,), (6,))
-        return power.power_iteration(operator, start, 500)[0]
+        return norms.power.power_iteration(operator, start, 500)[0]
 
     u, s, vt = np.linalg.svd(matrix)
     value, gradient = jax.value_and_grad(sigma)(matrix)
@@ -114,9 +114,9 @@ jax.tree_util.register_pytree_node(Hidden, lambda h: ((), h), lambda h, _: h)
 @pytest.mark.parametrize("s", [2.0, 1.01])
 def test_hidden_direction_deceives_the_estimate_and_not_the_bound(x64, n, s):
     start = jnp.asarray(np.random.default_rng(1).normal(size=n))
-    estimate, _ = power.power_iteration(Hidden(n, s), start, 2)
+    estimate, _ = norms.power.power_iteration(Hidden(n, s), start, 2)
     assert estimate < 0.99 * s or s < 1.02
-    steps = power.chebyshev_steps(n, DELTA, 0.01)
+    steps = norms.chebyshev.chebyshev_steps(n, DELTA, 0.01)
     assert s <= certified(Hidden(n, s), (n,), estimate, steps=steps) <= 1.15 * s
 
 
@@ -124,23 +124,23 @@ def test_an_absorbed_zero_recovers_when_the_masks_open():
     matrix = jnp.diag(jnp.array([0.5, 0.5, 3.0]))
     operator = LinearOperator.from_matrix(matrix, (3,), (3,))
     nothing = jnp.zeros(3, bool)
-    estimate, stored = power.power_iteration(operator, jnp.ones(3), 2, nothing)
+    estimate, stored = norms.power.power_iteration(operator, jnp.ones(3), 2, nothing)
     assert estimate == 0 and np.all(stored == 0)
     # A plain warm start would stay at 0; the fresh share brings it back at once.
-    assert power.power_iteration(operator, stored, 2)[0] == 0
+    assert norms.power.power_iteration(operator, stored, 2)[0] == 0
     for seed in range(20):
-        start = power.refresh(stored, jax.random.key(seed))
-        assert power.power_iteration(operator, start, 2)[0] > 0.45
+        start = norms.power.refresh(stored, jax.random.key(seed))
+        assert norms.power.power_iteration(operator, start, 2)[0] > 0.45
 
 
 def test_a_vector_without_weight_on_the_opened_coordinates_recovers():
     operator = LinearOperator.from_matrix(jnp.diag(jnp.array([0.5, 3.0])), (2,), (2,))
     stored = jnp.array([1.0, 0.0])
-    assert power.power_iteration(operator, stored, 50)[0] == 0.5
+    assert norms.power.power_iteration(operator, stored, 50)[0] == 0.5
     vector, estimate = stored, 0.0
     for step in range(4):
-        start = power.refresh(vector, jax.random.key(step))
-        estimate, vector = power.power_iteration(operator, start, 2)
+        start = norms.power.refresh(vector, jax.random.key(step))
+        estimate, vector = norms.power.power_iteration(operator, start, 2)
     assert estimate > 2.99
 
 
@@ -153,7 +153,7 @@ def test_degenerate_maps(x64, function):
 
     def norm(operator, mask_in=None, mask_out=None):
         if function == "estimate":
-            return power.power_iteration(operator, jnp.ones(4), 3, mask_in, mask_out)[0]
+            return norms.power.power_iteration(operator, jnp.ones(4), 3, mask_in, mask_out)[0]
         return certified(operator, (4,), 1e-3, mask_in, mask_out)
 
     assert norm(zero) <= 1.1e-3
@@ -175,7 +175,7 @@ def test_failure_probability_must_be_one():
     operator = LinearOperator.from_matrix(jnp.eye(2), (2,), (2,))
     for delta in (0.0, 1.0, -1.0):
         with pytest.raises(ValueError, match=str(delta)):
-            power.probabilistic_norm_bound(
+            norms.chebyshev.probabilistic_norm_bound(
                 operator, jax.random.key(0), jnp.ones(()), 5, delta, jnp.zeros(2)
             )
 
@@ -187,16 +187,20 @@ def test_the_stated_failure_probability_is_an_upper_bound_of_the_observed_one(x6
     operator = LinearOperator.from_matrix(matrix, (3,), (3,))
 
     def one(key):
-        return power.probabilistic_norm_bound(operator, key, jnp.asarray(0.3), 8, 0.9, jnp.zeros(3))
+        return norms.chebyshev.probabilistic_norm_bound(
+            operator, key, jnp.asarray(0.3), 8, 0.9, jnp.zeros(3)
+        )
 
     failed = np.mean(np.asarray(jax.vmap(one)(jax.random.split(jax.random.key(0), 4000))) < 1.0)
     assert 0.0 < failed <= 0.9
 
 
 def test_a_start_block_is_as_small_as_stated_with_at_most_the_stated_probability():
-    draws = np.linalg.norm(np.random.default_rng(0).normal(size=(200_000, power.STARTS)), axis=1)
+    draws = np.linalg.norm(
+        np.random.default_rng(0).normal(size=(200_000, norms.chebyshev.STARTS)), axis=1
+    )
     for delta in (0.5, 1e-2, 1e-3):
-        seen = np.mean(draws < power.smallest_start(delta))
+        seen = np.mean(draws < norms.chebyshev.smallest_start(delta))
         assert 0.3 * delta <= seen <= delta + 3 * np.sqrt(delta / len(draws))
 
 
@@ -204,18 +208,22 @@ def test_a_start_block_is_as_small_as_stated_with_at_most_the_stated_probability
 def test_rounding_that_could_hide_the_top_direction_makes_the_bound_infinite():
     """In float32, at a probability that asks for more digits than it has: refused, not guessed."""
     operator = LinearOperator.from_matrix(jnp.eye(64), (64,), (64,))
-    steps = power.chebyshev_steps(64, 1e-30, 0.01)
-    found = power.probabilistic_norm_bound(
+    steps = norms.chebyshev.chebyshev_steps(64, 1e-30, 0.01)
+    found = norms.chebyshev.probabilistic_norm_bound(
         operator, jax.random.key(0), jnp.float32(1.001), steps, 1e-30, jnp.zeros(64)
     )
     assert np.isinf(found)
 
 
 def test_more_certainty_and_less_inflation_take_more_steps_and_bad_wishes_are_errors():
-    assert power.chebyshev_steps(1000, 1e-12, 0.01) > power.chebyshev_steps(1000, 1e-6, 0.01)
-    assert power.chebyshev_steps(1000, 1e-6, 0.001) > power.chebyshev_steps(1000, 1e-6, 0.01)
+    assert norms.chebyshev.chebyshev_steps(1000, 1e-12, 0.01) > norms.chebyshev.chebyshev_steps(
+        1000, 1e-6, 0.01
+    )
+    assert norms.chebyshev.chebyshev_steps(1000, 1e-6, 0.001) > norms.chebyshev.chebyshev_steps(
+        1000, 1e-6, 0.01
+    )
     with pytest.raises(ValueError, match="inflation"):
-        power.chebyshev_steps(1000, 1e-6, 0.0)
+        norms.chebyshev.chebyshev_steps(1000, 1e-6, 0.0)
 
 
 def test_the_estimate_of_a_tiny_norm_is_not_lost_to_underflow():
@@ -224,7 +232,7 @@ def test_the_estimate_of_a_tiny_norm_is_not_lost_to_underflow():
     for scale in (1.0, 1e-15):
         operator = LinearOperator.from_matrix(scale * matrix, (8,), (6,))
         estimates.append(
-            float(power.power_iteration(operator, jnp.ones(8, jnp.float32), 50)[0]) / scale
+            float(norms.power.power_iteration(operator, jnp.ones(8, jnp.float32), 50)[0]) / scale
         )
     assert estimates[1] == pytest.approx(estimates[0], rel=1e-4) and estimates[0] > 1
 
@@ -253,7 +261,7 @@ def test_only_the_iteration_is_in_bfloat16_and_the_gradient_is_not():
 
     def norm(kernel, products):
         layer = nnx.merge(graph, {"kernel": nnx.Param(kernel)})
-        return power.power_iteration(operator_of(layer), start, 20, products=products)[0]
+        return norms.power.power_iteration(operator_of(layer), start, 20, products=products)[0]
 
     graph = nnx.graphdef(layer)
     kernel = layer.kernel[...]
@@ -296,7 +304,7 @@ def test_products_that_round_the_top_direction_away_are_not_taken_at_their_word(
     key, scale = jax.random.key(1), jnp.float32(1.0002)
 
     def bound(operator, dtype):
-        return power.probabilistic_norm_bound(
+        return norms.chebyshev.probabilistic_norm_bound(
             operator, key, scale, steps, delta, jnp.zeros(n, dtype)
         )
 
@@ -314,14 +322,14 @@ def test_what_was_observed_is_at_most_half_of_the_least_start_in_exact_arithmeti
     known: B is a number b, and ``T_k(B) G = T_k(b) G``."""
     steps, key, size = 25, jax.random.key(3), 6
     operator = LinearOperator.from_matrix(norm * jnp.eye(size), (size,), (size,))
-    found = power.probabilistic_norm_bound(
+    found = norms.chebyshev.probabilistic_norm_bound(
         operator, key, jnp.ones(()), steps, delta, jnp.zeros(size)
     )
-    start = np.asarray(jax.random.normal(key, (power.STARTS, size)))
+    start = np.asarray(jax.random.normal(key, (norms.chebyshev.STARTS, size)))
     length = sum(Fraction(float(g)) ** 2 for g in start.reshape(-1))
     observed = chebyshev(2 * Fraction(norm) ** 2 - 1, steps) ** 2 * length
     grown = chebyshev(2 * Fraction(float(found)) ** 2 - 1, steps)
-    allowed = (grown * Fraction(power.smallest_start(delta)) / 2) ** 2
+    allowed = (grown * Fraction(norms.chebyshev.smallest_start(delta)) / 2) ** 2
     # And not a thousandth more than that and arccosh(R) <= log(2 R) ask for, where R is large.
     assert observed <= allowed <= observed * Fraction(1001, 1000)
 

@@ -19,16 +19,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import lipjax
-from lipjax import bounds, rounding
+from lipjax import bounds, norms, rounding
 from lipjax.bounds import Region, ascent, relaxed
-from lipjax.certificates import prover
+from lipjax.certificates import verdicts
 from lipjax.check import layers as check_layers
 from lipjax.check import norms as check_norms
 from lipjax.check import walk as check_walk
 from lipjax.graph import trace
 from lipjax.graph.linear import LinearOperator
-from lipjax.norms import deterministic
-from lipjax.norms import power as spectral
 
 OUTWARD = rounding.OUTWARD
 up = OUTWARD.up
@@ -87,7 +85,7 @@ def test_weights_that_underflow_is_not_counted_for_are_not_certified(x64):
 
 
 def norm_of(k, operator, like, mask_in, mask_out):
-    return deterministic.schur_bound(operator, like, mask_in, mask_out), None
+    return norms.closed.schur_bound(operator, like, mask_in, mask_out), None
 
 
 @functools.partial(jax.jit, static_argnames="mode")
@@ -98,8 +96,8 @@ def verdict(net, x, epsilon, mode):
     arithmetics = rounding.arithmetics_of(graph, "float64")
     likes = [jnp.zeros(graph.nodes[node.inputs[0]].shape) for node in graph.linear_nodes]
     pairs = zip(graph.linear_nodes, likes, strict=True)
-    whole = [deterministic.schur_bound(node.operator, like) for node, like in pairs]
-    facts = prover._verdict(
+    whole = [norms.closed.schur_bound(node.operator, like) for node, like in pairs]
+    facts = verdicts.verdict(
         graph, x, jnp.asarray(1), epsilon, mode, arithmetics, whole, norm_of, norm_of
     )
     walk = bounds.Walk(graph, bounds.mode_of(mode), norm_of, norm_of, arithmetic=OUTWARD)
@@ -204,7 +202,7 @@ def rows_of(matrix, mask, radius):
     return (
         norms,
         up(radius * norms, 3),
-        up(bounds.regions.safe_frobenius(operator, jnp.zeros(3)), 6),
+        up(bounds.walk.safe_frobenius(operator, jnp.zeros(3)), 6),
     )
 
 
@@ -316,7 +314,7 @@ def test_the_error_of_products_with_tiny_weights_is_counted(x64):
     @jax.jit
     def bound(matrix, scale):
         operator = LinearOperator.from_matrix(matrix, (8,), (8,))
-        return spectral.probabilistic_norm_bound(
+        return norms.chebyshev.probabilistic_norm_bound(
             operator, jax.random.key(0), scale, 400, 1e-35, jnp.zeros(8)
         )
 

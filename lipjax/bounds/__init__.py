@@ -3,7 +3,8 @@
 from lipjax.bounds.estimate import PRODUCTS, bound, graph_of, initial_vectors, vector_shapes
 from lipjax.bounds.margins import ascent, margin, worst_logits
 from lipjax.bounds.modes import MODES, Mode, mode_of
-from lipjax.bounds.regions import Bound, Region, Walk, check_epsilon
+from lipjax.bounds.regions import Bound, Region, check_epsilon
+from lipjax.bounds.walk import Walk
 
 __all__ = [
     "MODES",

@@ -7,9 +7,10 @@ import jax
 import jax.numpy as jnp
 
 from lipjax.bounds.modes import mode_of
-from lipjax.bounds.regions import Bound, Walk, check_epsilon
+from lipjax.bounds.regions import Bound, check_epsilon
+from lipjax.bounds.walk import Walk
 from lipjax.graph import Graph, trace
-from lipjax.norms import power as spectral
+from lipjax.norms import power
 
 # Types that products of power iterations can be in.
 PRODUCTS = ("float32", "bfloat16")
@@ -98,8 +99,8 @@ def bound(
     either a gradient in the parameters of a norm is an error (one in x or epsilon alone is none).
     That key and vectors really change from step to step is up to you.
 
-    Source: METHOD 1 and 2 (docs/method.md), after Huang et al.,
-    NeurIPS 2021; `mode="paper"` equals their code at convergence.
+    Source: METHOD 1 and 2 (docs/method.md), after Huang et al., NeurIPS 2021; `mode="paper"` equals
+    their code at convergence.
 
     Args:
         f: a function of one example that JAX traces (`lipjax.trace`), or its graph.
@@ -115,11 +116,11 @@ def bound(
             "global" ones are shared: ``in_axes={"global": None, "local": 0}``.
         key: a key of `jax.random`. Alone: the random start vectors are drawn from it. With
             `vectors`: they get a fresh part from it, or they may stay where the norm is not
-            (`spectral.refresh`). Under `vmap` one key serves all examples, ``in_axes=None``: it has
-            to be new in each step, not in each example, and with one for each the "global" norms
-            are computed for each. None: random start vectors are the same in every call.
+            (`norms.power.refresh`). Under `vmap` one key serves all examples, ``in_axes=None``: it
+            has to be new in each step, not in each example, and with one for each the "global"
+            norms are computed for each. None: random start vectors are the same in every call.
         rivals: modes "linear" and "rows": how many rival classes get the reverse pass; None: all.
-        products: of the power iterations, as `spectral.power_iteration` takes it.
+        products: of the power iterations, as `norms.power.power_iteration` takes it.
 
     Returns:
         A `Bound`.
@@ -149,19 +150,19 @@ def bound(
     def start_of(name: str, k: int, like):
         if vectors is not None:
             start = vectors[name][k].astype(like.dtype)
-            return start if key is None else spectral.refresh(start, _start_key(key, name, k))
+            return start if key is None else power.refresh(start, _start_key(key, name, k))
         if key is not None:
             return jax.random.normal(_start_key(key, name, k), like.shape, like.dtype)
         fixed = jax.random.fold_in(jax.random.key(0), ("local", "global").index(name))
         return jax.random.normal(jax.random.fold_in(fixed, k), like.shape, like.dtype)
 
-    def power(name: str):
+    def norm_function(name: str):
         def norm(k, operator, like, *masks):
             start = start_of(name, k, like)
-            sigma, vector = spectral.power_iteration(operator, start, iterations, *masks, products)
+            sigma, vector = power.power_iteration(operator, start, iterations, *masks, products)
             return sigma if trainable else _not_trained_with(sigma), vector
 
         return norm
 
-    walk = Walk(graph_of(f, x), chosen, power("local"), power("global"))
+    walk = Walk(graph_of(f, x), chosen, norm_function("local"), norm_function("global"))
     return dataclasses.replace(walk(x, epsilon), rivals=rivals)

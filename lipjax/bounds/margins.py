@@ -41,7 +41,8 @@ def ascent(
     Returns:
         A scalar >= 0 up to rounding; NaN if anything is NaN.
     """
-    d, up = direction, arithmetic.up
+    d = direction
+    up = arithmetic.up
     # The center lies in the box, so the ends have signs and can be rounded outwards one by one.
     low = -up(region.center - region.lower)
     high = up(region.upper - region.center)
@@ -129,7 +130,7 @@ def reverse_of(
     arithmetic: rounding.Rounding = rounding.EXACT,
     view: Callable = lambda operator, like: operator,
 ) -> relaxed.Reverse:
-    """The pass that carries rows back from what is in front of the last node."""
+    """The pass that propagates rows back from what is in front of the last node."""
     (end,) = bound.graph.nodes[-1].inputs
     return relaxed.Reverse(bound.graph, view, arithmetic, bound.regions, bound.norms, end)
 

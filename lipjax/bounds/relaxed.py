@@ -1,4 +1,4 @@
-"""Rows carried back through a graph: linear where the function is linear.
+"""Rows propagated back through a graph: linear where the function is linear.
 
 Let ``D`` be the change of a value from its center. An activation does ``D a = M D z + e``, M known
 and the error e bounded (`activations.Relaxation`). So for a row d on any node,
@@ -22,15 +22,15 @@ import jax
 import jax.numpy as jnp
 
 from lipjax import rounding
-from lipjax.bounds.regions import Region, Walk
+from lipjax.bounds.regions import Region
 from lipjax.graph import Activation, Add, Graph, Linear, Rearrange
-from lipjax.graph.linear import LinearOperator, safe_norm
-from lipjax.norms import deterministic
+from lipjax.graph.linear import safe_norm
+from lipjax.norms import closed
 
 # The scaling that `largest_product` tries beside box and ball, as a multiple of that of the ball
 # alone. Measured on an ordinarily trained net: five scales give margins 1 % smaller than this one.
 SCALE = 2.5
-# Rows that `row_bounds` carries back at once.
+# Rows that `row_bounds` propagates at once.
 ROWS = 64
 
 
@@ -67,7 +67,7 @@ def largest_product(d: jax.Array, reach: jax.Array, radius: jax.Array, arithmeti
 
 
 class Reverse:
-    """Carries rows back from a node of a graph to the example.
+    """Propagates rows from a node of a graph back to the example.
 
     Args:
         graph: of the function.
@@ -86,35 +86,37 @@ class Reverse:
         norms: Sequence[jax.Array],
         end: int,
     ):
-        self.graph, self.view, self.arithmetic = graph, view, arithmetic
-        self.regions, self.end = regions[: end + 1], end
-        self.norm_of = dict(zip(self.graph.linear, norms, strict=False))
+        self.graph = graph
+        self.view = view
+        self.arithmetic = arithmetic
+        self.regions = regions[: end + 1]
+        self.end = end
+        self.norm_of = dict(zip(graph.linear, norms, strict=False))
         self.relaxations = {
-            i: self._relaxed(i)
-            for i in range(end + 1)
-            if isinstance(self.graph.nodes[i], Activation)
+            i: self._relaxed(i, node)
+            for i, node in enumerate(graph.nodes[: end + 1])
+            if isinstance(node, Activation)
         }
 
-    def _relaxed(self, i: int):
-        """Slopes and errors of activation i, from the norm of the rows that move its output."""
-        node = self.graph.nodes[i]
-        assert isinstance(node, Activation)
-        before, after = self.regions[node.inputs[0]], self.regions[i]
+    def _relaxed(self, i: int, node: Activation):
+        """Slopes and errors of an activation, from the norm of the rows that move its output."""
+        before = self.regions[node.inputs[0]]
+        after = self.regions[i]
         radius = before.radius
-        moving = self._moving(node.inputs[0])
-        if moving is not None:
-            radius = jnp.minimum(moving, radius)
+        active = self._active_radius(node.inputs[0])
+        if active is not None:
+            radius = jnp.minimum(active, radius)
         return node.rule.relaxations(
             before.center, before.lower, before.upper, radius, after, self.arithmetic
         )
 
-    def _moving(self, i: int) -> jax.Array | None:
+    def _active_radius(self, i: int) -> jax.Array | None:
         """Radius over the active inputs of an activation that alone reads node i."""
-        node, spread = self.graph.nodes[i], 1
+        node = self.graph.nodes[i]
         while isinstance(node, Rearrange) and len(node.inputs) == 1 and node.copies == 1:
             (i,) = node.inputs
             node = self.graph.nodes[i]
-        if not isinstance(node, Linear) or i not in self.norm_of or spread != 1:
+        if not isinstance(node, Linear) or i not in self.norm_of:
             return None
         before = self.regions[node.inputs[0]]
         operator = self.view(node.operator, before.center)
@@ -128,21 +130,23 @@ class Reverse:
             d: of h's shape; each entry may be a rounded difference.
         """
         up = self.arithmetic.up
-        row, spent = self.carried(d)
-        last, first = self.regions[self.end], self.regions[0]
+        row, spent = self.propagate(d)
+        last = self.regions[self.end]
+        first = self.regions[0]
         spent = up(spent + self.arithmetic.left_over(4 * rounding.DOUBLE, d, last.radius), 2)
         return up(up(first.radius * self.arithmetic.length(row)) + spent, 2)
 
-    def carried(self, d: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def propagate(self, d: jax.Array) -> tuple[jax.Array, jax.Array]:
         """``P_0^T d``, of the example's shape, and a bound of what errors on the way can add."""
-        up, spent = self.arithmetic.up, jnp.zeros((), d.dtype)
+        up = self.arithmetic.up
+        spent = jnp.zeros((), d.dtype)
         rows: dict[int, jax.Array] = {self.end: d}
 
         for i in range(self.end, 0, -1):
             if i not in rows:
                 continue
-            node, g = self.graph.nodes[i], rows.pop(i)
-            parts, cost = self.through(i, node, g)
+            node = self.graph.nodes[i]
+            parts, cost = self._through(i, node, rows.pop(i))
             spent = up(spent + cost, 2)
             for source, part in zip(node.inputs, parts, strict=True):
                 if source not in rows:
@@ -152,38 +156,37 @@ class Reverse:
                 radius = self.regions[source].radius
                 left = self.arithmetic.left_over(4 * rounding.DOUBLE, rows[source], radius)
                 spent = up(spent + left, 2)
+
         zero = jnp.zeros(self.graph.nodes[0].shape, d.dtype)
         return rows.get(0, zero), spent
 
-    def through(self, i: int, node, g: jax.Array):
+    def _through(self, i: int, node, g: jax.Array):
         """The rows in front of a node, one for each input, and what rounding and errors can add."""
-        arithmetic = self.arithmetic
-        befores = [self.regions[j] for j in node.inputs]
+        before = [self.regions[j] for j in node.inputs]
         if isinstance(node, Linear):
-            row, cost = self.through_linear(node, befores[0], g)
-            return (row,), cost
+            return self._through_linear(node, before[0], g)
         if isinstance(node, Activation):
-            row, cost = self.through_activation(i, befores[0], g)
-            return (row,), cost
+            return self._through_activation(i, before[0], g)
         if isinstance(node, Add):
-            rows = tuple(g if sign == 1 else -g for sign in node.signs)
-            if arithmetic is rounding.EXACT or (len(rows) == 1 and node.constant is None):
-                return rows, 0.0
-            size = sum(jnp.abs(b.center) for b in befores) + jnp.abs(self.regions[i].center)
-            unit = 8 * rounding.DOUBLE * len(rows)
-            return rows, arithmetic.up(unit * jnp.sum(jnp.abs(g) * size), g.size)
+            return self._through_add(i, node, before, g)
         assert isinstance(node, Rearrange)
-        rows = node.transposed(g, *(b.center.shape for b in befores))
-        if arithmetic is rounding.EXACT or node.copies == 1:
-            return rows, 0.0
-        cost = jnp.zeros((), g.dtype)
-        for before in befores:
-            # Rows that meet in one entry are added up.
-            unit = 2 * rounding.gamma(node.copies + 2) * node.copies
-            cost = arithmetic.up(cost + arithmetic.left_over(unit, g, before.radius), 2)
-        return rows, cost
+        return self._through_rearrange(node, before, g)
 
-    def through_activation(self, i: int, before: Region, g: jax.Array):
+    def _through_linear(self, node: Linear, before: Region, g: jax.Array):
+        arithmetic = self.arithmetic
+        operator = self.view(node.operator, before.center)
+        row = operator.transpose(before.center)(g)
+        if arithmetic is rounding.EXACT:
+            return (row,), 0.0
+        slack = arithmetic.slack(operator, before.lower, before.upper)
+        terms = rounding.transposed_terms_of(operator, before.center)
+        size = closed.schur_bound(operator, before.center, None, None)
+        relative = 2 * rounding.gamma(terms + 8) * size
+        cost = arithmetic.up(jnp.sum(jnp.abs(g) * slack), g.size)
+        left = arithmetic.left_over(relative, g, before.radius)
+        return (row,), arithmetic.up(cost + left, 2)
+
+    def _through_activation(self, i: int, before: Region, g: jax.Array):
         total = jnp.zeros((), g.dtype)
         for relaxation in reversed(self.relaxations[i]):
             weights = relaxation.error_weights(g)
@@ -192,41 +195,47 @@ class Reverse:
             left = self.arithmetic.left_over(8 * rounding.DOUBLE, g, before.radius)
             total = self.arithmetic.up(total + left, 2)
             g = relaxation.transposed(g)
-        return g, total
+        return (g,), total
 
-    def through_linear(self, node: Linear, before: Region, g: jax.Array):
-        arithmetic = self.arithmetic
-        operator = self.view(node.operator, before.center)
-        row = operator.transpose(before.center)(g)
-        if arithmetic is rounding.EXACT:
-            return row, 0.0
-        slack = arithmetic.slack(operator, before.lower, before.upper)
-        terms = rounding.transposed_terms_of(operator, before.center)
-        size = deterministic.schur_bound(operator, before.center, None, None)
-        relative = 2 * rounding.gamma(terms + 8) * size
-        cost = arithmetic.up(jnp.sum(jnp.abs(g) * slack), g.size)
-        left = arithmetic.left_over(relative, g, before.radius)
-        return row, arithmetic.up(cost + left, 2)
+    def _through_add(self, i: int, node: Add, before: Sequence[Region], g: jax.Array):
+        rows = tuple(g if sign == 1 else -g for sign in node.signs)
+        rounded = len(rows) > 1 or node.constant is not None
+        if self.arithmetic is rounding.EXACT or not rounded:
+            return rows, 0.0
+        size = sum(jnp.abs(b.center) for b in before) + jnp.abs(self.regions[i].center)
+        unit = 8 * rounding.DOUBLE * len(rows)
+        return rows, self.arithmetic.up(unit * jnp.sum(jnp.abs(g) * size), g.size)
+
+    def _through_rearrange(self, node: Rearrange, before: Sequence[Region], g: jax.Array):
+        rows = node.transposed(g, *(b.center.shape for b in before))
+        if self.arithmetic is rounding.EXACT or node.copies == 1:
+            return rows, 0.0
+        cost = jnp.zeros((), g.dtype)
+        # Rows that meet in one entry are added up.
+        unit = 2 * rounding.gamma(node.copies + 2) * node.copies
+        for b in before:
+            left = self.arithmetic.left_over(unit, g, b.radius)
+            cost = self.arithmetic.up(cost + left, 2)
+        return rows, cost
 
 
-def row_bounds(
-    walk: Walk, known: Sequence, norms: Sequence[jax.Array], node: Linear, operator: LinearOperator
-) -> jax.Array:
+def row_bounds(reverse: Reverse, node: Linear) -> jax.Array:
     """How far each output of a linear node can move, by its own row: of the output's shape.
 
     One reverse pass for every output, through all nodes in front. What the rounding of its own
     center does is not in it.
+
+    Args:
+        reverse: the pass from the node's input.
+        node: whose rows.
     """
-    (end,) = node.inputs
-    regions = [k.region for k in known]
-    reverse = Reverse(walk.graph, walk.view, walk.arithmetic, regions, norms, end)
-    like = regions[end].center
-    transposed = operator.transpose(like)
-    shape, count = node.shape, node.size
+    like = reverse.regions[reverse.end].center
+    transposed = reverse.view(node.operator, like).transpose(like)
+    count = node.size
 
     def one(index):
         # Exact: every entry of the row is 0 or one entry of the kernel.
-        row = transposed((jnp.arange(count) == index).astype(like.dtype).reshape(shape))
+        row = transposed((jnp.arange(count) == index).astype(like.dtype).reshape(node.shape))
         return reverse.gain(row)
 
-    return jax.lax.map(one, jnp.arange(count), batch_size=ROWS).reshape(shape)
+    return jax.lax.map(one, jnp.arange(count), batch_size=ROWS).reshape(node.shape)

@@ -1,16 +1,9 @@
 """Certificates: what is proved of a function around an image, and the tier of the proof."""
 
-from lipjax.certificates.prover import (
-    TIERS,
-    Certificate,
-    CertifiedRadius,
-    Estimate,
-    certified_radius,
-    certify,
-    drawn_seed,
-    estimate,
-    split_failure_probability,
-)
+from lipjax.certificates.checks import TIERS
+from lipjax.certificates.prover import certified_radius, certify, estimate
+from lipjax.certificates.randomness import drawn_seed, split_failure_probability
+from lipjax.certificates.results import Certificate, CertifiedRadius, Estimate
 
 __all__ = [
     "TIERS",

@@ -76,7 +76,7 @@ _ARITHMETIC = flags.DEFINE_enum(
 )
 _BUDGET = flags.DEFINE_float(
     "budget",
-    lipjax.norms.deterministic.BUDGET,
+    lipjax.norms.best.BUDGET,
     "Tier deterministic: floating-point operations per norm and image, above which a masked "
     "convolution's norm is its "
     "global one.",

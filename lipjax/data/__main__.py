@@ -1,5 +1,5 @@
 """``python -m lipjax.data NAME`` prepares a set of TFDS."""
 
-from lipjax.data.sets import main
+from lipjax.data.tfds import main
 
 raise SystemExit(main())

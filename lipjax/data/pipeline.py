@@ -3,7 +3,7 @@ processes (Grain).
 
 The element that workers pass on is a step's whole batch, and step s is a function of ``(rows[s],
 seed, s)`` alone: the position in the data is the step's number, and neither a restart nor the
-    number of workers changes an image.
+number of workers changes an image.
 """
 
 import dataclasses
@@ -20,11 +20,13 @@ from typing import Any
 
 import numpy as np
 
-from lipjax.data import records
-from lipjax.data.sets import DataError, Dataset
+from lipjax.data.dataset import Dataset
+from lipjax.data.errors import DataError
+from lipjax.data.images import Images, pixels
 
 # Of a random resized crop, as usual for ImageNet: share of the image's area, width over height.
-AREAS, ASPECTS = (0.08, 1.0), (3 / 4, 4 / 3)
+AREAS = (0.08, 1.0)
+ASPECTS = (3 / 4, 4 / 3)
 
 
 def augments(dataset: Dataset) -> bool:
@@ -33,7 +35,7 @@ def augments(dataset: Dataset) -> bool:
 
     The others are for `data.random_crop_and_flip`, on the device.
     """
-    return isinstance(dataset.images, records.Images) and dataset.images.image_size is not None
+    return isinstance(dataset.images, Images) and dataset.images.image_size is not None
 
 
 def batches(
@@ -94,7 +96,9 @@ class Batches(Iterator[tuple[np.ndarray, np.ndarray]]):
         import grain
         from absl import flags
 
-        self._steps, self._labels, self._next = steps, labels, 0
+        self._steps = steps
+        self._labels = labels
+        self._next = 0
         if isinstance(steps.images, np.ndarray):
             workers = 0
         threads = min(1, read_ahead) if workers == 0 else 0
@@ -175,7 +179,7 @@ class _Steps:
     """Images of each step, as the random access that Grain reads from; it travels to the
     workers."""
 
-    images: np.ndarray | records.Images
+    images: np.ndarray | Images
     rows: np.ndarray | Sequence[np.ndarray]
     seed: int
     first_step: int
@@ -192,7 +196,7 @@ class _Steps:
         out = np.empty((len(rows), size, size, self.images.shape[3]), np.uint8)
         for i, row in enumerate(rows.tolist()):
             generator = np.random.default_rng([self.seed, self.first_step + step, row])
-            out[i] = records.pixels(random_resized_crop(self.images.picture(row), generator, size))
+            out[i] = pixels(random_resized_crop(self.images.picture(row), generator, size))
         return out
 
 
@@ -210,7 +214,8 @@ def random_resized_crop(image, generator: np.random.Generator, size: int):
     for _ in range(10):
         area = width * height * generator.uniform(*AREAS)
         aspect = math.exp(generator.uniform(math.log(ASPECTS[0]), math.log(ASPECTS[1])))
-        w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        w = round(math.sqrt(area * aspect))
+        h = round(math.sqrt(area / aspect))
         if 0 < w <= width and 0 < h <= height:
             left, top = (
                 int(generator.integers(width - w + 1)),
@@ -218,8 +223,10 @@ def random_resized_crop(image, generator: np.random.Generator, size: int):
             )
             break
     else:
-        w, h = min(width, round(height * ASPECTS[1])), min(height, round(width / ASPECTS[0]))
-        left, top = (width - w) // 2, (height - h) // 2
+        w = min(width, round(height * ASPECTS[1]))
+        h = min(height, round(width / ASPECTS[0]))
+        left = (width - w) // 2
+        top = (height - h) // 2
     image = image.resize(
         (size, size), Image.Resampling.BILINEAR, box=(left, top, left + w, top + h)
     )

@@ -4,7 +4,7 @@ text.
 Pages are trees of `xml.etree` elements, so whatever text comes from outside is escaped where the
 tree is written, and what is written is well-formed. Charts are drawn here and not by Matplotlib,
 whose SVG has fixed colours and sizes: these follow the page's style sheet (light, dark, print) and
-    its width.
+its width.
 """
 
 import dataclasses
@@ -15,9 +15,13 @@ from xml.etree.ElementTree import Element
 
 import numpy as np
 
-WIDTH, HEIGHT = 460, 300
+WIDTH = 460
+HEIGHT = 300
 # Room around the plane of a chart: left, right, top, bottom.
-LEFT, RIGHT, TOP, BOTTOM = 54, 14, 14, 48
+LEFT = 54
+RIGHT = 14
+TOP = 14
+BOTTOM = 48
 
 
 def element(name: str, /, *children, **attributes) -> Element:
@@ -84,7 +88,8 @@ def chart(
 ):
     """A chart with ticks and labels around `marks`; `description` is what a screen reader says of
     it."""
-    bottom, top = y.start, y.end
+    bottom = y.start
+    top = y.end
     parts = [element("title", description)]
     for value in y.ticks():
         parts.append(_line(x.start, y(value), x.end, y(value), "grid"))
@@ -135,7 +140,9 @@ def bars(
         edges[:-1].tolist(), edges[1:].tolist(), counts.tolist(), names, strict=True
     ):
         if count:
-            a, b, top = x(left), x(right), y(count)
+            a = x(left)
+            b = x(right)
+            top = y(count)
             inset = min(0.75, (b - a) / 8)
             box = {"x": f"{a + inset:.2f}", "width": f"{b - a - 2 * inset:.2f}"}
             box |= {"y": f"{top:.2f}", "height": f"{y.start - top:.2f}"}

@@ -1,0 +1,391 @@
+"""The walk that carries balls and boxes from node to node: one function for each kind of node."""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lipjax import rounding
+from lipjax.bounds import relaxed
+from lipjax.bounds.modes import Mode
+from lipjax.bounds.regions import Bound, Region, ball_region, half_diagonal
+from lipjax.graph import Activation, Add, Graph, Input, Linear, Rearrange
+from lipjax.graph.linear import LinearOperator, larger, safe_norm, smaller
+
+# norm(k, operator, like, mask_in, mask_out) -> (sigma, vector); k counts the linear nodes. Masks
+# are None for a whole norm. The walk is the same for estimates and certificates; only this differs.
+NormFunction = Callable[..., tuple[jax.Array, Any]]
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["region", "lipschitz", "whole_radius", "masked_radius"],
+    meta_fields=["is_ball"],
+)
+@dataclasses.dataclass(frozen=True)
+class Known:
+    """What the walk carries of a node.
+
+    Attributes:
+        region: of its value.
+        lipschitz: from the example to it.
+        whole_radius: its radius by the whole norms, for boxes "as in the paper".
+        masked_radius: radius that holds once the activation behind is passed, whose dead rows it
+            leaves out; None where it has no such.
+        is_ball: is it the ball of the example, perhaps in another shape?
+    """
+
+    region: Region
+    lipschitz: jax.Array
+    whole_radius: jax.Array
+    masked_radius: jax.Array | None = None
+    is_ball: bool = False
+
+
+@dataclasses.dataclass
+class Found:
+    """What a walk has found so far.
+
+    Attributes:
+        known: of each node.
+        norms: of the linear nodes.
+        vectors: last vectors of their power iterations, by kind (`Mode.vectors`).
+    """
+
+    known: list[Known] = dataclasses.field(default_factory=list)
+    norms: list[jax.Array] = dataclasses.field(default_factory=list)
+    vectors: dict[str, list] = dataclasses.field(
+        default_factory=lambda: {"global": [], "local": []}
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Walk:
+    """How to carry regions through a graph; sound iff the norm functions bound from above.
+
+    With `rounding.OUTWARD`, in float64, this includes the rounding of the walk itself: every exact
+    value lies in its box, and within its radius of the center *as computed*. A constant coordinate
+    stays exactly constant: its two ends, the center and the exact value are the same number.
+
+    Attributes:
+        graph: its last node is Linear.
+        mode: which bound.
+        local_norm, global_norm: of a linear node.
+        view: ``(operator, like) -> operator``, the same map in the form that computes best.
+        arithmetic: `rounding.EXACT` or `rounding.OUTWARD`.
+    """
+
+    graph: Graph
+    mode: Mode
+    local_norm: NormFunction
+    global_norm: NormFunction
+    view: Callable = lambda operator, like: operator
+    arithmetic: rounding.Rounding = rounding.EXACT
+
+    def __call__(self, x: jax.Array, epsilon: jax.Array) -> Bound:
+        """The bound of one example x on the ball of this radius."""
+        epsilon = jnp.asarray(epsilon, x.dtype)
+        found = Found()
+        for i, node in enumerate(self.graph.nodes):
+            if isinstance(node, Input):
+                ball = ball_region(x, epsilon, self.arithmetic)
+                after = Known(ball, jnp.ones((), x.dtype), epsilon, is_ball=True)
+            else:
+                after = self.propagate(i, [found.known[j] for j in node.inputs], found)
+            found.known.append(after)
+
+        head = self.graph.nodes[-1].inputs[0]
+        return Bound(
+            graph=self.graph,
+            lipschitz=found.known[head].lipschitz,
+            norms=tuple(found.norms),
+            regions=tuple(known.region for known in found.known),
+            vectors={name: tuple(found.vectors[name]) for name in self.mode.vectors},
+            mode=self.mode.name,
+        )
+
+    def propagate(self, i: int, before: Sequence[Known], found: Found) -> Known:
+        """What is known of node i, from what is known of its inputs."""
+        node = self.graph.nodes[i]
+        if isinstance(node, Rearrange):
+            return self._through_rearrange(node, before)
+        if isinstance(node, Add):
+            return self._through_add(node, before)
+        if isinstance(node, Activation):
+            return self._through_activation(node, before[0])
+        assert isinstance(node, Linear)
+        return self._through_linear(i, node, before[0], found)
+
+    def _capped(self, region: Region) -> Region:
+        """In local modes no radius is above half the diagonal of the box."""
+        if not self.mode.local:
+            return region
+        least = jnp.minimum(region.radius, half_diagonal(region, self.arithmetic))
+        return dataclasses.replace(region, radius=least)
+
+    # ------------------------------------------------------------------------------ rearrangements
+
+    def _through_rearrange(self, node: Rearrange, before: Sequence[Known]) -> Known:
+        up = self.arithmetic.up
+        exact = len(before) == 1 and node.copies == 1
+        spread = 1.0 if node.copies == 1 else math.sqrt(node.copies)
+
+        def together(values):
+            """The l2 norm of what each input contributes."""
+            total = values[0] if len(values) == 1 else safe_norm(jnp.stack(values))
+            return total if exact else up(total * spread, len(values))
+
+        parts = [known.region for known in before]
+        region = Region(
+            node(*(p.center for p in parts)),
+            together([p.radius for p in parts]),
+            node(*(p.lower for p in parts)),
+            node(*(p.upper for p in parts)),
+        )
+        masked = None
+        if len(before) == 1 and before[0].masked_radius is not None:
+            masked = together([before[0].masked_radius])
+        return Known(
+            region,
+            together([known.lipschitz for known in before]),
+            together([known.whole_radius for known in before]),
+            masked,
+            is_ball=node.pure and before[0].is_ball,
+        )
+
+    # --------------------------------------------------------------------------------------- sums
+
+    def _through_add(self, node: Add, before: Sequence[Known]) -> Known:
+        arithmetic = self.arithmetic
+        up = self.arithmetic.up
+        terms = len(before)
+        parts = [known.region for known in before]
+        centers = [p.center for p in parts]
+        if terms == 1 and node.constant is None and node.signs == (1,):
+            return before[0]  # a cast: the same real number
+
+        center = _total(node, _signed(node, centers))
+        # Adding the constant rounds nothing that the sums of the slack do not cover.
+        moved = arithmetic.norm(4 * rounding.DOUBLE * _magnitude(node, centers))
+        radius = up(_sum([p.radius for p in parts]) + moved, terms + 1)
+        whole = up(_sum([known.whole_radius for known in before]) + moved, terms + 1)
+        lipschitz = before[0].lipschitz
+        if terms > 1:
+            lipschitz = up(_sum([known.lipschitz for known in before]), terms)
+        if not self.mode.boxes:
+            return Known(ball_region(center, radius, arithmetic), lipschitz, whole)
+
+        # A minus exchanges the ends.
+        ends = list(zip(node.signs, parts, strict=True))
+        lower = _total(node, [p.lower if sign == 1 else -p.upper for sign, p in ends])
+        upper = _total(node, [p.upper if sign == 1 else -p.lower for sign, p in ends])
+        if terms == 1 and node.constant is None:
+            region = Region(center, parts[0].radius, lower, upper)
+            return dataclasses.replace(before[0], region=region, is_ball=False)
+
+        slack = 4 * rounding.DOUBLE * _magnitude(node, [p.magnitude for p in parts])
+        lower, upper = arithmetic.widened(lower, upper, slack if terms > 2 else 0.0)
+        lower = smaller(lower, center)
+        upper = larger(upper, center)
+        return Known(self._capped(Region(center, radius, lower, upper)), lipschitz, whole)
+
+    # -------------------------------------------------------------------------------- activations
+
+    def _through_activation(self, node: Activation, before: Known) -> Known:
+        arithmetic = self.arithmetic
+        region = before.region
+        rule = node.rule
+        center = rule(region.center)
+        radius = region.radius if before.masked_radius is None else before.masked_radius
+        lipschitz = before.lipschitz
+        whole = before.whole_radius
+
+        constant = rule.lipschitz
+        if not (isinstance(constant, float) and constant == 1.0):
+            radius = arithmetic.up(radius * constant)
+            lipschitz = arithmetic.up(lipschitz * constant)
+            whole = arithmetic.up(whole * constant)
+        if not rule.selects:  # the center is rounded, by some units where it is transcendental
+            moved = arithmetic.norm(2**10 * rounding.DOUBLE * jnp.abs(center))
+            radius = arithmetic.up(radius + moved)
+            whole = arithmetic.up(whole + moved)
+
+        if not self.mode.boxes:
+            return Known(ball_region(center, radius, arithmetic), lipschitz, whole)
+        after = Region(center, radius, *rule.interval(region.lower, region.upper))
+        return Known(self._capped(after), lipschitz, whole)
+
+    # ------------------------------------------------------------------------------- linear nodes
+
+    def _through_linear(self, i: int, node: Linear, before: Known, found: Found) -> Known:
+        arithmetic = self.arithmetic
+        mode = self.mode
+        region = before.region
+        up = arithmetic.up
+        last = i == len(self.graph.nodes) - 1
+        operator = self.view(node.operator, region.center)
+        center = operator.affine(region.center)
+        slack = arithmetic.slack(operator, region.lower, region.upper)
+        moved = arithmetic.norm(slack)  # how far the computed center can be from the exact one
+        if not mode.boxes:
+            return self._ball_through_linear(operator, before, center, moved, last, found)
+
+        own = None
+        if mode.relaxed_boxes and found.norms and not last:
+            own = relaxed.row_bounds(self._reverse(node, found), node)
+        ball_radius = region.radius if mode.local else before.whole_radius
+        box = self._box(operator, before, center, ball_radius, slack, own)
+        if last:
+            return Known(box, before.lipschitz, before.whole_radius)
+
+        behind = activation_behind(self.graph, i)
+        whole = before.whole_radius
+        if not mode.local:
+            sigma = self._whole_norm(operator, region.center, found)
+            whole = up(sigma * before.whole_radius + moved)
+        if mode.masked:
+            active = self._active_rows(behind, box)
+            place = len(found.norms)
+            sigma, vector = self.local_norm(place, operator, region.center, region.varies, active)
+            found.vectors["local"].append(vector)
+        found.norms.append(sigma)
+
+        radius = up(sigma * region.radius + moved)
+        lipschitz = up(before.lipschitz * sigma)
+        if behind is not None:
+            return Known(box, lipschitz, whole, masked_radius=radius)
+        least = jnp.minimum(radius, box.radius) if mode.local else radius
+        return Known(dataclasses.replace(box, radius=least), lipschitz, whole)
+
+    def _ball_through_linear(
+        self, operator: LinearOperator, before: Known, center, moved, last: bool, found: Found
+    ) -> Known:
+        """Of modes without boxes: the ball by the whole norm."""
+        up = self.arithmetic.up
+        like = before.region.center
+        if last:
+            sigma = up(safe_frobenius(operator, like), like.size + center.size)
+            lipschitz = before.lipschitz
+        else:
+            sigma = self._whole_norm(operator, like, found)
+            found.norms.append(sigma)
+            lipschitz = up(before.lipschitz * sigma)
+        radius = up(sigma * before.region.radius + moved)
+        return Known(ball_region(center, radius, self.arithmetic), lipschitz, radius)
+
+    def _whole_norm(self, operator: LinearOperator, like: jax.Array, found: Found) -> jax.Array:
+        sigma, vector = self.global_norm(len(found.norms), operator, like, None, None)
+        found.vectors["global"].append(vector)
+        return sigma
+
+    def _reverse(self, node: Linear, found: Found) -> relaxed.Reverse:
+        """The reverse pass from what is in front of a linear node."""
+        (end,) = node.inputs
+        regions = [known.region for known in found.known]
+        return relaxed.Reverse(self.graph, self.view, self.arithmetic, regions, found.norms, end)
+
+    def _box(
+        self, operator: LinearOperator, before: Known, center, ball_radius, slack, own
+    ) -> Region:
+        """The box of a linear node's value, which always contains the center itself.
+
+        Interval arithmetic, cut with the ball of the inputs that vary, and with `own`, how far each
+        output can move, if given.
+        """
+        arithmetic = self.arithmetic
+        region = before.region
+        like = before.region.center
+        if before.is_ball:
+            # The ball of the example is the same around every center.
+            varies = jnp.full(like.shape, ~(region.radius == 0))
+            middle = center
+            half_width = operator.absolute(jnp.full(like.shape, region.radius))
+        else:
+            varies = region.varies
+            middle_in, half_width_in = arithmetic.around(region.lower, region.upper)
+            middle = operator.affine(middle_in)
+            half_width = operator.absolute(half_width_in)
+
+        if self.mode.as_paper and operator.kernel_row_norms is not None:
+            row_norms = operator.kernel_row_norms
+        else:
+            counted = varies if self.mode.local else jnp.ones(like.shape, bool)
+            row_norms = operator.row_norms(counted)
+        terms = like.size + operator.kernel.size
+        by_ball = arithmetic.up(ball_radius * jnp.broadcast_to(row_norms, center.shape), terms)
+        if own is not None:
+            by_ball = jnp.minimum(by_ball, own)
+
+        lower = larger(middle - half_width, center - by_ball)
+        upper = smaller(middle + half_width, center + by_ball)
+        lower, upper = arithmetic.widened(lower, upper, slack)
+        # Without these, rounding could leave the two intervals without a common point.
+        lower = smaller(lower, center)
+        upper = larger(upper, center)
+        box = Region(center, ball_radius, lower, upper)
+        return dataclasses.replace(box, radius=half_diagonal(box, arithmetic))
+
+    def _active_rows(self, behind, region: Region) -> jax.Array | None:
+        """Rows of a linear node that can move the output of the activation behind it."""
+        if behind is None:
+            return None
+        path, activation = behind
+        lower = region.lower
+        upper = region.upper
+        for node in path:
+            lower = node(lower)
+            upper = node(upper)
+        mask = activation.rule.active(lower, upper, as_paper=self.mode.as_paper)
+        for node in reversed(path):
+            mask = node.reached(mask, self.graph.nodes[node.inputs[0]].shape)
+        return mask
+
+
+def activation_behind(graph: Graph, i: int) -> tuple[list[Rearrange], Activation] | None:
+    """The activation that alone reads node i, and the rearrangements on the way to it."""
+    path: list[Rearrange] = []
+    while True:
+        readers = list(graph.readers(i))
+        if len(readers) != 1:
+            return None
+        (i,) = readers
+        node = graph.nodes[i]
+        if isinstance(node, Activation):
+            return path, node
+        if not isinstance(node, Rearrange) or len(node.inputs) != 1:
+            return None
+        path.append(node)
+
+
+def _sum(values: Sequence[jax.Array]) -> jax.Array:
+    return sum(values[1:]) + values[0]
+
+
+def _signed(node: Add, values: Sequence[jax.Array]) -> list[jax.Array]:
+    """Each value with the sign that the node gives it."""
+    return [value if sign == 1 else -value for sign, value in zip(node.signs, values, strict=True)]
+
+
+def _total(node: Add, values: Sequence[jax.Array]) -> jax.Array:
+    """The sum of values that have their signs, and of the constant."""
+    total = functools.reduce(jnp.add, values)
+    if node.constant is None:
+        return total
+    return total + jnp.broadcast_to(node.constant, total.shape).astype(total.dtype)
+
+
+def _magnitude(node: Add, values: Sequence[jax.Array]) -> jax.Array:
+    """The sum of all sizes: what the rounding of the sum is a share of."""
+    total = _sum([jnp.abs(value) for value in values])
+    if node.constant is None:
+        return total
+    return total + jnp.abs(jnp.broadcast_to(node.constant, total.shape).astype(total.dtype))
+
+
+def safe_frobenius(operator: LinearOperator, like: jax.Array) -> jax.Array:
+    """``||W||_F``: a sound norm without iteration, where nothing tighter is needed."""
+    return safe_norm(operator.row_norms(jnp.ones(like.shape, bool)))

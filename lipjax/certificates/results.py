@@ -1,0 +1,130 @@
+"""What `certify`, `certified_radius` and `estimate` return."""
+
+import dataclasses
+
+import numpy as np
+
+from lipjax.formats import certificate_files
+
+
+@dataclasses.dataclass(frozen=True)
+class Certificate:
+    """Per-example verdicts of one call of `certify`, NumPy arrays of shape ``(N,)`` unless said.
+
+    `certified[i]` is True only if the prediction is right (equals the label that was given) and
+    *every* image within l2 distance `epsilon` of image i has that same prediction: by the
+    real-number function of the network, and by the network as executed in `arithmetic`. All
+    statements of one certificate hold together (`statement`).
+
+    Of images that were not examined (`certify`) nothing is claimed: margin is -inf, and allowance,
+    lipschitz and norms are inf.
+
+    Attributes:
+        predicted: class of the largest logit, computed in float64.
+        correct: ``predicted == label``.
+        certified: the verdict.
+        margin: label's logit minus the largest worst-case rival, all rounding taken off; certified
+            needs it > 0.
+        allowance: what the rounding of the network as executed has taken off the margin.
+        lipschitz: product of the norm bounds (of a Residual, 1 + that of its layers), from the
+            input to the penultimate activation.
+        norms: ``(N, affine layers - 1)``, the norm bounds.
+        constant: ``(N, activations)``, share of neurons that are constant on the ball; zeros in
+            mode "global".
+        stable: ``(N, activations)``, share of neurons that vary, but are one and the same input on
+            the whole ball (`activations.Rule.stable`): no kink, no threshold, no change of order.
+            As `constant` it rests on the norms.
+        epsilon, mode, tier, failure_probability, seed: what the verdicts are for and rest on. In
+            tier "deterministic" failure_probability is 0 and the seed has no influence on what is
+            proved.
+        seed_from: "system", drawn from the operating system for this call; "given" by the caller:
+            then the proof assumes that network and images were chosen independently of it; "unused"
+            (seed 0) in tier "deterministic", where none was given.
+        precision: of the bounds' own computation.
+        arithmetic: of the network as executed, the least precise of its layers; a name in
+            `rounding.ARITHMETICS`.
+    """
+
+    predicted: np.ndarray
+    correct: np.ndarray
+    certified: np.ndarray
+    margin: np.ndarray
+    allowance: np.ndarray
+    lipschitz: np.ndarray
+    norms: np.ndarray
+    constant: np.ndarray
+    stable: np.ndarray
+    epsilon: float
+    mode: str
+    tier: str
+    failure_probability: float
+    seed: int
+    seed_from: str
+    precision: str
+    arithmetic: str
+
+    @property
+    def statement(self) -> str:
+        """What is proved, in words."""
+        return certificate_files.statement(vars(self))
+
+
+@dataclasses.dataclass(frozen=True)
+class CertifiedRadius:
+    """Per-example radii of one call of `certified_radius`, NumPy arrays ``(N,)`` unless said.
+
+    A `Certificate` in which each image has its own epsilon, `radius[i]`; all of them hold together,
+    and `certificate_files.save` takes it. `radius[i]` is 0 where nothing was certified (a wrong
+    prediction, or an open region that the tool cannot prove); there margin is -inf, and allowance,
+    lipschitz and norms are inf: nothing is claimed.
+    """
+
+    predicted: np.ndarray
+    correct: np.ndarray
+    radius: np.ndarray
+    margin: np.ndarray
+    allowance: np.ndarray
+    lipschitz: np.ndarray
+    norms: np.ndarray
+    mode: str
+    tier: str
+    failure_probability: float
+    seed: int
+    seed_from: str
+    precision: str
+    arithmetic: str
+
+    @property
+    def certified(self) -> np.ndarray:
+        """``radius > 0``."""
+        return self.radius > 0
+
+    @property
+    def epsilon(self) -> np.ndarray:
+        """Each image's own: `radius`."""
+        return self.radius
+
+    @property
+    def statement(self) -> str:
+        """What is proved, in words."""
+        return certificate_files.statement({**vars(self), "epsilon": None})
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimate:
+    """What `estimate` found: as `Certificate`, but `likely_robust` proves nothing.
+
+    Its norms are lower bounds.
+    """
+
+    predicted: np.ndarray
+    correct: np.ndarray
+    likely_robust: np.ndarray
+    margin: np.ndarray
+    lipschitz: np.ndarray
+    norms: np.ndarray
+    constant: np.ndarray
+    stable: np.ndarray
+    epsilon: float
+    mode: str
+    tier: str = "estimate"

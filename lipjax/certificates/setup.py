@@ -1,0 +1,206 @@
+"""What all certificates of one call share, as a plain value, and what is decided with it."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lipjax import rounding
+from lipjax.certificates import batches, verdicts
+from lipjax.certificates.checks import (
+    as_executed,
+    certifiable,
+    checked_images,
+    checked_labels,
+    examined_rows,
+    predict,
+)
+from lipjax.certificates.randomness import checked_seed, drawn_seed, split_failure_probability
+from lipjax.graph import Activation, Graph
+from lipjax.norms.best import global_norm_bound
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+    """What all certificates of one call share.
+
+    Attributes:
+        images, labels: of the whole call, checked.
+        examined: positions of the images to decide.
+        graph: of the network, in float64.
+        global_norms: proven upper bounds of the linear nodes' whole norms, in order.
+        key: of all draws of the call.
+        options: static arguments of `verdicts.certify_batch`.
+        batch_size: images at once.
+        optimize: is there enough work for LLVM's optimizer to pay?
+        facts: what a certificate says of its proof: tier, failure_probability, seed, seed_from,
+            precision, arithmetic.
+    """
+
+    images: np.ndarray
+    labels: np.ndarray
+    examined: np.ndarray
+    graph: Graph
+    global_norms: tuple[jax.Array, ...]
+    key: jax.Array
+    options: dict[str, Any]
+    batch_size: int
+    optimize: bool
+    facts: dict[str, Any]
+
+
+def set_up(
+    network,
+    images,
+    labels,
+    *,
+    tier: str,
+    failure_probability: float,
+    mode: str,
+    arithmetic: str | None,
+    budget: float,
+    seed: int | None,
+    batch_size: int,
+    examine: np.ndarray | None,
+    attempts: int = 1,
+) -> Setup:
+    """Checks the arguments of `certify` and prepares what its images share.
+
+    Args:
+        attempts: at most so many radii are tried for an image.
+
+    Raises:
+        TypeError, ValueError: as `certify`.
+    """
+    images = checked_images(images)
+    graph = certifiable(network, images, tier, failure_probability, arithmetic)
+    with as_executed(arithmetic):
+        labels = checked_labels(graph, images, labels)
+    examined = examined_rows(examine, len(images))
+    if not budget >= 0:
+        raise ValueError(f"budget must be >= 0 floating-point operations, got {budget}.")
+
+    # Read in this process's own precision, before the bounds' is set.
+    arithmetics = rounding.arithmetics_of(graph, arithmetic)
+    seed, seed_from = _seed_of(tier, seed)
+    norms = len(graph.linear) - 1
+    share = split_failure_probability(failure_probability, len(images), norms, attempts)
+    drawn = tier == "probabilistic"
+
+    with batches.exact():
+        graph = jax.tree.map(_in_float64, graph)
+        return Setup(
+            images=images,
+            labels=labels,
+            examined=examined,
+            graph=graph,
+            global_norms=_global_norms(graph),
+            # In 64 bits, where no bit of the seed is lost, by the generator that is meant.
+            key=jax.random.key(seed, impl="threefry2x32"),
+            options={
+                "mode": mode,
+                "tier": tier,
+                "failure_probability": share if drawn else 0.5,
+                "arithmetics": arithmetics,
+                "budget": float(budget),
+            },
+            batch_size=min(batch_size, len(images)),
+            optimize=images.size > batches.FEW_PIXELS,
+            facts={
+                "tier": tier,
+                "failure_probability": failure_probability if drawn else 0.0,
+                "seed": seed,
+                "seed_from": seed_from,
+                "precision": "float64",
+                "arithmetic": rounding.least_precise(arithmetics),
+            },
+        )
+
+
+def _seed_of(tier: str, seed: int | None) -> tuple[int, str]:
+    """The seed that is used, and where it is from."""
+    if seed is not None:
+        return checked_seed(seed), "given"
+    if tier == "probabilistic":
+        return drawn_seed(), "system"
+    return 0, "unused"
+
+
+def _global_norms(graph: Graph) -> tuple[jax.Array, ...]:
+    """Proven bounds of the linear nodes' whole norms. Compiled one by one: nets share them."""
+    compiled = batches.compiled(global_norm_bound, optimize=False)
+    inputs = (graph.nodes[node.inputs[0]] for node in graph.linear_nodes)
+    pairs = zip(graph.linear_nodes, inputs, strict=True)
+    return tuple(compiled(node.operator, jnp.zeros(before.shape)) for node, before in pairs)
+
+
+def _in_float64(leaf):
+    if not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
+        return leaf
+    return jnp.asarray(np.asarray(leaf).astype(np.float64))
+
+
+# ------------------------------------------------------------------------------ what it decides
+
+
+def decided(
+    setup: Setup, rows: np.ndarray, radii: np.ndarray, attempt: int | None = None
+) -> dict[str, Any]:
+    """`verdicts.verdict` of images, each at its own radius, by the norms of the tier.
+
+    Args:
+        rows: positions of the images in the whole call.
+        attempt: of a radius; each draws anew.
+    """
+    with batches.exact():
+        key = setup.key if attempt is None else jax.random.fold_in(setup.key, attempt)
+        shared = (setup.graph, setup.global_norms, key)
+        run = _program(setup, verdicts.certify_batch, shared, setup.options)
+        return _batched(setup, run, setup.images[rows], setup.labels[rows], radii, rows)
+
+
+def candidates(setup: Setup, rows: np.ndarray, max_radius: float) -> np.ndarray:
+    """The largest radius at which each image would be certified if estimates were norms."""
+    options = {name: setup.options[name] for name in ("mode", "arithmetics")}
+    with batches.exact():
+        shared = (setup.graph, setup.global_norms, jnp.float64(max_radius))
+        run = _program(setup, verdicts.radius_batch, shared, options)
+        return _batched(setup, run, setup.images[rows], setup.labels[rows])["radius"]
+
+
+def unexamined(setup: Setup) -> dict[str, Any]:
+    """What is reported of images that are not examined: predictions, and no claim."""
+
+    def run(columns):
+        return {"predicted": predict(setup.graph, *columns)}
+
+    with batches.exact():
+        predicted = _batched(setup, run, setup.images)["predicted"]
+
+    count = len(setup.images)
+    norms = len(setup.graph.linear) - 1
+    activations = sum(isinstance(node, Activation) for node in setup.graph.nodes)
+    return {
+        "predicted": predicted,
+        "correct": predicted == setup.labels,
+        "ok": np.zeros(count, bool),
+        "margin": np.full(count, -np.inf),
+        "allowance": np.full(count, np.inf),
+        "lipschitz": np.full(count, np.inf),
+        "norms": np.full((count, norms), np.inf),
+        "constant": np.zeros((count, activations)),
+        "stable": np.zeros((count, activations)),
+    }
+
+
+def _program(setup: Setup, function, shared, options):
+    compiled = batches.compiled(function, *options, optimize=setup.optimize)
+    return functools.partial(compiled, shared, **options)
+
+
+def _batched(setup: Setup, run, images, *columns):
+    columns = (images.astype(np.float64), *columns)
+    return batches.batched(run, setup.batch_size, *columns, context=batches.exact)

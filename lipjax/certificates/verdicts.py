@@ -1,0 +1,189 @@
+"""The verdict of one example, and the programs that decide a batch of them."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from lipjax import bounds, rounding
+from lipjax.graph import Activation
+from lipjax.norms import best, chebyshev, closed, power
+from lipjax.runtime import cpu
+
+# Entries up to which a layer's matrix is written out (float64: 16 MB).
+SMALL_MATRIX = 2**21
+# Power iterations of each norm in the search for a radius.
+RADIUS_ITERATIONS = 15
+
+
+def verdict(graph, x, label, epsilon, mode, arithmetics, global_norms, local_norm, global_norm):
+    """The verdict of one example, in float64, rounded outwards.
+
+    A proof iff the norm functions bound from above.
+
+    Args:
+        graph: of the network, in float64.
+        x, label, epsilon: one example, its class, and the radius.
+        mode: name of the bound.
+        arithmetics: how each equation of the graph rounds when the network is executed.
+        global_norms: upper bounds of the linear nodes' whole norms, in order.
+        local_norm, global_norm: as `bounds.Walk` takes them.
+
+    Returns:
+        What `facts_of` returns.
+    """
+    outward = rounding.OUTWARD
+    walk = bounds.Walk(graph, bounds.mode_of(mode), local_norm, global_norm, view, outward)
+    bound = walk(x, epsilon)
+    worst = bounds.worst_logits(bound, label, outward, view)
+
+    # What the network's own arithmetic can do to a logit, anywhere in the ball.
+    boxes = [outward.widened(x - epsilon, x + epsilon, 0.0)]
+    boxes += [(region.lower, region.upper) for region in bound.regions[1:]]
+    executed = rounding.forward_error(graph, boxes, arithmetics, global_norms, view)
+
+    # What the logits computed here are off.
+    head = graph.linear_nodes[-1]
+    lower, upper = boxes[head.inputs[0]]
+    own = outward.slack(view(head.operator, lower), lower, upper)
+    # The two sums below round once more each.
+    own = own + 8 * rounding.DOUBLE * (jnp.abs(worst) + own + executed)
+
+    def taken_off(allowance):
+        return jnp.where(jnp.arange(worst.shape[0]) == label, worst - allowance, worst + allowance)
+
+    ideal = taken_off(own)
+    real = taken_off(own + executed)
+    return facts_of(bound, label, real, bounds.margin(ideal, label) - bounds.margin(real, label))
+
+
+def facts_of(bound, label, worst, extra):
+    """Verdict and figures of one example.
+
+    Args:
+        bound: of the example.
+        label: its class.
+        worst: worst-case logits, with everything taken off that is known of rounding.
+        extra: how much the execution's rounding has taken off the margin.
+    """
+    margin = bounds.margin(worst, label)
+    predicted = jnp.argmax(bound.logits)
+    # An overflow or NaN anywhere, even one that a mask or a minimum hides later, is a reason not to
+    # certify.
+    largest = min(rounding.LARGEST, float(jnp.finfo(margin.dtype).max))
+    numbers = jax.tree.leaves((bound.regions, bound.norms, bound.graph))
+    numbers = [leaf for leaf in numbers if jnp.issubdtype(jnp.result_type(leaf), jnp.floating)]
+    sound = jnp.array([jnp.all(jnp.abs(leaf) < largest) for leaf in numbers])
+    constant = []
+    stable = []
+    for node, after in zip(bound.graph.nodes, bound.regions, strict=True):
+        if isinstance(node, Activation):
+            before = bound.regions[node.inputs[0]]
+            constant.append(~after.varies)
+            stable.append(node.rule.stable(before.lower, before.upper) & after.varies)
+    return {
+        "predicted": predicted,
+        "correct": predicted == label,
+        "ok": (predicted == label) & (margin > 0) & jnp.all(sound) & jnp.isfinite(margin),
+        "margin": margin,
+        "allowance": extra,
+        "lipschitz": bound.lipschitz,
+        "norms": jnp.stack(bound.norms) if bound.norms else jnp.zeros((0,), margin.dtype),
+        "constant": _shares(constant, margin.dtype),
+        "stable": _shares(stable, margin.dtype),
+    }
+
+
+def _shares(masks, dtype):
+    """The share of each mask that is True."""
+    if not masks:
+        return jnp.zeros((0,), dtype)
+    return jnp.stack([jnp.mean(mask.astype(dtype)) for mask in masks])
+
+
+def view(operator, like):
+    """The map as an explicit matrix, which compiles and runs quickly, where that is small."""
+    outputs = jax.eval_shape(operator, like).size
+    return operator.materialized(like) if like.size * outputs <= SMALL_MATRIX else operator
+
+
+def certify_batch(shared, columns, *, mode, tier, failure_probability, arithmetics, budget):
+    """The verdicts of a batch, by the norms of the tier.
+
+    Args:
+        shared: graph, global norms, and the key of all draws.
+        columns: images, labels, radii, and places in the whole call.
+        failure_probability: of each norm bound.
+    """
+    graph, global_norms, key = shared
+    # Global norms are drawn once and shared, so their key must not depend on the example; indices
+    # make the others independent of how the images are batched.
+    global_key, local_key = jax.random.split(key)
+
+    def deterministic(k, operator, like, mask_in, mask_out):
+        sigma = best.norm_bound(
+            operator, like, mask_in, mask_out, global_bound=global_norms[k], budget=budget
+        )
+        return sigma, None
+
+    def probabilistic(salt, k, operator, like, mask_in, mask_out):
+        fresh = jax.random.fold_in(salt, k)
+        sigma = chebyshev.inflated_norm_bound(
+            operator, fresh, failure_probability, like, mask_in, mask_out
+        )
+        sigma = jnp.minimum(sigma, global_norms[k])
+        sigma = jnp.minimum(sigma, closed.schur_bound(operator, like, mask_in, mask_out))
+        return sigma, None
+
+    def norm_function(salt):
+        if tier == "deterministic":
+            return deterministic
+        return functools.partial(probabilistic, salt)
+
+    def one(x, label, epsilon, index):
+        local_norm = norm_function(jax.random.fold_in(local_key, index))
+        global_norm = norm_function(global_key)
+        return verdict(
+            graph, x, label, epsilon, mode, arithmetics, global_norms, local_norm, global_norm
+        )
+
+    return jax.vmap(one)(*columns)
+
+
+def radius_batch(shared, columns, *, mode, arithmetics):
+    """The largest radius, to about 1 %, at which the verdict is positive with estimated norms."""
+    graph, global_norms, max_radius = shared
+
+    def norm(k, operator, like, mask_in, mask_out):
+        start = jax.random.normal(jax.random.fold_in(jax.random.key(0), k), like.shape, like.dtype)
+        return power.power_iteration(operator, start, RADIUS_ITERATIONS, mask_in, mask_out)
+
+    def one(x, label):
+        def robust(epsilon):
+            facts = verdict(graph, x, label, epsilon, mode, arithmetics, global_norms, norm, norm)
+            return facts["ok"]
+
+        def halve(_, bracket):
+            low, high = bracket
+            # Halved in the logarithm once something is known to hold, so that small radii are as
+            # precise as large ones.
+            middle = jnp.where(low > 0, jnp.sqrt(jnp.maximum(low, 1e-12) * high), high / 4)
+            good = robust(middle)
+            return jnp.where(good, middle, low), jnp.where(good, high, middle)
+
+        low, _ = jax.lax.fori_loop(0, 12, halve, (jnp.zeros_like(max_radius), max_radius))
+        return {"radius": low}
+
+    return jax.vmap(one)(*columns)
+
+
+@cpu.for_cpu
+def estimate_batch(shared, columns, *, mode, iterations):
+    """As `certify_batch`, from power iterations: proves nothing."""
+    graph, epsilon = shared
+
+    def one(x, label):
+        bound = bounds.bound(graph, x, epsilon, mode=mode, iterations=iterations)
+        return facts_of(bound, label, bounds.worst_logits(bound, label), 0.0)
+
+    return jax.vmap(one)(*columns)

@@ -1,0 +1,83 @@
+"""Sections of the page: how to do it again and to check it, and the configuration."""
+
+import json
+import os
+import shlex
+from collections.abc import Iterator, Mapping
+from typing import Any
+from xml.etree.ElementTree import Element
+
+from lipjax.report.charts import element
+from lipjax.report.parts import note, section, table
+
+HASHES = {
+    "sha256": "SHA-256 of the file",
+    "digest": "digest inside",
+    "network": "network",
+    "data": "images and labels",
+}
+
+
+def commands(summary) -> Element:
+    """Commands, versions and hashes."""
+    run = summary["run"]
+    told = summary["commands"]
+    train = told["train"] or "# not recorded; the configuration below is that of the training"
+    check = ["# check the certificates with other code", *told["check"]]
+    lines = ["# train", train, "# certify", told["certify"], *check]
+    versions = [*map(list, run["versions"].items()), ["device", run["device"]]]
+    hashes = [
+        _defined(
+            name,
+            *(element("dd", f"{of} ", element("code", facts[key])) for key, of in HASHES.items()),
+        )
+        for name, facts in summary["files"].items()
+    ]
+    return section(
+        "Reproduce and check",
+        element("pre", element("code", "\n".join(lines)), tabindex="0"),
+        element(
+            "p",
+            "The checker derives every verdict of a certificate file once more from the network "
+            "and the images, and exits with 0 if it confirms them.",
+        ),
+        element(
+            "div",
+            table("Versions and device", ["of", "version"], versions),
+            class_="narrow",
+        ),
+        element("h3", "Certificate files"),
+        element("dl", hashes, class_="hashes"),
+        note(
+            f"Data: fingerprint {run['data_fingerprint']} of the certified split. Hashes find "
+            f"damage; they are no signature. It took {run['seconds']:g} s to certify."
+        ),
+        class_="card wide",
+    )
+
+
+def configuration(summary) -> Element:
+    """Every field of the training's configuration."""
+    entries = []
+    for name, value in _leaves(summary["config"]):
+        shown = value if isinstance(value, str) and value else json.dumps(value)
+        entries.append(_defined(name, element("dd", shown)))
+    title = "Configuration of the training"
+    return section(title, element("dl", entries, class_="config"), class_="card wide")
+
+
+def _defined(name: str, *definitions: Element) -> Element:
+    return element("div", element("dt", name), *definitions)
+
+
+def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
+
+
+def check_command(file, *flags: str) -> str:
+    """The command that checks one certificate file of a run."""
+    return shlex.join(["python", "-m", "lipjax.check", os.fspath(file), *flags])
