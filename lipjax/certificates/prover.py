@@ -62,13 +62,11 @@ def certify(
     | wrong prediction | not certified |
     | epsilon = 0 | certified iff the prediction is right and no rival is within rounding of it |
     | a NaN, an infinity or a number above 1e100 anywhere in the walk | not certified |
-    | NaN or infinite weights or pixels, pixels outside [0, 1], an operation without a bound | error
-    |
-    | a dtype that the error model does not know; a layer of `lipjax.orthogonal` (certify its
-    `plain`) | error |
+    | NaN or infinite weights or pixels, pixels outside [0, 1] | error |
+    | an operation without a bound, a dtype that the error model does not know | error |
 
     Args:
-        network: an nnx.Sequential of registered layers.
+        network: a function of one example or of a batch that JAX traces (`lipjax.trace`).
         images: ``(N, ...)`` floats in [0, 1].
         labels: ``(N,)`` integers, or None: then the predictions themselves are certified.
         epsilon: l2 radius on the pixels as given, >= 0.
