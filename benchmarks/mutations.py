@@ -88,6 +88,8 @@ GUARDS = {
         _guard("rounding/outward", "outward underflow rounding residual executed"),
         _guard("rounding/executed", "executed underflow rounding residual"),
         _guard("activations/absolute", "groupsort trace"),
+        _guard("activations/pieces", "tight"),
+        _guard("bounds/tight", "tight"),
         _guard("activations/groupsort", "groupsort"),
         _guard("graph/description", "description"),
         _guard("graph/known", "trace executed"),
@@ -119,6 +121,7 @@ GUARDS = {
         _guard("check/nodes", "description"),
         _guard("check/layers", "check_graph check forgery"),
         _guard("check/slopes", "check_graph check forgery"),
+        _guard("check/kinds", "check_kinds"),
         _guard(
             "check/checker",
             "forgery check check_graph fuzz",

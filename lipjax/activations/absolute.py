@@ -72,6 +72,9 @@ class AbsoluteValue(Rule):
     def instability(self, lower, upper):
         return hinge(lower, upper, 0.0)
 
+    def described(self):
+        return {"kind": "abs"} if type(self) is AbsoluteValue else super().described()
+
 
 @register_primitive("abs")
 def _absolute(reader, equation, inputs):

@@ -128,6 +128,11 @@ class Sort(Rule):
         farthest = cut(upper, 1, size) - cut(lower, 0, size - 1)
         return hinge(nearest, farthest, 0.0)
 
+    def described(self):
+        if type(self) is not Sort:  # what another class computes is not known
+            return super().described()
+        return {"kind": "sort", "axis": self.axis}
+
     # ------------------------------------------------------- entries in the order of the center
 
     def _ordered(self, center, lower, upper):

@@ -143,17 +143,17 @@ class OneSided(Reverse):
     def ball(self, i: int) -> jax.Array:
         """Radius of the change in front of activation i, over its active inputs."""
         (before,) = self.graph.nodes[i].inputs
-        moving = self._moving(before)
+        active = self._active_radius(before)
         radius = self.regions[before].radius
-        return radius if moving is None else jnp.minimum(moving, radius)
+        return radius if active is None else jnp.minimum(active, radius)
 
-    def through_activation(self, i: int, before: Region, g: jax.Array):
+    def _through_activation(self, i: int, before: Region, g: jax.Array):
         node = self.graph.nodes[i]
         assert isinstance(node, Activation)
         radius = self.ball(i)
         steps = node.rule.pieces(before.center, before.lower, before.upper, self.arithmetic)
         if steps is None:
-            return super().through_activation(i, before, g)
+            return super()._through_activation(i, before, g)
         total = jnp.zeros((), g.dtype)
         taken = []
         for k, pieces in reversed(list(enumerate(steps))):
@@ -168,7 +168,7 @@ class OneSided(Reverse):
             total = self.arithmetic.up(total + cost + left, 3)
             g = pieces.transposed(slope, g)
         self.taken[i] = tuple(taken)
-        return g, total
+        return (g,), total
 
 
 def ascended(gain, start, limits, goal, steps: int, rate: float = 0.1):

@@ -62,8 +62,13 @@ class Affine:
     executed: Executed | None = None
 
 
+class Nonlinear:
+    """An activation: `Activation`, or one of the kinds of `lipjax.check.kinds`, each with its own
+    rules."""
+
+
 @dataclasses.dataclass(frozen=True)
-class Activation:
+class Activation(Nonlinear):
     """An activation on flattened arrays of `shape`: clipping, or "maxmin" on the two halves of the
     last axis.
 
@@ -160,7 +165,7 @@ class Node:
             node's own number.
     """
 
-    step: Affine | Activation | Add | Move
+    step: Affine | Nonlinear | Add | Move
     inputs: tuple[int, ...]
 
 

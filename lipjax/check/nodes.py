@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import scipy.sparse  # type: ignore[import-untyped]
 
+from lipjax.check import kinds
 from lipjax.check.layers import (
     Activation,
     Add,
@@ -46,6 +47,7 @@ FIELDS = {
     "add": {"signs", "constant"},
     "clip": {"bottom", "top"},
     "maxmin": {"bottom", "top"},
+    **{kind: fields for kind, (fields, _) in kinds.READERS.items()},
 }
 # The equation that a node begins with, where it computes anything; elementwise ones may follow.
 FIRST = {
@@ -500,4 +502,5 @@ READERS: dict[str, Callable] = {
     "add": _add,
     "clip": _clip,
     "maxmin": _maxmin,
+    **{kind: reader for kind, (_, reader) in kinds.READERS.items()},
 }

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from lipjax.check.layers import Activation, Add, Affine, Move
+from lipjax.check.layers import Activation, Add, Affine, Move, Nonlinear
 from lipjax.check.norms import TINY, U, gamma, up, up_norm
 
 
@@ -63,9 +63,9 @@ def linear_gains(
         number = max(live)
         g, node = live.pop(number), walked.nodes[number - 1]
         before = walked.values[node.inputs[-1]]
-        if isinstance(node.step, Activation):
+        if isinstance(node.step, Nonlinear):
             length = up_norm(before.offset())
-            for piece in reversed(_pieces(node.step, before, walked.moving[number])):
+            for piece in reversed(pieces(node.step, before, walked.moving[number])):
                 met = piece.along(g)
                 open_ = piece.reach > 0
                 cost = worst_gains(
@@ -120,11 +120,19 @@ def _lengths(rows: np.ndarray) -> np.ndarray:
     return np.array([up_norm(row) for row in rows])
 
 
-def _pieces(step: Activation, known, moving: float) -> list[Piece]:
+def pieces(step: Nonlinear, known, moving: float) -> list[Piece]:
+    """The steps of an activation, in order, on what is known of its input.
+
+    Args:
+        moving: bound of ``||z - center||_2`` over the inputs that can move an output, and of what
+            is not known of those that do not vary.
+    """
+    if not isinstance(step, Activation):
+        return step.pieces(known, moving)
     if not step.pairs:
         ends = (step.bottom, step.top)
         kinks = tuple(np.broadcast_to(end, step.shape).reshape(-1) for end in ends)
-        return [_elementwise(step, kinks, known.center, known.lower, known.upper, moving)]
+        return [elementwise(step, kinks, known.center, known.lower, known.upper, moving)]
     (a, b), (lower_a, lower_b), (upper_a, upper_b) = (
         step.halves(end) for end in (known.center, known.lower, known.upper)
     )
@@ -151,7 +159,7 @@ def _pieces(step: Activation, known, moving: float) -> list[Piece]:
 
     return [
         first,
-        _elementwise(
+        elementwise(
             clip,
             (bottom, top),
             order(a, b),
@@ -162,7 +170,7 @@ def _pieces(step: Activation, known, moving: float) -> list[Piece]:
     ]
 
 
-def _extremes(function, kinks, z, lower, upper) -> tuple[np.ndarray, np.ndarray]:
+def extremes(function, kinks, z, lower, upper) -> tuple[np.ndarray, np.ndarray]:
     """Smallest and largest slope of the chords from z of a function that is linear between its
     kinks.
 
@@ -196,8 +204,9 @@ def _extremes(function, kinks, z, lower, upper) -> tuple[np.ndarray, np.ndarray]
     return low, high
 
 
-def _elementwise(function, kinks, z, lower, upper, moving) -> Piece:
-    low, high = _extremes(function, kinks, z, lower, upper)
+def elementwise(function, kinks, z, lower, upper, moving) -> Piece:
+    """Of a piecewise linear function of slopes -1, 0 and 1."""
+    low, high = extremes(function, kinks, z, lower, upper)
     # No kink strictly inside: one slope, exactly 0 or 1.
     straight = np.all([(kink <= lower) | (kink >= upper) for kink in kinks], axis=0)
     low, high = np.where(straight, np.round(low), low), np.where(straight, np.round(high), high)
@@ -214,7 +223,7 @@ def _pair(step, a, b, least, most, a_leads, b_leads, moving) -> Piece:
     t = a - b
     room = 8 * U * np.maximum(np.abs(least), np.abs(most))
     least, most = np.minimum(least - room, t), np.maximum(most + room, t)
-    low, high = _extremes(np.abs, (np.zeros(t.shape),), t, least, most)
+    low, high = extremes(np.abs, (np.zeros(t.shape),), t, least, most)
     fixed = a_leads | b_leads
     sign = np.where(a_leads, 1.0, -1.0)
     low, high = np.where(fixed, sign, low), np.where(fixed, sign, high)

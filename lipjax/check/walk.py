@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from lipjax.check import slopes
-from lipjax.check.layers import Activation, Add, Affine, Executed, Move, Node
+from lipjax.check.layers import Activation, Add, Affine, Executed, Move, Node, Nonlinear
 from lipjax.check.norms import TINY, Norms, U, gamma, up, up_norm
 
 BISECTION_STEPS = 60
@@ -46,7 +46,7 @@ class Network:
     arithmetic: str
 
     @functools.cached_property
-    def followers(self) -> dict[int, tuple[list[Move], Activation]]:
+    def followers(self) -> dict[int, tuple[list[Move], Nonlinear]]:
         """The activation behind each affine layer whose value nothing else takes, by the value's
         number, and the moves on the way to it, whose values nothing else takes either.
 
@@ -62,7 +62,7 @@ class Network:
             at = takers.get(number, []) if isinstance(node.step, Affine) else []
             while len(at) == 1:
                 step = self.nodes[at[0] - 1].step
-                if isinstance(step, Activation):
+                if isinstance(step, Nonlinear):
                     found[number] = path, step
                 if not isinstance(step, Move) or len(step.sizes) != 1:
                     break
@@ -191,7 +191,7 @@ def walk(
             if node.inputs[0] in walked.kept and len(node.inputs) == 1:
                 # What reaches an output of the activation behind comes from rows that do.
                 walked.kept[number] = _spread(node.step, [walked.kept[node.inputs[0]]])
-        elif isinstance(node.step, Activation):
+        elif isinstance(node.step, Nonlinear):
             known, rows = activate(node.step, before)
             slack = np.zeros(known.center.shape)
             # 1-Lipschitz, also in what is not known of these
@@ -380,7 +380,7 @@ def _spread(step: Move, lengths: Sequence[float]) -> float:
     return float(up(math.sqrt(step.copies) * up_norm(np.array(lengths))))
 
 
-def _moving_rows(path: Sequence[Move], activation: Activation, known: Known) -> np.ndarray:
+def _moving_rows(path: Sequence[Move], activation: Nonlinear, known: Known) -> np.ndarray:
     """Which entries can move an output of the activation behind these moves."""
     for step in path:
         known = move(step, [known])
@@ -458,9 +458,11 @@ def _stored(lower, upper, carried, length, executed, arithmetic) -> tuple[np.nda
     return error, float(distance)
 
 
-def activate(step: Activation, known: Known) -> tuple[Known, np.ndarray]:
+def activate(step: Nonlinear, known: Known) -> tuple[Known, np.ndarray]:
     """What is known behind an activation, its radius as before, and which inputs can move an output
     that varies."""
+    if not isinstance(step, Activation):
+        return step.activated(known)
     lower, upper = step(known.lower), step(known.upper)
     # clipping returns the very same number for both ends; a NaN counts as open
     open_ = lower != upper

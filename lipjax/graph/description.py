@@ -53,6 +53,7 @@ def described(graph: Graph) -> list[dict[str, Any]]:
       other; -1 where a value of `fill` stands, in order.
     - "add": `signs`, `constant` or None.
     - "clip": `bottom`, `top`, either may be None; "maxmin": the same of the pairs.
+    - Other activations: what `Rule.described` of the kind says (`lipjax.activations`).
 
     Raises:
         TypeError: an activation or a map without a plain description; parameters that are traced.
@@ -92,7 +93,7 @@ def _own(node: Node, before: Sequence[Node]) -> dict[str, Any]:
     assert isinstance(node, Activation)
     found = node.rule.described()
     return {
-        name: value if isinstance(value, str) else _array(value, node.dtype)
+        name: value if isinstance(value, str | int | list) else _array(value, node.dtype)
         for name, value in found.items()
     }
 
