@@ -18,6 +18,8 @@ SDP-CROWN (Chiu et al., ICML 2025, arXiv 2506.06665).
 """
 
 import dataclasses
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +27,7 @@ import optax
 
 from lipjax import rounding
 from lipjax.activations import Pieces
-from lipjax.bounds.regions import Region
+from lipjax.bounds.regions import Bound, Region
 from lipjax.bounds.relaxed import Reverse
 from lipjax.graph import Activation
 from lipjax.graph.linear import safe_norm
@@ -61,6 +63,10 @@ class Slopes:
 # Measured on networks that others trained (`python -m benchmarks.foreign`): the first is best on
 # most, the second where nearly all neurons are stable.
 CHOICES = (Slopes(0.4, 0.75, 0.8), Slopes(0.5, 0.75, 1.0))
+# Rivals, the worst, for which the others than the first are tried.
+RETRIED = 3
+# Slopes that are kept are whole multiples of 1 / UNIT, from -128 to 127 of them: one byte each.
+UNIT = 100
 
 
 def chosen(pieces: Pieces, w: jax.Array, radius: jax.Array, by: Slopes) -> jax.Array:
@@ -147,13 +153,29 @@ class OneSided(Reverse):
         radius = self.regions[before].radius
         return radius if active is None else jnp.minimum(active, radius)
 
-    def _through_activation(self, i: int, before: Region, g: jax.Array):
+    def pieces(self, i: int) -> tuple[Pieces, ...] | None:
+        """Of activation i, in order of application."""
         node = self.graph.nodes[i]
         assert isinstance(node, Activation)
-        radius = self.ball(i)
-        steps = node.rule.pieces(before.center, before.lower, before.upper, self.arithmetic)
+        before = self.regions[node.inputs[0]]
+        return node.rule.pieces(before.center, before.lower, before.upper, self.arithmetic)
+
+    def limits(self):
+        """Smallest and largest slopes worth looking at, in the form of `taken`."""
+        ends = {}
+        for i in self.taken:
+            steps = self.pieces(i)
+            assert steps is not None
+            ends[i] = [pieces.extremes() for pieces in steps]
+        low = {i: tuple(jnp.minimum(least, 0) for least, _ in ends[i]) for i in ends}
+        high = {i: tuple(jnp.maximum(most, 0) for _, most in ends[i]) for i in ends}
+        return low, high
+
+    def _through_activation(self, i: int, before: Region, g: jax.Array):
+        steps = self.pieces(i)
         if steps is None:
             return super()._through_activation(i, before, g)
+        radius = self.ball(i)
         total = jnp.zeros((), g.dtype)
         taken = []
         for k, pieces in reversed(list(enumerate(steps))):
@@ -171,19 +193,94 @@ class OneSided(Reverse):
         return (g,), total
 
 
+def one_sided(
+    bound: Bound, arithmetic: rounding.Rounding, view: Callable, **slopes: Any
+) -> OneSided:
+    """The pass that propagates rows back from what is in front of the last node.
+
+    Args:
+        bound: of one example.
+        arithmetic, view: of the walk.
+        slopes: `by` or `given`, as `OneSided` takes them.
+    """
+    (end,) = bound.graph.nodes[-1].inputs
+    return OneSided(bound.graph, view, arithmetic, bound.regions, bound.norms, end, **slopes)
+
+
+# ------------------------------------------------------------------------------ better slopes
+
+
+def improved(
+    bound: Bound, rows: jax.Array, goals: jax.Array, steps: int, view: Callable
+) -> tuple[jax.Array, jax.Array]:
+    """Slopes improved by gradient steps in ordinary arithmetic, and the bounds that they prove.
+
+    Args:
+        bound: of one example, proved and rounded outwards.
+        rows: ``(n, *penultimate shape)``, directions d.
+        goals: ``(n,)``: no more steps once the gain is below; infinity: none at all.
+        steps: at most so many.
+        view: of the walk.
+
+    Returns:
+        ``(n,)``, upper bounds of ``max <d, h' - h>`` over the ball, rounded outwards, and
+        ``(n, slopes)``, their slopes as int8 multiples of 1 / UNIT, all activations after each
+        other (`flattened`).
+    """
+
+    def one(row, goal):
+        first = one_sided(bound, rounding.EXACT, view)
+        least = first.gain(row)
+        slopes = ascended(
+            lambda given: one_sided(bound, rounding.EXACT, view, given=given).gain(row),
+            (first.taken, least),
+            first.limits(),
+            goal,
+            steps,
+        )
+        kept = flattened(slopes)
+        proved = one_sided(bound, rounding.OUTWARD, view, given=unflattened(kept, slopes))
+        return proved.gain(row), kept
+
+    return jax.vmap(one)(rows, goals)
+
+
+def flattened(slopes: dict[int, tuple[jax.Array, ...]]) -> jax.Array:
+    """Slopes as int8 multiples of 1 / UNIT, in the order of the nodes and of their steps."""
+    parts = [slope.reshape(-1) for i in sorted(slopes) for slope in slopes[i]]
+    if not parts:
+        return jnp.zeros((0,), jnp.int8)
+    kept = jnp.clip(jnp.round(UNIT * jnp.concatenate(parts)), -128, 127)
+    return jnp.where(jnp.isnan(kept), 0, kept).astype(jnp.int8)
+
+
+def unflattened(kept: jax.Array, like: dict[int, tuple[jax.Array, ...]]):
+    """What `flattened` was given, rounded."""
+    found: dict[int, tuple[jax.Array, ...]] = {}
+    place = 0
+    for i in sorted(like):
+        parts = []
+        for slope in like[i]:
+            part = kept[place : place + slope.size].reshape(slope.shape)
+            parts.append(part.astype(slope.dtype) / UNIT)
+            place += slope.size
+        found[i] = tuple(parts)
+    return found
+
+
 def ascended(gain, start, limits, goal, steps: int, rate: float = 0.1):
     """Better slopes for one row: Adam on ``gain(slopes)``, which any slopes make a bound.
 
     Args:
         gain: of a pytree of slopes.
-        start: where to begin.
+        start: where to begin, and the gain there.
         limits: two such pytrees, the smallest and the largest slopes to look among.
         goal: it stops where the gain is below this.
         steps: at most so many.
         rate: of the first step; it falls to 0 along a cosine.
 
     Returns:
-        The best slopes that were seen, multiples of 1/256: short to store, exact in any type.
+        The best slopes that were seen.
     """
     optimizer = optax.adam(optax.cosine_decay_schedule(rate, max(steps, 1)))
     low, high = limits
@@ -197,12 +294,12 @@ def ascended(gain, start, limits, goal, steps: int, rate: float = 0.1):
         found, gradient = jax.value_and_grad(gain)(slopes)
         better = found < least
         best = jax.tree.map(lambda new, old: jnp.where(better, new, old), slopes, best)
-        # Where a gradient is no number nothing is learned; the bound of these slopes says so itself.
+        # Where a gradient is no number nothing is learned; the bound itself says so.
         gradient = jax.tree.map(lambda d: jnp.where(jnp.isfinite(d), d, 0.0), gradient)
         moves, moments = optimizer.update(gradient, moments)
         slopes = jax.tree.map(lambda s, d, a, b: jnp.clip(s + d, a, b), slopes, moves, low, high)
         return count + 1, slopes, moments, best, jnp.where(better, found, least)
 
-    first = (jnp.zeros((), int), start, optimizer.init(start), start, gain(start))
-    best = jax.lax.while_loop(goes_on, step, first)[-2]
-    return jax.tree.map(lambda s: jnp.round(256 * s) / 256, best)
+    slopes, least = start
+    first = (jnp.zeros((), int), slopes, optimizer.init(slopes), slopes, least)
+    return jax.lax.while_loop(goes_on, step, first)[-2]

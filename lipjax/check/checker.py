@@ -62,8 +62,9 @@ import numpy as np
 from lipjax.check import nodes as check_nodes
 from lipjax.check.layers import Add, Affine, CannotCheck, Move, Node, by_nodes, nodes_of
 from lipjax.check.norms import Norms, U
-from lipjax.check.walk import ARITHMETICS, Derived, Network, derive
+from lipjax.check.walk import ARITHMETICS, Derived, Network, Tight, derive
 from lipjax.formats.certificate_files import (
+    ARRAYS,
     CertificateFileError,
     data_hash,
     describe,
@@ -279,15 +280,20 @@ def check(
     network = Network(nodes, [norms(layer.matrix) for layer in affine], header["arithmetic"])
     margins = np.full(len(chosen), -math.inf)
     slopes = {"linear": header["mode"] in ("linear", "rows"), "rows": header["mode"] == "rows"}
+    kept = _slopes_by_row(header, arrays) if header["mode"] == "tight" else None
     for i, row in enumerate(chosen):
+        tight = None
+        if kept is not None:
+            tight = Tight(float(arrays["margin"][row]), kept.get(int(row), {}))
+        epsilon = float(arrays["epsilon"][row])
         derived = derive(
-            network, images[row], int(labels[row]), float(arrays["epsilon"][row]), norms, **slopes
+            network, images[row], int(labels[row]), epsilon, norms, **slopes, tight=tight
         )
         margins[i] = derived.margin
         problems += [
             f"image {arrays['index'][row]} (row {row}): {problem}"
             for problem in _differences(
-                derived, network, header, {name: array[row] for name, array in arrays.items()}
+                derived, network, header, {name: arrays[name][row] for name in ARRAYS}
             )
         ]
         if progress is not None:
@@ -302,6 +308,15 @@ def check(
         norms.random,
         delta if norms.random else 0.0,
     )
+
+
+def _slopes_by_row(header, arrays) -> dict[int, dict[int, np.ndarray]]:
+    """The slopes that a file holds, by row and rival."""
+    found: dict[int, dict[int, np.ndarray]] = {}
+    if header.get("slopes"):
+        for (row, rival), slopes in zip(arrays["slopes_of"], arrays["slopes"], strict=True):
+            found.setdefault(int(row), {})[int(rival)] = slopes
+    return found
 
 
 def _contradictions(layers, images, labels, header, arrays) -> list[str]:

@@ -8,7 +8,7 @@ its value, given that of its input (`activated`), and how it is relaxed (`pieces
 import dataclasses
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -20,6 +20,9 @@ from lipjax.check.slopes import Piece, elementwise, extremes
 @dataclasses.dataclass(frozen=True)
 class Absolute(Nonlinear):
     """``|z|``, exact, and 1-Lipschitz."""
+
+    # Between them it is linear (`lipjax.check.onesided`).
+    kinks: ClassVar[tuple[float, ...]] = (0.0,)
 
     def __call__(self, z: np.ndarray) -> np.ndarray:
         return np.abs(z)
