@@ -6,4 +6,4 @@ The same as ``lipjax train``. What happens, in its order: `lipjax.cli.train`.
 from lipjax.cli import common, train
 
 if __name__ == "__main__":
-    common.run(train.main, train.ERRORS)
+    common.run(train)

@@ -109,8 +109,8 @@ class Subject:
             lipjax.MaxMin(),
             nnx.Linear(6, 3, rngs=rngs, bias_init=bias),
         )
-        self.layers = certificate_files.describe(self.network)
         self.images = np.random.default_rng(seed).uniform(0.1, 0.9, (POOL, 2)).astype(np.float32)
+        self.layers = certificate_files.describe(self.network, self.images[0])
         self.images[-1] = self.images[0]  # another position, the same image
         self.logits = np.asarray(jax.vmap(self.network)(self.images))
         self.predicted = np.argmax(self.logits, axis=1).astype(np.int32)

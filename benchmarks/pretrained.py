@@ -47,24 +47,24 @@ def main() -> None:
     )
     options = parser.parse_args()
 
-    subject = networks.of_run(options.workdir)
+    run = networks.of_run(options.workdir)
     # where they were says nothing elsewhere
-    subject.config["data"] |= {"data_dir": "", "manual_dir": ""}
-    shape = subject.test.images.shape[1:]
+    run.config["data"] |= {"data_dir": "", "manual_dir": ""}
+    shape = run.test.images.shape[1:]
     certifications = options.certifications or [options.workdir / "certification"]
     summaries = [json.loads((folder / "summary.json").read_text()) for folder in certifications]
     folder = Path(pretrained.__file__).parent
     path = folder / f"{options.name}.safetensors"
-    storage.save(subject.network, path, input_shape=shape, notes=networks.notes(subject))
+    storage.save(run.network, path, input_shape=shape, notes=networks.notes(run))
     card = {
         "name": options.name,
-        "data": subject.test.name,
+        "data": run.test.name,
         "input_shape": list(shape),
-        "classes": subject.test.classes,
-        "parameters": sum(int(np.size(leaf)) for leaf in jax.tree.leaves(subject.network)),
+        "classes": run.test.classes,
+        "parameters": sum(int(np.size(leaf)) for leaf in jax.tree.leaves(run.network)),
         "command": options.command,
-        "seed": subject.facts["training_seed"],
-        "epoch": subject.facts["epoch"],
+        "seed": run.facts["training_seed"],
+        "epoch": run.facts["epoch"],
         "versions": summaries[0]["run"]["versions"],
         "sha256": pretrained.sha256(path),
         "results": [

@@ -30,7 +30,7 @@ import optax
 from lipjax import activations, bounds, losses, models, training
 from lipjax.configs import digits
 from lipjax.data import sets
-from lipjax.training import feeding
+from lipjax.training import feeding, plan
 from lipjax.training.plan import counted
 
 SHAPES = {
@@ -106,6 +106,7 @@ def main(arguments: list[str] | None = None) -> None:
             name: round(lowered_flops(config, shape, classes, loss) / 1e9, 1)
             for name, loss in (("plain", plain_loss), (options.mode, training.example_loss))
         },
+        "planned_seconds": planned_seconds(config, shape, classes, options.steps),
         "device": jax.devices()[0].device_kind,
         "devices": jax.device_count(),
         "jax": jax.__version__,
@@ -134,6 +135,15 @@ def configured(options):
     config.vectors.dtype = options.vectors
     config.epsilon.train, config.schedule.ramp = 0.15, 0.0
     return config
+
+
+def planned_seconds(config, shape, classes, count) -> list[float] | None:
+    """The range in which `lipjax plan` expects the step; None on a device that it does not know."""
+    try:
+        found = plan.planned(config, plan.Sizes(shape, classes, count * config.batch_size))
+    except ValueError:
+        return None
+    return [round(seconds, 4) for seconds in found.step_seconds]
 
 
 def plain_loss(network, x, label, epsilon, kappa, vectors, config):

@@ -63,7 +63,7 @@ def pytest_configure(config):
         os.environ[name.upper()] = str(value)
 
 
-LONGEST = ("training", "hosts", "certificates", "plan", "relaxed", "attacks", "devices", "lowering")
+LONGEST = ("training", "hosts", "certificates", "plan", "relaxed", "attacks", "devices", "cpu")
 
 
 def pytest_collection_modifyitems(items):

@@ -27,7 +27,7 @@ from lipjax import models, training
 from lipjax.certificates import batches
 from lipjax.configs import digits
 from lipjax.data import sets
-from lipjax.training import feeding
+from lipjax.training import feeding, sharding
 from lipjax.training.checkpoints import Checkpoints
 
 DEVICES, BATCH, STEPS = 8, 16, 4
@@ -152,7 +152,7 @@ def certified_by(devices, test):
 
 if __name__ == "__main__":
     jax.config.update("jax_num_cpu_devices", DEVICES)
-    training.SPLIT_ENTRIES = 32  # the network is small
+    sharding.SPLIT_ENTRIES = 32  # the network is small
     print(json.dumps({mode: report(mode) for mode in ("local", "paper")}))
 
 

@@ -272,9 +272,7 @@ def complaint_about(words: list[str]) -> str | None:
     from lipjax.check import checker
     from lipjax.cli import common, entry
 
-    common.run = lambda main, errors: common._parsed(
-        ["program", *sys.argv[1:]], sys.modules[main.__module__]
-    )
+    common.run = lambda command: common.parsed(["program", *sys.argv[1:]], command)
     parsers = {
         "check": checker.parser,
         "report": entry._report_parser,
@@ -369,15 +367,13 @@ def answer() -> None:
     """Complaints about the commands on stdin, as JSON. Each in a fork of this process, which has
     imported what takes long."""
     for module in (
-        "check",
-        "checkpoints",
-        "cli",
-        "commands",
-        "feeding",
-        "lowering",
-        "plan",
-        "records",
-        "reporting",
+        "check.checker",
+        "cli.certify",
+        "cli.entry",
+        "cli.plan",
+        "cli.train",
+        "data.records",
+        "report",
     ):
         importlib.import_module(f"lipjax.{module}")
     answers = []

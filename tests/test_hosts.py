@@ -279,7 +279,7 @@ def test_hosts_that_make_no_sense_are_an_error_that_shows_how(value, message):
 def test_arrays_are_gathered_bit_for_bit_where_there_is_one_process():
     array = np.array([np.pi, -np.inf])
     np.testing.assert_array_equal(hosts.gather(array), [array])
-    assert hosts.most(1.5, 2) == (1.5, 2)
+    assert hosts.maximum(1.5, 2) == (1.5, 2)
 
 
 @pytest.mark.parametrize("failing", ["0", "1"])

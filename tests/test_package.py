@@ -75,13 +75,16 @@ def wheel(tmp_path_factory):
 
 
 def sources() -> set[str]:
-    """All files of the package, behind links too, but for what Python wrote."""
-    return {
-        str((Path(folder) / name).relative_to(ROOT))
-        for folder, _, names in os.walk(ROOT / "lipjax", followlinks=True)
-        for name in names
-        if not name.endswith(".pyc")
-    }
+    """All files that an installation has, but for what Python wrote.
+
+    `lipjax.configs` is the folder `configs` at the top of a checkout (pyproject.toml), so the
+    checkout's own lipjax/configs, which only points there, is not among them.
+    """
+    package = {path for path in (ROOT / "lipjax").rglob("*") if path.is_file()}
+    package = {path.relative_to(ROOT) for path in package if path.suffix != ".pyc"}
+    package.discard(Path("lipjax/configs/__init__.py"))
+    configs = {Path("lipjax") / "configs" / path.name for path in (ROOT / "configs").glob("*.py")}
+    return set(map(str, package | configs))
 
 
 def test_the_wheel_holds_every_file_of_the_package_and_nothing_else(wheel):

@@ -151,7 +151,8 @@ def test_files_of_version_1_stay_readable_and_say_what_they_said(tmp_path):
         and "over the tool's own draws (seed 5), all certificates" in read["statement"]
     )
     report = checker.check(
-        certificate_files.describe(net), x, found.predicted, read, arrays, np.random.default_rng(0)
+        certificate_files.describe(net, x[0]),
+        *(x, found.predicted, read, arrays, np.random.default_rng(0)),
     )
     assert report.confirmed, report
     certificate_files.write(path, {**header, "version": 1}, arrays)

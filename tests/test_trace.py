@@ -710,3 +710,9 @@ def test_sums_and_casts_are_in_the_table():
     text = str(trace(lambda x: (x.astype(jnp.bfloat16) + 1).astype(jnp.float32) + x, VECTOR))
     assert "Cast" in text and "sum of bounds" in text and "bfloat16" in text
     assert any(isinstance(node, Add) for node in trace(lambda x: x + x, VECTOR).nodes)
+
+
+def test_a_line_that_was_typed_at_a_prompt_is_named():
+    typed: dict = {}
+    exec(compile("def f(x):\n    return x * 2.0\n", "<stdin>", "exec"), typed)
+    assert trace(typed["f"], jnp.zeros(3)).nodes[1].where == "<stdin>:2 (f)"

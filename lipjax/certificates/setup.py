@@ -20,6 +20,7 @@ from lipjax.certificates.checks import (
 )
 from lipjax.certificates.randomness import checked_seed, drawn_seed, split_failure_probability
 from lipjax.graph import Activation, Graph
+from lipjax.graph.joining import rejoined
 from lipjax.norms.best import global_norm_bound
 
 # The mode that decides each image by the cheapest bound that does, and its gradient steps.
@@ -103,7 +104,7 @@ def set_up(
     drawn = tier == "probabilistic"
 
     with batches.exact():
-        graph = jax.tree.map(_in_float64, graph)
+        graph = rejoined(jax.tree.map(_in_float64, graph))
         return Setup(
             images=images,
             labels=labels,

@@ -8,31 +8,24 @@ Exit codes: 0 confirmed; 1 rejected: something in the file is wrong or could not
 and the report says what; 2 could not be checked: a file that cannot be read, a layer or setting
 that this checker does not know.
 
-For a network of your own, of the layers that `lipjax.formats.certificate_files.describe` knows::
+For a network or a function of your own, which is described by the nodes of its graph as it is
+traced on an image::
 
     header, arrays = lipjax.formats.certificate_files.load("mine.npz")
-    report = lipjax.check.check(
-        lipjax.check.describe(network), images, labels, header, arrays, np.random.default_rng()
-    )
-    print(report)      # report.confirmed, report.problems, report.margin
-
-For any other function, which is described by the nodes of its graph as it is traced on an image::
-
     described = lipjax.check.describe(f, images[0], arithmetic=header["arithmetic"])
     report = lipjax.check.check(described, images, labels, header, arrays, np.random.default_rng())
+    print(report)      # report.confirmed, report.problems, report.margin
 
-(The command reads networks from runs and files, not functions.)
-
-**What is shared with the tool**: the file's format and hashes and the plain description of the
-layers (`lipjax.formats.certificate_files`), and, in `load_run` alone, what reads a run's parameters
-and data. Of a function that is no nnx.Sequential also the way from the program to that description:
-what `lipjax.graph` reads from the jaxpr, the kernels of linear maps and the equations that round
-included; an error there misleads both. Nothing of its bounds: matrices (`lipjax.check.layers`,
-`check_nodes`), norms (`check_norms`), masks, margins and the rounding of the executed network
-(`check_walk`, `check_slopes`) are derived in other words, from METHOD 1 to 5, in float64 with every
-rounding error turned outwards. Modes "global", "bcp" and "paper" are at least as loose as "local",
-so one walk in mode "local" confirms the verdicts of all four, and carries those of modes "linear"
-and "rows".
+**What is shared with the tool**: the file's format and hashes (`lipjax.formats.certificate_files`),
+in `load_subject` alone what reads a run's parameters and data, and the way from the program to its
+description: what `lipjax.graph` reads from the jaxpr, the kernels of linear maps and the equations
+that round included; an error there misleads both. (Files of versions 1 and 2 describe an
+nnx.Sequential by its layers instead.) Nothing of its bounds: matrices (`lipjax.check.layers`,
+`check.nodes`), norms (`check.norms`), masks, margins and the rounding of the executed network
+(`check.walk`, `check.slopes`) are derived in other words, from METHOD 1 to 5 (docs/method.md), in
+float64 with every rounding error turned outwards. Modes "global", "bcp" and "paper" are at least as
+loose as "local", so one walk in mode "local" confirms the verdicts of all four, and carries those
+of modes "linear" and "rows".
 
 **What a confirmation says.** Each verdict "certified" follows for a second time, from the network
 and the images of the recorded hashes. Norms of matrices with a side of at most `check_norms.SMALL`
@@ -60,11 +53,13 @@ from typing import Any
 import numpy as np
 
 from lipjax.check import nodes as check_nodes
-from lipjax.check.layers import Add, Affine, CannotCheck, Move, Node, by_nodes, nodes_of
+from lipjax.check.layers import Add, Affine, CannotCheck, Move, Node, by_nodes, nodes_of, of_stored
 from lipjax.check.norms import Norms, U
 from lipjax.check.walk import ARITHMETICS, Derived, Network, Tight, derive
+from lipjax.formats import network_files
 from lipjax.formats.certificate_files import (
     ARRAYS,
+    BY_NODES,
     CertificateFileError,
     data_hash,
     describe,
@@ -215,7 +210,8 @@ def check(
     itself, up to three allowances.
 
     Args:
-        layers: the network as `describe` writes it, by layers or by nodes.
+        layers: the network as `describe` writes it; for a file of version 1 or 2 about an
+            nnx.Sequential its layers (`lipjax.check.layers.of_stored`).
         images, labels: ``(N, ...)`` floats in [0, 1] and ``(N,)`` integers, the rows of the file in
             its order.
         header, arrays: as `lipjax.formats.certificate_files.load` returns them.
@@ -531,8 +527,8 @@ def _differences(derived: Derived, network: Network, header, row) -> list[str]:
 
 
 def load_subject(given: argparse.Namespace, header, arrays):
-    """What the file is about: the layers of the network, and its images and labels, ``(layers,
-    images, labels)``.
+    """What the file is about: the description of the network, and its images and labels,
+    ``(layers, images, labels)``.
 
     The only part that uses the library, to read parameters and data.
     """
@@ -544,7 +540,7 @@ def load_subject(given: argparse.Namespace, header, arrays):
             network, *_ = networks.opened(given.network)
         else:  # the number of classes is only to build the network: its hash is compared
             network, _ = networks.selected(given.workdir, images.shape[1:], header["classes"])
-        return describe(network), images, labels
+        return _described(given, network, images, header), images, labels
     if header["split"] not in (None, "test"):
         raise CannotCheck(
             f"the file is about the {header['split']} split: give its images with --images."
@@ -569,7 +565,24 @@ def load_subject(given: argparse.Namespace, header, arrays):
             f"the test split of {test.name} has no images {missing[:5]}, which the file is about."
         )
     rows = np.array([place[int(index)] for index in arrays["index"]])
-    return describe(subject.network), test.unit_images(rows), test.labels[rows]
+    images = test.unit_images(rows)
+    return _described(given, subject.network, images, header), images, test.labels[rows]
+
+
+def _described(given, network, images: np.ndarray, header) -> list[dict[str, Any]]:
+    """The network in the terms of the file's version; a function's stored nodes as they stand."""
+    from lipjax import storage
+
+    if given.workdir is None and given.network.endswith(".safetensors"):
+        head, arrays = network_files.read(given.network)
+        if "nodes" in head:
+            return network_files.joined(head["nodes"], arrays)
+    if header["version"] < BY_NODES:
+        try:
+            return of_stored(*storage.layers_of(network))
+        except (TypeError, ValueError):
+            pass  # any other function was described by nodes
+    return describe(network, images[0], arithmetic=header["arithmetic"])
 
 
 def _from_npz(path: str, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

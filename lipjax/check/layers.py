@@ -50,6 +50,8 @@ class Affine:
         row_norms: ``(outputs,)``, upper bounds of the norms of the rows.
         largest: ``max |W|``.
         executed: None: in the network's arithmetic, as a layer with a bias.
+        parts: what is executed, one behind the other, where that is several maps; W and b are then
+            of all together. Empty: the map as it stands.
     """
 
     matrix: Any
@@ -60,6 +62,7 @@ class Affine:
     row_norms: np.ndarray
     largest: float
     executed: Executed | None = None
+    parts: tuple["Affine", ...] = ()
 
 
 class Nonlinear:
@@ -174,8 +177,8 @@ def nodes_of(layers: Sequence[Mapping[str, Any]], shape: tuple[int, ...]) -> lis
     makes the logits.
 
     Args:
-        layers: as `describe` writes them: of an nnx.Sequential its layers, of any other function
-            its nodes, which say what they read (`check_nodes`). The layers between a "fork" and its
+        layers: its nodes, as `describe` writes them, which say what they read (`check.nodes`); or
+            its layers, of which files of versions 1 and 2 are. The layers between a "fork" and its
             "join" are a branch: the join adds what they make to what stood at the fork.
         shape: of one example.
 
@@ -285,6 +288,73 @@ def nodes_of(layers: Sequence[Mapping[str, Any]], shape: tuple[int, ...]) -> lis
     if not nodes or not isinstance(nodes[-1].step, Affine) or len(shape) != 1:
         raise CannotCheck("the network does not end in an affine layer with one axis of logits.")
     return nodes
+
+
+def of_stored(
+    stored: Sequence[Mapping[str, Any]],
+    arrays: Mapping[str, np.ndarray],
+    prefix: str = "layers",
+) -> list[dict[str, Any]]:
+    """Layers as network files hold them, as certificate files of versions 1 and 2 described them:
+    their hashes are over this. One dict a layer, those of nested sequences in their place; "fork"
+    and "join" stand around the layers of a Residual.
+
+    Args:
+        stored, arrays: as `lipjax.storage.layers_of` returns them.
+    """
+    found: list[dict[str, Any]] = []
+    for i, layer in enumerate(stored):
+        where, settings = f"{prefix}.{i}", dict(layer)
+        kind = settings.pop("type")
+        own: dict[str, Any] = {
+            name: arrays[f"{where}.{name}"]
+            for name in ("kernel", "bias", "threshold", "upper", "lower")
+            if f"{where}.{name}" in arrays
+        }
+        if kind == "Sequential":
+            found += of_stored(layer["layers"], arrays, f"{where}.layers")
+            continue
+        if kind == "Residual":
+            branch = of_stored(layer["layers"], arrays, f"{where}.branch.layers")
+            found += [{"kind": "fork"}, *branch, {"kind": "join"}]
+            continue
+        if kind in ("Linear", "Conv"):
+            own = {"bias": None, **own, "dtype": settings["dtype"], "unusual": []}
+            # JAX's own levels are left to the device.
+            algorithm = settings["precision"]
+            if algorithm not in (None, "DEFAULT", "HIGH", "HIGHEST"):
+                own["precision"] = algorithm
+            settings = _conv_settings(settings, own["kernel"].ndim - 2) if kind == "Conv" else {}
+        found.append({"kind": STORED[kind], **own, **settings})
+    return found
+
+
+# Names of the layers in network files, and here.
+STORED = {
+    **{"Conv": "conv", "Linear": "linear", "AveragePool": "average_pool"},
+    **{"Normalize": "normalize", "Flatten": "flatten", "ReLU": "relu", "MaxMin": "maxmin"},
+    **{"ClippedReLU": "clipped_relu", "ClippedMaxMin": "clipped_maxmin"},
+}
+
+
+def _conv_settings(settings: Mapping[str, Any], rank: int) -> dict[str, Any]:
+    def spread(value) -> list[int]:
+        value = 1 if value is None else value
+        return [value] * rank if isinstance(value, int) else list(value)
+
+    padding = settings["padding"]
+    if isinstance(padding, str):
+        padding = padding.upper()
+    else:
+        pairs = [padding] * rank if isinstance(padding, int) else padding
+        padding = [[p, p] if isinstance(p, int) else list(p) for p in pairs]
+    return {
+        "padding": padding,
+        "strides": spread(settings["strides"]),
+        "dilation": spread(settings["kernel_dilation"]),
+        "input_dilation": spread(settings["input_dilation"]),
+        "groups": settings["feature_group_count"],
+    }
 
 
 def by_nodes(layers: Sequence[Mapping[str, Any]]) -> bool:

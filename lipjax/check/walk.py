@@ -367,24 +367,39 @@ def _executed(
     """
     if layer.executed is not None and layer.executed.results == 0:
         return known.error, known.distance  # the identity
+    n = layer.terms
+    size = up(np.maximum(np.abs(known.lower), np.abs(known.upper)) + known.error)
+    local = np.zeros(len(layer.bias))
+    for k, part in enumerate(layer.parts or (layer,)):
+        own, size = _own(part, size, arithmetic)
+        # What the parts before have rounded off goes through this one.
+        local = up((part.absolute @ local if k else 0.0) + own, part.terms)
+        size = up(size + local)
+        if not np.all(np.isfinite(size)):
+            return np.full(len(local), np.inf), math.inf
+    carried = np.minimum(layer.absolute @ known.error, layer.row_norms * known.distance)
+    error = up(up(carried, n) + local)
+    distance = np.minimum(up(whole * known.distance + up_norm(local)), up_norm(error))
+    return error, float(distance)
+
+
+def _own(layer: Affine, size: np.ndarray, arithmetic: str) -> tuple[np.ndarray, np.ndarray]:
+    """What a map itself rounds off, of executed inputs of these sizes, and the sizes of its values;
+    infinity where a sum could overflow."""
     u_in, u_acc, u_out, smallest, largest = _units(layer.executed, arithmetic)
     n, results = layer.terms, 3 if layer.executed is None else layer.executed.results
     # (1 + u_in)^2 (1 + gamma) (1 + u_out)^results - 1, in which nothing cancels
     growth = 2 * math.log1p(u_in) + math.log1p(gamma(n + 2, u_acc)) + results * math.log1p(u_out)
     growth = up(math.expm1(growth))
-    size = up(np.maximum(np.abs(known.lower), np.abs(known.upper)) + known.error)
     total = up(layer.absolute @ size + np.abs(layer.bias), n)
     flushed = (n + 2) * smallest * (1 + layer.largest + np.max(size, initial=0.0))
     local = up(growth * total + flushed)
-    carried = np.minimum(layer.absolute @ known.error, layer.row_norms * known.distance)
-    error = up(up(carried, n) + local)
-    distance = np.minimum(up(whole * known.distance + up_norm(local)), up_norm(error))
     # A mean is added up before it is divided: so many of the largest input must not overflow
     # either.
     added = n * np.max(size, initial=0.0)
     if not max(float(np.max(total + local, initial=0.0)), float(added)) < largest:
-        return np.full(error.shape, np.inf), math.inf
-    return error, float(distance)
+        return np.full(len(total), np.inf), np.full(len(total), np.inf)
+    return local, total
 
 
 def _units(executed: Executed | None, arithmetic: str) -> tuple[float, float, float, float, float]:

@@ -1,2 +1,1 @@
-"""The commands: `lipjax train`, `certify`, `check`, `report`, `plan`, `data`, `export`,
-`models`."""
+"""The commands behind the name `lipjax` (`entry`), one module for each of the larger ones."""

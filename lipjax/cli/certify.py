@@ -2,24 +2,25 @@
 
     python certify.py --workdir=runs/digits
     python certify.py --workdir=runs/cifar10 --epsilon=0.141 --examples=1000
-    python certify.py --network=net.safetensors --data=npz:train.npz,test.npz --epsilon=0.5
-    --workdir=runs/own
+    python certify.py --network=net.safetensors --data=npz:train.npz,test.npz --epsilon=0.5 \\
+        --workdir=runs/own
 
-Prints accuracies (clean, under PGD attack, certified by the bounds of --modes side by side) and
-writes to workdir/certification: report.html (a page of all of it; lipjax/report/page.py),
-summary.json, examples.npz and examples.csv (per image), gallery.npz (some images with adversarial
-ones near them), curve.png (certified accuracy against epsilon, below the PGD curve), and
-certificate.npz, which `python -m lipjax.check` derives once more with other code. With --early each
-image is certified by the cheapest bound that can: "certified" then means by the bound named or by a
-    looser one of --modes, and certificate_<bound>.npz has the other bounds' certificates.
+`lipjax certify` is the same. It prints accuracies (clean, under PGD attack, certified by the bounds
+of --modes side by side) and writes to workdir/certification: report.html (a page of all of it;
+lipjax/report/page.py), summary.json, examples.npz and examples.csv (per image), gallery.npz (some
+images with adversarial ones near them), curve.png (certified accuracy against epsilon, below the
+PGD curve), and certificate.npz, which `python -m lipjax.check` derives once more with other code.
+With --early each image is certified by the cheapest bound that can: "certified" then means by the
+bound named or by a looser one of --modes, and certificate_<bound>.npz has the other bounds'
+certificates.
 """
 
 import dataclasses
-import os
 import platform
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -29,397 +30,361 @@ import lipjax
 from lipjax import report
 from lipjax.cli import common, networks
 from lipjax.data import sets
-from lipjax.runtime import hosts
+from lipjax.formats import certificate_files
+from lipjax.runtime import cpu, hosts
 from lipjax.training import metrics
 from lipjax.training.checkpoints import CheckpointError
-
-_WORKDIR = flags.DEFINE_string(
-    "workdir",
-    None,
-    "Folder of a run of train.py, or, with --network, for the results; default runs/digits, or "
-    "runs/<network>.",
-)
-_NETWORK = flags.DEFINE_string(
-    "network",
-    None,
-    "Instead of a run: a .safetensors file of lipjax.save, or the name of a network that comes "
-    "with lipjax.",
-)
-_DATA = flags.DEFINE_string(
-    "data", None, "With --network: the data set, as --config.data.name takes it."
-)
-_IMAGE_SIZE = flags.DEFINE_integer(
-    "image_size", None, "With --network: of sets of encoded images, as data.image_size."
-)
-_EPSILON = flags.DEFINE_float(
-    "epsilon", None, "l2 radius on pixels in [0, 1]; the configuration's epsilon.test if unset."
-)
-_TIER = flags.DEFINE_enum("tier", "probabilistic", lipjax.certificates.TIERS, "Kind of proof.")
-_DELTA = flags.DEFINE_float(
-    "failure_probability", 1e-6, "Of all certificates of this run together, in tier probabilistic."
-)
-_MODES = flags.DEFINE_list(
-    "modes",
-    ["global", "paper", "local"],
-    "Bounds to certify with, side by side, some of global, bcp, paper, local, linear, rows, from "
-    "the loosest to the "
-    "tightest; the last one also makes the curve and the certificate file. linear and rows pay on "
-    "networks that were not "
-    "trained with local; rows costs a reverse pass for each neuron.",
-)
-_ARITHMETIC = flags.DEFINE_enum(
-    "arithmetic",
-    None,
-    list(lipjax.rounding.ARITHMETICS),
-    "How the network will be executed; its rounding is taken off the margins. Unset: as this "
-    "machine executes it.",
-)
-_BUDGET = flags.DEFINE_float(
-    "budget",
-    lipjax.norms.best.BUDGET,
-    "Tier deterministic: floating-point operations per norm and image, above which a masked "
-    "convolution's norm is its "
-    "global one.",
-)
-_EXAMPLES = flags.DEFINE_integer(
-    "examples",
-    None,
-    "Certify so many test images, a fixed random choice; default all.",
-    lower_bound=1,
-)
-_SEED = flags.DEFINE_integer(
-    "seed",
-    None,
-    "Of the certificates' draws and the attack's starts; unset: from the operating system. One "
-    "that is given makes the run "
-    "repeatable, and its certificates assume that network and images were chosen independently of "
-    "it.",
-    lower_bound=0,
-    upper_bound=2**63 - 1,
-)
-_BATCH = flags.DEFINE_integer("batch_size", 64, "Images at once; no influence on the result.")
-_STEPS = flags.DEFINE_integer("pgd_steps", 100, "Steps of each attack, each of epsilon / 4.")
-_RESTARTS = flags.DEFINE_integer("pgd_restarts", 5, "Random starts of each attack at epsilon.")
-_CURVE = flags.DEFINE_bool(
-    "curve", True, "Certified radii and the curve; without it only the verdicts at epsilon."
-)
-_EARLY = flags.DEFINE_bool(
-    "early",
-    False,
-    "Attack first; each bound of --modes decides only what is predicted right, stands the attack "
-    "and was not certified by the "
-    "bound before it (global is nearly free). Less time, no figures of the others.",
-)
-_HOSTS = flags.DEFINE_string(
-    "hosts",
-    os.environ.get("LIPJAX_HOSTS", ""),
-    f"For several processes as one: {hosts.EXAMPLE}; or LIPJAX_HOSTS.",
-)
-_DATA_DIR = flags.DEFINE_string(
-    "data_dir", None, "Where TFDS keeps its sets, if not where training found them."
-)
 
 # The curve's PGD points are for orientation: one restart, where at epsilon itself there are more.
 CURVE_RESTARTS = 1
 CURVE_POINTS = 6
+
 # Of the attack that looks for the nearest adversarial image of the few in the report's gallery.
-GALLERY_STEPS, GALLERY_RESTARTS = 200, 4
+GALLERY_STEPS = 200
+GALLERY_RESTARTS = 4
+
+# These say what is wrong and what to do.
+ERRORS = (sets.DataError, CheckpointError, ValueError, TypeError)
 
 
-def main(_):
-    hosts.join(_HOSTS.value)
-    lipjax.runtime.cpu.keep_compiled()
+def define_flags(values: flags.FlagValues) -> None:
+    """The flags of this command."""
+    own = {"flag_values": values}
+
+    # ------------------------------------------------------------------ what is certified
+    flags.DEFINE_string(
+        "workdir",
+        None,
+        "Folder of a run of train, or, with --network, for the results; default runs/digits, or "
+        "runs/<network>.",
+        **own,
+    )
+    flags.DEFINE_string(
+        "network",
+        None,
+        "Instead of a run: a .safetensors file of lipjax.save, or the name of a network that comes "
+        "with lipjax.",
+        **own,
+    )
+    flags.DEFINE_string(
+        "data", None, "With --network: the data set, as --config.data.name takes it.", **own
+    )
+    flags.DEFINE_integer(
+        "image_size", None, "With --network: of sets of encoded images, as data.image_size.", **own
+    )
+    flags.DEFINE_string(
+        "data_dir", None, "Where TFDS keeps its sets, if not where training found them.", **own
+    )
+    flags.DEFINE_integer(
+        "examples",
+        None,
+        "Certify so many test images, a fixed random choice; default all.",
+        lower_bound=1,
+        **own,
+    )
+
+    # ------------------------------------------------------------------ how
+    flags.DEFINE_float(
+        "epsilon",
+        None,
+        "l2 radius on pixels in [0, 1]; the configuration's epsilon.test if unset.",
+        **own,
+    )
+    tiers = list(lipjax.certificates.TIERS)
+    flags.DEFINE_enum("tier", "probabilistic", tiers, "Kind of proof.", **own)
+    flags.DEFINE_float(
+        "failure_probability",
+        1e-6,
+        "Of all certificates of this run together, in tier probabilistic.",
+        **own,
+    )
+    flags.DEFINE_list(
+        "modes",
+        ["global", "paper", "local"],
+        "Bounds to certify with, side by side, some of global, bcp, paper, local, linear, rows, "
+        "from the loosest to the tightest; the last one also makes the curve and the certificate "
+        "file. linear and rows pay on networks that were not trained with local; rows costs a "
+        "reverse pass for each neuron.",
+        **own,
+    )
+    flags.DEFINE_enum(
+        "arithmetic",
+        None,
+        list(lipjax.rounding.ARITHMETICS),
+        "How the network will be executed; its rounding is taken off the margins. Unset: as this "
+        "machine executes it.",
+        **own,
+    )
+    flags.DEFINE_float(
+        "budget",
+        lipjax.norms.best.BUDGET,
+        "Tier deterministic: floating-point operations per norm and image, above which a masked "
+        "convolution's norm is its global one.",
+        **own,
+    )
+    flags.DEFINE_integer(
+        "seed",
+        None,
+        "Of the certificates' draws and the attack's starts; unset: from the operating system. One "
+        "that is given makes the run repeatable, and its certificates assume that network and "
+        "images were chosen independently of it.",
+        lower_bound=0,
+        upper_bound=2**63 - 1,
+        **own,
+    )
+    flags.DEFINE_integer("batch_size", 64, "Images at once; no influence on the result.", **own)
+    flags.DEFINE_integer("pgd_steps", 100, "Steps of each attack, each of epsilon / 4.", **own)
+    flags.DEFINE_integer("pgd_restarts", 5, "Random starts of each attack at epsilon.", **own)
+    flags.DEFINE_bool(
+        "curve",
+        True,
+        "Certified radii and the curve; without it only the verdicts at epsilon.",
+        **own,
+    )
+    flags.DEFINE_bool(
+        "early",
+        False,
+        "Attack first; each bound of --modes decides only what is predicted right, stands the "
+        "attack and was not certified by the bound before it (global is nearly free). Less time, "
+        "no figures of the others.",
+        **own,
+    )
+    common.define_hosts(values)
+
+
+def main(options: flags.FlagValues) -> None:
+    """Certifies as the flags say; each station below is a function with its name."""
+    hosts.join(options.hosts)
+    cpu.keep_compiled()
     logging.set_verbosity(logging.ERROR)
     started = time.monotonic()
 
-    # ------------------------------------------------------------------ run, data, network
-    subject = opened()
-    network, test = subject.network, subject.test
-    workdir = _WORKDIR.value or f"runs/{Path(_NETWORK.value).stem if _NETWORK.value else 'digits'}"
-    epsilon = subject.epsilon if _EPSILON.value is None else _EPSILON.value
+    # ------------------------------------------------------------------ network, data, settings
+    given = open_network(options)
+    task = settle(options, given)
+    facts = given.facts
+    count = len(task.labels)
+    say(f"{facts['network']}: epoch {facts['epoch']}; {count} test images of {given.test.name}")
+
+    # ------------------------------------------------------------------ attack, certificates
+    say(f"attacking, PGD with {options.pgd_steps} steps and {options.pgd_restarts} restarts ...")
+    broken = attack(task, task.epsilon, task.mine, options.pgd_restarts)
+    verdicts = certify_modes(task, broken)
+    for mode, certificate in verdicts.certificates.items():
+        contradicted = certificate.certified & broken
+        refuse_contradictions(mode, given.test.indices[contradicted])
+
+    # ------------------------------------------------------------------ radii and curve
+    curve = trace_curve(task, verdicts, broken) if options.curve else None
+
+    # ------------------------------------------------------------------ what is written
+    if not hosts.is_writer():
+        return
+    run = run_facts(task, verdicts)
+    columns = columns_of(task, verdicts, broken, curve)
+    gallery = find_gallery(task, run, columns)
+    folder = task.workdir / "certification"
+    files = write_certificates(task, verdicts, run, folder)
+    if curve:
+        at_epsilon = {mode: float(np.mean(rows)) for mode, rows in verdicts.certified.items()}
+        metrics.plot_curve(folder / "curve.png", run, curve.radii, curve.pgd, at_epsilon)
+    seconds = round(time.monotonic() - started, 1)
+    summary = summarise(task, verdicts, broken, curve, {**run, "seconds": seconds}, files)
+    write_results(folder, run, summary, columns, gallery)
+
+
+# ------------------------------------------------------------------------------------ the settings
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """What is certified, and how.
+
+    Attributes:
+        images, labels: ``(N, H, W, C)`` floats in [0, 1], ``(N,)``.
+        workdir: for the results.
+        modes: from the loosest to the tightest.
+        arguments: of each call of `lipjax.certify` and `lipjax.certified_radius`.
+        seed, drawn: of all draws; whether it came from the operating system.
+        mine: which images this process examines, boolean ``(N,)``.
+    """
+
+    options: flags.FlagValues
+    given: networks.NetworkWithData
+    images: np.ndarray
+    labels: np.ndarray
+    workdir: Path
+    epsilon: float
+    modes: list[str]
+    arguments: dict[str, Any]
+    seed: int
+    drawn: bool
+    mine: np.ndarray
+
+
+def open_network(options) -> networks.NetworkWithData:
+    """What the flags say is certified."""
+    if options.network is None:
+        if options.data is not None or options.image_size is not None:
+            raise ValueError(
+                "--data and --image_size belong to --network: a run has its own data set."
+            )
+        workdir = options.workdir or "runs/digits"
+        return networks.of_run(workdir, examples=options.examples, data_dir=options.data_dir)
+    if options.data is None:
+        raise ValueError(
+            "--network needs --data, the data set to certify it on: `lipjax data list` lists the "
+            "names."
+        )
+    return networks.of_network(
+        options.network,
+        options.data,
+        examples=options.examples,
+        data_dir=options.data_dir,
+        image_size=options.image_size,
+    )
+
+
+def settle(options, given: networks.NetworkWithData) -> Task:
+    """The settings, checked before anything takes long.
+
+    Raises:
+        ValueError: one that makes no sense.
+    """
+    test = given.test
+    shape = tuple(test.images.shape[1:])
+    epsilon = checked_epsilon(options, given, shape)
+    if not 0 < options.failure_probability < 1:
+        raise ValueError(
+            f"failure_probability must lie in (0, 1), got {options.failure_probability}."
+        )
+    modes = [mode for mode in lipjax.bounds.MODES if mode in options.modes]
+    if not modes or len(modes) < len(options.modes):
+        raise ValueError(
+            f"modes must be some of {', '.join(lipjax.bounds.MODES)}, got "
+            f"{', '.join(options.modes)}."
+        )
+
+    # One statement for the whole run: each call gets an equal share of the failure probability.
+    calls = len(modes) + (1 if options.curve else 0)
+    # One seed for all processes: the draws behind the global norms are shared.
+    drawn = options.seed is None
+    seed = lipjax.certificates.drawn_seed() if drawn else options.seed
+    seed = int(hosts.gather(np.asarray(seed, np.int64))[0])
+    name = Path(options.network).stem if options.network else "digits"
+    return Task(
+        options=options,
+        given=given,
+        images=test.unit_images(slice(None)),
+        labels=test.labels,
+        workdir=Path(options.workdir or f"runs/{name}"),
+        epsilon=epsilon,
+        modes=modes,
+        arguments={
+            "tier": options.tier,
+            "failure_probability": options.failure_probability / calls,
+            "arithmetic": options.arithmetic,
+            "budget": options.budget,
+            "batch_size": options.batch_size,
+        },
+        seed=seed,
+        drawn=drawn,
+        # Each process takes its share of the images, one after the other in turn.
+        mine=np.arange(len(test.labels)) % jax.process_count() == jax.process_index(),
+    )
+
+
+def checked_epsilon(options, given, shape) -> float:
+    """The radius, by flag or by the run's configuration."""
+    epsilon = given.epsilon if options.epsilon is None else options.epsilon
     if epsilon is None:
         raise ValueError(
             "--network needs --epsilon, the l2 radius on pixels in [0, 1]: a file says nothing of "
             "it."
         )
     lipjax.bounds.check_epsilon(epsilon)
-    diameter = float(np.sqrt(np.prod(test.images.shape[1:])))
+    diameter = float(np.sqrt(np.prod(shape)))
     if epsilon >= diameter:
         raise ValueError(
-            f"epsilon {epsilon:g} is a radius on pixels in [0, 1], where no two images of "
-            f"{tuple(test.images.shape[1:])} are "
-            f"further apart than {diameter:g}: divide one that is meant for pixels in [0, 255] by "
-            "255."
+            f"epsilon {epsilon:g} is a radius on pixels in [0, 1], where no two images of {shape} "
+            f"are further apart than {diameter:g}: divide one that is meant for pixels in [0, 255] "
+            "by 255."
         )
-    if not 0 < _DELTA.value < 1:
-        raise ValueError(f"failure_probability must lie in (0, 1), got {_DELTA.value}.")
-    modes = [mode for mode in lipjax.bounds.MODES if mode in _MODES.value]
-    if not modes or len(modes) < len(_MODES.value):
-        raise ValueError(
-            f"modes must be some of {', '.join(lipjax.bounds.MODES)}, got "
-            f"{', '.join(_MODES.value)}."
-        )
-    images, labels = test.unit_images(slice(None)), test.labels
-    say(
-        f"{subject.facts['network']}: epoch {subject.facts['epoch']}; {len(labels)} test images of "
-        f"{test.name}"
-    )
-
-    # ------------------------------------------------------------------ certificates at epsilon,
-    # attack
-    # One statement for the whole run: each call below gets an equal share of the failure
-    # probability.
-    share = _DELTA.value / (len(modes) + (1 if _CURVE.value else 0))
-    arguments = {
-        "tier": _TIER.value,
-        "failure_probability": share,
-        "arithmetic": _ARITHMETIC.value,
-        "budget": _BUDGET.value,
-        "batch_size": _BATCH.value,
-    }
-    # One seed for all processes: the draws behind the global norms are shared.
-    drawn = _SEED.value is None
-    seed = lipjax.certificates.drawn_seed() if drawn else _SEED.value
-    seed = int(hosts.gather(np.asarray(seed, np.int64))[0])
-    # Each process takes its share of the images, one after the other in turn.
-    mine = np.arange(len(labels)) % jax.process_count() == jax.process_index()
-    say(f"attacking, PGD with {_STEPS.value} steps and {_RESTARTS.value} restarts ...")
-    key = jax.random.fold_in(jax.random.key(seed), jax.process_index())
-    broken = attacked(network, images, labels, epsilon, mine, restarts=_RESTARTS.value, key=key)
-    left = ~broken if _EARLY.value else np.ones(len(labels), bool)
-    certificates, certified, examined = {}, {}, {}
-    for i, mode in enumerate(modes):
-        say(f"certifying {np.sum(left)} images, {mode} bound ...")
-        # Independent draws for each call, as the union bound over them needs fresh ones.
-        certificate = lipjax.certify(
-            network,
-            images,
-            labels,
-            epsilon,
-            mode=mode,
-            seed=draw_seed(seed, i),
-            examine=left & mine,
-            **arguments,
-        )
-        if drawn:
-            certificate = dataclasses.replace(certificate, seed_from="system")
-        certificates[mode], examined[mode] = together(certificate), left
-        certified[mode] = certificates[mode].certified
-        if _EARLY.value:
-            certified[mode] = certified[mode] | (certified[modes[i - 1]] if i else False)
-            left = left & ~certified[mode]
-    for mode, certificate in certificates.items():
-        refuse_contradictions(mode, test.indices[certificate.certified & broken])
-    tightest = certificates[modes[-1]]
-
-    # ------------------------------------------------------------------ radii and curve
-    run = {
-        "tier": _TIER.value,
-        "failure_probability": _DELTA.value if _TIER.value == "probabilistic" else 0.0,
-        "arithmetic": tightest.arithmetic,
-        "epsilon": epsilon,
-        "data": test.name,
-        "split": "test",
-        "examples": len(labels),
-        "early": _EARLY.value,
-        "data_fingerprint": sets.fingerprint(test),
-        "note": test.note,
-        "seed": seed,
-        "seed_from": "system" if drawn else "given",
-        **subject.facts,
-        "precision": tightest.precision,
-        "pgd_steps": _STEPS.value,
-        "pgd_restarts": _RESTARTS.value,
-        "curve_mode": modes[-1],
-        "gallery_steps": GALLERY_STEPS,
-        "gallery_restarts": GALLERY_RESTARTS,
-        "versions": {
-            **lipjax.formats.certificate_files.versions(),
-            "python": platform.python_version(),
-        },
-        "device": f"{jax.device_count()} × {jax.devices()[0].device_kind}",
-        "command": common.line("certify", sys.argv[1:]),
-    }
-    columns = {
-        "index": test.indices,
-        "label": labels,
-        "predicted": tightest.predicted,
-        "broken_by_pgd": broken,
-        **{f"certified_{mode}": verdicts for mode, verdicts in certified.items()},
-        **{f"margin_{mode}": c.margin for mode, c in certificates.items()},
-        **{f"lipschitz_{mode}": c.lipschitz for mode, c in certificates.items()},
-    }
-    if _CURVE.value:
-        say("certified radii for the curve ...")
-        found = lipjax.certified_radius(
-            network,
-            images,
-            labels,
-            mode=modes[-1],
-            seed=draw_seed(seed, len(modes)),
-            max_radius=8 * max(epsilon, 0.01),
-            examine=mine,
-            **arguments,
-        )
-        radii = together(found).radius
-        # All are certificates of the same statement, so the largest radius holds.
-        radii = np.where(certified[modes[-1]], np.maximum(radii, epsilon), radii)
-        columns["certified_radius"] = radii
-        top = max(1.6 * epsilon, float(np.quantile(radii, 0.98)), 1e-3)
-        pgd_curve = {0.0: float(np.mean(tightest.correct))}
-        standing = tightest.correct.copy()
-        points = {float(f"{point:.3g}") for point in np.linspace(0, top, CURVE_POINTS)}
-        for point in sorted((points | {epsilon}) - {0.0}):
-            if point >= epsilon:
-                standing &= ~broken
-            if point != epsilon:  # what broke within a smaller radius is broken
-                more = attacked(
-                    network,
-                    images,
-                    labels,
-                    point,
-                    standing & mine,
-                    restarts=CURVE_RESTARTS,
-                    key=key,
-                )
-                standing &= ~more
-            pgd_curve[point] = float(np.mean(standing))
-
-    # ------------------------------------------------------------------ what is written
-    if not hosts.is_writer():
-        return
-    say("adversarial images for the report ...")
-    chosen = report.select(columns, modes[-1], modes)
-    steps = {"steps": GALLERY_STEPS, "restarts": GALLERY_RESTARTS}
-    gallery = report.gallery(network, images, labels, chosen, seed=seed, **steps)
-    proved = report.proved_radii(columns, run)[gallery["row"]]
-    nearer = (proved > 0) & (gallery["distance"] <= proved)
-    refuse_contradictions(f"{modes[-1]} (certified radius)", test.indices[gallery["row"][nearer]])
-    folder = Path(workdir) / "certification"
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / report.NAME).unlink(missing_ok=True)  # no page of other files, whatever happens now
-    if _CURVE.value:
-        at_epsilon = {mode: float(np.mean(verdicts)) for mode, verdicts in certified.items()}
-        metrics.plot_curve(folder / "curve.png", run, radii, pgd_curve, at_epsilon)
-    # Early, the verdicts are those of all bounds together, each in a file of its own.
-    files = {modes[-1]: "certificate.npz"}
-    if _EARLY.value:
-        files = {mode: f"certificate_{mode}.npz" for mode in modes[:-1]} | files
-    for mode, name in files.items():
-        lipjax.formats.certificate_files.save(
-            folder / name,
-            certificates[mode],
-            network,
-            images,
-            labels,
-            indices=test.indices,
-            data={"name": test.name, "split": "test"},
-            command=run["command"],
-        )
-    shown = {mode: rows if np.any(rows) else ~rows for mode, rows in examined.items()}
-    source = (
-        [f"--network={_NETWORK.value}", f"--data={_DATA.value}"]
-        if _NETWORK.value
-        else [f"--workdir={workdir}"]
-    )
-    more = {"data_dir": _DATA_DIR.value, "image_size": _IMAGE_SIZE.value}
-    source += [f"--{name}={value}" for name, value in more.items() if value is not None]
-    command = Path(workdir) / "command.txt"
-    summary = {
-        "run": {**run, "seconds": round(time.monotonic() - started, 1)},
-        "clean_accuracy": float(np.mean(tightest.correct)),
-        "pgd_accuracy": float(np.mean(~broken)),
-        "modes": {
-            mode: {
-                "certified_accuracy": float(np.mean(certified[mode])),
-                "examined": int(np.sum(examined[mode])),
-                "median_lipschitz": float(np.median(c.lipschitz[shown[mode]])),
-                "constant_share": np.mean(c.constant[shown[mode]], axis=0).tolist(),
-                "stable_share": np.mean(c.stable[shown[mode]], axis=0).tolist(),
-            }
-            for mode, c in certificates.items()
-        },
-        "pgd_curve": sorted(pgd_curve.items()) if _CURVE.value else None,
-        "classes": test.classes,
-        "activations": report.activation_layers(network, images.shape[1:]),
-        "config": subject.config,
-        "commands": {
-            "train": command.read_text().strip()
-            if command.exists() and not _NETWORK.value
-            else None,
-            "certify": run["command"],
-            "check": [report.check_command(folder / name, *source) for name in files.values()],
-        },
-        "files": {name: metrics.hashes(folder / name) for name in files.values()},
-    }
-    metrics.write_summary(folder / "summary.json", summary)
-    metrics.write_examples(folder, run, columns)
-    metrics.write_arrays(folder / "gallery.npz", run, gallery)
-    page = report.build(folder)
-    metrics.print_table(summary)
-    curve = ["curve.png"] if _CURVE.value else []
-    written = [
-        page.name,
-        *files.values(),
-        "summary.json",
-        "examples.csv",
-        "examples.npz",
-        "gallery.npz",
-        *curve,
-    ]
-    print("written: " + ", ".join(str(folder / name) for name in written))
+    return epsilon
 
 
-def opened() -> networks.Subject:
-    """What the flags say is certified."""
-    if _NETWORK.value is None:
-        if _DATA.value is not None or _IMAGE_SIZE.value is not None:
-            raise ValueError(
-                "--data and --image_size belong to --network: a run has its own data set."
-            )
-        workdir = _WORKDIR.value or "runs/digits"
-        return networks.of_run(workdir, examples=_EXAMPLES.value, data_dir=_DATA_DIR.value)
-    if _DATA.value is None:
-        raise ValueError(
-            "--network needs --data, the data set to certify it on: `lipjax data list` lists the "
-            "names."
-        )
-    return networks.of_network(
-        _NETWORK.value,
-        _DATA.value,
-        examples=_EXAMPLES.value,
-        data_dir=_DATA_DIR.value,
-        image_size=_IMAGE_SIZE.value,
-    )
+# ------------------------------------------------------------------------- attack and certificates
 
 
-def refuse_contradictions(bound: str, indices: np.ndarray) -> None:
-    """Ends the program if there are test images that a certificate speaks of and that an attack
-    broke nevertheless."""
-    if len(indices):
-        raise SystemExit(
-            f"certify.py: the {bound} bound certified test images {indices.tolist()} and the "
-            "attack broke them: do not trust "
-            "this run, and please report it."
-        )
+@dataclasses.dataclass(frozen=True)
+class Verdicts:
+    """What was found at epsilon, by mode.
+
+    Attributes:
+        certificates: of `lipjax.certify`.
+        certified: which images are certified, with --early by a looser bound too; boolean ``(N,)``.
+        examined: which images were examined, boolean ``(N,)``.
+    """
+
+    certificates: dict[str, lipjax.Certificate]
+    certified: dict[str, np.ndarray]
+    examined: dict[str, np.ndarray]
+
+    @property
+    def tightest(self) -> lipjax.Certificate:
+        """The certificate of the last mode."""
+        return list(self.certificates.values())[-1]
 
 
-def attacked(network, images, labels, epsilon, rows, *, restarts, key) -> np.ndarray:
+def attack(task: Task, epsilon: float, rows: np.ndarray, restarts: int) -> np.ndarray:
     """Which of all images PGD breaks; each process attacks its `rows`, boolean, and learns of the
     others."""
-    broken = np.zeros(len(labels), bool)
+    key = jax.random.fold_in(jax.random.key(task.seed), jax.process_index())
+    broken = np.zeros(len(task.labels), bool)
     if np.any(rows):
-        attack = lipjax.attacks.pgd(
-            network,
-            images[rows],
-            labels[rows],
+        found = lipjax.attacks.pgd(
+            task.given.network,
+            task.images[rows],
+            task.labels[rows],
             epsilon,
-            steps=_STEPS.value,
+            steps=task.options.pgd_steps,
             restarts=restarts,
             key=key,
         )
-        broken[rows] = attack.broken
+        broken[rows] = found.broken
     return np.any(hosts.gather(broken), axis=0)
+
+
+def certify_modes(task: Task, broken: np.ndarray) -> Verdicts:
+    """Certificates by each mode in turn; with --early of what is not decided yet."""
+    early = task.options.early
+    left = ~broken if early else np.ones(len(task.labels), bool)
+    before = np.zeros(len(task.labels), bool)
+    verdicts = Verdicts({}, {}, {})
+    for i, mode in enumerate(task.modes):
+        say(f"certifying {np.sum(left)} images, {mode} bound ...")
+        # Independent draws for each call, as the union bound over them needs fresh ones.
+        certificate = lipjax.certify(
+            task.given.network,
+            task.images,
+            task.labels,
+            task.epsilon,
+            mode=mode,
+            seed=draw_seed(task.seed, i),
+            examine=left & task.mine,
+            **task.arguments,
+        )
+        if task.drawn:
+            certificate = dataclasses.replace(certificate, seed_from="system")
+        certificate = together(certificate)
+        verdicts.certificates[mode] = certificate
+        verdicts.examined[mode] = left
+        verdicts.certified[mode] = certificate.certified
+        if early:
+            before = before | certificate.certified
+            verdicts.certified[mode] = before
+            left = left & ~before
+    return verdicts
 
 
 def together(found):
@@ -439,10 +404,213 @@ def draw_seed(seed: int, call: int) -> int:
     return int(np.random.SeedSequence([seed, call]).generate_state(1, np.uint64)[0] >> 1)
 
 
+def refuse_contradictions(bound: str, indices: np.ndarray) -> None:
+    """Ends the program if there are test images that a certificate speaks of and that an attack
+    broke nevertheless."""
+    if len(indices):
+        raise SystemExit(
+            f"{common.program()}: the {bound} bound certified test images {indices.tolist()} and "
+            "the attack broke them: do not trust this run, and please report it."
+        )
+
+
+# --------------------------------------------------------------------------------- radii and curve
+
+
+@dataclasses.dataclass(frozen=True)
+class Curve:
+    """Certified radii of the images, and PGD accuracy by radius."""
+
+    radii: np.ndarray
+    pgd: dict[float, float]
+
+
+def trace_curve(task: Task, verdicts: Verdicts, broken: np.ndarray) -> Curve:
+    """Certified radii by the tightest mode, and what PGD leaves at some radii."""
+    say("certified radii for the curve ...")
+    epsilon, mode = task.epsilon, task.modes[-1]
+    found = lipjax.certified_radius(
+        task.given.network,
+        task.images,
+        task.labels,
+        mode=mode,
+        seed=draw_seed(task.seed, len(task.modes)),
+        max_radius=8 * max(epsilon, 0.01),
+        examine=task.mine,
+        **task.arguments,
+    )
+    radii = together(found).radius
+    # All are certificates of the same statement, so the largest radius holds.
+    radii = np.where(verdicts.certified[mode], np.maximum(radii, epsilon), radii)
+
+    standing = verdicts.tightest.correct.copy()
+    pgd = {0.0: float(np.mean(standing))}
+    top = max(1.6 * epsilon, float(np.quantile(radii, 0.98)), 1e-3)
+    points = {float(f"{point:.3g}") for point in np.linspace(0, top, CURVE_POINTS)}
+    for point in sorted((points | {epsilon}) - {0.0}):
+        if point >= epsilon:
+            standing &= ~broken
+        if point != epsilon:  # what broke within a smaller radius is broken
+            standing &= ~attack(task, point, standing & task.mine, CURVE_RESTARTS)
+        pgd[point] = float(np.mean(standing))
+    return Curve(radii, pgd)
+
+
+# --------------------------------------------------------------------------------- what is written
+
+
+def run_facts(task: Task, verdicts: Verdicts) -> dict[str, Any]:
+    """What has to be known of a run to read its results, or to repeat it."""
+    options, test, tightest = task.options, task.given.test, verdicts.tightest
+    probabilistic = options.tier == "probabilistic"
+    return {
+        "tier": options.tier,
+        "failure_probability": options.failure_probability if probabilistic else 0.0,
+        "arithmetic": tightest.arithmetic,
+        "epsilon": task.epsilon,
+        "data": test.name,
+        "split": "test",
+        "examples": len(task.labels),
+        "early": options.early,
+        "data_fingerprint": sets.fingerprint(test),
+        "note": test.note,
+        "seed": task.seed,
+        "seed_from": "system" if task.drawn else "given",
+        **task.given.facts,
+        "precision": tightest.precision,
+        "pgd_steps": options.pgd_steps,
+        "pgd_restarts": options.pgd_restarts,
+        "curve_mode": task.modes[-1],
+        "gallery_steps": GALLERY_STEPS,
+        "gallery_restarts": GALLERY_RESTARTS,
+        "versions": {**certificate_files.versions(), "python": platform.python_version()},
+        "device": f"{jax.device_count()} × {jax.devices()[0].device_kind}",
+        "command": common.line("certify", sys.argv[1:]),
+    }
+
+
+def columns_of(task: Task, verdicts: Verdicts, broken, curve: Curve | None) -> dict:
+    """What is known of each image, by name."""
+    columns = {
+        "index": task.given.test.indices,
+        "label": task.labels,
+        "predicted": verdicts.tightest.predicted,
+        "broken_by_pgd": broken,
+    }
+    found = verdicts.certificates
+    columns |= {f"certified_{mode}": rows for mode, rows in verdicts.certified.items()}
+    columns |= {f"margin_{mode}": certificate.margin for mode, certificate in found.items()}
+    columns |= {f"lipschitz_{mode}": certificate.lipschitz for mode, certificate in found.items()}
+    if curve:
+        columns["certified_radius"] = curve.radii
+    return columns
+
+
+def find_gallery(task: Task, run: dict, columns: dict) -> dict[str, np.ndarray]:
+    """Adversarial images near some of the images, for the report."""
+    say("adversarial images for the report ...")
+    tightest = task.modes[-1]
+    gallery = report.gallery(
+        task.given.network,
+        task.images,
+        task.labels,
+        report.select(columns, tightest, task.modes),
+        seed=task.seed,
+        steps=GALLERY_STEPS,
+        restarts=GALLERY_RESTARTS,
+    )
+    proved = report.proved_radii(columns, run)[gallery["row"]]
+    nearer = (proved > 0) & (gallery["distance"] <= proved)
+    indices = task.given.test.indices[gallery["row"][nearer]]
+    refuse_contradictions(f"{tightest} (certified radius)", indices)
+    return gallery
+
+
+def write_certificates(task: Task, verdicts: Verdicts, run: dict, folder: Path) -> dict[str, str]:
+    """The certificate files; their names by mode."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / report.NAME).unlink(missing_ok=True)  # no page of other files, whatever happens now
+
+    # Early, the verdicts are those of all bounds together, each in a file of its own.
+    *looser, tightest = task.modes
+    files = {mode: f"certificate_{mode}.npz" for mode in looser} if task.options.early else {}
+    files[tightest] = "certificate.npz"
+    for mode, name in files.items():
+        certificate_files.save(
+            folder / name,
+            verdicts.certificates[mode],
+            task.given.network,
+            task.images,
+            task.labels,
+            indices=task.given.test.indices,
+            data={"name": task.given.test.name, "split": "test"},
+            command=run["command"],
+        )
+    return files
+
+
+def summarise(task: Task, verdicts, broken, curve: Curve | None, run, files) -> dict[str, Any]:
+    """What summary.json says."""
+    folder = task.workdir / "certification"
+    trained = task.workdir / "command.txt"
+    of_run = trained.exists() and not task.options.network
+    source = source_flags(task)
+    return {
+        "run": run,
+        "clean_accuracy": float(np.mean(verdicts.tightest.correct)),
+        "pgd_accuracy": float(np.mean(~broken)),
+        "modes": {mode: figures_of_mode(verdicts, mode) for mode in task.modes},
+        "pgd_curve": sorted(curve.pgd.items()) if curve else None,
+        "classes": task.given.test.classes,
+        "activations": report.activation_layers(task.given.network, task.images.shape[1:]),
+        "config": task.given.config,
+        "commands": {
+            "train": trained.read_text().strip() if of_run else None,
+            "certify": run["command"],
+            "check": [report.check_command(folder / name, *source) for name in files.values()],
+        },
+        "files": {name: metrics.hashes(folder / name) for name in files.values()},
+    }
+
+
+def figures_of_mode(verdicts: Verdicts, mode: str) -> dict[str, Any]:
+    """Accuracy by a mode, and averages over the images that it examined."""
+    certificate, examined = verdicts.certificates[mode], verdicts.examined[mode]
+    rows = examined if np.any(examined) else ~examined
+    return {
+        "certified_accuracy": float(np.mean(verdicts.certified[mode])),
+        "examined": int(np.sum(examined)),
+        "median_lipschitz": float(np.median(certificate.lipschitz[rows])),
+        "constant_share": np.mean(certificate.constant[rows], axis=0).tolist(),
+        "stable_share": np.mean(certificate.stable[rows], axis=0).tolist(),
+    }
+
+
+def source_flags(task: Task) -> list[str]:
+    """The flags with which `lipjax check` finds network and data again."""
+    options = task.options
+    found = [f"--workdir={task.workdir}"]
+    if options.network:
+        found = [f"--network={options.network}", f"--data={options.data}"]
+    for name in ("data_dir", "image_size"):
+        if options[name].value is not None:
+            found.append(f"--{name}={options[name].value}")
+    return found
+
+
+def write_results(folder: Path, run: dict, summary: dict, columns: dict, gallery: dict) -> None:
+    """Summary, tables and page; says what was found and written."""
+    metrics.write_summary(folder / "summary.json", summary)
+    metrics.write_examples(folder, run, columns)
+    metrics.write_arrays(folder / "gallery.npz", run, gallery)
+    page = report.build(folder)
+    metrics.print_table(summary)
+    names = [page.name, *summary["files"], "summary.json", "examples.csv", "examples.npz"]
+    names += ["gallery.npz"] + (["curve.png"] if summary["pgd_curve"] else [])
+    print("written: " + ", ".join(str(folder / name) for name in names))
+
+
 def say(message: str) -> None:
+    """Prints a line to stderr, in the one process that does."""
     if hosts.is_writer():
         print(message, file=sys.stderr, flush=True)
-
-
-# These say what is wrong and what to do.
-ERRORS = (sets.DataError, CheckpointError, ValueError, TypeError)

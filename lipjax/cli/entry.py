@@ -22,9 +22,6 @@ from pathlib import Path
 
 import lipjax
 
-# What `lipjax plan` calls the flags of train.py --plan.
-PLAN_FLAGS = ("device", "devices", "examples", "shape", "classes", "compile")
-
 COMMANDS = {
     "train": "train a network with local Lipschitz bounds (train.py)",
     "certify": "prove which predictions of a run cannot change (certify.py)",
@@ -85,49 +82,30 @@ def _fail(name: str, message: str, code: int = 1) -> int:
     return code
 
 
-# ------------------------------------------------------------------------------------------ scripts
+# --------------------------------------------------------------------------- with absl's flags
 
 
-def _script(name: str, arguments: list[str], program: str | None = None) -> int:
-    """Runs train.py or certify.py; they end the process themselves."""
+def _command(name: str, arguments: list[str]) -> int:
+    """Runs `lipjax.cli.NAME`; it ends the process itself where it fails."""
     from lipjax.cli import common
 
     module = import_module(f"lipjax.cli.{name}")
-    # The scripts write their command line beside their results.
-    sys.argv = [program or f"lipjax {name}", *arguments]
-    common.run(module.main, module.ERRORS)
+    # Commands write their command line beside their results.
+    sys.argv = [f"lipjax {name}", *arguments]
+    common.run(module)
     return 0
 
 
 def _train(arguments: list[str]) -> int:
-    return _script("train", arguments)
+    return _command("train", arguments)
 
 
 def _certify(arguments: list[str]) -> int:
-    return _script("certify", arguments)
+    return _command("certify", arguments)
 
 
 def _plan(arguments: list[str]) -> int:
-    if any(argument in ("-h", "--help") for argument in arguments):
-        print(
-            "Prints what a configuration needs, before anything runs: memory on each device, "
-            "steps, operations, time.\n"
-        )
-        print("    lipjax plan --config=cifar10_maxmin --device=h200 --devices=8\n\nflags:")
-        for name, text in _flags("train"):
-            if name == "config" or name.startswith("plan_"):
-                print(f"  --{name.removeprefix('plan_')}: {text.removeprefix('With --plan: ')}")
-        return 0
-    return _script("train", ["--plan", *map(_as_plan_flag, arguments)], "lipjax plan")
-
-
-def _as_plan_flag(argument: str) -> str:
-    name, equals, value = argument.removeprefix("--").partition("=")
-    return (
-        f"--plan_{name}{equals}{value}"
-        if argument.startswith("--") and name in PLAN_FLAGS
-        else argument
-    )
+    return _command("plan", arguments)
 
 
 # --------------------------------------------------------------------------------------- the others
@@ -231,9 +209,9 @@ def _export(arguments: list[str]) -> int:
         return _fail("export", f"--out={out}: the name must end in .safetensors or .onnx.", code=2)
     try:
         if Path(options.source).is_dir():
-            subject = networks.of_run(options.source)
-            network, input_shape = subject.network, subject.test.images.shape[1:]
-            notes = networks.notes(subject)
+            run = networks.of_run(options.source)
+            network, input_shape = run.network, run.test.images.shape[1:]
+            notes = networks.notes(run)
         else:
             network, input_shape, notes = networks.opened(options.source)
         if out.suffix == ".onnx":
@@ -283,8 +261,7 @@ def _completion(arguments: list[str]) -> int:
         prog="lipjax completion",
         description="Prints a script that completes commands and flags in a shell.",
         epilog="bash: source <(lipjax completion bash); zsh: lipjax completion zsh > "
-        "~/.zfunc/_lipjax; "
-        "fish: lipjax completion fish > ~/.config/fish/completions/lipjax.fish",
+        "~/.zfunc/_lipjax; fish: lipjax completion fish > ~/.config/fish/completions/lipjax.fish",
     )
     parser.add_argument("shell", choices=("bash", "zsh", "fish"))
     print(shtab.complete(whole_parser(), parser.parse_args(arguments).shell))
@@ -294,14 +271,11 @@ def _completion(arguments: list[str]) -> int:
 def whole_parser() -> argparse.ArgumentParser:
     """All commands with all their flags: what completion knows. The commands parse their flags
     themselves."""
-    import shtab
-
     from lipjax.check import checker
-    from lipjax.cli.common import experiments
 
     parser = argparse.ArgumentParser(prog="lipjax")
     parser.add_argument("--version", action="store_true", help="print the version")
-    common = parser.add_subparsers()
+    subparsers = parser.add_subparsers()
     parents: dict[str, argparse.ArgumentParser] = {
         "check": checker.parser(),
         "report": _report_parser(),
@@ -310,50 +284,32 @@ def whole_parser() -> argparse.ArgumentParser:
     }
     for name, text in COMMANDS.items():
         parent = [parents[name]] if name in parents else []
-        command = common.add_parser(name, help=text, parents=parent, add_help=not parent)
+        command = subparsers.add_parser(name, help=text, parents=parent, add_help=not parent)
         if name in ("train", "plan", "certify"):
-            for flag, help_ in _flags("certify" if name == "certify" else "train"):
-                planned = flag.removeprefix("plan_")
-                if name == "plan" and planned != flag:
-                    flag = planned
-                elif planned != flag or (flag == "plan" and name == "plan"):
-                    continue
-                option = command.add_argument(f"--{flag}", help=help_.replace("%", "%%"))
-                if flag == "config":
-                    option.choices = experiments()
-                if flag == "workdir":
-                    option.complete = shtab.DIRECTORY  # type: ignore[attr-defined]
+            _add_flags(command, name)
         if name == "completion":
             command.add_argument("shell", choices=("bash", "zsh", "fish"))
     return parser
 
 
-def _flags(name: str) -> list[tuple[str, str]]:
-    """Names and help of a script's flags, and for train the fields of the default configuration."""
-    from absl import flags
+def _add_flags(parser: argparse.ArgumentParser, name: str) -> None:
+    """Adds the absl flags of a command, and the fields of a configuration where it takes one."""
+    import shtab
 
+    from lipjax import training
     from lipjax.cli import common
 
-    module = import_module(f"lipjax.cli.{name}")
-    own = flags.FLAGS.get_flags_for_module(module)
-    found = [(flag.name, flag.help or "") for flag in own]
-    for flag in own:  # both scripts have flags of the same names
-        delattr(flags.FLAGS, flag.name)
-    del sys.modules[module.__name__]
-    if name == "train":
-        config = import_module(f"lipjax.configs.{common.DEFAULT_CONFIG}").get_config()
-        found += [(f"config.{field}", "") for field in _fields(config.to_dict())]
-    return found
-
-
-def _fields(tree: dict, prefix: str = "") -> list[str]:
-    return [
-        field
-        for name, value in tree.items()
-        for field in (
-            _fields(value, f"{prefix}{name}.") if isinstance(value, dict) else [prefix + name]
-        )
-    ]
+    values = common.flags_of(import_module(f"lipjax.cli.{name}"))
+    for flag in values:
+        text = (values[flag].help or "").replace("%", "%%")
+        option = parser.add_argument(f"--{flag}", help=text)
+        if flag == "config":
+            option.choices = common.experiments()
+        if flag == "workdir":
+            option.complete = shtab.DIRECTORY  # type: ignore[attr-defined]
+    if "config" in values:
+        for field, described in training.FIELDS.items():
+            parser.add_argument(f"--config.{field}", help=described.meaning.replace("%", "%%"))
 
 
 _RUN: dict[str, Callable[[list[str]], int]] = {
@@ -367,6 +323,3 @@ _RUN: dict[str, Callable[[list[str]], int]] = {
     "models": _models,
     "completion": _completion,
 }
-
-if __name__ == "__main__":
-    raise SystemExit(main())

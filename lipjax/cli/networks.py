@@ -17,8 +17,8 @@ UNKNOWN = "not recorded"
 
 
 @dataclasses.dataclass(frozen=True)
-class Subject:
-    """A network and test images.
+class NetworkWithData:
+    """A network, and the test images that its certificates are about.
 
     Attributes:
         network: as it is certified and executed.
@@ -37,7 +37,7 @@ class Subject:
     config: dict[str, Any]
 
 
-def of_run(workdir, *, examples: int | None = None, data_dir: str | None = None) -> Subject:
+def of_run(workdir, *, examples: int | None = None, data_dir: str | None = None) -> NetworkWithData:
     """The network that a run of train.py selected, and its test images.
 
     Args:
@@ -57,7 +57,7 @@ def of_run(workdir, *, examples: int | None = None, data_dir: str | None = None)
     test = training.load_data(config).test
     network, epoch = selected(workdir, test.images.shape[1:], test.classes)
     facts = {"network": os.fspath(workdir), **_facts({"config": stored, "epoch": epoch})}
-    return Subject(network, test, config.epsilon.test, facts, stored)
+    return NetworkWithData(network, test, config.epsilon.test, facts, stored)
 
 
 def selected(workdir, input_shape, classes: int) -> tuple[nnx.Sequential, int]:
@@ -73,9 +73,9 @@ def selected(workdir, input_shape, classes: int) -> tuple[nnx.Sequential, int]:
     return network, known["epoch"]
 
 
-def notes(subject: Subject) -> dict[str, Any]:
+def notes(run: NetworkWithData) -> dict[str, Any]:
     """What to store with the network of a run, so that `of_network` finds it in the file."""
-    return {"config": subject.config, "epoch": subject.facts["epoch"]}
+    return {"config": run.config, "epoch": run.facts["epoch"]}
 
 
 def _facts(notes) -> dict[str, Any]:
@@ -97,7 +97,7 @@ def of_network(
     examples: int | None = None,
     data_dir: str | None = None,
     image_size: int | None = None,
-) -> Subject:
+) -> NetworkWithData:
     """A network from a file of `lipjax.save` or one that comes with lipjax, and the test images of
     a data set.
 
@@ -123,12 +123,14 @@ def of_network(
     logits = jax.eval_shape(network, jax.ShapeDtypeStruct((1, *shape), "float32")).shape[-1]
     if logits != test.classes:
         raise ValueError(f"{name} has {logits} logits, and {data_name} has {test.classes} classes.")
-    return Subject(network, test, None, {"network": name, **_facts(notes)}, notes.get("config", {}))
+    return NetworkWithData(
+        network, test, None, {"network": name, **_facts(notes)}, notes.get("config", {})
+    )
 
 
-def opened(name: str) -> tuple[nnx.Sequential, tuple[int, ...], dict[str, Any]]:
-    """The network of a file or of a name, the shape ``(H, W, C)`` of its images, and what was noted
-    of its training.
+def opened(name: str) -> tuple[Any, tuple[int, ...], dict[str, Any]]:
+    """The network or function of a file or of a name, the shape ``(H, W, C)`` of its images, and
+    what was noted of its training.
 
     Raises:
         ValueError: as `lipjax.load`.

@@ -1,9 +1,11 @@
-"""Trains a network with local Lipschitz bounds; certify it afterwards with certify.py.
+"""Trains a network with local Lipschitz bounds; certify it afterwards.
 
     python train.py --config=configs/digits.py --workdir=runs/digits
     python train.py --config=configs/cifar10_maxmin.py --workdir=runs/cifar10
-    --config.optimizer.learning_rate=5e-4 python train.py --config=configs/cifar10_maxmin.py --plan
-    --plan_device=h200  # what it needs, before anything runs
+    python train.py --config=configs/cifar10_maxmin.py --plan --plan_device=h200
+
+`lipjax train` is the same, and `lipjax plan` what --plan is: it says what a configuration needs,
+before anything runs.
 
 Run again with the same workdir to continue where it stopped, exactly: also after a kill at any
 moment, and on another number of devices. SIGTERM saves first. On several machines start it on each
@@ -20,6 +22,7 @@ import os
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -27,14 +30,14 @@ import optax
 from absl import flags, logging
 from flax import nnx
 from jax.sharding import PartitionSpec
-from ml_collections import config_flags
 
 from lipjax import training
 from lipjax.cli import common
+from lipjax.cli import plan as plan_command
 from lipjax.data import sets
 from lipjax.formats.files import replaced
 from lipjax.runtime import cpu, hosts
-from lipjax.training import feeding, plan
+from lipjax.training import feeding, sharding
 from lipjax.training.checkpoints import CheckpointError, Checkpoints, locked, open_workdir
 from lipjax.training.metrics import (
     Curves,
@@ -43,55 +46,6 @@ from lipjax.training.metrics import (
     TensorBoard,
     read_metrics,
     tensorboard_writer,
-)
-
-_CONFIG = config_flags.DEFINE_config_file(
-    "config",
-    None,
-    "Experiment: a file with get_config(), or the name of one of lipjax's own: "
-    f"{', '.join(common.experiments())}. "
-    f"Default: {common.DEFAULT_CONFIG}. Any of its fields is a flag too: "
-    "--config.optimizer.learning_rate=5e-4.",
-)
-_WORKDIR = flags.DEFINE_string(
-    "workdir", None, "Folder of this run; default runs/<name of the config>."
-)
-_EPOCHS = flags.DEFINE_integer(
-    "stop_after",
-    None,
-    "Stop after this epoch, to go on later; no influence on the result.",
-    lower_bound=1,
-)
-_TENSORBOARD = flags.DEFINE_bool(
-    "tensorboard",
-    False,
-    "Also write the metrics to workdir/tensorboard, for TensorBoard; needs tensorboardX.",
-)
-_PLAN = flags.DEFINE_bool(
-    "plan", False, "Print what the configuration needs (lipjax/training/plan.py) and end."
-)
-_PLAN_DEVICE = flags.DEFINE_string(
-    "plan_device", None, "With --plan: h100, h200, a100, v4, v5e, v5p, cpu; default: this."
-)
-_PLAN_DEVICES = flags.DEFINE_integer(
-    "plan_devices", None, "With --plan: how many; default: those here.", lower_bound=1
-)
-_PLAN_EXAMPLES = flags.DEFINE_integer(
-    "plan_examples", None, "With --plan: size of the training set.", lower_bound=2
-)
-_PLAN_SHAPE = flags.DEFINE_list(
-    "plan_shape", None, "With --plan: height,width,channels of the images."
-)
-_PLAN_CLASSES = flags.DEFINE_integer(
-    "plan_classes", None, "With --plan: how many classes.", lower_bound=2
-)
-_PLAN_COMPILE = flags.DEFINE_bool(
-    "plan_compile", False, "With --plan: ask XLA for temporary memory, on the devices here."
-)
-_HOSTS = flags.DEFINE_string(
-    "hosts",
-    os.environ.get("LIPJAX_HOSTS", ""),
-    f"For several processes as one: {hosts.EXAMPLE}; or LIPJAX_HOSTS.",
 )
 
 # No more steps in one call of the device than take about so long.
@@ -108,54 +62,171 @@ VOLATILE = (
     "devices.shard_parameters",
 )
 
+# These say what is wrong and what to do.
+ERRORS = (sets.DataError, CheckpointError, training.NonFiniteError, ValueError, OSError)
 
-def main(_):
-    hosts.join(_HOSTS.value)
+
+def define_flags(values: flags.FlagValues) -> None:
+    """The flags of this command."""
+    own = {"flag_values": values}
+    common.define_config(values)
+    flags.DEFINE_string(
+        "workdir", None, "Folder of this run; default runs/<name of the config>.", **own
+    )
+    flags.DEFINE_integer(
+        "stop_after",
+        None,
+        "Stop after this epoch, to go on later; no influence on the result.",
+        lower_bound=1,
+        **own,
+    )
+    flags.DEFINE_bool(
+        "tensorboard",
+        False,
+        "Also write the metrics to workdir/tensorboard, for TensorBoard; needs tensorboardX.",
+        **own,
+    )
+    flags.DEFINE_bool("plan", False, "Print what the configuration needs and end.", **own)
+    plan_command.define_flags(values, prefix="plan_", when="With --plan: ")
+    common.define_hosts(values)
+
+
+def main(options: flags.FlagValues) -> None:
+    """Trains as the flags say; each station below is a function with its name."""
+    hosts.join(options.hosts)
     cpu.keep_compiled()
-    # Orbax reports every step of every save; its errors are reported below
+    # Orbax reports every step of every save; its errors are reported below.
     logging.set_verbosity(logging.FATAL)
-    config = _CONFIG.value
+    config = options.config
     training.check_config(config)
     config.lock()
-    if _PLAN.value:
-        sizes = plan.sizes_of(config, _PLAN_EXAMPLES.value, _PLAN_SHAPE.value, _PLAN_CLASSES.value)
-        print(
-            plan.planned(
-                config,
-                sizes,
-                _PLAN_DEVICES.value,
-                _PLAN_DEVICE.value,
-                compile_step=_PLAN_COMPILE.value,
-            )
-        )
+    if options.plan:
+        plan_command.main(options, prefix="plan_")
         return
-
-    if _TENSORBOARD.value:
+    if options.tensorboard:
         tensorboard_writer()  # refused now and not when the folder is claimed
 
-    # ------------------------------------------------------------------ devices
+    # ------------------------------------------------------------------ devices, data
     mesh = training.device_mesh()
-    if config.batch_size % mesh.size:
-        raise ValueError(
-            f"batch_size {config.batch_size} does not divide over {mesh.size} devices: give a "
-            "multiple, "
-            f"--config.batch_size={-(-config.batch_size // mesh.size) * mesh.size}."
-        )
-
-    # ------------------------------------------------------------------ data
+    sharding.check_batch(config.batch_size, mesh.size)
     splits = training.load_data(config)
-    train = splits.train
-    input_shape = train.images.shape[1:]
-    steps_per_epoch = feeding.steps_per_epoch(config, len(train.labels))
-    say(
-        f"{len(train.labels)} training, {len(splits.validation.labels)} validation images of "
-        f"{input_shape}, "
-        f"{train.classes} classes; {mesh.size} {jax.devices()[0].platform} device(s)"
-        + (f" of {jax.process_count()} processes" if jax.process_count() > 1 else "")
-    )
+    describe(splits, mesh)
 
     # ------------------------------------------------------------------ network, optimizer, state
-    keeper = feeding.Keeper(config, len(train.labels), mesh, feeding.CALL)
+    parts = prepare(config, splits.train, mesh)
+
+    # ------------------------------------------------------------------ workdir
+    # Not earlier: a start that fails for its data or its settings must not claim the folder.
+    workdir = options.workdir or f"runs/{common.config_name(options)}"
+    workdir = Path(os.path.abspath(os.path.expanduser(workdir)))
+    with contextlib.ExitStack() as stack:
+        claim(workdir, config, stack)
+        checkpoints = stack.enter_context(Checkpoints(workdir, keep_last=config.checkpoints.keep))
+
+        # -------------------------------------------------------------- restore or begin
+        position = restore(parts, checkpoints) or begin(parts)
+        recorders = open_recorders(workdir, parts, position, options.tensorboard, stack)
+
+        # -------------------------------------------------------------- compile
+        # Before the clock of the progress starts, or the time left would be far off for a while.
+        feed = stack.enter_context(feeding.Feeder(splits.train, config, mesh, feeding.MAX_STEPS))
+        steps = compile_steps(parts, position, feed)
+
+        # -------------------------------------------------------------- epochs
+        preemption = stack.enter_context(hosts.Preemption())
+        progress = stack.enter_context(open_progress(parts, position))
+        last_epoch = min(config.schedule.epochs, options.stop_after or config.schedule.epochs)
+        while position.epoch < last_epoch:
+            started = time.monotonic()
+            finished = train_epoch(parts, position, steps, feed, checkpoints, preemption, progress)
+            if not finished:
+                checkpoints.wait()
+                say(f"SIGTERM: saved after step {position.step}; the same command continues there")
+                return
+            seconds = time.monotonic() - started
+            found = evaluate_and_select(parts, position, splits.validation, checkpoints)
+            record(parts, position, recorders, found, seconds)
+            position.sums = dict.fromkeys(training.METRICS, 0.0)
+            if position.epoch % config.checkpoints.every == 0 or position.epoch == last_epoch:
+                save(parts, position, checkpoints)
+        checkpoints.wait()
+    then = common.line("certify", [f"--workdir={os.path.relpath(workdir)}"])
+    say(f"done: {position.epoch} epochs. Next: {then}")
+
+
+# ------------------------------------------------------------------------ what a run is made of
+
+
+@dataclasses.dataclass(frozen=True)
+class Parts:
+    """What stays the same during a run.
+
+    Attributes:
+        store: where the examples' vectors are between calls.
+        rate: the learning rate at a step.
+        create: the state before the first step, of a network.
+        abstract, shardings: shapes of the state, and where it lies on the devices.
+        steps: the function of `training.make_steps`.
+    """
+
+    config: Any
+    mesh: jax.sharding.Mesh
+    steps_per_epoch: int
+    store: training.VectorStore
+    network: nnx.Module
+    rate: optax.Schedule
+    create: Any
+    abstract: training.State
+    shardings: Any
+    steps: Any
+
+
+@dataclasses.dataclass
+class Position:
+    """Where a run is.
+
+    Attributes:
+        state: on the devices.
+        step, epoch: so many are done.
+        sums: of each figure, over the steps of the epoch so far.
+        count: steps of the next call.
+        saved: when the last checkpoint was written.
+    """
+
+    state: training.State
+    step: int
+    epoch: int
+    sums: dict[str, float]
+    count: int = 1
+    saved: float = dataclasses.field(default_factory=time.monotonic)
+
+
+@dataclasses.dataclass(frozen=True)
+class Recorders:
+    """What writes metrics, in the one process that does."""
+
+    metrics: Metrics
+    curves: Curves
+    board: TensorBoard | None
+
+
+def describe(splits: sets.Splits, mesh) -> None:
+    """Says what is trained on, and on what."""
+    train, validation = splits.train, splits.validation
+    processes = jax.process_count()
+    together = f" of {processes} processes" if processes > 1 else ""
+    say(
+        f"{len(train.labels)} training, {len(validation.labels)} validation images of "
+        f"{train.images.shape[1:]}, {train.classes} classes; {mesh.size} "
+        f"{jax.devices()[0].platform} device(s){together}"
+    )
+
+
+def prepare(config, train: sets.Dataset, mesh) -> Parts:
+    """Network, optimizer and state of a configuration, as shapes; nothing is on the devices yet."""
+    input_shape = train.images.shape[1:]
+    steps_per_epoch = feeding.steps_per_epoch(config, len(train.labels))
+    store = training.VectorStore(config, len(train.labels), mesh, feeding.MAX_STEPS)
     network = training.build_network(config, input_shape, train.classes)
     rate = training.learning_rate(config, steps_per_epoch)
     transform = optax.adam(rate)
@@ -163,159 +234,197 @@ def main(_):
         training.initial_state,
         transform=transform,
         config=config,
-        examples=keeper.rows_for,
+        examples=store.rows_for,
         input_shape=input_shape,
     )
     abstract = jax.eval_shape(create, network)
-    shardings = training.state_shardings(abstract, config, mesh)
-    steps = training.make_steps(
-        config, transform, steps_per_epoch, train, mesh, abstract, feeding.CALL
+    return Parts(
+        config=config,
+        mesh=mesh,
+        steps_per_epoch=steps_per_epoch,
+        store=store,
+        network=network,
+        rate=rate,
+        create=create,
+        abstract=abstract,
+        shardings=training.state_shardings(abstract, config, mesh),
+        steps=training.make_steps(
+            config, transform, steps_per_epoch, train, mesh, abstract, feeding.MAX_STEPS
+        ),
     )
 
-    # ------------------------------------------------------------------ workdir
-    # Not earlier: a start that fails for its data or its settings must not claim the folder.
-    name = os.path.splitext(
-        os.path.basename(config_flags.get_config_filename(flags.FLAGS["config"]))
-    )[0]
-    workdir = Path(os.path.abspath(os.path.expanduser(_WORKDIR.value or f"runs/{name}")))
-    with contextlib.ExitStack() as stack:
-        if hosts.is_writer():
-            open_workdir(workdir, config.to_dict(), volatile=VOLATILE)
-            stack.enter_context(locked(workdir))
-            with replaced(workdir / "command.txt", "w") as file:
-                file.write(common.line("train", sys.argv[1:]) + "\n")
-        hosts.wait("workdir")
-        say(f"{workdir}: {config.model.name} on {config.data.name}, seed {config.seed}")
 
-        # -------------------------------------------------------------- restore
-        checkpoints = stack.enter_context(Checkpoints(workdir, keep_last=config.checkpoints.keep))
-        wanted = jax.tree.map(
-            lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, shardings
-        )
-        restored = checkpoints.restore_last(keeper.whole(wanted))
-        if restored is None:
-            # Compiled with its shardings, so that no device ever holds more than its share of the
-            # vectors.
-            state = jax.jit(create, out_shardings=shardings)(jax.tree.map(np.asarray, network))
-            epoch, sums = 0, dict.fromkeys(training.METRICS, 0.0)
-        else:
-            state, meta = keeper.adopt(restored[0]), restored[1]
-            epoch, sums = meta["epoch"], meta["sums"]
-            say(f"continuing after epoch {epoch}, step {int(state.step)}")
-        step = int(state.step)
-        # A state saved at the very end of an epoch, but before its line was written, writes it:
-        # again, if it is there.
-        kept = epoch * steps_per_epoch
-        metrics, board = None, None
-        if hosts.is_writer():
-            metrics = Metrics(workdir / "metrics.jsonl", after_step=kept)
-            curves = stack.enter_context(Curves(workdir / "curves.png", metrics.path))
-            if _TENSORBOARD.value:
-                board = stack.enter_context(
-                    TensorBoard(workdir / "tensorboard", read_metrics(metrics.path))
-                )
+# ------------------------------------------------------------------------------ workdir and state
 
-        # -------------------------------------------------------------- loop
-        feed = stack.enter_context(feeding.Feeder(train, config, mesh, feeding.CALL))
-        last_epoch = min(config.schedule.epochs, _EPOCHS.value or config.schedule.epochs)
-        # Compiled before the clock of the progress starts, or the time left would be far off for a
-        # while.
+
+def claim(workdir: Path, config, stack: contextlib.ExitStack) -> None:
+    """Makes the workdir this run's own, until the stack is left."""
+    if hosts.is_writer():
+        open_workdir(workdir, config.to_dict(), volatile=VOLATILE)
+        stack.enter_context(locked(workdir))
+        with replaced(workdir / "command.txt", "w") as file:
+            file.write(common.line("train", sys.argv[1:]) + "\n")
+    hosts.wait("workdir")
+    say(f"{workdir}: {config.model.name} on {config.data.name}, seed {config.seed}")
+
+
+def restore(parts: Parts, checkpoints: Checkpoints) -> Position | None:
+    """The position that the newest checkpoint holds, if there is one."""
+    wanted = jax.tree.map(
+        lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s),
+        parts.abstract,
+        parts.shardings,
+    )
+    found = checkpoints.restore_last(parts.store.whole_state(wanted))
+    if found is None:
+        return None
+    state, meta = found
+    state = parts.store.restored(state)
+    say(f"continuing after epoch {meta['epoch']}, step {int(state.step)}")
+    return Position(state, int(state.step), meta["epoch"], meta["sums"])
+
+
+def begin(parts: Parts) -> Position:
+    """The position before the first step."""
+    # Compiled with its shardings, so that no device ever holds more than its share of the vectors.
+    create = jax.jit(parts.create, out_shardings=parts.shardings)
+    state = create(jax.tree.map(np.asarray, parts.network))
+    return Position(state, 0, 0, dict.fromkeys(training.METRICS, 0.0))
+
+
+def save(parts: Parts, position: Position, checkpoints: Checkpoints) -> None:
+    """Saves the whole state in the background."""
+    meta = {"epoch": position.epoch, "sums": position.sums}
+    checkpoints.save_last(position.step, parts.store.whole_state(position.state), meta)
+    position.saved = time.monotonic()
+
+
+# ---------------------------------------------------------------------------------------- an epoch
+
+
+def compile_steps(parts: Parts, position: Position, feed: feeding.Feeder):
+    """The compiled steps."""
+    began = time.monotonic()
+    with jax.default_matmul_precision(parts.config.precision.products):
+        steps = parts.steps.lower(position.state, *feed.shapes(), np.int32(1)).compile()
+    say(f"compiled in {time.monotonic() - began:.0f} s")
+    return steps
+
+
+def train_epoch(parts, position, steps, feed, checkpoints, preemption, progress) -> bool:
+    """Takes the steps that are left of an epoch, and saves now and then.
+
+    Returns:
+        False if a signal stopped it; the state is saved then.
+    """
+    end = (position.epoch + 1) * parts.steps_per_epoch
+    now = min(position.count, end - position.step)
+    fed = feed(position.step, now) if now else None
+    while fed:
+        # ------------------------------------------------ the call
         began = time.monotonic()
-        with jax.default_matmul_precision(config.precision.products):
-            steps = steps.lower(state, *feed.shapes(), np.int32(1)).compile()
-        say(f"compiled in {time.monotonic() - began:.0f} s")
-        preemption = stack.enter_context(hosts.Preemption())
-        stream = sys.stderr if hosts.is_writer() else io.StringIO()
-        progress = stack.enter_context(
-            Progress(
-                config.schedule.epochs * steps_per_epoch, "training", start=step, stream=stream
-            )
-        )
-        count, saved = 1, time.monotonic()
-        while epoch < last_epoch:
-            started, end = time.monotonic(), (epoch + 1) * steps_per_epoch
-            now = min(count, end - step)
-            fed = feed(step, now) if now else None
-            while fed:
-                began = time.monotonic()
-                state, values = steps(keeper.lend(state, step, now), *fed, np.int32(now))
-                # While the devices work: what they need next.
-                following = min(count, end - step - now)
-                fed = feed(step + now, following) if following else None
-                values = jax.device_get(values)
-                keeper.take_back(state, step, now)
-                new = [
-                    {name: float(column[i]) for name, column in values.items()} for i in range(now)
-                ]
-                training.check_finite(new, step)
-                step += now
-                for figures in new:
-                    sums = {name: sums[name] + value for name, value in figures.items()}
-                progress.update(step, loss=f"{new[-1]['loss']:.3f}", epoch=epoch + 1)
-                # ----------------------------------------------------- interrupted, or time to save
-                minutes = (time.monotonic() - saved) / 60
-                stop, minutes, seconds = hosts.most(
-                    preemption.noticed, minutes, time.monotonic() - began
-                )
-                if stop or (config.checkpoints.minutes and minutes >= config.checkpoints.minutes):
-                    checkpoints.save_last(step, keeper.whole(state), {"epoch": epoch, "sums": sums})
-                    saved = time.monotonic()
-                if stop:
-                    checkpoints.wait()
-                    say(f"SIGTERM: saved after step {step}; the same command continues there")
-                    return
-                # As many steps a call as take a few seconds: fewer waits, and still a sign of life.
-                count = min(
-                    max(round(now * SECONDS_PER_CALL / max(seconds, 1e-3)), 1), feeding.CALL
-                )
-                now = following
-            epoch += 1
-            seconds = time.monotonic() - started
+        state = parts.store.load(position.state, position.step, now)
+        position.state, values = steps(state, *fed, np.int32(now))
 
-            # ---------------------------------------------------------- evaluate, select, save
-            if epoch % config.evaluation.every == 0 or epoch == config.schedule.epochs:
-                found = training.evaluate(state.network, splits.validation, config, mesh)
-                # Clean accuracy only breaks ties: it weighs less than one validation example.
-                score = (
-                    found["validation_robust_accuracy_estimate"]
-                    + 1e-6 * found["validation_accuracy"]
-                )
-                if score > float(state.best):
-                    best = feeding.put(np.asarray(score, np.float32), mesh, PartitionSpec())
-                    state = dataclasses.replace(state, best=best)
-                    checkpoints.save_best(
-                        step, nnx.to_pure_dict(nnx.state(state.network)), {"epoch": epoch, **found}
-                    )
-            else:
-                found = {}
-            if metrics:
-                line = metrics.write(
-                    step=step,
-                    epoch=epoch,
-                    tier="estimate",
-                    seed=config.seed,
-                    validation_epsilon=config.epsilon.test,
-                    **{name: value / steps_per_epoch for name, value in sums.items()},
-                    learning_rate=rate(step - 1),
-                    **found,
-                    seconds=round(seconds, 3),
-                )
-                curves.refresh()
-                if board:
-                    board.write(line)
-            sums = dict.fromkeys(training.METRICS, 0.0)
-            if epoch % config.checkpoints.every == 0 or epoch == last_epoch:
-                checkpoints.save_last(step, keeper.whole(state), {"epoch": epoch, "sums": sums})
-                saved = time.monotonic()
-        checkpoints.wait()
-    then = common.line("certify", [f"--workdir={os.path.relpath(workdir)}"])
-    say(f"done: {epoch} epochs. Next: {then}")
+        # While the devices work: what they need next.
+        following = min(position.count, end - position.step - now)
+        fed = feed(position.step + now, following) if following else None
+
+        # ------------------------------------------------ what came out
+        values = jax.device_get(values)
+        parts.store.save(position.state, position.step, now)
+        new = [{name: float(column[i]) for name, column in values.items()} for i in range(now)]
+        training.check_finite(new, position.step)
+        position.step += now
+        for figures in new:
+            position.sums = {name: position.sums[name] + v for name, v in figures.items()}
+        progress.update(position.step, loss=f"{new[-1]['loss']:.3f}", epoch=position.epoch + 1)
+
+        # ------------------------------------------------ interrupted, or time to save
+        stop, minutes, seconds = hosts.maximum(
+            preemption.noticed,
+            (time.monotonic() - position.saved) / 60,
+            time.monotonic() - began,
+        )
+        allowed = parts.config.checkpoints.minutes
+        if stop or (allowed and minutes >= allowed):
+            save(parts, position, checkpoints)
+        if stop:
+            return False
+
+        # As many steps a call as take a few seconds: fewer waits, and still a sign of life.
+        fitting = max(round(now * SECONDS_PER_CALL / max(seconds, 1e-3)), 1)
+        position.count = min(fitting, feeding.MAX_STEPS)
+        now = following
+    position.epoch += 1
+    return True
+
+
+def evaluate_and_select(parts, position, validation: sets.Dataset, checkpoints) -> dict[str, float]:
+    """Figures of the validation split, {} where no evaluation is due; saves the parameters if they
+    are the best so far."""
+    config = parts.config
+    last = position.epoch == config.schedule.epochs
+    if position.epoch % config.evaluation.every and not last:
+        return {}
+    found = training.evaluate(position.state.network, validation, config, parts.mesh)
+    # Clean accuracy only breaks ties: it weighs less than one validation example.
+    score = found["validation_robust_accuracy_estimate"] + 1e-6 * found["validation_accuracy"]
+    if score > float(position.state.best):
+        best = feeding.put(np.asarray(score, np.float32), parts.mesh, PartitionSpec())
+        position.state = dataclasses.replace(position.state, best=best)
+        parameters = nnx.to_pure_dict(nnx.state(position.state.network))
+        checkpoints.save_best(position.step, parameters, {"epoch": position.epoch, **found})
+    return found
+
+
+# --------------------------------------------------------------------------------- what is written
+
+
+def open_recorders(workdir, parts, position, tensorboard: bool, stack) -> Recorders | None:
+    """What writes the metrics; None in a process that does not."""
+    if not hosts.is_writer():
+        return None
+    # A state saved at the very end of an epoch, but before its line was written, writes it: again,
+    # if it is there.
+    kept = position.epoch * parts.steps_per_epoch
+    metrics = Metrics(workdir / "metrics.jsonl", after_step=kept)
+    curves = stack.enter_context(Curves(workdir / "curves.png", metrics.path))
+    board = None
+    if tensorboard:
+        lines = read_metrics(metrics.path)
+        board = stack.enter_context(TensorBoard(workdir / "tensorboard", lines))
+    return Recorders(metrics, curves, board)
+
+
+def record(parts, position, recorders: Recorders | None, found: dict, seconds: float) -> None:
+    """Writes the line of an epoch: means of its steps, and what its evaluation found."""
+    if recorders is None:
+        return
+    line = recorders.metrics.write(
+        step=position.step,
+        epoch=position.epoch,
+        tier="estimate",
+        seed=parts.config.seed,
+        validation_epsilon=parts.config.epsilon.test,
+        **{name: value / parts.steps_per_epoch for name, value in position.sums.items()},
+        learning_rate=parts.rate(position.step - 1),
+        **found,
+        seconds=round(seconds, 3),
+    )
+    recorders.curves.refresh()
+    if recorders.board:
+        recorders.board.write(line)
+
+
+def open_progress(parts: Parts, position: Position) -> Progress:
+    """What tells people how far training is; silent in all processes but one."""
+    total = parts.config.schedule.epochs * parts.steps_per_epoch
+    stream = sys.stderr if hosts.is_writer() else io.StringIO()
+    return Progress(total, "training", start=position.step, stream=stream)
 
 
 def say(message: str) -> None:
+    """Prints a line, in the one process that does."""
     if hosts.is_writer():
         print(message, flush=True)
-
-
-# These say what is wrong and what to do.
-ERRORS = (sets.DataError, CheckpointError, training.NonFiniteError, ValueError, OSError)

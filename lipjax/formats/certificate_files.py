@@ -17,7 +17,6 @@ This module imports nothing of the bounds, so that the checker can use it and st
 """
 
 import hashlib
-import inspect
 import json
 import math
 import re
@@ -31,7 +30,9 @@ import numpy as np
 from lipjax.formats.files import Npz, Unreadable, parsed, quoted, replaced
 
 FORMAT = "lipjax certificate"
+# Up to version 2 an nnx.Sequential was described by its layers (`lipjax.check.layers`).
 VERSION = 3
+BY_NODES = 3
 # Where the seed of the draws comes from; in tier "deterministic", which draws nothing, a seed that
 # nobody gave is "unused".
 SEEDS_FROM = ("system", "given", "unused")
@@ -168,15 +169,6 @@ HEADER = {
     "digest": _HASH,
 }
 
-# Arguments and attributes of an nnx layer that `describe` writes down or `unusual` compares with
-# the parameters, and those that have no influence on what it computes.
-_UNDERSTOOD = (
-    *("self", "rngs", "in_features", "out_features", "use_bias", "kernel_size", "strides"),
-    *("padding", "input_dilation", "kernel_dilation", "feature_group_count", "dtype"),
-    *("param_dtype", "precision", "kernel_init", "bias_init", "kernel_metadata", "bias_metadata"),
-    *("kernel", "bias", "kernel_shape", "_pytree__state", "_pytree__nodes"),
-)
-
 
 class CertificateFileError(ValueError):
     """The file is no certificate file that this version can read; the message says why."""
@@ -203,9 +195,8 @@ def save(
         path: the file, by custom ``*.npz``.
         certificate: what `lipjax.certify` returned. Read by field name; `epsilon` may be a number
             or ``(N,)``.
-        network: what was certified, as it was given to `certify`. An nnx.Sequential of layers that
-            `describe` knows is described by them; a graph, or any other function, by its nodes, as
-            it is traced on an image.
+        network: what was certified, as it was given to `certify`, or its graph; described by the
+            nodes of its graph, as it is traced on an image.
         images, labels: ``(N, ...)`` and ``(N,)``, as they were given to `certify`; where the
             predictions themselves were certified (labels None there), the predictions.
         indices: ``(N,)`` positions of the images in their source split; 0 .. N - 1 if None.
@@ -248,16 +239,14 @@ def save(
         )
     same = count > 0 and bool(np.all(arrays["epsilon"] == arrays["epsilon"][0]))
     data = dict(data or {})
-    layers = describe(network) if _is_sequential(network) else [{"kind": ""}]
-    if not {layer["kind"] for layer in layers} <= KINDS:
-        one = np.empty(np.shape(images)[1:], np.asarray(images).dtype)
-        layers = describe(network, one, arithmetic=str(fields["arithmetic"]))
+    one = np.empty(np.shape(images)[1:], np.asarray(images).dtype)
+    nodes = describe(network, one, arithmetic=str(fields["arithmetic"]))
     header = {
         "format": FORMAT,
         "version": VERSION,
         "versions": versions(),
-        "network": network_hash(layers),
-        "classes": _classes(layers),
+        "network": network_hash(nodes),
+        "classes": int(nodes[-1]["shape"][-1]),
         "data": data_hash(images, labels),
         "data_name": _text(data.pop("name", None)),
         "split": _text(data.pop("split", None)),
@@ -548,16 +537,15 @@ def data_hash(images, labels) -> str:
     return sha.hexdigest()
 
 
-def network_hash(layers: Sequence[Mapping[str, Any]]) -> str:
-    """SHA-256 (hex) over the layer descriptions of `describe`, settings and every parameter's
-    bytes."""
+def network_hash(described: Sequence[Mapping[str, Any]]) -> str:
+    """SHA-256 (hex) over what `describe` returns, every parameter's bytes included."""
     sha = hashlib.sha256()
-    for i, layer in enumerate(layers):
-        for name in sorted(layer):
-            if isinstance(layer[name], np.ndarray):
-                _feed(sha, f"{i}.{name}", layer[name])
+    for i, part in enumerate(described):
+        for name in sorted(part):
+            if isinstance(part[name], np.ndarray):
+                _feed(sha, f"{i}.{name}", part[name])
             else:
-                sha.update(json.dumps([i, name, layer[name]], sort_keys=True).encode())
+                sha.update(json.dumps([i, name, part[name]], sort_keys=True).encode())
     return sha.hexdigest()
 
 
@@ -571,215 +559,21 @@ def _feed(sha, name: str, array: np.ndarray) -> None:
 # -------------------------------------------------------------------------------------- the network
 
 
-# Layers that their description determines.
-KINDS = {
-    *("conv", "linear", "average_pool", "normalize", "flatten", "fork", "join"),
-    *("relu", "clipped_relu", "maxmin", "clipped_maxmin"),
-}
+def describe(network, example, *, arithmetic: str | None = None) -> list[dict[str, Any]]:
+    """A network as plain data: one dict per node of its graph, as `lipjax.graph.description` says.
 
-
-def describe(network, example=None, *, arithmetic: str | None = None) -> list[dict[str, Any]]:
-    """A network as plain data: one dict per layer, nested sequences spliced in, parameters as NumPy
-    arrays.
-
-    With an `example` one dict per node of its graph, as `lipjax.graph.description` says, of any
-    function. Such a description, and so its hash, is of the program as this version of JAX traces
-    it and computes what does not depend on the example.
-
-    Of layers: "kind" is "conv", "linear", "average_pool", "normalize", "flatten", "relu",
-    "clipped_relu", "maxmin" or "clipped_maxmin", by the layer's exact type; "fork" and "join" stand
-    around the layers of a Residual. The other entries are a layer's parameters (kernel, bias,
-    threshold, upper, lower), its settings (strides, padding, dilation, groups, window, ndim), the
-    type it computes in ("dtype", None: that of its input and parameters), the algorithm that its
-    products are fixed to ("precision", absent: the device's), a "mask" if there is one, and under
-    "unusual" what is not written down here and may change what it computes. A layer of any other
-    type gets its full type name as kind and all parameters it has: enough for a hash, not for the
-    checker.
+    Such a description, and so its hash, is of the program as this version of JAX traces it and
+    computes what does not depend on the example.
 
     Args:
-        network: an nnx.Sequential, or with an `example` any function that `lipjax.certify` takes.
+        network: any function that `lipjax.certify` takes.
         example: one image, as `lipjax.certify` was given it; only shape and type count.
-        arithmetic: with an example, that of the certificate.
+        arithmetic: that of the certificate.
 
     Raises:
-        TypeError: without an example, the network is no nnx.Sequential; with one, the function has
-            no bound, or no plain description.
+        TypeError: the function has no bound, or no plain description.
     """
-    from flax import nnx
+    # Of the tool: to check what is described it is not needed.
+    from lipjax.graph import description
 
-    if example is not None:
-        # Of the tool: to check what is described it is not needed.
-        from lipjax.graph import description
-
-        return description.describe(network, example, arithmetic)
-    if not _is_sequential(network):
-        raise TypeError(
-            f"expected a flax.nnx.Sequential, got {_name(network)}: of any other function give an "
-            "example too, describe(f, image)."
-        )
-    layers: list[dict[str, Any]] = []
-    for layer in network.layers:
-        if type(layer) is nnx.Sequential:
-            layers += describe(layer)
-        elif _name(layer) == "lipjax.layers.Residual":
-            layers += [{"kind": "fork"}, *describe(layer.branch), {"kind": "join"}]
-        else:
-            layers.append(_describe_layer(layer))
-    return layers
-
-
-def _is_sequential(network) -> bool:
-    from flax import nnx
-
-    return type(network) is nnx.Sequential
-
-
-def _classes(layers: Sequence[Mapping[str, Any]]) -> int | None:
-    """The number of logits, where the description says it."""
-    if any("inputs" in layer for layer in layers):
-        return int(layers[-1]["shape"][-1])
-    kernels = [layer["kernel"] for layer in layers if "kernel" in layer]
-    return kernels[-1].shape[-1] if kernels else None
-
-
-def _describe_layer(layer) -> dict[str, Any]:
-    from flax import nnx
-
-    if type(layer) is nnx.Conv:
-        rank = len(layer.kernel_size)
-        return {
-            "kind": "conv",
-            **_affine_parameters(layer),
-            "strides": _spread(layer.strides, rank),
-            "padding": _padding(layer.padding, rank),
-            "dilation": _spread(layer.kernel_dilation, rank),
-            "input_dilation": _spread(layer.input_dilation, rank),
-            "groups": int(layer.feature_group_count),
-        }
-    if type(layer) is nnx.Linear:
-        return {"kind": "linear", **_affine_parameters(layer)}
-    # By name, so that nothing of the bounds is imported here.
-    if hasattr(layer, "__qualname__"):
-        return {"kind": f"function {layer.__module__}.{layer.__qualname__}"}
-    match name := _name(layer):
-        case "lipjax.activations.clip.ReLU":
-            return {"kind": "relu"}
-        case "lipjax.activations.clip.ClippedReLU":
-            return {"kind": "clipped_relu", "threshold": np.asarray(layer.threshold[...])}
-        case "lipjax.activations.maxmin.MaxMin":
-            return {"kind": "maxmin"}
-        case "lipjax.activations.maxmin.ClippedMaxMin":
-            upper, lower = np.asarray(layer.upper[...]), np.asarray(layer.lower[...])
-            return {"kind": "clipped_maxmin", "upper": upper, "lower": lower}
-        case "lipjax.layers.Flatten":
-            return {"kind": "flatten", "ndim": int(layer.ndim)}
-        case "lipjax.layers.AveragePool":
-            return {
-                "kind": "average_pool",
-                "window": _spread(layer.window, 2),
-                "strides": _spread(layer.strides, 2),
-            }
-        case "lipjax.layers.Normalize":
-            return {"kind": "normalize", "scale": list(layer.scale), "shift": list(layer.shift)}
-    return {"kind": name, **_all_parameters(layer)}
-
-
-def _name(layer) -> str:
-    return f"{type(layer).__module__}.{type(layer).__qualname__}"
-
-
-def unusual(layer) -> list[str]:
-    """What of an nnx.Linear or nnx.Conv may make it compute something else than its parameters say.
-
-    Returns:
-        Names of attributes: those that nothing here knows (of a later Flax, or set by hand), those
-        known ones that are not as the constructor sets them by default, and those that contradict
-        the parameters.
-    """
-    defaults = _defaults(type(layer))
-    found = [
-        name
-        for name in dict.fromkeys((*defaults, *vars(layer)))
-        if name not in _UNDERSTOOD and getattr(layer, name, None) is not defaults.get(name, _ABSENT)
-    ]
-    # Flax's Conv looks at use_bias alone, its Linear at both.
-    if layer.use_bias not in (True, False) or layer.use_bias != (layer.bias is not None):
-        found.append("use_bias")
-    kernel = layer.kernel[...]
-    window = tuple(kernel.shape[:-2])
-    if getattr(layer, "kernel_size", window) != window:
-        found.append("kernel_size")
-    if getattr(layer, "kernel_shape", kernel.shape) != tuple(kernel.shape):
-        found.append("kernel_shape")
-    if not _floating(kernel):
-        found.append("kernel")
-    if layer.bias is not None and not _floating(layer.bias[...]):
-        found.append("bias")
-    return found
-
-
-_ABSENT = object()
-
-
-def _defaults(kind) -> dict[str, Any]:
-    """The constructor's arguments and their default values."""
-    parameters = inspect.signature(kind.__init__).parameters
-    return {name: parameter.default for name, parameter in parameters.items()}
-
-
-def _floating(array) -> bool:
-    import jax.numpy as jnp
-
-    return jnp.issubdtype(array.dtype, jnp.floating)
-
-
-def _affine_parameters(layer) -> dict[str, Any]:
-    found = {
-        "kernel": np.asarray(layer.kernel[...]),
-        "bias": None if layer.bias is None else np.asarray(layer.bias[...]),
-        "dtype": None if layer.dtype is None else np.dtype(layer.dtype).name,
-        "unusual": unusual(layer),
-    }
-    # Only where they say something, so that the hashes of other networks stay as they were.
-    if getattr(layer, "mask", None) is not None:
-        found["mask"] = np.asarray(layer.mask)
-    algorithm = _algorithm(layer.precision)
-    if algorithm is not None:
-        found["precision"] = algorithm
-    return found
-
-
-def _algorithm(precision) -> str | None:
-    """What a layer's products are computed by, where its precision leaves that to no device."""
-    import jax
-
-    fixed = {name for name in jax.lax.DotAlgorithmPreset.__members__ if name != "DEFAULT"}
-
-    def left_to_device(part):
-        return str(part) not in fixed and not isinstance(part, jax.lax.DotAlgorithm)
-
-    parts = precision if type(precision) in (list, tuple) else [precision]
-    return None if all(map(left_to_device, parts)) else str(precision)
-
-
-def _all_parameters(layer) -> dict[str, Any]:
-    import jax
-
-    return {
-        "parameter " + jax.tree_util.keystr(path, simple=True, separator="."): np.asarray(leaf)
-        for path, leaf in jax.tree_util.tree_leaves_with_path(layer)
-        if isinstance(leaf, (jax.Array, np.ndarray))
-    }
-
-
-def _padding(padding, rank: int) -> str | list[list[int]]:
-    if isinstance(padding, str):
-        return padding.upper()
-    pairs = [padding] * rank if isinstance(padding, int) else padding
-    return [[int(p), int(p)] if isinstance(p, int) else [int(p[0]), int(p[1])] for p in pairs]
-
-
-def _spread(value, rank: int) -> list[int]:
-    if value is None:
-        return [1] * rank
-    return [int(value)] * rank if isinstance(value, int) else [int(v) for v in value]
+    return description.describe(network, example, arithmetic)

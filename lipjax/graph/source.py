@@ -19,6 +19,8 @@ _LIBRARIES = tuple(
         os.path.dirname(os.path.dirname(__file__)) + os.sep,
     }
 )
+# Code that is in no file. What is typed at a prompt, "<stdin>", is the user's.
+_GENERATED = ("<string>", "<frozen", "<__")
 # Where JAX begins to trace a function. What is further out called it, perhaps some time ago: JAX
 # keeps the bodies of calls.
 _BEGIN = "trace_to_jaxpr"
@@ -47,7 +49,7 @@ def line_of_error(error: BaseException) -> str:
     """The innermost line of the user's program that an error went through; empty: none."""
     for frame, line in reversed(list(traceback.walk_tb(error.__traceback__))):
         name = frame.f_code.co_filename
-        if not name.startswith((*_LIBRARIES, "<")):
+        if not name.startswith((*_LIBRARIES, *_GENERATED)):
             return _shortest(name, line, frame.f_code.co_qualname)
     return ""
 
@@ -63,7 +65,7 @@ def _frames(equation) -> Iterator:
     for frame in found.frames if found is not None else ():
         if frame.function_name.startswith(_BEGIN):
             return
-        if not frame.file_name.startswith("<"):
+        if not frame.file_name.startswith(_GENERATED):
             yield frame
 
 

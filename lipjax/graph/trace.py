@@ -19,7 +19,7 @@ import numpy as np
 from flax import nnx
 from jax.extend.core import Jaxpr, Literal
 
-from lipjax.graph import linear, match, rearrange, source
+from lipjax.graph import joining, linear, match, rearrange, source
 from lipjax.graph.known import Known, is_concrete, roundings_of
 from lipjax.graph.nodes import (
     Activation,
@@ -445,34 +445,37 @@ class _Reader:
                 return None
         return value
 
-    def shifted(self, ref: Ref, constant, shape, dtype, executed, roundings) -> Ref:
-        """``value + constant``: into the bias of a Linear node in front, else a node of its own."""
-        node, value = self.nodes[ref.node], constant
-        position, moves = ref.node, None
-        if isinstance(node, Rearrange) and len(node.inputs) == 1 and tuple(shape) == node.shape:
+    def behind(self, join: Callable, ref: Ref, constant, shape, *more) -> Ref | None:
+        """What `join` makes of the Linear node in front, also through a Rearrange, and a constant;
+        None: nothing.
+
+        Args:
+            join: ``(node, constant, *more)``, the constant as it stands right behind the node.
+            shape: of the value.
+        """
+        node, value, moves = self.nodes[ref.node], constant, None
+        if isinstance(node, Rearrange) and len(node.inputs) == 1:
             value, moves = self.pulled(node, constant), node
-            position = node.inputs[0]
-            node = self.nodes[position]
-        if (
-            isinstance(node, Linear)
-            and value is not None
-            and node.operator.bias is None
-            and tuple(shape) == (node.shape if moves is None else moves.shape)
-            and node.dtype == str(dtype)
-        ):
-            bias = jnp.reshape(value, np.shape(value)[_units(np.shape(value)) :])
-            operator = dataclasses.replace(node.operator, bias=bias)
-            joined = self.add(
-                dataclasses.replace(
-                    node,
-                    operator=operator,
-                    executed=(*node.executed, *executed),
-                    roundings=max(node.roundings, roundings),
-                )
-            )
-            if moves is None:
-                return joined
-            return self.add(dataclasses.replace(moves, inputs=(joined.node,)))
+            node = self.nodes[node.inputs[0]]
+        shaped = node.shape if moves is None else moves.shape
+        if not isinstance(node, Linear) or value is None or tuple(shape) != shaped:
+            return None
+        value = jnp.reshape(value, np.shape(value)[_units(np.shape(value)) :])
+        found = join(node, value, *more, self.where)
+        if found is None:
+            return None
+        ref = self.add(found)
+        if moves is None:
+            return ref
+        return self.add(dataclasses.replace(moves, inputs=(ref.node,)))
+
+    def shifted(self, ref: Ref, constant, shape, dtype, executed, roundings) -> Ref:
+        """``value + constant``: with a Linear node in front, else a node of its own."""
+        if self.dtype(ref) == str(dtype):
+            more = (tuple(executed), roundings)
+            found = self.behind(joining.shifted, ref, constant, shape, *more)
+            if found is not None:
+                return found
         return self.add(
             Add(
                 inputs=(ref.node,),
@@ -900,6 +903,11 @@ def _scaled(reader: _Reader, equation, inputs):
                 roundings=before.roundings + roundings + (len(before.executed) > 1),
             )
         )
+    if reader.dtype(first) == str(out.dtype):
+        more = ((executed,), roundings)
+        found = reader.behind(joining.scaled, first, scale, out.shape, *more)
+        if found is not None:
+            return found
     operator = linear.LinearOperator(linear.Scale(), scale)
     return reader.linear(first, operator, out.shape, out.dtype, [executed], roundings)
 

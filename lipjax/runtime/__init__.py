@@ -1,1 +1,1 @@
-"""The machine below: several hosts (`hosts`), and what makes CPUs quick (`cpu`)."""
+"""What depends on the machine: jobs of several processes (`hosts`), fast CPU programs (`cpu`)."""

@@ -1,15 +1,14 @@
-"""Convolutions and sums as XLA's CPU backend is quick at them. Elsewhere, and in float64, nothing
-is changed.
+"""Rewrites convolutions and sums into forms that XLA's CPU backend runs fast.
 
-That backend has a quick convolution of float32 images that lie with their channels last. What
-differentiation makes of
-it is slow there: kernel gradients, which come as a convolution over the examples, are transposed
-first and leave the quick path altogether within a loop; transposed strided convolutions multiply
-with the zeros between the pixels. `for_cpu` rewrites both in a function that was already
-differentiated and batched: the first as matrix products, the second as an ordinary convolution to
-    more channels, which are then laid side by side. Sums over the examples, and numbers of an
-    example
-that are used for every pixel, are slow as well (see below). The same sums in another order: results
+That backend is fast at convolutions of float32 images whose channels are the last axis. It is slow
+at what differentiation makes of them. Kernel gradients come as a convolution over the examples: it
+transposes them first, and within a loop it leaves the fast path altogether. Transposed strided
+convolutions multiply with the zeros between the pixels. `for_cpu` rewrites both in a function that
+was already differentiated and batched: the first as matrix products, the second as an ordinary
+convolution to more channels, which are then laid side by side. It also rewrites sums over the
+examples, and numbers of an example that are used for every pixel (see below).
+
+Elsewhere, and in float64, nothing is changed. The sums are the same in another order: results
 differ by rounding only.
 """
 
@@ -27,7 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 
-# Entries of a kernel per output up to which its gradient is one matrix product: more would cost
+# Entries of a kernel per output up to which its gradient is one matrix product: more would take
 # memory.
 COLUMNS = 64
 
@@ -36,7 +35,7 @@ MANY = 256
 
 
 def for_cpu(function: Callable) -> Callable:
-    """`function` with what is slow rewritten, if the default device is a CPU; else as it is.
+    """`function` rewritten, if the default device is a CPU; else as it is.
 
     Its positional arguments are pytrees of arrays, its keyword arguments are fixed. Apply it last:
     outside `grad` and `vmap`, inside `jit`. What it returns is not to be differentiated.
@@ -164,9 +163,12 @@ def _of_examples(x, shape, broadcast_dimensions, **_) -> bool:
 
 
 def _settled(x):
-    """`x`, computed once: a sum over itself and nothing, as no such sum is fused into what uses it.
-    (The radii of a walk and their gradients are long chains of operations on one number an example.
-    Fused, they are gone through for every pixel.)"""
+    """`x`, computed once.
+
+    It becomes a sum over itself and nothing, because XLA fuses no such sum into what uses it.
+    (Radii and their gradients are long chains of operations on one number an example. Fused, XLA
+    goes through them for every pixel.)
+    """
     alone = jax.lax.reduce_window(
         x.reshape(-1, 1), np.float32(0), jax.lax.add, (1, 2), (1, 1), ((0, 0), (1, 0))
     )

@@ -2,9 +2,9 @@
 ends.
 
 One process a machine (or TPU host), each with its own devices. All of them run the same program on
-the same global arrays
-and must therefore decide alike: what depends on a clock or a signal goes through `most` first.
-Process 0 alone writes logs and results; every process writes its shards of a checkpoint.
+the same global arrays, and so they must decide alike: what depends on a clock or a signal goes
+through `maximum` first. Process 0 alone writes logs and results; every process writes its shards of
+a checkpoint.
 
     python -m lipjax.runtime.hosts 2 train.py --config=configs/digits.py
 
@@ -52,19 +52,8 @@ def join(hosts: str) -> None:
         return
     arguments: dict[str, Any] = {}
     if hosts != "auto":
-        parts = hosts.split(",")
-        if (
-            len(parts) != 3
-            or ":" not in parts[0]
-            or not all(part.isdecimal() for part in parts[1:])
-        ):
-            raise ValueError(f"hosts must be as in {EXAMPLE}; got {hosts!r}.")
-        count, number = map(int, parts[1:])
-        if not 0 <= number < count:
-            raise ValueError(
-                f"hosts: process {number} is not one of 0 to {count - 1}, in {hosts!r}."
-            )
-        arguments = {"coordinator_address": parts[0], "num_processes": count, "process_id": number}
+        address, count, number = _job(hosts)
+        arguments = {"coordinator_address": address, "num_processes": count, "process_id": number}
     try:
         jax.distributed.initialize(heartbeat_timeout_seconds=SILENCE_SECONDS, **arguments)
     except (RuntimeError, ValueError) as error:
@@ -74,12 +63,24 @@ def join(hosts: str) -> None:
         ) from error
 
 
+def _job(hosts: str) -> tuple[str, int, int]:
+    """Address of process 0, number of processes and number of this one, as --hosts gives them."""
+    parts = hosts.split(",")
+    numbers = all(part.isdecimal() for part in parts[1:])
+    if len(parts) != 3 or ":" not in parts[0] or not numbers:
+        raise ValueError(f"hosts must be as in {EXAMPLE}; got {hosts!r}.")
+    count, number = map(int, parts[1:])
+    if not 0 <= number < count:
+        raise ValueError(f"hosts: process {number} is not one of 0 to {count - 1}, in {hosts!r}.")
+    return parts[0], count, number
+
+
 def is_writer() -> bool:
     """Whether this process writes logs and results."""
     return jax.process_index() == 0
 
 
-def most(*values: float) -> tuple[float, ...]:
+def maximum(*values: float) -> tuple[float, ...]:
     """The largest of each value over all processes, which have to call this together."""
     if jax.process_count() == 1:
         return values
@@ -149,20 +150,16 @@ def launch(count: int, command: list[str]) -> int:
     Raises:
         ValueError: more processes than GPUs in CUDA_VISIBLE_DEVICES.
     """
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(count)))).split(",")
-    if len(visible) < count and visible != [""]:
-        raise ValueError(
-            f"CUDA_VISIBLE_DEVICES names {len(visible)} GPUs ({','.join(visible)}), asked for "
-            f"{count} processes."
-        )
+    gpus = _gpus(count)
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         address = f"localhost:{probe.getsockname()[1]}"
+
     processes = []
     for number in range(count):
         own = {
             "LIPJAX_HOSTS": f"{address},{count},{number}",
-            "CUDA_VISIBLE_DEVICES": (visible * count)[number],
+            "CUDA_VISIBLE_DEVICES": gpus[number],
         }
         processes.append(subprocess.Popen([sys.executable, *command], env={**os.environ, **own}))
 
@@ -172,20 +169,42 @@ def launch(count: int, command: list[str]) -> int:
 
     before = {number: signal.signal(number, pass_on) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        failed, deadline = 0, float("inf")
-        while None in (statuses := [process.poll() for process in processes]):
-            time.sleep(0.1)
-            if any(statuses) and not failed:
-                failed, deadline = next(filter(None, statuses)), time.monotonic() + GRACE_SECONDS
-            if time.monotonic() > deadline:
-                for process in processes:
-                    process.kill()
-        return failed or next(filter(None, statuses), 0)
+        return _first_failure(processes)
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
         for process in processes:
             process.kill()
+
+
+def _gpus(count: int) -> list[str]:
+    """The value of CUDA_VISIBLE_DEVICES of each process."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(count)))).split(",")
+    if visible == [""]:
+        return [""] * count
+    if len(visible) < count:
+        raise ValueError(
+            f"CUDA_VISIBLE_DEVICES names {len(visible)} GPUs ({','.join(visible)}), asked for "
+            f"{count} processes."
+        )
+    return visible[:count]
+
+
+def _first_failure(processes: list[subprocess.Popen]) -> int:
+    """Waits until all have ended; the status of the first that failed, or 0."""
+    failed = 0
+    deadline = float("inf")
+    while True:
+        statuses = [process.poll() for process in processes]
+        if not failed and any(statuses):
+            failed = next(filter(None, statuses))
+            deadline = time.monotonic() + GRACE_SECONDS
+        if None not in statuses:
+            return failed
+        if time.monotonic() > deadline:
+            for process in processes:
+                process.kill()
+        time.sleep(0.1)
 
 
 if __name__ == "__main__":
@@ -197,4 +216,5 @@ if __name__ == "__main__":
         status = launch(int(sys.argv[1]), sys.argv[2:])
     except ValueError as error:
         raise SystemExit(f"lipjax.runtime.hosts: {error}") from None
-    raise SystemExit(status if status >= 0 else 128 - status)  # ended by a signal: as shells count
+    # Ended by a signal: as shells count.
+    raise SystemExit(status if status >= 0 else 128 - status)

@@ -1,43 +1,41 @@
 """Training: configuration, state, the sharded step, evaluation, checkpoints, metrics, the plan."""
 
-from lipjax.training.step import (
+from lipjax.training.config import (
+    FIELDS,
     LOSSES,
-    METRICS,
-    SPLIT_ENTRIES,
     STORES,
-    VECTOR_TYPES,
-    NonFiniteError,
-    State,
     build_network,
     check_config,
+    default_config,
+    load_data,
+)
+from lipjax.training.evaluation import evaluate, selected_network
+from lipjax.training.schedules import learning_rate, ramp
+from lipjax.training.sharding import device_mesh, split_axis
+from lipjax.training.state import State, initial_state, state_shardings, state_specs
+from lipjax.training.step import (
+    METRICS,
+    NonFiniteError,
     check_finite,
-    device_mesh,
-    evaluate,
     example_loss,
     examples_at_once,
-    initial_state,
-    learning_rate,
-    load_data,
     make_steps,
-    pack_vector,
-    ramp,
-    selected_network,
-    split_axis,
-    state_shardings,
-    unpack_vector,
 )
+from lipjax.training.vectors import VECTOR_TYPES, VectorStore, pack_vector, unpack_vector
 
 __all__ = [
+    "FIELDS",
     "LOSSES",
     "METRICS",
-    "SPLIT_ENTRIES",
     "STORES",
     "VECTOR_TYPES",
     "NonFiniteError",
     "State",
+    "VectorStore",
     "build_network",
     "check_config",
     "check_finite",
+    "default_config",
     "device_mesh",
     "evaluate",
     "example_loss",
@@ -51,5 +49,6 @@ __all__ = [
     "selected_network",
     "split_axis",
     "state_shardings",
+    "state_specs",
     "unpack_vector",
 ]

@@ -55,7 +55,7 @@ def open_workdir(workdir, config: dict, *, volatile: tuple[str, ...] = ()) -> Pa
         CheckpointError: the folder cannot be written.
     """
     path = Path(os.path.abspath(os.path.expanduser(workdir)))
-    config = json.loads(json.dumps(config))
+    config = json.loads(json.dumps(config))  # as it will be read
     try:
         path.mkdir(parents=True, exist_ok=True)
         if not (path / "config.json").exists():
@@ -63,7 +63,9 @@ def open_workdir(workdir, config: dict, *, volatile: tuple[str, ...] = ()) -> Pa
                 file.write(json.dumps(config, indent=2) + "\n")
     except OSError as error:
         raise CheckpointError(f"cannot write to {path}: {_reason(error)}.") from error
-    stored, now = _flat(load_config(path)), _flat(config)
+
+    stored = _flat(load_config(path))
+    now = _flat(config)
     missing = "(absent)"
     differing = [
         f"  {name}: stored {stored.get(name, missing)!r}, now {now.get(name, missing)!r}"
@@ -94,10 +96,10 @@ def locked(workdir: Path):
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             file.seek(0)
+            owner = file.read().strip() or "unknown"
             raise CheckpointError(
-                f"{workdir} is in use by another training process "
-                f"({file.read().strip() or 'unknown'}): wait for it, stop "
-                "it, or give another --workdir."
+                f"{workdir} is in use by another training process ({owner}): wait for it, stop it, "
+                "or give another --workdir."
             ) from None
         except OSError:
             print(
@@ -130,25 +132,26 @@ def load_config(workdir) -> dict:
         return json.loads(path.read_text())
     except FileNotFoundError:
         raise CheckpointError(
-            f"{Path(workdir).absolute()} holds no run (no config.json): train first, python "
-            f"train.py --workdir={workdir}"
+            f"{Path(workdir).absolute()} holds no run (no config.json): train first, lipjax train "
+            f"--workdir={workdir}"
         ) from None
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}.") from error
 
 
 def _flat(tree, prefix="") -> dict[str, Any]:
-    if isinstance(tree, dict) and tree:
-        return {
-            k: v for name, sub in tree.items() for k, v in _flat(sub, f"{prefix}{name}.").items()
-        }
-    return {prefix[:-1]: tree}
+    """The leaves of nested dicts, by their dotted names."""
+    if not isinstance(tree, dict) or not tree:
+        return {prefix[:-1]: tree}
+    flat: dict[str, Any] = {}
+    for name, inner in tree.items():
+        flat |= _flat(inner, f"{prefix}{name}.")
+    return flat
 
 
 def _reason(error: BaseException) -> str:
-    if (isinstance(error, OSError) and error.errno == errno.ENOSPC) or "No space left" in str(
-        error
-    ):
+    full = isinstance(error, OSError) and error.errno == errno.ENOSPC
+    if full or "No space left" in str(error):
         return (
             "the disk is full; free space and run the same command again, the last good "
             "checkpoint is kept"
@@ -261,8 +264,7 @@ class Checkpoints:
         if problems:
             raise CheckpointError(
                 f"no checkpoint in {self._last.directory} can be read ({'; '.join(problems)}). "
-                "Start again in another "
-                "workdir."
+                "Start again in another workdir."
             )
         return None
 
@@ -292,28 +294,30 @@ class Checkpoints:
         named = _named(abstract)
         meta = manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
         wanted = _kinds(named)
-        stored, checksums = meta.pop("leaves", wanted), meta.pop("checksums", {})
+        stored = meta.pop("leaves", wanted)
+        checksums = meta.pop("checksums", {})
         for name in sorted(stored.keys() | wanted.keys()):
             if stored.get(name) != wanted.get(name):
                 raise AnotherArchitecture(
                     f"checkpoint {manager.directory / str(step)} is of another network or data "
-                    f"set: its {name} is "
-                    f"{stored.get(name, 'absent')}, here it is {wanted.get(name, 'absent')}."
+                    f"set: its {name} is {stored.get(name, 'absent')}, here it is "
+                    f"{wanted.get(name, 'absent')}."
                 )
+
         failed: Exception | None = None
         try:
             state = _read(manager, step, named)
         except Exception as error:  # a truncated file surfaces as any of a dozen types
             failed = error
         # All or none: the sums below are those of all processes together.
-        if hosts.most(failed is not None)[0]:
+        if hosts.maximum(failed is not None)[0]:
             raise failed or ValueError("another process could not read it")
+
         for name, found in _checksums(state, meta).items():
             if checksums.get(name, found) != found:
                 raise ValueError(f"{name} is not what was saved: its checksum differs")
-        return jax.tree.unflatten(
-            jax.tree.structure(abstract), [state[name] for name in named]
-        ), meta
+        leaves = [state[name] for name in named]
+        return jax.tree.unflatten(jax.tree.structure(abstract), leaves), meta
 
     def wait(self) -> None:
         """Returns when everything that was saved is on disk; raises what a background save met."""
@@ -373,14 +377,13 @@ def _kinds(named) -> dict[str, str]:
 def _checksums(named, meta) -> dict[str, int]:
     """A number for each leaf, and one for `meta`. Orbax's formats check their own structure, not
     the values in it."""
-    here = {name: leaf for name, leaf in named.items() if isinstance(leaf, jax.Array)}
-    sums = jax.device_get(_sums_of_bits(here))
-    # what is on the host may be too much for the device
+    on_devices = {name: leaf for name, leaf in named.items() if isinstance(leaf, jax.Array)}
+    on_host = {name: leaf for name, leaf in named.items() if name not in on_devices}
+    found = jax.device_get(_sums_of_bits(on_devices))
+    # What is on the host may be too much for the device.
     with jax.default_device(jax.local_devices(backend="cpu")[0]):
-        sums |= jax.device_get(
-            _sums_of_bits({name: leaf for name, leaf in named.items() if name not in here})
-        )
-    sums = {name: int(value) for name, value in sums.items()}
+        found |= jax.device_get(_sums_of_bits(on_host))
+    sums = {name: int(value) for name, value in found.items()}
     return {**sums, "meta": zlib.crc32(json.dumps(meta, sort_keys=True).encode())}
 
 
@@ -395,16 +398,18 @@ def _sum_of_bits(leaf):
 
     So every change within one word is seen for certain, any other misses it with probability 2^-32.
     """
+    # Of 8 bytes: one more axis, of 2.
     size = min(leaf.dtype.itemsize, 4)
-    # 8 bytes: one more axis, of 2
     words = jax.lax.bitcast_convert_type(leaf, f"uint{8 * size}").astype(jnp.uint32)
-    position, stride = jnp.zeros((), jnp.uint32), 1
-    # not by one flat index, which would need a reshape over devices
+
+    # Not by one flat index, which would need a reshape over devices.
+    position = jnp.zeros((), jnp.uint32)
+    stride = 1
     for axis in reversed(range(words.ndim)):
-        position += jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis) * jnp.uint32(
-            stride % 2**32
-        )
+        along = jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis)
+        position += along * jnp.uint32(stride % 2**32)
         stride *= words.shape[axis]
+
     words ^= position * jnp.uint32(0x9E3779B1)
     for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
         words = (words ^ (words >> shift)) * jnp.uint32(factor)

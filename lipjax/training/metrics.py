@@ -1,5 +1,8 @@
-"""What people look at: metrics as JSON lines, curves and progress while training; tables, files and
-a picture of certificates. Their page is `lipjax.report`."""
+"""What people look at while a network trains, and after it is certified.
+
+Of training: metrics as JSON lines, curves, progress. Of certificates: a table, files, a picture;
+their page is `lipjax.report`.
+"""
 
 import csv
 import hashlib
@@ -116,12 +119,41 @@ def plot_metrics(path, lines: list[dict]) -> None:
     import matplotlib.pyplot as plt
 
     facts = lines[-1]
-    radius = (
-        f"ε = {facts['validation_epsilon']:g}"
-        if "validation_epsilon" in facts
-        else "ε of the configuration"
-    )
-    panels = {
+    figure, grid = plt.subplots(2, 2, figsize=(10, 6.5), layout="constrained", sharex=True)
+    for axes, (title, curves) in zip(grid.flat, _panels(facts).items(), strict=True):
+        axes.set_ylabel(title)
+        axes.grid(color="0.9")
+        for (name, label), (color, dash) in zip(curves.items(), LINES, strict=False):
+            points = [(line["epoch"], line[name]) for line in lines if line.get(name) is not None]
+            if points:
+                marker = "o" if name.startswith("validation") else ""
+                style = {"color": color, "marker": marker, "markersize": 3, "label": label}
+                axes.plot(*zip(*points, strict=True), dash, **style)
+        if axes.lines:
+            axes.legend(fontsize=8)
+
+    grid[0, 1].set_ylim(-0.02, 1.02)
+    if grid[1, 1].lines:
+        grid[1, 1].set_yscale("log")
+    for axes in grid[1]:
+        axes.set_xlabel("epoch")
+    tier = facts.get("tier", "estimate")
+    figure.suptitle(f"after epoch {facts['epoch']}: tier {tier}, seed {facts.get('seed')}")
+    with replaced(path) as file:
+        figure.savefig(file, dpi=110, format="png")
+    plt.close(figure)
+
+
+# Curves are told apart by dash and marker as well as by colour.
+LINES = [("#0072b2", "-"), ("#555555", "--"), ("#d55e00", "-")]
+
+
+def _panels(facts: dict) -> dict[str, dict[str, str]]:
+    """Titles of the panels; of each the figures that it shows, with their labels."""
+    radius = "ε of the configuration"
+    if "validation_epsilon" in facts:
+        radius = f"ε = {facts['validation_epsilon']:g}"
+    return {
         "loss": {"loss": "training loss, mean of the epoch"},
         "accuracy": {
             "accuracy": "training, clean, mean of the epoch",
@@ -135,38 +167,6 @@ def plot_metrics(path, lines: list[dict]) -> None:
         },
         "learning rate": {"learning_rate": "learning rate at the end of the epoch"},
     }
-    # Told apart by dash and marker as well as by colour.
-    styles = [("#0072b2", "-"), ("#555555", "--"), ("#d55e00", "-")]
-    figure, grid = plt.subplots(2, 2, figsize=(10, 6.5), layout="constrained", sharex=True)
-    for axes, (title, curves) in zip(grid.flat, panels.items(), strict=True):
-        for (name, label), (color, dash) in zip(curves.items(), styles, strict=False):
-            points = [(line["epoch"], line[name]) for line in lines if line.get(name) is not None]
-            if points:
-                marker = "o" if name.startswith("validation") else ""
-                axes.plot(
-                    *zip(*points, strict=True),
-                    dash,
-                    color=color,
-                    marker=marker,
-                    markersize=3,
-                    label=label,
-                )
-        axes.set_ylabel(title)
-        axes.grid(color="0.9")
-        if axes.lines:
-            axes.legend(fontsize=8)
-    grid[0, 1].set_ylim(-0.02, 1.02)
-    if grid[1, 1].lines:
-        grid[1, 1].set_yscale("log")
-    for axes in grid[1]:
-        axes.set_xlabel("epoch")
-    figure.suptitle(
-        f"after epoch {facts['epoch']}: tier {facts.get('tier', 'estimate')}, seed "
-        f"{facts.get('seed')}"
-    )
-    with replaced(path) as file:
-        figure.savefig(file, dpi=110, format="png")
-    plt.close(figure)
 
 
 def tensorboard_writer():
@@ -180,8 +180,7 @@ def tensorboard_writer():
     except ImportError:
         raise ValueError(
             "--tensorboard needs the package tensorboardX: pip install tensorboardX (or leave the "
-            "flag out: curves.png and "
-            "metrics.jsonl hold the same figures)."
+            "flag out: curves.png and metrics.jsonl hold the same figures)."
         ) from None
 
 
@@ -303,13 +302,11 @@ class Progress:
 def _duration(seconds: float) -> str:
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
-    return (
-        f"{hours} h {minutes} min"
-        if hours
-        else f"{minutes} min {seconds} s"
-        if minutes
-        else f"{seconds} s"
-    )
+    if hours:
+        return f"{hours} h {minutes} min"
+    if minutes:
+        return f"{minutes} min {seconds} s"
+    return f"{seconds} s"
 
 
 # ------------------------------------------------------------------------------------ certification
@@ -321,8 +318,7 @@ def print_table(summary: dict, stream=None) -> None:
     run = summary["run"]
     title = (
         f"{run['data']}, {run['split']} split, {run['examples']} images, epsilon "
-        f"{run['epsilon']:g} (l2, pixels in [0, 1]), "
-        f"training seed {run['training_seed']}"
+        f"{run['epsilon']:g} (l2, pixels in [0, 1]), training seed {run['training_seed']}"
     )
     table = Table(title=title)
     for column in (
@@ -356,9 +352,8 @@ def print_table(summary: dict, stream=None) -> None:
         )
         console.print(
             f"Decided early: {examined} bound. The others are misclassified or broken by PGD, and "
-            "not certified, or certified by "
-            "a bound in a line above, and counted here too. Lipschitz constants and constant "
-            "neurons are of those decided."
+            "not certified, or certified by a bound in a line above, and counted here too. "
+            "Lipschitz constants and constant neurons are of those decided."
         )
     if run["note"]:
         console.print(f"note: {run['note']}")

@@ -1,4 +1,4 @@
-"""What is rewritten for the CPU is the same function: every convolution's gradients, in loops and
+"""What `for_cpu` rewrites stays the same function: every convolution's gradients, in loops and
 under rematerialisation."""
 
 import functools
