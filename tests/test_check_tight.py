@@ -12,7 +12,7 @@ from flax import nnx
 
 import lipjax
 from lipjax.check import checker, norms, onesided, walk
-from lipjax.check.layers import Affine, nodes_of
+from lipjax.check.layers import Activation, Affine, nodes_of
 from lipjax.formats import certificate_files
 
 COUNT = 24
@@ -56,7 +56,7 @@ def file_of(tmp_path, kind, *which):
     net, x, labels, _ = subject(kind)
     path = tmp_path / "tight.npz"
     certificate_files.save(path, certified(kind, *which), net, x, labels)
-    return certificate_files.describe(net), x, labels, *certificate_files.load(path)
+    return certificate_files.describe(net, x[0]), x, labels, *certificate_files.load(path)
 
 
 def checked(layers, x, labels, header, arrays):
@@ -169,7 +169,7 @@ def test_files_of_earlier_versions_have_no_slopes_and_are_confirmed(tmp_path):
 def derived(kind, row, slopes):
     """The checker's margin of an image with these slopes for every rival, its own rules aside."""
     net, x, labels, epsilon = subject(kind)
-    nodes = nodes_of(certificate_files.describe(net), x.shape[1:])
+    nodes = nodes_of(certificate_files.describe(net, x[0]), x.shape[1:])
     bounds = norms.Norms(1e-9, np.random.default_rng(0), patient=True)
     whole = [bounds(node.step.matrix) for node in nodes if isinstance(node.step, Affine)]
     network = walk.Network(nodes, whole, "float32")
@@ -201,16 +201,18 @@ def test_any_slopes_of_a_file_give_the_checker_margins_that_hold(kind, monkeypat
 
 @pytest.mark.parametrize("kind", ["relu", "clipped_relu", "maxmin", "clipped_maxmin"])
 def test_no_error_in_ball_and_box_is_above_the_checkers_cost(kind):
-    layers = certificate_files.describe(nnx.Sequential(make_activation(kind, 8, 0.4)))
-    (node,) = nodes_of([*layers], (8,))
+    pairs = kind.endswith("maxmin")
+    top = 0.4 if kind.startswith("clipped") else np.inf
+    bottom = -top if pairs else 0.0
+    activation = Activation(pairs, (8,), np.asarray(top), np.asarray(bottom))
     rng = np.random.default_rng(4)
     near = 0
     for _ in range(60):
         z = rng.choice([-0.6, -0.4, -0.1, 0.0, 0.2, 0.4, 0.9], 8)
         lower, upper = z - rng.uniform(0, 0.6, 8), z + rng.uniform(0, 0.6, 8)
         known = walk.Known(z, lower, upper, np.ones(8, bool), 9.0, np.zeros(8), 0.0)
-        after, rows = walk.activate(node.step, known)
-        steps = onesided.steps_of(node.step, known, after, rows)
+        after, rows = walk.activate(activation, known)
+        steps = onesided.steps_of(activation, known, after, rows)
         radius = rng.uniform(0.05, 1.0)
         moves = rng.normal(size=(3000, 8))
         moves *= radius * rng.uniform(0, 1.3, (3000, 1)) / np.linalg.norm(moves, axis=1)[:, None]
@@ -218,7 +220,7 @@ def test_no_error_in_ball_and_box_is_above_the_checkers_cost(kind):
         points = points[np.linalg.norm((points - z)[:, rows], axis=1) <= radius]
         # All steps together: what the row says of the value is what it says of the input, and cost.
         g = rng.normal(size=(1, 8)) * after.varies
-        change = np.array([node.step(p) for p in points]) - node.step(z)
+        change = np.array([activation(p) for p in points]) - activation(z)
         row, spent = g, 0.0
         for step in reversed(steps):
             w = step.met(row)

@@ -80,10 +80,10 @@ def certify(
         failure_probability: delta in (0, 1), of the whole call; of no meaning in tier
             "deterministic".
         mode: "global", "bcp", "paper", "local", "linear" or "rows", each at least as tight as the
-            one before ("rows": as "local"); "tight", at least as tight as "local" and nearly always
-            the tightest; what they cost says `bound`. "auto": each image by the cheapest that
-            decides it, "local", then "tight", then gradient steps; the certificate says "tight",
-            since what "local" decides, "tight" does.
+            one before ("rows": as "local"), or "tight", at least as tight as "local"; what they
+            cost says `bound`. "auto": each image by the cheapest that decides it, "local", then
+            "tight", then gradient steps; the certificate says "tight", since what "local" decides,
+            "tight" does.
         arithmetic: a name in `rounding.ARITHMETICS`: how the network will be executed. None: as
             this process's device executes it (`rounding.arithmetics_of`), e.g. float32 on a CPU,
             TF32 on a GPU at default precision.
