@@ -177,7 +177,7 @@ class OneSided(Reverse):
             return super()._through_activation(i, before, g)
         radius = self.ball(i)
         total = jnp.zeros((), g.dtype)
-        taken = []
+        taken: list[jax.Array] = []
         for k, pieces in reversed(list(enumerate(steps))):
             w = pieces.weights(g)
             if self.given is None:

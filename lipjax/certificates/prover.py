@@ -123,7 +123,7 @@ def certify(
     )
     rows = setup.examined
     radii = np.full(len(rows), float(epsilon))
-    slopes = {}
+    slopes: dict[tuple[int, int], np.ndarray] = {}
     if len(rows) == len(setup.images):
         found, slopes = decided(setup, rows, radii)
     else:

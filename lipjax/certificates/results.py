@@ -1,6 +1,7 @@
 """What `certify`, `certified_radius` and `estimate` return."""
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 
@@ -135,7 +136,7 @@ class Estimate:
     tier: str = "estimate"
 
 
-def stored_slopes(slopes: dict[tuple[int, int], np.ndarray]) -> dict[str, np.ndarray]:
+def stored_slopes(slopes: dict[tuple[int, int], np.ndarray]) -> dict[str, Any]:
     """As the fields of a `Certificate`, in order of image and rival."""
     if not slopes:
         return {}

@@ -139,12 +139,12 @@ def _stages_of(mode: str, steps: int | None) -> tuple[str, tuple[int, ...]]:
     if mode == AUTO:
         steps = AUTO_STEPS if steps is None else steps
         first = "local"
-        stages = (0, steps)
+        stages = [0, steps]
     else:
         bounds.mode_of(mode)
         steps = 0 if steps is None else steps
         first = mode
-        stages = (steps,)
+        stages = [steps]
         if steps and mode != "tight":
             raise ValueError(
                 f'steps improve the slopes of mode "tight" (or "{AUTO}"), got steps={steps} with '

@@ -14,6 +14,7 @@ the file; neither has to be trusted.
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -190,7 +191,7 @@ def from_file(slopes: Sequence[np.ndarray]) -> Callable[..., np.ndarray]:
     return rule
 
 
-def steps_of(activation: Nonlinear, before, after, rows: np.ndarray) -> list[Step] | None:
+def steps_of(activation: Any, before, after, rows: np.ndarray) -> list[Step] | None:
     """The steps of an activation, in order; None if this knows nothing of its kind.
 
     Args:
@@ -198,10 +199,9 @@ def steps_of(activation: Nonlinear, before, after, rows: np.ndarray) -> list[Ste
         rows: the inputs that the ball counts.
     """
     if not isinstance(activation, Activation):
-        known = getattr(activation, "kinks", None)
-        if known is None:
+        if not hasattr(activation, "kinks"):
             return None
-        kinks = [np.broadcast_to(kink, before.center.shape) for kink in known]
+        kinks = [np.broadcast_to(kink, before.center.shape) for kink in activation.kinks]
         return [_elementwise(activation, kinks, before, rows)]
     if not activation.pairs:
         ends = (activation.bottom, activation.top)
@@ -220,13 +220,13 @@ def steps_of(activation: Nonlinear, before, after, rows: np.ndarray) -> list[Ste
     def clip(z):
         return np.maximum(np.minimum(z, top), bottom)
 
-    ends = (before.center, before.lower, before.upper)
-    center, lower, upper = (order(end) for end in ends)
+    known = (before.center, before.lower, before.upper)
+    center, lower, upper = (order(end) for end in known)
     sorted_ = dataclasses.replace(before, center=center, lower=lower, upper=upper)
-    first = _pair(activation, *(activation.halves(end) for end in ends), rows)
-    cut = activation.top is not None and np.any(np.isfinite(activation.top))
-    cut = cut or (activation.bottom is not None and np.any(np.isfinite(activation.bottom)))
-    return [first, _elementwise(clip, [bottom, top], sorted_, after.varies)] if cut else [first]
+    first = _pair(activation, *map(activation.halves, known), rows=rows)
+    if not np.any(np.isfinite(activation.top)) and not np.any(np.isfinite(activation.bottom)):
+        return [first]
+    return [first, _elementwise(clip, [bottom, top], sorted_, after.varies)]
 
 
 def sizes(walked) -> list[int]:

@@ -70,7 +70,7 @@ def linear_gains(
         if rule is not None and isinstance(node.step, Nonlinear):
             after = walked.values[number]
             steps = onesided.steps_of(node.step, before, after, walked.rows[number])
-        if steps is not None:
+        if rule is not None and steps is not None:
             length = up_norm(before.offset())
             for step in reversed(steps):
                 met = step.met(g)

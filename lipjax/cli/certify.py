@@ -103,8 +103,8 @@ def define_flags(values: flags.FlagValues) -> None:
         ["global", "paper", "local"],
         "Bounds to certify with, side by side, some of global, bcp, paper, local, linear, rows, "
         "tight, from the loosest to the tightest; the last one also makes the curve and the "
-        "certificate file. tight costs little more than local; rows, a reverse pass for each neuron, pays "
-        "on networks that were not trained with local.",
+        "certificate file. tight costs little more than local; rows, a reverse pass for each "
+        "neuron, pays on networks that were not trained with local.",
         **own,
     )
     flags.DEFINE_enum(
