@@ -2,6 +2,7 @@
 
     python -m benchmarks.foreign                      # all networks, 200 images
     python -m benchmarks.foreign --networks=mnist_mlp --images=50 --modes=local,tight,auto
+    python -m benchmarks.foreign --networks=digits-maxmin,mnist-maxmin      # that come with lipjax
 
 It wants the files of SDP-CROWN's table (Chiu et al., ICML 2025, arXiv 2506.06665) in
 ``../shared/external`` beside the checkout, and says so where they are absent. For each network,
@@ -24,6 +25,7 @@ import numpy as np
 
 import lipjax
 from lipjax.bridges.torch_files import state_dict
+from lipjax.cli import networks
 
 FOLDER = Path(__file__).resolve().parents[2] / "shared" / "external"
 # The mean of CIFAR-10 that those networks subtract; what is left is divided by 0.225.
@@ -37,6 +39,12 @@ SUBJECTS = {
     "mnist_convsmall": ("mnist", (0.3,), "probabilistic", MODES),
     "cifar10_cnn_a": ("cifar", (24 / 255,), "probabilistic", MODES),
     "mnist_6_100_nat": ("mnist", (0.05, 0.1, 0.15), "deterministic", (*MODES, "rows")),
+}
+
+# Networks that were trained with lipjax's bounds, and their data.
+OWN = {
+    "digits-maxmin": ("digits", (0.3, 0.5, 0.8), "deterministic", ("global", "local", "tight")),
+    "mnist-maxmin": ("mnist", (1.0, 1.58, 2.0), "probabilistic", ("global", "local", "tight")),
 }
 
 
@@ -115,23 +123,28 @@ def main(arguments: list[str] | None = None) -> None:
         return
 
     for name in options.networks.split(","):
-        data, epsilons, tier, modes = SUBJECTS[name]
+        data, epsilons, tier, modes = (SUBJECTS | OWN)[name]
         if options.modes:
             modes = tuple(options.modes.split(","))
         if options.epsilons:
             epsilons = tuple(float(text) for text in options.epsilons.split(","))
         for epsilon in epsilons:
-            run(options, name, images_of(data, options.images), epsilon, tier, modes)
+            if name in OWN:
+                opened = networks.of_network(name, data, examples=options.images)
+                images = opened.test.unit_images(slice(None))
+                subject = opened.network, images, opened.test.labels
+            else:
+                subject = network_of(name), *images_of(data, options.images)
+            run(options, name, subject, epsilon, tier, modes)
 
 
-def run(options, name: str, batch, epsilon: float, tier: str, modes) -> None:
+def run(options, name: str, subject, epsilon: float, tier: str, modes) -> None:
     """Prints a line for each mode."""
-    network = network_of(name)
-    images, labels = batch
+    network, images, labels = subject
     broken = np.zeros(len(labels), bool)
     about = {"network": name, "epsilon": round(epsilon, 6), "images": len(labels)}
     if options.attack_steps:
-        attacked = jax.tree_util.Partial(network)
+        attacked = network if name in OWN else jax.tree_util.Partial(network)
         steps = {"steps": options.attack_steps, "restarts": 3, "key": jax.random.key(options.seed)}
         # Pixels outside [0, 1] too: the whole ball is what is certified.
         found = lipjax.attacks.pgd(attacked, images, labels, epsilon, clip=None, **steps)
