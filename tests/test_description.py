@@ -604,7 +604,7 @@ def _set(index, value):
 @pytest.mark.parametrize(
     ("described", "said"),
     [
-        (lambda: edited(clip={"kind": "sigmoid"}), "not known"),
+        (lambda: edited(clip={"kind": "sine"}), "not known"),
         (lambda: edited(clip={"slope": 0.1}), "slope"),
         (lambda: edited(clip={"inputs": [3]}), r"reads \[3\]"),
         (lambda: edited(clip={"inputs": [-1]}), "reads"),

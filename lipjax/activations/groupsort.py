@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from lipjax.activations.base import Relaxation, Rule, hinge, ratio, rule, varies
+from lipjax.activations.slopes import SortSlopes
 from lipjax.graph import register_primitive
 from lipjax.graph.linear import larger
 from lipjax.graph.trace import Ref
@@ -109,6 +110,13 @@ class Sort(Rule):
         ball = arithmetic.up(jnp.max(width) * radius)
         length = jnp.minimum(arithmetic.length(reach), ball)
         return (SortRelaxation(slope, width, reach, length, False, order, single, first, self),)
+
+    def jacobian(self, lower, upper, arithmetic):
+        order, lower, upper = self._ordered((lower + upper) / 2, lower, upper)
+        begins, ends = self._cuts(lower, upper)
+        single = begins & ends
+        passed = jnp.where(single, jnp.ones_like(lower), 0.0)
+        return (SortSlopes(passed, 1 - passed, order, self.axis),)
 
     def rounding(self, error):
         # As a map between largest entries it has Lipschitz constant 1, group by group.

@@ -9,8 +9,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from lipjax.activations.base import Rule, clip_above, hinge, ratio, register, relaxed, rule, varies
-from lipjax.activations.clip import clip_pieces, clip_relaxation
+from lipjax.activations.clip import clip_pieces, clip_relaxation, clip_slopes
 from lipjax.activations.pieces import Pieces
+from lipjax.activations.slopes import PairSlopes
 from lipjax.graph.linear import larger, smaller
 
 
@@ -144,14 +145,25 @@ class Pairs(Rule):
         ends = self._ends(center)
         return first, clip_pieces(sort(center), sort(lower), sort(upper), *ends)
 
+    def jacobian(self, lower, upper, arithmetic):
+        lower_a, lower_b = halves(lower)
+        upper_a, upper_b = halves(upper)
+        low = jnp.where(lower_a >= upper_b, jnp.ones_like(lower_a), -1.0)
+        high = jnp.where((upper_a <= lower_b) & (low < 0), -jnp.ones_like(lower_a), 1.0)
+        pairs = PairSlopes.between(low, high, arithmetic)
+        if self.top is None and self.bottom is None:
+            return (pairs,)
+        sort = Pairs(None, None)
+        return pairs, clip_slopes(sort(lower), sort(upper), *self._ends(lower), arithmetic)
+
     def _ends(self, z: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Where the sorted values are cut: infinity where they are not."""
-        half = (*z.shape[:-1], z.shape[-1] // 2)
-        none = jnp.full(half, jnp.inf, z.dtype)
-        top = none if self.top is None else jnp.broadcast_to(self.top, half).astype(z.dtype)
-        bottom = -none if self.bottom is None else jnp.broadcast_to(self.bottom, half)
-        bottoms = jnp.concatenate([-none, bottom.astype(z.dtype)], axis=-1)
-        return bottoms, jnp.concatenate([top, none], axis=-1)
+        """Where sorted pairs of z's shape are cut: from below, and from above."""
+        a, b = halves(jnp.ones_like(z))
+        top = jnp.inf * a if self.top is None else jnp.broadcast_to(self.top, a.shape)
+        bottom = -jnp.inf * b if self.bottom is None else jnp.broadcast_to(self.bottom, b.shape)
+        bottoms = jnp.concatenate([-jnp.inf * a, bottom.astype(a.dtype)], axis=-1)
+        tops = jnp.concatenate([top.astype(a.dtype), jnp.inf * b], axis=-1)
+        return bottoms, tops
 
     def rounding(self, error):
         either = jnp.maximum(*halves(error))

@@ -42,7 +42,7 @@ LARGEST_SCALE = 1e90
 
 
 @dataclasses.dataclass(frozen=True)
-class Slopes:
+class Choice:
     """How slopes are chosen, from the row, the ball and the box; any choice is sound.
 
     Of the change of norm r, an even spread over the row w gives input i the share
@@ -62,14 +62,14 @@ class Slopes:
 
 # Measured on networks that others trained (`python -m benchmarks.foreign`): the first is best on
 # most, the second where nearly all neurons are stable.
-CHOICES = (Slopes(0.4, 0.75, 0.8), Slopes(0.5, 0.75, 1.0))
+CHOICES = (Choice(0.4, 0.75, 0.8), Choice(0.5, 0.75, 1.0))
 # Rivals, the worst, for which the others than the first are tried.
 RETRIED = 3
 # Slopes that are kept are whole multiples of 1 / UNIT, from -128 to 127 of them: one byte each.
 UNIT = 100
 
 
-def chosen(pieces: Pieces, w: jax.Array, radius: jax.Array, by: Slopes) -> jax.Array:
+def chosen(pieces: Pieces, w: jax.Array, radius: jax.Array, by: Choice) -> jax.Array:
     """Slopes by a rule, of the shape of w."""
     tiny = jnp.finfo(w.dtype).tiny ** 0.25
     free = jnp.where(pieces.free, w, 0.0)
@@ -140,7 +140,7 @@ class OneSided(Reverse):
         taken: those that the last pass took, in the same form.
     """
 
-    def __init__(self, *arguments, by: Slopes = CHOICES[0], given: dict | None = None):
+    def __init__(self, *arguments, by: Choice = CHOICES[0], given: dict | None = None):
         super().__init__(*arguments)
         self.by = by
         self.given = given

@@ -98,19 +98,19 @@ def set_up(
 
     # Read in this process's own precision, before the bounds' is set.
     arithmetics = rounding.arithmetics_of(graph, arithmetic)
-    seed, seed_from = _seed_of(tier, seed)
+    seed, seed_from = seed_of(tier, seed)
     norms = len(graph.linear) - 1
     share = split_failure_probability(failure_probability, len(images), norms, attempts)
     drawn = tier == "probabilistic"
 
     with batches.exact():
-        graph = rejoined(jax.tree.map(_in_float64, graph))
+        graph = in_float64(graph)
         return Setup(
             images=images,
             labels=labels,
             examined=examined,
             graph=graph,
-            global_norms=_global_norms(graph),
+            global_norms=global_norms_of(graph),
             # In 64 bits, where no bit of the seed is lost, by the generator that is meant.
             key=jax.random.key(seed, impl="threefry2x32"),
             options={
@@ -155,7 +155,7 @@ def _stages_of(mode: str, steps: int | None) -> tuple[str, tuple[int, ...]]:
     return first, tuple(n for k, n in enumerate(stages) if n or (k == 0 and mode == AUTO))
 
 
-def _seed_of(tier: str, seed: int | None) -> tuple[int, str]:
+def seed_of(tier: str, seed: int | None) -> tuple[int, str]:
     """The seed that is used, and where it is from."""
     if seed is not None:
         return checked_seed(seed), "given"
@@ -164,7 +164,7 @@ def _seed_of(tier: str, seed: int | None) -> tuple[int, str]:
     return 0, "unused"
 
 
-def _global_norms(graph: Graph) -> tuple[jax.Array, ...]:
+def global_norms_of(graph: Graph) -> tuple[jax.Array, ...]:
     """Proven bounds of the linear nodes' whole norms. Compiled one by one: nets share them."""
     compiled = batches.compiled(global_norm_bound, optimize=False)
     inputs = (graph.nodes[node.inputs[0]] for node in graph.linear_nodes)
@@ -172,10 +172,15 @@ def _global_norms(graph: Graph) -> tuple[jax.Array, ...]:
     return tuple(compiled(node.operator, jnp.zeros(before.shape)) for node, before in pairs)
 
 
-def _in_float64(leaf):
-    if not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
-        return leaf
-    return jnp.asarray(np.asarray(leaf).astype(np.float64))
+def in_float64(graph: Graph) -> Graph:
+    """The same function in float64; what was joined in its own type is joined anew."""
+
+    def widened(leaf):
+        if not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
+            return leaf
+        return jnp.asarray(np.asarray(leaf).astype(np.float64))
+
+    return rejoined(jax.tree.map(widened, graph))
 
 
 # ------------------------------------------------------------------------------ what it decides

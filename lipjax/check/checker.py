@@ -53,7 +53,17 @@ from typing import Any
 import numpy as np
 
 from lipjax.check import nodes as check_nodes
-from lipjax.check.layers import Add, Affine, CannotCheck, Move, Node, by_nodes, nodes_of, of_stored
+from lipjax.check.layers import (
+    Add,
+    Affine,
+    CannotCheck,
+    Move,
+    Node,
+    Nonlinear,
+    by_nodes,
+    nodes_of,
+    of_stored,
+)
 from lipjax.check.norms import Norms, U
 from lipjax.check.walk import ARITHMETICS, Derived, Network, Tight, derive
 from lipjax.formats import network_files
@@ -469,6 +479,8 @@ def _constant(nodes: Sequence[Node], norms: np.ndarray) -> np.ndarray:
         elif isinstance(node.step, Move):
             squares = sum(np.square(found[number]) for number in node.inputs)
             first = np.sqrt(node.step.copies * squares)
+        elif isinstance(node.step, Nonlinear):
+            first = first * node.step.lipschitz
         found.append(first)
     return found[nodes[-1].inputs[0]]
 

@@ -67,7 +67,29 @@ class Affine:
 
 class Nonlinear:
     """An activation: `Activation`, or one of the kinds of `lipjax.check.kinds`, each with its own
-    rules."""
+    rules.
+
+    Attributes:
+        lipschitz: constant in l2, everywhere.
+    """
+
+    lipschitz = 1.0
+
+    def activated(self, known) -> Any:
+        """What is known behind it (but for the radius), and which inputs can move an output."""
+        raise NotImplementedError
+
+    def pieces(self, known, moving: float) -> list:
+        """How it is relaxed (`lipjax.check.slopes.pieces`)."""
+        raise NotImplementedError
+
+    def growth(self, known) -> float:
+        """Lipschitz constant where the input is what is known of it."""
+        return self.lipschitz
+
+    def off(self, value: np.ndarray) -> np.ndarray:
+        """How far a value, computed at the center, can be from the exact one."""
+        return np.zeros(value.shape)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -48,8 +48,10 @@ FIELDS = {
     "add": {"signs", "constant", "joined"},
     "clip": {"bottom", "top"},
     "maxmin": {"bottom", "top"},
-    **{kind: fields for kind, (fields, _) in kinds.READERS.items()},
+    **{kind: set(reader.fields) for kind, reader in kinds.READERS.items()},
 }
+# Numbers of a node, each an array or None.
+PARAMETERS = ("kernel", "bias", "constant", "fill", "bottom", "top", *kinds.PARAMETERS)
 # The equation that a node begins with, where it computes anything; elementwise ones may follow.
 FIRST = {
     "product": {"dot_general"},
@@ -57,6 +59,7 @@ FIRST = {
     "scale": {"mul", "div"},
     "sum": {"reduce_sum", "reduce_window_sum"},
     "add": {"add", "sub", "add_any", "convert_element_type"},
+    **{kind: set(reader.first) for kind, reader in kinds.READERS.items()},
 }
 FOLLOWING = {"add", "sub", "add_any", "mul", "div"}
 
@@ -142,7 +145,7 @@ def _check_form(name: str, position: int, node: Mapping[str, Any]) -> None:
     roundings = node["roundings"]
     if type(roundings) is not float or not 0 <= roundings <= MOST_ROUNDINGS:
         raise CannotCheck(f"{name} has parameters that are off by {roundings} roundings.")
-    for field in ("kernel", "bias", "constant", "fill", "bottom", "top"):
+    for field in PARAMETERS:
         value = node.get(field)
         if value is not None:
             _check_array(f"{name} has {field}", value)
@@ -248,7 +251,7 @@ def _check_parameters(name: str, node, equations) -> None:
     """Refuses parameters that the program would round before it computes with them."""
     operands = equations[0][1] if equations else [node["dtype"]]
     narrowest = max(operands, key=TYPES.index)
-    for field in ("kernel", "bias", "constant", "fill", "bottom", "top"):
+    for field in PARAMETERS:
         value = node.get(field)
         if value is not None and not held(value, narrowest if field == "kernel" else node["dtype"]):
             raise CannotCheck(
@@ -280,6 +283,11 @@ def check_arithmetic(
         )
     covered = order[: order.index(arithmetic) + 1]
     for i, node in enumerate(described):
+        if arithmetic not in kinds.MEASURED.get(node["kind"], order):
+            raise CannotCheck(
+                f"node {i}, {node['kind']!r}, is executed in a network in {arithmetic} arithmetic: "
+                f"its rounding is known in {' and '.join(kinds.MEASURED[node['kind']])}."
+            )
         for primitive, operands, result, precision, accumulate in node["executed"]:
             types = {*operands, result, *([accumulate] if accumulate else [])}
             coarser = "bfloat16" in types and arithmetic != "bfloat16"
@@ -540,5 +548,5 @@ READERS: dict[str, Callable] = {
     "add": _add,
     "clip": _clip,
     "maxmin": _maxmin,
-    **{kind: reader for kind, (_, reader) in kinds.READERS.items()},
+    **{kind: reader.read for kind, reader in kinds.READERS.items()},
 }

@@ -67,11 +67,15 @@ def linear_gains(
         g, node = live.pop(number), walked.nodes[number - 1]
         before = walked.values[node.inputs[-1]]
         steps = None
-        if rule is not None and isinstance(node.step, Nonlinear):
-            after = walked.values[number]
-            steps = onesided.steps_of(node.step, before, after, walked.rows[number])
+        if isinstance(node.step, Nonlinear):
+            # With a slope above 1, and where an entry stands in several places, more is rounded.
+            length = up_norm(before.offset()) * max(1.0, node.step.growth(before)) ** 3
+            if np.any(slack := walked.slack[number]):
+                spent = up(spent + np.abs(g) @ slack, g.shape[1])
+            if rule is not None:
+                known = before, walked.values[number], walked.rows[number]
+                steps = onesided.steps_of(node.step, *known)
         if rule is not None and steps is not None:
-            length = up_norm(before.offset())
             for step in reversed(steps):
                 met = step.met(g)
                 taken = rule(step, met, walked.moving[number])
@@ -79,7 +83,6 @@ def linear_gains(
                 spent = up(spent + cost + 16 * U * _lengths(g) * length)
                 g = step.back(g, taken)
         elif isinstance(node.step, Nonlinear):
-            length = up_norm(before.offset())
             for piece in reversed(pieces(node.step, before, walked.moving[number])):
                 met = piece.along(g)
                 open_ = piece.reach > 0
@@ -225,8 +228,18 @@ def elementwise(function, kinks, z, lower, upper, moving) -> Piece:
     # No kink strictly inside: one slope, exactly 0 or 1.
     straight = np.all([(kink <= lower) | (kink >= upper) for kink in kinks], axis=0)
     low, high = np.where(straight, np.round(low), low), np.where(straight, np.round(high), high)
+    return between(low, high, straight, z, lower, upper, moving)
+
+
+def between(low, high, straight, z, lower, upper, moving, size: float = 1.0) -> Piece:
+    """Of an elementwise function whose chords from z have slopes from `low` to `high`.
+
+    Args:
+        straight: where both are the same, and exact.
+        size: bound of the size of the slopes.
+    """
     middle = (low + high) / 2
-    width = np.where(straight, 0.0, (high - low) / 2 + 64 * U)
+    width = np.where(straight, 0.0, (high - low) / 2 + 64 * U * size)
     reach = np.where(width > 0, up(width * np.maximum(upper - z, z - lower)), 0.0)
     radius = float(np.minimum(up(np.max(width, initial=0.0) * moving), up_norm(reach)))
     return Piece(lambda g: g, lambda g: g * middle, reach, radius)

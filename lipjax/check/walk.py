@@ -129,8 +129,8 @@ class Walk:
         nodes: of the network.
         values: of x' itself and of each node that was passed.
         slack: of a node's own value: per output, how far it can be from where the changes of its
-            inputs take the center (`transform`, `add`); zeros of an activation, which moves no
-            further than its input, and of a move, which is exact.
+            inputs take the center (`transform`, `add`); of an activation how far its value at the
+            center, as computed, can be from the exact one; zeros of a move, which is exact.
         kept: of an affine layer with a follower: its radius over the rows that can move an output
             of that activation; and of the moves on the way.
         moving: of an activation: bound of ``||z(x') - center||_2`` over its inputs that can move an
@@ -211,12 +211,15 @@ def walk(
                 walked.kept[number] = _spread(node.step, [walked.kept[node.inputs[0]]])
         elif isinstance(node.step, Nonlinear):
             known, rows = activate(node.step, before)
-            slack = np.zeros(known.center.shape)
-            # 1-Lipschitz, also in what is not known of these
+            slack = node.step.off(known.center)
+            # Lipschitz, also in what is not known of these
             still = before.offset() * ~before.varies
             radius = walked.kept.get(node.inputs[0], up(before.radius + up_norm(still[rows])))
             walked.rows[number] = rows
             walked.moving[number] = up(radius + up_norm(still))
+            if (growth := node.step.growth(before)) != 1:
+                radius = up(growth * radius)
+            radius = radius + up_norm(slack) if np.any(slack) else radius
         else:
             whole = network.whole[len(walked.norms)]
             known, slack = transform(node.step, before, whole[1], network.arithmetic)

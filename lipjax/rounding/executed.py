@@ -245,10 +245,14 @@ def forward_error(
             length = OUTWARD.up(jnp.sqrt(sum(t**2 for t in lengths)) * spread, len(lengths))
             total = jnp.minimum(length, OUTWARD.norm(error))
         elif isinstance(node, Activation):
-            error = node.rule.rounding(sources[0])
+            box = boxes[node.inputs[0]]
+            error = node.rule.executed(sources[0], *box, arithmetics[i])
             total = OUTWARD.norm(error)
-            if node.rule.selects:  # no output moves further than its input, and nothing is rounded
-                total = jnp.minimum(lengths[0], total)
+            if node.rule.selects:  # nothing is rounded
+                moved = lengths[0]
+                if node.rule.lipschitz != 1:
+                    moved = OUTWARD.up(moved * node.rule.lipschitz)
+                total = jnp.minimum(moved, total)
         elif isinstance(node, Add):
             error, total = _sum_error(node, boxes[i], sources, lengths, arithmetics[i])
         else:
