@@ -241,8 +241,7 @@ def _improve(setup: Setup, found, kept, worst, labels, places, steps, slopes) ->
         # The last few are filled up, for one shape.
         some = undecided[start : start + size]
         padded = np.resize(some, size)
-        known = jax.tree.map(lambda leaf, at=padded: leaf[at], kept)
-        columns = (labels[padded], known, worst[padded])
+        columns = (labels[padded], _rows_of(kept, padded), worst[padded])
         better = {
             name: column[: len(some)] for name, column in jax.device_get(run(columns)).items()
         }
@@ -255,6 +254,12 @@ def _improve(setup: Setup, found, kept, worst, labels, places, steps, slopes) ->
             for rival, used in zip(better["rivals"][i], better["slopes"][i], strict=True):
                 if rival >= 0:
                     slopes[int(places[some[i]]), int(rival)] = used
+
+
+@jax.jit
+def _rows_of(columns, rows):
+    """Of each column of a batch these rows."""
+    return jax.tree.map(lambda column: column[rows], columns)
 
 
 def candidates(setup: Setup, rows: np.ndarray, max_radius: float) -> np.ndarray:
