@@ -10,6 +10,7 @@ from lipjax.activations.clip import Clip, ClippedReLU, ReLU, clipped_relu
 from lipjax.activations.groupsort import GroupSort, Sort, groupsort
 from lipjax.activations.leaky import Leaky
 from lipjax.activations.maxmin import ClippedMaxMin, MaxMin, Pairs, clipped_maxmin, maxmin
+from lipjax.activations.pieces import Pieces
 from lipjax.activations.pooling import MaxPool
 from lipjax.activations.smooth import Elu, Smooth
 from lipjax.activations.softmax import Softmax
@@ -26,6 +27,7 @@ __all__ = [
     "MaxMin",
     "MaxPool",
     "Pairs",
+    "Pieces",
     "ReLU",
     "Relaxation",
     "Rule",

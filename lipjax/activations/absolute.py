@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from lipjax.activations.base import Rule, hinge, ratio, relaxed, rule, varies
+from lipjax.activations.pieces import Pieces
 from lipjax.activations.slopes import Slopes
 from lipjax.graph import register_primitive
 from lipjax.graph.linear import larger, smaller
@@ -60,6 +61,11 @@ class AbsoluteValue(Rule):
         low = jnp.minimum(one, other)
         high = jnp.maximum(one, other)
         return (relaxed(low, high, fixed, center, lower, upper, 1.0, radius, arithmetic),)
+
+    def pieces(self, center, lower, upper, arithmetic):
+        none = jnp.zeros_like(center)
+        slopes = (-1.0, 1.0)
+        return (Pieces(center, lower, upper, (none,), slopes, slopes, varies(lower, upper), none),)
 
     def jacobian(self, lower, upper, arithmetic):
         low = jnp.where(lower >= 0, jnp.ones_like(lower), -1.0)

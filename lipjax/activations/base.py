@@ -147,6 +147,14 @@ class Rule:
         zero = jnp.zeros_like(after.center)
         return (Relaxation(zero, zero + 1, reach, after.radius, paired=False),)
 
+    def pieces(self, center: jax.Array, lower: jax.Array, upper: jax.Array, arithmetic):
+        """The function piece by piece, in order of application; None: only `relaxations` are known.
+
+        **Guarantee**: each is what `activations.Pieces` says, on the box; `free` only where all
+        inputs of a coordinate are `active`.
+        """
+        return None
+
     def executed(self, error: jax.Array, lower, upper, arithmetics) -> jax.Array:
         """`rounding`, for a kind whose rounding depends on its input and on its arithmetic.
 

@@ -9,6 +9,7 @@ import numpy as np
 from flax import nnx
 
 from lipjax.activations.base import Rule, clip_above, hinge, ratio, register, relaxed, rule, varies
+from lipjax.activations.pieces import Pieces
 from lipjax.activations.slopes import Slopes
 from lipjax.graph import register_primitive
 from lipjax.graph.linear import larger, smaller
@@ -104,6 +105,9 @@ class Clip(Rule):
         bottom, top = self._ends(center)
         return (clip_relaxation(center, lower, upper, bottom, top, radius, arithmetic),)
 
+    def pieces(self, center, lower, upper, arithmetic):
+        return (clip_pieces(center, lower, upper, *self._ends(center)),)
+
     def jacobian(self, lower, upper, arithmetic):
         return (clip_slopes(lower, upper, *self._ends(lower), arithmetic),)
 
@@ -180,6 +184,18 @@ def clip_relaxation(z, lower, upper, bottom, top, radius, arithmetic):
     low = jnp.where(constant, 0.0, jnp.where(linear, 1.0, low))
     high = jnp.where(constant, 0.0, jnp.where(linear, 1.0, high))
     return relaxed(low, high, constant | linear, z, lower, upper, 1.0, radius, arithmetic)
+
+
+def clip_pieces(center, lower, upper, bottom, top) -> Pieces:
+    """``clip(z, bottom, top)`` on a box; where that is constant the slope is 0."""
+    first = jnp.broadcast_to(bottom, center.shape)
+    second = larger(jnp.broadcast_to(top, center.shape), first)
+    clipped = (smaller(larger(end, first), second) for end in (lower, upper))
+    slopes = (0.0, 1.0, 0.0)
+    none = jnp.zeros_like(center)
+    return Pieces(
+        center, lower, upper, (first, second), slopes, slopes, varies(*clipped), exact=none
+    )
 
 
 def clip_slopes(lower, upper, bottom, top, arithmetic) -> Slopes:

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from lipjax.activations.base import Rule, clip_above, hinge, ratio, register, relaxed, rule, varies
-from lipjax.activations.clip import clip_relaxation, clip_slopes
+from lipjax.activations.clip import clip_pieces, clip_relaxation, clip_slopes
+from lipjax.activations.pieces import Pieces
 from lipjax.activations.slopes import PairSlopes
 from lipjax.graph.linear import larger, smaller
 
@@ -135,6 +136,15 @@ class Pairs(Rule):
             clip_relaxation(center, lower, upper, bottoms, tops, radius, arithmetic),
         )
 
+    def pieces(self, center, lower, upper, arithmetic):
+        keep_a, keep_b = halves(self.active(lower, upper))
+        first = _pair_pieces(center, lower, upper, keep_a & keep_b, arithmetic)
+        if self.top is None and self.bottom is None:
+            return (first,)
+        sort = Pairs(None, None)
+        ends = self._ends(center)
+        return first, clip_pieces(sort(center), sort(lower), sort(upper), *ends)
+
     def jacobian(self, lower, upper, arithmetic):
         lower_a, lower_b = halves(lower)
         upper_a, upper_b = halves(upper)
@@ -206,6 +216,19 @@ def _pair_relaxation(z, lower, upper, radius, arithmetic):
     high = jnp.maximum(one, other)
     unit = 1 / math.sqrt(2)
     return relaxed(low, high, fixed, t, least, most, unit, radius, arithmetic, paired=True)
+
+
+def _pair_pieces(z, lower, upper, free, arithmetic) -> Pieces:
+    """``|a - b|`` of each pair; of a fixed order, where not both count in the ball, its sign."""
+    a, b = halves(z)
+    lower_a, lower_b = halves(lower)
+    upper_a, upper_b = halves(upper)
+    t = a - b
+    least, most = arithmetic.widened(lower_a - upper_b, upper_a - lower_b, 0.0)
+    none = jnp.zeros_like(t)
+    exact = jnp.where(lower_a >= upper_b, 1.0, jnp.where(lower_b >= upper_a, -1.0, none))
+    slopes = (-1.0, 1.0)
+    return Pieces(t, least, most, (none,), slopes, slopes, free, exact, paired=True)
 
 
 register(maxmin, lambda: Pairs(None, None))

@@ -65,9 +65,10 @@ from lipjax.check.layers import (
     of_stored,
 )
 from lipjax.check.norms import Norms, U
-from lipjax.check.walk import ARITHMETICS, Derived, Network, derive
+from lipjax.check.walk import ARITHMETICS, Derived, Network, Tight, derive
 from lipjax.formats import network_files
 from lipjax.formats.certificate_files import (
+    ARRAYS,
     BY_NODES,
     CertificateFileError,
     data_hash,
@@ -285,15 +286,20 @@ def check(
     network = Network(nodes, [norms(layer.matrix) for layer in affine], header["arithmetic"])
     margins = np.full(len(chosen), -math.inf)
     slopes = {"linear": header["mode"] in ("linear", "rows"), "rows": header["mode"] == "rows"}
+    kept = _slopes_by_row(header, arrays) if header["mode"] == "tight" else None
     for i, row in enumerate(chosen):
+        tight = None
+        if kept is not None:
+            tight = Tight(float(arrays["margin"][row]), kept.get(int(row), {}))
+        epsilon = float(arrays["epsilon"][row])
         derived = derive(
-            network, images[row], int(labels[row]), float(arrays["epsilon"][row]), norms, **slopes
+            network, images[row], int(labels[row]), epsilon, norms, **slopes, tight=tight
         )
         margins[i] = derived.margin
         problems += [
             f"image {arrays['index'][row]} (row {row}): {problem}"
             for problem in _differences(
-                derived, network, header, {name: array[row] for name, array in arrays.items()}
+                derived, network, header, {name: arrays[name][row] for name in ARRAYS}
             )
         ]
         if progress is not None:
@@ -308,6 +314,15 @@ def check(
         norms.random,
         delta if norms.random else 0.0,
     )
+
+
+def _slopes_by_row(header, arrays) -> dict[int, dict[int, np.ndarray]]:
+    """The slopes that a file holds, by row and rival."""
+    found: dict[int, dict[int, np.ndarray]] = {}
+    if header.get("slopes"):
+        for (row, rival), slopes in zip(arrays["slopes_of"], arrays["slopes"], strict=True):
+            found.setdefault(int(row), {})[int(rival)] = slopes
+    return found
 
 
 def _contradictions(layers, images, labels, header, arrays) -> list[str]:

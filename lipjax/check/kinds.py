@@ -9,7 +9,7 @@ it, and a line in `READERS`.
 import dataclasses
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import scipy.sparse  # type: ignore[import-untyped]
@@ -33,6 +33,9 @@ UNITS = {
 @dataclasses.dataclass(frozen=True)
 class Absolute(Nonlinear):
     """``|z|``, exact, and 1-Lipschitz."""
+
+    # Between them it is linear (`lipjax.check.onesided`).
+    kinks: ClassVar[tuple[float, ...]] = (0.0,)
 
     def __call__(self, z: np.ndarray) -> np.ndarray:
         return np.abs(z)

@@ -1,5 +1,5 @@
-"""The checker's margins in modes "linear" and "rows": rows carried back through slopes, and what
-the slopes' errors can add.
+"""The checker's margins in modes "linear", "rows" and "tight": rows carried back through slopes,
+and what the slopes' errors can add.
 
 Part of `lipjax.check`; shares nothing with the bounds that it checks. The claim (METHOD 5): with D
 the change of a quantity from its center, an activation is ``D a = M D z + e``, M elementwise (or on
@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from lipjax.check import onesided
 from lipjax.check.layers import Activation, Add, Affine, Move, Nonlinear
 from lipjax.check.norms import TINY, U, gamma, up, up_norm
 
@@ -43,6 +44,7 @@ def linear_gains(
     rows: np.ndarray,
     gains: np.ndarray,
     worst_gains: Callable,
+    rule: Callable | None = None,
 ) -> np.ndarray:
     """At most `gains`: upper bounds of ``max <d, D h>`` for each row d, h being one of the values.
 
@@ -56,6 +58,7 @@ def linear_gains(
         gains: ``(rivals,)``, the bounds from the region of h alone.
         worst_gains: ``(directions, low, high, radius)`` to the largest products over a ball and a
             box.
+        rule: of slopes for one-sided errors (`lipjax.check.onesided`); None: errors by `pieces`.
     """
     best, live = gains, {start: rows}
     spent = 4 * U * _lengths(rows) * walked.values[start].radius
@@ -63,11 +66,23 @@ def linear_gains(
         number = max(live)
         g, node = live.pop(number), walked.nodes[number - 1]
         before = walked.values[node.inputs[-1]]
+        steps = None
         if isinstance(node.step, Nonlinear):
             # With a slope above 1, and where an entry stands in several places, more is rounded.
             length = up_norm(before.offset()) * max(1.0, node.step.growth(before)) ** 3
             if np.any(slack := walked.slack[number]):
                 spent = up(spent + np.abs(g) @ slack, g.shape[1])
+            if rule is not None:
+                known = before, walked.values[number], walked.rows[number]
+                steps = onesided.steps_of(node.step, *known)
+        if rule is not None and steps is not None:
+            for step in reversed(steps):
+                met = step.met(g)
+                taken = rule(step, met, walked.moving[number])
+                cost = step.cost(met, taken, walked.moving[number])
+                spent = up(spent + cost + 16 * U * _lengths(g) * length)
+                g = step.back(g, taken)
+        elif isinstance(node.step, Nonlinear):
             for piece in reversed(pieces(node.step, before, walked.moving[number])):
                 met = piece.along(g)
                 open_ = piece.reach > 0

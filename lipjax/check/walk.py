@@ -8,11 +8,11 @@ METHOD 3, in float64 with every rounding error turned outwards.
 import dataclasses
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from lipjax.check import slopes
+from lipjax.check import onesided, slopes
 from lipjax.check.layers import Activation, Add, Affine, Executed, Move, Node, Nonlinear
 from lipjax.check.norms import TINY, Norms, U, gamma, up, up_norm
 
@@ -135,6 +135,7 @@ class Walk:
             of that activation; and of the moves on the way.
         moving: of an activation: bound of ``||z(x') - center||_2`` over its inputs that can move an
             output, and of what is not known of those that do not vary.
+        rows: of an activation: which of its inputs can move an output that varies.
         norms: ``(lower, upper)`` of the masked norms of the affine layers that were passed, in
             order.
     """
@@ -144,7 +145,22 @@ class Walk:
     slack: list[np.ndarray] = dataclasses.field(default_factory=list)
     kept: dict[int, float] = dataclasses.field(default_factory=dict)
     moving: dict[int, float] = dataclasses.field(default_factory=dict)
+    rows: dict[int, np.ndarray] = dataclasses.field(default_factory=dict)
     norms: list[tuple[float, float]] = dataclasses.field(default_factory=list)
+
+
+@dataclasses.dataclass(frozen=True)
+class Tight:
+    """What mode "tight" records of one example.
+
+    Attributes:
+        margin: as recorded: where less is needed for it, less is done.
+        slopes: of some rivals, all activations after each other, as whole numbers
+            (`onesided.UNIT`).
+    """
+
+    margin: float
+    slopes: Mapping[int, np.ndarray]
 
 
 def derive(
@@ -156,6 +172,7 @@ def derive(
     *,
     linear: bool = False,
     rows: bool = False,
+    tight: Tight | None = None,
 ) -> Derived:
     """Bounds the margin of class `label` on the ball ``||x' - x||_2 <= epsilon`` around one example
     x.
@@ -164,7 +181,8 @@ def derive(
     neuron's box, too.
     """
     with np.errstate(all="ignore"):  # NaN and infinity are dealt with at the end
-        return _margin(network, walk(network, x, epsilon, norms, rows), label, linear)
+        walked = walk(network, x, epsilon, norms, rows)
+        return _margin(network, walked, label, linear, tight)
 
 
 def walk(
@@ -197,6 +215,7 @@ def walk(
             # Lipschitz, also in what is not known of these
             still = before.offset() * ~before.varies
             radius = walked.kept.get(node.inputs[0], up(before.radius + up_norm(still[rows])))
+            walked.rows[number] = rows
             walked.moving[number] = up(radius + up_norm(still))
             if (growth := node.step.growth(before)) != 1:
                 radius = up(growth * radius)
@@ -243,7 +262,9 @@ def _cut(known: Known, node: Node, walked: Walk, slack: np.ndarray) -> Known:
     return dataclasses.replace(known, lower=ends[0], upper=ends[1])
 
 
-def _margin(network: Network, walked: Walk, label: int, linear: bool) -> Derived:
+def _margin(
+    network: Network, walked: Walk, label: int, linear: bool, tight: Tight | None
+) -> Derived:
     head, (start,) = network.nodes[-1].step, network.nodes[-1].inputs
     assert isinstance(head, Affine)  # nodes_of sees to it
     known = walked.values[start]
@@ -255,9 +276,23 @@ def _margin(network: Network, walked: Walk, label: int, linear: bool) -> Derived
     gain = worst_gains(directions[:, inside], low[inside], high[inside], known.radius)
     if linear:
         gain = slopes.linear_gains(walked, start, directions, gain, worst_gains)
-    taken = gain + slack[rivals] + slack[label] + logits.error[rivals] + logits.error[label]
-    sizes = np.abs(logits.center[rivals]) + np.abs(logits.center[label]) + taken
-    margins = logits.center[label] - logits.center[rivals] - taken - 16 * U * sizes
+
+    allowed = slack[rivals] + slack[label] + logits.error[rivals] + logits.error[label]
+
+    def margins_of(gain):
+        taken = gain + allowed
+        sizes = np.abs(logits.center[rivals]) + np.abs(logits.center[label]) + taken
+        return taken, logits.center[label] - logits.center[rivals] - taken - 16 * U * sizes
+
+    margin = -math.inf if tight is None else tight.margin
+    for rule, of in _rules(tight, walked, rivals):
+        short = ~(margins_of(gain)[1] >= margin)
+        some = np.flatnonzero(short & of)
+        if len(some):
+            gain[some] = slopes.linear_gains(
+                walked, start, directions[some], gain[some], worst_gains, rule
+            )
+    taken, margins = margins_of(gain)
     worst = int(np.argmin(margins))
     found = np.array(walked.norms).reshape(-1, 2)
     everything = (logits.center, logits.lower, logits.upper, logits.error, gain, margins, found)
@@ -266,6 +301,19 @@ def _margin(network: Network, walked: Walk, label: int, linear: bool) -> Derived
     return Derived(
         logits.center, logits.error, margin, float(taken[worst]), int(rivals[worst]), found
     )
+
+
+def _rules(tight: Tight | None, walked: Walk, rivals: np.ndarray):
+    """Rules for slopes, one after the other, and the rivals that each is for."""
+    if tight is None:
+        return
+    for rule in onesided.RULES:
+        yield rule, np.ones(len(rivals), bool)
+    sizes = onesided.sizes(walked)
+    for rival, given in tight.slopes.items():
+        if sum(sizes) == len(given):  # else they are of something else, and prove nothing
+            parts = np.split(given, np.cumsum(sizes)[:-1])
+            yield onesided.from_file(parts), rivals == rival
 
 
 def transform(

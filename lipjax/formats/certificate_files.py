@@ -37,7 +37,8 @@ BY_NODES = 3
 # nobody gave is "unused".
 SEEDS_FROM = ("system", "given", "unused")
 
-# Arrays of a file, one row an example: the type that is stored and the number of axes.
+# Arrays of a file: the type that is stored and the number of axes. One row an example, but for the
+# slopes, of which a file of version 3 has as many rows as its header says.
 ARRAYS = {
     "index": (np.int64, 1),
     "label": (np.int32, 1),
@@ -49,6 +50,10 @@ ARRAYS = {
     "lipschitz": (np.float64, 1),
     "norms": (np.float64, 2),
     "epsilon": (np.float64, 1),
+}
+SLOPES = {
+    "slopes_of": (np.int32, 2),
+    "slopes": (np.int8, 2),
 }
 FIELDS = (
     *(
@@ -65,13 +70,16 @@ FIELDS = (
     ),
     *("failure_probability", "seed", "seed_from", "arithmetic", "precision"),
 )
-MODES = ("global", "bcp", "paper", "local", "linear", "rows")
+MODES = ("global", "bcp", "paper", "local", "linear", "rows", "tight")
 TIERS = ("probabilistic", "deterministic")
+
+NO_SLOPES = {"slopes_of": np.zeros((0, 2), np.int32), "slopes": np.zeros((0, 0), np.int8)}
 
 # The largest file that is written or read: characters of its header, columns of norms, bytes of all
 # arrays unpacked.
 HEADER_LENGTH = 2**19
 MOST_NORMS = 10_000
+MOST_SLOPES = 2**26
 MOST_BYTES = 2**29
 
 
@@ -155,6 +163,7 @@ HEADER = {
     "seed_from": _one_of(*SEEDS_FROM)._replace(since=2),
     "arithmetic": _WORD,
     "precision": _WORD,
+    "slopes": _integer(0, 2**31 - 1)._replace(since=3),
     "command": _or_none(_words(2**16, printable=False)),
     "statement": _words(4000),
     "digest": _HASH,
@@ -216,7 +225,12 @@ def save(
         "label": labels,
         "epsilon": np.broadcast_to(np.asarray(fields["epsilon"], np.float64), (count,)),
     }
-    arrays = {name: _stored(name, columns[name], count) for name in ARRAYS}
+    arrays = {name: _stored(name, columns[name], count, kind) for name, kind in ARRAYS.items()}
+    slopes = {
+        name: np.asarray(getattr(certificate, name, none)) for name, none in NO_SLOPES.items()
+    }
+    rows = len(slopes["slopes"])
+    arrays |= {name: _stored(name, slopes[name], rows, kind) for name, kind in SLOPES.items()}
     if len(np.asarray(images)) != count:
         raise ValueError(f"{len(np.asarray(images))} images do not fit {count} labels.")
     if not np.array_equal(arrays["correct"], arrays["predicted"] == arrays["label"]):
@@ -245,6 +259,7 @@ def save(
         "seed_from": str(fields["seed_from"]),
         "arithmetic": str(fields["arithmetic"]),
         "precision": str(fields["precision"]),
+        "slopes": rows,
         "command": _text(command),
     }
     if data:
@@ -306,24 +321,23 @@ def _loaded(path: Path, file) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
             f"{path} has format version {quoted(version)}, this lipjax reads 1 to {VERSION}: use a "
             "newer lipjax."
         )
-    problems = _header_faults(header) or _differing(
-        "arrays", set(ARRAYS), set(npz.names) - {"header"}
-    )
-    members = {} if problems else {name: npz.member(name) for name in ARRAYS}
+    problems = _header_faults(header)
+    wanted = {} if problems else _arrays_of(header)
+    problems = problems or _differing("arrays", set(wanted), set(npz.names) - {"header"})
+    members = {} if problems else {name: npz.member(name) for name in wanted}
     for name, member in members.items():
-        dtype, axes = np.dtype(ARRAYS[name][0]), ARRAYS[name][1]
-        if member.dtype != dtype.newbyteorder("<").str or not _fits(
-            member.shape, axes, header["examples"]
+        dtype, axes, rows = wanted[name]
+        if member.dtype != np.dtype(dtype).newbyteorder("<").str or not _fits(
+            name, member.shape, axes, rows
         ):
-            problems.append(
-                _misshapen(name, np.dtype(member.dtype), member.shape, header["examples"])
-            )
+            problems.append(_misshapen(name, np.dtype(member.dtype), member.shape, wanted[name]))
     if sum(member.size for member in members.values()) > MOST_BYTES:
         problems.append(f"its arrays have more than {MOST_BYTES} bytes.")
     arrays: dict[str, np.ndarray] = {}
     if not problems:
         arrays = {
-            name: npz.read(name, MOST_BYTES).astype(ARRAYS[name][0], copy=False) for name in ARRAYS
+            name: npz.read(name, MOST_BYTES).astype(dtype, copy=False)
+            for name, (dtype, _, _) in wanted.items()
         }
         problems = faults(header, arrays)
     if problems:
@@ -334,20 +348,46 @@ def _loaded(path: Path, file) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
 def faults(header: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> list[str]:
     """What in a file's content is not of its type or outside its bounds, a sentence each; none:
     `check` can work with it."""
-    problems = _header_faults(header) or _differing("arrays", set(ARRAYS), set(arrays))
+    problems = _header_faults(header)
     if problems:
         return problems
-    for name, (dtype, axes) in ARRAYS.items():
+    wanted = _arrays_of(header)
+    problems = _differing("arrays", set(wanted), set(arrays))
+    if problems:
+        return problems
+    for name, (dtype, axes, rows) in wanted.items():
         array = arrays[name]
-        if array.dtype != np.dtype(dtype) or not _fits(array.shape, axes, header["examples"]):
-            problems.append(_misshapen(name, array.dtype, array.shape, header["examples"]))
+        if array.dtype != np.dtype(dtype) or not _fits(name, array.shape, axes, rows):
+            problems.append(_misshapen(name, array.dtype, array.shape, wanted[name]))
     if sum(array.nbytes for array in arrays.values()) > MOST_BYTES:
         problems.append(f"the arrays have more than {MOST_BYTES} bytes.")
     if not problems and (
         np.min(arrays["index"]) < 0 or len(np.unique(arrays["index"])) < header["examples"]
     ):
         problems.append("index holds negative or repeated positions.")
+    if not problems and header.get("slopes"):
+        problems += _slope_faults(header, arrays["slopes_of"])
     return problems
+
+
+def _slope_faults(header: Mapping[str, Any], places: np.ndarray) -> list[str]:
+    """What is wrong with the images and rivals that slopes are said to be of."""
+    if places.shape[1] != 2:
+        return [f"slopes_of has {places.shape[1]} columns, expected 2: image and rival."]
+    rows = places[:, 0]
+    if np.min(places) < 0 or np.max(rows) >= header["examples"]:
+        return ["slopes_of names images or classes that are not there."]
+    if len(np.unique(places, axis=0)) < len(places):
+        return ["slopes_of holds the same image and rival twice."]
+    return []
+
+
+def _arrays_of(header: Mapping[str, Any]) -> dict[str, tuple[Any, int, int]]:
+    """The arrays of a file with a header without faults: type, axes and rows."""
+    found = {name: (*kind, header["examples"]) for name, kind in ARRAYS.items()}
+    if header["version"] >= HEADER["slopes"].since:
+        found |= {name: (*kind, header["slopes"]) for name, kind in SLOPES.items()}
+    return found
 
 
 def _header_faults(header: Mapping[str, Any]) -> list[str]:
@@ -362,15 +402,16 @@ def _header_faults(header: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _fits(shape: tuple[int, ...], axes: int, examples: int) -> bool:
-    return len(shape) == axes and shape[0] == examples and all(n <= MOST_NORMS for n in shape[1:])
+def _fits(name: str, shape: tuple[int, ...], axes: int, rows: int) -> bool:
+    most = MOST_SLOPES if name == "slopes" else MOST_NORMS
+    return len(shape) == axes and shape[0] == rows and all(n <= most for n in shape[1:])
 
 
-def _misshapen(name: str, dtype: np.dtype, shape: tuple[int, ...], examples: int) -> str:
-    wanted, axes = ARRAYS[name]
+def _misshapen(name: str, dtype: np.dtype, shape: tuple[int, ...], wanted) -> str:
+    kind, axes, rows = wanted
     return (
-        f"{name} is {dtype} of shape {shape}, expected {np.dtype(wanted)} with {axes} axes and "
-        f"{examples} rows."
+        f"{name} is {dtype} of shape {shape}, expected {np.dtype(kind)} with {axes} axes and "
+        f"{rows} rows."
     )
 
 
@@ -395,8 +436,8 @@ def _field(certificate, name):
         ) from None
 
 
-def _stored(name, value, count):
-    dtype, axes = ARRAYS[name]
+def _stored(name, value, count, kind):
+    dtype, axes = kind
     array = np.asarray(value)
     if array.ndim != axes or len(array) != count:
         raise ValueError(f"{name} has shape {array.shape}, expected {count} rows and {axes} axes.")
