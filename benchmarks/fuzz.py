@@ -155,8 +155,10 @@ def false_claims(subject: Subject, header, arrays, report) -> list[str]:
     ranks = [PRECISION.index(h["arithmetic"]) for h in (header, subject.header)]
     if ranks[0] > ranks[1] and np.any(arrays["certified"]):
         found.append("arithmetic")
+    # Slopes have rows of their own.
+    columns = {name: array for name, array in arrays.items() if not name.startswith("slopes")}
     for row, position in enumerate(arrays["index"].tolist()):
-        item = {name: array[row] for name, array in arrays.items()}
+        item = {name: array[row] for name, array in columns.items()}
         if not 0 <= position < POOL or item["label"] != subject.labels[position]:
             found.append("label")
             continue
