@@ -4,11 +4,11 @@ that is not true.
     python -m benchmarks.fuzz --files=10000 --seed=0
     python -m benchmarks.fuzz --files=300 --seed=1 --json
 
-Three true files about a network of two inputs (tier probabilistic in mode "local", tier deterministic
-in modes "linear" and "tight") are changed: header fields and the header's text, array values, types, shapes and
-rows, whole consistent forgeries, bytes of the file, and the zip around it; most of them with
-statement, digest and hashes computed anew, as who knows the format does. Each is read by
-`certificate_files.load`, its images are found by its index, and `check.check` derives it again.
+Three true files about a network of two inputs (tier probabilistic in mode "local", tier
+deterministic in modes "linear" and "tight") are changed: header fields and the header's text, array
+values, types, shapes and rows, whole consistent forgeries, bytes of the file, and the zip around
+it; most of them with statement, digest and hashes computed anew, as who knows the format does. Each
+is read by `certificate_files.load`, its images are found by its index, and `check.check` derives it again.
 
 **A crash** is an exception other than `CertificateFileError` (of `load`) and `CannotCheck`, or a
 report that cannot be printed.
