@@ -8,7 +8,8 @@ Three true files about a network of two inputs (tier probabilistic in mode "loca
 deterministic in modes "linear" and "tight") are changed: header fields and the header's text, array
 values, types, shapes and rows, whole consistent forgeries, bytes of the file, and the zip around
 it; most of them with statement, digest and hashes computed anew, as who knows the format does. Each
-is read by `certificate_files.load`, its images are found by its index, and `check.check` derives it again.
+is read by `certificate_files.load`, its images are found by its index, and `check.check` derives it
+again.
 
 **A crash** is an exception other than `CertificateFileError` (of `load`) and `CannotCheck`, or a
 report that cannot be printed.
