@@ -413,9 +413,11 @@ def change_values(subject, dice):
         if array.dtype == bool:
             array[at] = not array[at]
         elif array.dtype.kind == "i":
-            array[at] = dice.choice(
+            chosen = dice.choice(
                 (0, 1, 2, 3, -1, POOL - 1, POOL, 2**31 - 1, -(2**31), array[at] + 1)
             )
+            limits = np.iinfo(array.dtype)
+            array[at] = min(max(int(chosen), limits.min), limits.max)
         else:
             size = dice.choice((1e-15, 1e-12, 1e-9, 1e-6, 1e-3, 0.1, 1.0, 10.0))
             was = float(array[at])

@@ -623,7 +623,7 @@ def _set(index, value):
         (lambda: edited("module", move=_index(lambda i: _set(i, -1))), "filling"),
         (lambda: edited("module", move=_index(lambda i: i.astype(np.float64))), "64-bit"),
         (lambda: edited("module", move=_index(lambda i: i[:, :1])), "leads nowhere"),
-        (lambda: edited("module", conv={"input_dilation": [2, 1]}), "input_dilation"),
+        (lambda: edited("module", conv={"input_dilation": [2, 1]}), "makes the shape"),
         (lambda: edited("module", conv={"groups": 0}), "groups"),
         (lambda: edited("module", conv={"strides": [0, 1]}), "strides"),
         (lambda: edited("module", conv={"padding": [[2**19, 2**19], [2**19, 2**19]]}), "entries"),
