@@ -223,7 +223,8 @@ def steps_of(activation: Any, before, after, rows: np.ndarray) -> list[Step] | N
     known = (before.center, before.lower, before.upper)
     center, lower, upper = (order(end) for end in known)
     sorted_ = dataclasses.replace(before, center=center, lower=lower, upper=upper)
-    first = _pair(activation, *map(activation.halves, known), rows=rows)
+    center_halves, lower_halves, upper_halves = map(activation.halves, known)
+    first = _pair(activation, center_halves, lower_halves, upper_halves, rows)
     if not np.any(np.isfinite(activation.top)) and not np.any(np.isfinite(activation.bottom)):
         return [first]
     return [first, _elementwise(clip, [bottom, top], sorted_, after.varies)]
