@@ -939,8 +939,8 @@ def test_pixels_that_are_no_numbers_certify_nothing():
 
 MODULES = (
     *("check.__init__", "check.checker", "check.layers", "check.nodes", "check.norms"),
-    *("check.slopes", "check.walk", "formats.certificate_files", "formats.files"),
-    "formats.network_files",
+    *("check.kinds", "check.onesided", "check.slopes", "check.walk"),
+    *("formats.certificate_files", "formats.files", "formats.network_files"),
 )
 
 

@@ -8,6 +8,7 @@ import onnx.reference
 import onnxruntime
 import pytest
 from flax import nnx
+from jax import lax
 
 import lipjax
 from lipjax import storage
@@ -162,7 +163,19 @@ def plain(x):
     return jnp.maximum(kernel[:3] @ wide, -0.4) - wide
 
 
-FUNCTIONS = {"own": (Own, SHAPE), "batched": (Batched, SHAPE), "plain": (lambda: plain, (3,))}
+def pooled(x):
+    """Leaky ReLU and overlapping max pooling with padding, in plain JAX."""
+    y = jax.nn.leaky_relu(x - 0.5, 0.2)
+    y = lax.reduce_window(y, -jnp.inf, lax.max, (3, 3, 1), (2, 2, 1), ((1, 0), (1, 1), (0, 0)))
+    return y.reshape(-1) @ np.linspace(-1, 1, 3 * y.size, dtype=np.float32).reshape(-1, 3)
+
+
+FUNCTIONS = {
+    "own": (Own, SHAPE),
+    "batched": (Batched, SHAPE),
+    "plain": (lambda: plain, (3,)),
+    "pooled": (lambda: pooled, SHAPE),
+}
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)

@@ -152,7 +152,7 @@ def _extent(function, turns, lower, upper):
     return low, high
 
 
-class _Rounded(Rule):
+class Rounded(Rule):
     """What smooth kinds have in common: slopes on an interval, and values that are rounded.
 
     A kind has `slopes` and `scale`.
@@ -204,7 +204,7 @@ class _Rounded(Rule):
 
 
 @rule()
-class Smooth(_Rounded):
+class Smooth(Rounded):
     """One of `CURVES`, by name."""
 
     name: str
@@ -242,7 +242,7 @@ class Smooth(_Rounded):
 
 
 @rule("alpha")
-class Elu(_Rounded):
+class Elu(Rounded):
     """z where z > 0, ``alpha (exp(z) - 1)`` elsewhere."""
 
     alpha: Any

@@ -30,7 +30,9 @@ import numpy as np
 from lipjax.activations.absolute import AbsoluteValue
 from lipjax.activations.clip import Clip
 from lipjax.activations.groupsort import Sort
+from lipjax.activations.leaky import Leaky
 from lipjax.activations.maxmin import Pairs
+from lipjax.activations.pooling import MaxPool
 from lipjax.formats import certificate_files
 from lipjax.formats.files import replaced
 from lipjax.graph import Activation, Add, Graph, Input, Linear, Node, Rearrange, trace
@@ -420,3 +422,35 @@ def _(rule: Sort, writer, x, shape):
     size = writer.integers(shape[rule.axis])
     found = writer.add_many("TopK", x, size, count=2, axis=1 + rule.axis % len(shape), largest=0)
     return found[0]
+
+
+@rules.register
+def _(rule: Leaky, writer, x, shape):
+    zero = writer.constant(np.zeros((), np.float32))
+    parts = []
+    for operation, slope in (("Max", rule.above), ("Min", rule.below)):
+        part = writer.add(operation, x, zero)
+        slope = np.asarray(slope, np.float32)
+        parts.append(
+            part if np.all(slope == 1) else writer.add("Mul", part, writer.constant(slope))
+        )
+    return writer.add("Add", *parts)
+
+
+@rules.register
+def _(rule: MaxPool, writer, x, shape):
+    rank = len(shape) - 1
+    channels_last = (rule.window[-1], rule.strides[-1], rule.dilation[-1], *rule.padding[-1])
+    if rank < 1 or channels_last != (1, 1, 1, 0, 0):
+        raise TypeError("ONNX pools along axes of space, this max pooling over channels.")
+    space = slice(0, rank)
+    first = writer.add("Transpose", x, perm=[0, rank + 1, *range(1, rank + 1)])
+    pooled = writer.add(
+        "MaxPool",
+        first,
+        kernel_shape=list(rule.window[space]),
+        strides=list(rule.strides[space]),
+        dilations=list(rule.dilation[space]),
+        pads=[low for low, _ in rule.padding[space]] + [high for _, high in rule.padding[space]],
+    )
+    return writer.add("Transpose", pooled, perm=[0, *range(2, rank + 2), 1])

@@ -425,11 +425,6 @@ def _dense(name, layer, shape):
 def _convolution(name, layer, shape):
     kernel = layer["kernel"].astype(np.float64)
     rank, groups, padding = kernel.ndim - 2, layer["groups"], layer["padding"]
-    if any(d != 1 for d in layer["input_dilation"]):
-        raise CannotCheck(
-            f"{name} has input_dilation {layer['input_dilation']}, which this checker does not "
-            "know."
-        )
     if isinstance(padding, str) and padding not in ("SAME", "VALID"):
         raise CannotCheck(
             f"{name} has padding {padding!r}; this checker knows numbers, SAME and VALID."
@@ -445,7 +440,9 @@ def _convolution(name, layer, shape):
         )
     places = []  # per axis: outputs, and for each of its taps the input that each output reads
     for axis in range(rank):
-        size, stride, dilation = shape[axis], layer["strides"][axis], layer["dilation"][axis]
+        stride, dilation = layer["strides"][axis], layer["dilation"][axis]
+        apart = layer["input_dilation"][axis]  # of a transposed convolution: zeros in between
+        size = (shape[axis] - 1) * apart + 1
         extent = (kernel.shape[axis] - 1) * dilation + 1
         if padding == "SAME":
             low = max((-(-size // stride) - 1) * stride + extent - size, 0) // 2
@@ -457,9 +454,9 @@ def _convolution(name, layer, shape):
             raise CannotCheck(
                 f"{name}: a kernel of {kernel.shape[:rank]} does not fit an input of shape {shape}."
             )
-        places.append(
-            [np.arange(count) * stride - low + tap * dilation for tap in range(kernel.shape[axis])]
-        )
+        taps = range(kernel.shape[axis])
+        reads = [np.arange(count) * stride - low + tap * dilation for tap in taps]
+        places.append([np.where(at % apart == 0, at // apart, -1) for at in reads])
     return _gather(kernel, places, shape, groups)
 
 

@@ -34,8 +34,23 @@ def line_of(equation, outside: str) -> str:
         outside: the line of the call that it is the body of, or an empty string.
 
     Returns:
-        Where there is no such line: `outside`, and without that the module of a library.
+        Where there is no such line: `outside`, and without that the module of a library. Behind
+        it stands the name of the operation in the file that the network came from, if there is one.
     """
+    line, scope = _line(equation, outside), _scope(equation)
+    if not scope:
+        return line
+    return f"{line}, {scope}" if ":" in line else scope
+
+
+def _scope(equation) -> str:
+    """The innermost `jax.named_scope` that is written for people, in words: it has a space."""
+    stack = getattr(equation.source_info.name_stack, "stack", ())
+    names = [entry.name for entry in stack if " " in entry.name]
+    return names[-1] if names else ""
+
+
+def _line(equation, outside: str) -> str:
     module = ""
     for frame in _frames(equation):
         if not frame.file_name.startswith(_LIBRARIES):
