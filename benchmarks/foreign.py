@@ -51,8 +51,6 @@ OWN = {
 def network_of(name: str) -> Callable:
     """The function of one image in [0, 1], its normalisation included."""
     found = state_dict(FOLDER / f"{name}.pth")
-    if not isinstance(found, dict):
-        found = found[0]
     kernels = [key for key in found if key.endswith("weight")]
     layers = [
         (jnp.asarray(found[key]), jnp.asarray(found[key.removesuffix("weight") + "bias"]))
