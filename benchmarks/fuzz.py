@@ -544,7 +544,7 @@ def change_shapes(subject, dice):
         (
             array[None],
             array[..., None],
-            array.reshape(-1)[0],
+            array.reshape(-1)[0] if array.size else np.zeros((), array.dtype),
             array[:0],
             np.repeat(array, 2, axis=0),
             array.T,
