@@ -9,6 +9,7 @@ import struct
 import subprocess
 import sys
 import tarfile
+import threading
 
 import jax
 import jax.numpy as jnp
@@ -88,6 +89,8 @@ def test_fewer_examples_are_a_fixed_choice_and_more_than_there_are_is_an_error(t
             sets.load(name, validation_fraction=fraction)
     with pytest.raises(DataError, match="too few to hold"):
         sets.load(name, validation_fraction=0.99)
+    with pytest.raises(DataError, match="validation_seed must be at least 0, got -1"):
+        sets.load(name, validation_seed=-1)
 
 
 def test_the_fingerprint_changes_with_every_pixel_label_and_order(ten):
@@ -157,18 +160,64 @@ IMAGES, LABELS = np.full((10, 4, 4), 255, np.uint8), np.arange(10)
         (np.full(IMAGES.shape, np.nan), LABELS, r"must lie in \[0, 1\], got nan"),
         (IMAGES // 255, LABELS, "no uint8 pixel is above 1, and white is 255"),
         (IMAGES.astype(np.int64), LABELS, "must be uint8 or floats .* got int64"),
+        (IMAGES.astype(np.uint16) * 257, LABELS, r"got uint16\. Of 16 bits: \(images / 65535\)"),
+        (np.asarray(jnp.ones((10, 4, 4), jnp.bfloat16)), LABELS, "If they are bfloat16"),
+        (IMAGES / np.float32(255**2), LABELS, r"above 0\.00392, and white is 1: .*once more"),
+        (IMAGES[:, :0], LABELS, r"images of shape \(10, 0, 4, 1\)"),
+        (np.full((10, 3, 8, 9), 255, np.uint8), LABELS, r"channels first; .*np\.moveaxis"),
+        (np.full((10, 1, 8, 8), 0.5), LABELS, r"have their 1 channels first"),
         (IMAGES, LABELS / 10, "labels must be integers from 0 on, got float64"),
         (IMAGES, LABELS - 1, "labels must be integers from 0 on, got int64, -1"),
-        (IMAGES, np.eye(10, dtype=int), r"\(10, 4, 4, 1\) do not fit 100 labels"),
+        (IMAGES, np.eye(10, dtype=int), r"\(10, 10\) look like one-hot ones; .*np\.argmax"),
+        (IMAGES, LABELS.reshape(1, 10, 1), r"labels of shape \(1, 10, 1\); expected \(N,\)"),
+        (IMAGES, LABELS + 2**40 * (LABELS == 3), f"the label {2**40 + 3}, of image 3, is none"),
+        (IMAGES, LABELS * 10**8, "the label 900000000, of image 9, is none of 100000 classes"),
+        (IMAGES, LABELS.astype(np.uint64) - np.uint64(1), "the label 18446744073709551615, of ima"),
+        (IMAGES, np.array([*"abcdefghij"]), r"labels are text .*\['a'\] first.*np\.unique"),
+        (IMAGES, LABELS.astype(object), "an array in it is of Python objects"),
         (IMAGES, LABELS[:5], "do not fit 5 labels"),
         (IMAGES, LABELS * 0, "only one class"),
-        (IMAGES[:, 0, 0], LABELS, r"images of shape \(10,\)"),
+        (IMAGES[:, 0, 0], LABELS, r"images of shape \(10,\); expected \(N, height"),
     ],
 )
 def test_images_and_labels_that_make_no_sense_are_refused(tmp_path, images, labels, message):
     path = write_npz(tmp_path / "bad.npz", images, labels)
     with pytest.raises(DataError, match=message):
         sets.load(f"npz:{path},{path}")
+
+
+def test_labels_are_read_whatever_integers_they_are_and_as_a_column(tmp_path):
+    for labels in (LABELS.astype(np.uint64), LABELS.astype(np.int8)[:, None]):
+        path = write_npz(tmp_path / "a.npz", IMAGES, labels, other=np.array([None]))
+        found = sets.load(f"npz:{path},{path}").test
+        assert found.labels.dtype == np.int32 and found.labels.tolist() == list(range(10))
+
+
+def test_classes_without_a_training_image_are_named_beside_figures(tmp_path):
+    train = write_npz(tmp_path / "train.npz", IMAGES, LABELS % 2 * 4)
+    test = write_npz(tmp_path / "test.npz", IMAGES, LABELS)
+    splits = sets.load(f"npz:{train},{test}")
+    assert splits.train.classes == 10
+    assert splits.test.note == "no training image of 8 of 10 classes: 1, 2, 3, 5, 6, ..."
+    assert splits.test.note in dataset.described(splits)
+
+
+def test_a_test_file_alone_is_a_test_split_with_the_classes_that_are_said(tmp_path, ten):
+    for names in (("images", "labels"), ("x", "y")):
+        np.savez(tmp_path / "test.npz", **dict(zip(names, (IMAGES, LABELS % 3), strict=True)))
+        found = sets.load_test(f"npz:{tmp_path}/test.npz", classes=10, test_examples=7)
+        assert (found.split, found.classes, len(found.labels)) == ("test", 10, 7)
+        whole = sets.load(f"npz:{tmp_path}/test.npz,{tmp_path}/test.npz", test_examples=7).test
+        np.testing.assert_array_equal(found.indices, whole.indices)
+        assert sets.fingerprint(found) == sets.fingerprint(whole)
+    assert sets.load_test(f"npz:{tmp_path}/test.npz").classes == 3
+    with pytest.raises(DataError, match=r"the label 2, of image 2, is none of 2 classes"):
+        sets.load_test(f"npz:{tmp_path}/test.npz", classes=2)
+    with pytest.raises(DataError, match="test file alone can be certified"):
+        sets.load(f"npz:{tmp_path}/test.npz")
+    # All other names are as ever.
+    name = f"npz:{ten},{ten}"
+    assert sets.fingerprint(sets.load_test(name)) == sets.fingerprint(sets.load(name).test)
 
 
 def test_files_that_are_missing_damaged_or_do_not_fit_together_are_named(tmp_path, ten):
@@ -287,8 +336,15 @@ def test_a_damaged_image_is_an_error_that_names_it(folder):
 
 
 def test_a_folder_that_does_not_fit_the_layout_is_an_error_that_says_what_does(folder, tmp_path):
-    with pytest.raises(DataError, match=r"has not TinyImageNet's layout .*val_annotations\.txt"):
+    with pytest.raises(DataError, match=r"nothing is no folder; expected one with train/<class>"):
         sets.load(f"folder:{tmp_path}/nothing")
+    with pytest.raises(DataError, match=rf"no train/, but {folder} has: give folder:{folder}\."):
+        sets.load(f"folder:{tmp_path}")
+    said = (
+        r"has no train/: expected .*TinyImageNet's layout .*It holds images, val_annotations\.txt"
+    )
+    with pytest.raises(DataError, match=said):
+        sets.load(f"folder:{folder}/val")
     annotations = folder / "val" / "val_annotations.txt"
     good = annotations.read_text()
     annotations.write_text(good + "val_9.JPEG\tn77\n")
@@ -310,6 +366,171 @@ def test_a_folder_that_does_not_fit_the_layout_is_an_error_that_says_what_does(f
         file.unlink()
     with pytest.raises(DataError, match="no test images found"):
         sets.load(f"folder:{folder}")
+
+
+def test_a_byte_order_mark_drops_no_image(folder):
+    expected = sets.load(f"folder:{folder}")
+    for file in (folder / "wnids.txt", folder / "val" / "val_annotations.txt"):
+        file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes())
+    found = sets.load(f"folder:{folder}")
+    for split in ("train", "test"):
+        assert sets.fingerprint(getattr(found, split)) == sets.fingerprint(getattr(expected, split))
+    for content in ("nö1\n".encode("latin1"), "n01\n".encode("utf-16")):
+        (folder / "wnids.txt").write_bytes(content)
+        with pytest.raises(DataError, match=r"wnids\.txt is no UTF-8 text .*iconv"):
+            sets.load(f"folder:{folder}")
+
+
+def test_a_test_image_that_no_line_names_is_an_error_that_names_it(folder):
+    images = folder / "val" / "images"
+    (images / "more.JPEG").write_bytes((images / "val_0.JPEG").read_bytes())
+    with pytest.raises(DataError, match=r"does not say of which class more\.JPEG is"):
+        sets.load(f"folder:{folder}")
+
+
+# ------------------------------------------------------------------- folders of one folder a class
+
+COLORS = {"cat": 40, "dog": 120, "eel": 200}
+
+
+def paint(path, value, mode="RGB", **how):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (6, 5), (value, 100, 50)).convert(mode).save(path, **how)
+
+
+@pytest.fixture
+def tree(tmp_path):
+    """Three classes as people keep them; the images of a class have its value of `COLORS`."""
+    root = tmp_path / "tree"
+    for name, value in COLORS.items():
+        for file in ("a.png", "b.JPG", "sub/c.jpeg", "sub/deep/d.webp"):
+            paint(root / "train" / name / file, value)
+        paint(root / "val" / name / "x.png", value)
+    return root
+
+
+def right(dataset, count):
+    """Whether there are so many images, and each has the label of its colour."""
+    reds = dataset.images[:, 2, 2, 0].astype(int)
+    assert len(reds) == count and dataset.classes == 3
+    nearest = np.argmin(np.abs(reds[:, None] - np.array([*COLORS.values()])), axis=1)
+    np.testing.assert_array_equal(dataset.labels, nearest)
+
+
+def all_right(root, train=12, test=3):
+    splits = sets.load(f"folder:{root}", validation_fraction=0.25)
+    right(splits.train, train - train // 4)
+    right(splits.validation, train // 4)
+    right(splits.test, test)
+    return splits
+
+
+@pytest.mark.parametrize("name", ["val", "test", "valid", "validation"])
+def test_a_folder_a_class_is_read_at_any_depth_with_any_ending(tree, name):
+    (tree / "val").rename(tree / name)
+    splits = all_right(tree)
+    assert splits.test.images.shape == (3, 5, 6, 3) and splits.test.note == ""
+
+
+def test_hidden_files_and_folders_are_no_data(tree):
+    """A hidden folder in train/ was class 0, and moved every label by one."""
+    for split in ("train", "val"):
+        paint(tree / split / ".ipynb_checkpoints" / "a-checkpoint.png", 0)
+        paint(tree / split / "cat" / ".ipynb_checkpoints" / "a-checkpoint.png", 0)
+        (tree / split / ".DS_Store").write_bytes(b"junk")
+        (tree / split / "dog" / "._a.png").write_bytes(b"junk")
+        (tree / split / "dog" / "boxes.txt").write_text("1 2 3")
+    all_right(tree)
+
+
+def test_links_to_images_and_to_folders_are_followed(tree, tmp_path):
+    """A class behind a link was read as empty."""
+    for place in ("train/cat/sub", "train/dog", "val"):
+        elsewhere = tmp_path / place.replace("/", "-")
+        (tree / place).rename(elsewhere)
+        (tree / place).symlink_to(elsewhere)
+    all_right(tree)
+    for place in ("train/eel/gone.png", "train/gone", "val/dog/gone"):
+        link = tree / place
+        link.symlink_to(tmp_path / "nowhere")
+        with pytest.raises(DataError, match=rf"{place} is a link to nothing"):
+            sets.load(f"folder:{tree}")
+        link.unlink()
+    (tree / "train" / "eel" / "up").symlink_to(tree / "train" / "eel")
+    with pytest.raises(DataError, match=r"train/eel/up is .*/train/eel once more, by a link"):
+        sets.load(f"folder:{tree}")
+
+
+def test_images_without_a_class_and_classes_without_images_are_named(tree):
+    def refused(message):
+        with pytest.raises(DataError, match=message):
+            sets.load(f"folder:{tree}")
+
+    paint(tree / "train" / "loose.png", 0)
+    refused(r"train/loose\.png belongs to no class: expected train/<class>/loose\.png")
+    (tree / "train" / "loose.png").unlink()
+    paint(tree / "val" / "fox" / "a.png", 0)
+    refused(r"val: fox is no class of the training set, which has cat, dog, eel")
+    (tree / "val" / "fox" / "a.png").unlink()
+    (tree / "val" / "fox").rmdir()
+    (tree / "train" / "ant").mkdir()
+    refused(r"train/ant: no images found .*A class is a folder in train/: remove one that is none")
+    (tree / "train" / "ant").rmdir()
+    paint(tree / "train" / "cat" / "a.tga", 0)
+    refused(r"a\.tga is not read, only .*: convert it")
+    (tree / "train" / "cat" / "a.tga").unlink()
+    (tree / "val" / "dog" / "x.png").unlink()
+    note = all_right(tree, test=2).test.note
+    assert note == "no test image of 1 classes: dog"
+    paint(tree / "test" / "dog" / "y.png", COLORS["dog"])
+    assert (
+        "the test images are those of test/, val/ is not read" in all_right(tree, test=1).test.note
+    )
+    for name in ("val", "test"):
+        (tree / name).rename(tree / f".{name}")
+    refused(r"has no test images: expected train/<class>/\*\.png and test/<class>")
+
+
+def test_an_image_is_read_as_people_see_it_or_refused(tree):
+    """16 bits were clipped to white; what is transparent had whatever colour lies below."""
+    turned = Image.Exif()
+    turned[0x0112] = 6  # shown a quarter to the right
+    left = np.zeros((6, 5, 3), np.uint8)
+    left[5:] = 255
+    file = tree / "train" / "cat" / "a.png"
+    Image.fromarray(left).save(file, exif=turned)
+    shown = local_pixels(file)
+    assert shown.shape == (5, 6, 3) and shown[:, 0].min() == 255 and shown[:, 1:].max() == 0
+
+    clear = np.zeros((5, 6, 4), np.uint8)
+    clear[..., :] = 200, 0, 0, 255
+    clear[0, 0, 3], clear[0, 1, 3] = 0, 128
+    Image.fromarray(clear).save(file)
+    shown = local_pixels(file)
+    assert shown[0, 0].tolist() == [255, 255, 255] and shown[1, 1].tolist() == [200, 0, 0]
+    assert abs(shown[0, 1].astype(int) - [227, 127, 127]).max() <= 1
+    Image.fromarray(clear).quantize(4).save(file)
+    assert local_pixels(file)[0, 0].tolist() == [255, 255, 255]
+    for mode in ("P", "L", "1", "LA", "CMYK"):
+        ending = {"CMYK": "tiff"}.get(mode, "png")
+        paint(tree / "other" / f"a.{ending}", 255, mode)
+        grey = mode in ("L", "1", "LA")
+        expected = [140, 140, 140] if grey else [255, 100, 50]
+        if mode != "1":
+            found = local_pixels(tree / "other" / f"a.{ending}")[2, 2].astype(int)
+            assert abs(found - expected).max() <= 4, mode
+
+    for deep in (np.full((5, 6), 40000, np.uint16), np.full((5, 6), 0.5, np.float32)):
+        file = tree / "train" / "cat" / "deep.tif"
+        Image.fromarray(deep).save(file)
+        with pytest.raises(DataError, match=r"deep\.tif cannot be read right: .*more than 8 bits"):
+            sets.load(f"folder:{tree}")
+
+
+def local_pixels(path):
+    from lipjax.data import folders
+
+    return folders._pixels(path, None)
 
 
 def test_the_real_tiny_imagenet_images_are_read(shared, tmp_path):
@@ -587,6 +808,7 @@ def test_well_known_sets_have_the_names_that_one_tries(tmp_path, monkeypatch):
         return subprocess.CompletedProcess(command, 1, "", "not here\n")
 
     monkeypatch.setattr(tfds_sets.subprocess, "run", child)
+    monkeypatch.setattr(tfds_sets, "reachable", lambda url: True)
     own = {"svhn": "svhn_cropped", "fashion-mnist": "fashion_mnist", "imagenet": "imagenet2012"}
     names = [
         "mnist",
@@ -686,6 +908,7 @@ def test_what_tfds_cannot_prepare_is_an_error_that_says_what_to_do(tmp_path, mon
         return subprocess.CompletedProcess(command, 1, "", said)
 
     monkeypatch.setattr(tfds_sets.subprocess, "run", fail)
+    monkeypatch.setattr(tfds_sets, "reachable", lambda url: True)
     said = "Traceback\nConnectionError: no route to host\n"
     with pytest.raises(
         DataError, match=r"(?s)could not prepare mnist: ConnectionError: no route.*manual_dir"
@@ -694,6 +917,40 @@ def test_what_tfds_cannot_prepare_is_an_error_that_says_what_to_do(tmp_path, mon
     said = "Traceback\nModuleNotFoundError: No module named 'tensorflow'\n"
     with pytest.raises(DataError, match=r"need TensorFlow: pip install"):
         sets.load("mnist", data_dir=str(tmp_path))
+
+
+def test_without_internet_it_is_said_at_once_what_is_tried_and_what_manual_dir_does(
+    tmp_path, monkeypatch, capsys
+):
+    """TFDS itself goes on for minutes, without a word."""
+    pytest.importorskip("tensorflow_datasets")
+
+    def never(*_, **__):
+        raise AssertionError("TFDS was started")
+
+    monkeypatch.setattr(tfds_sets.subprocess, "run", never)
+    monkeypatch.setattr(tfds_sets.urllib.request, "getproxies", dict)
+    # Nobody answers, and looking up the name takes longer than anybody waits.
+    monkeypatch.setattr(tfds_sets, "REACH_SECONDS", 0.05)
+    slow = threading.Event()
+
+    def look_up(*_, **__):
+        slow.wait(20)
+        raise OSError("no such host")
+
+    monkeypatch.setattr(tfds_sets.socket, "create_connection", look_up)
+    said = r"mnist: storage\.googleapis\.com cannot be reached .*\(t10k-images.*manual_dir=<folder>"
+    with pytest.raises(DataError, match=said):
+        sets.load("mnist", data_dir=str(tmp_path))
+    slow.set()
+    assert "downloading from storage.googleapis.com into" in capsys.readouterr().err
+    with pytest.raises(DataError, match=r"nowhere is no folder; .*archives of mnist, t10k-images"):
+        sets.load("mnist", data_dir=str(tmp_path), manual_dir=str(tmp_path / "nowhere"))
+    # Archives that are there are tried, and no server.
+    (tmp_path / "archives").mkdir()
+    with pytest.raises(AssertionError, match="TFDS was started"):
+        sets.load("mnist", data_dir=str(tmp_path), manual_dir=str(tmp_path / "archives"))
+    assert f"once, from {tmp_path}/archives into" in capsys.readouterr().err
 
 
 # ------------------------------------------------------------------------------------- augmentation

@@ -15,8 +15,8 @@ import pytest
 from conftest import ROOT
 from PIL import Image
 
+from lipjax.data import folders, records, sets
 from lipjax.data import images as on_disk
-from lipjax.data import local, records, sets
 from lipjax.data import stored as stored_records
 from lipjax.data.sets import DataError
 
@@ -113,8 +113,26 @@ def test_the_real_tiny_imagenet_is_the_same_from_records(shared, tmp_path):
     )
 
 
+def test_records_show_images_as_their_folder_does(tmp_path):
+    """Turned as EXIF says, and over white; of a folder a class, with what is to be said of it."""
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    for split, name in (("train", "a"), ("train", "b"), ("test", "a")):
+        path = tmp_path / "tree" / split / name / "1.png"
+        path.parent.mkdir(parents=True)
+        rng = np.random.default_rng(len(name + split))
+        Image.fromarray(rng.integers(0, 256, (6, 4, 4), dtype=np.uint8)).save(path, exif=turned)
+    records.convert(tmp_path / "tree", tmp_path / "records")
+    expected = sets.load(f"folder:{tmp_path}/tree", validation_fraction=0.4)
+    found = sets.load(f"records:{tmp_path}/records", validation_fraction=0.4)
+    assert found.test.images.shape == (1, 4, 6, 3)
+    same(found.train, expected.train)
+    same(found.test, expected.test)
+    assert found.test.note == expected.test.note == "no test image of 1 classes: b"
+
+
 def test_the_original_bytes_are_stored(folder, stored):
-    _, files = local.folder_files(folder)
+    files = folders.image_files(folder).splits
     for split, (images, labels) in stored_records.open_folder(stored).splits.items():
         assert [path.read_bytes() for path, _ in files[split]] == [
             images.source.read(i)[0] for i in range(len(images))
@@ -200,7 +218,7 @@ def test_the_fingerprint_changes_with_pixels_choice_order_labels_and_size_and_de
     records.convert(folder, tmp_path / "other")
     different.append(sets.load(f"records:{tmp_path}/other").train)
 
-    def refuse(*_):
+    def refuse(*_, **__):
         raise AssertionError("decoded")
 
     monkeypatch.setattr(on_disk, "decode", refuse)
@@ -394,10 +412,10 @@ def test_a_kill_leaves_nothing_that_looks_complete(tmp_path):
         "import os, signal, sys\n"
         "from lipjax.data import records\n"
         "decode, calls = records.decode, []\n"
-        "def kill_at_30(encoded):\n"
+        "def kill_at_30(encoded, **how):\n"
         "    calls.append(1)\n"
         "    if len(calls) == 30: os.kill(os.getpid(), signal.SIGKILL)\n"
-        "    return decode(encoded)\n"
+        "    return decode(encoded, **how)\n"
         "records.decode = kill_at_30\n"
         "records.main(sys.argv[1:])\n"
     )

@@ -103,7 +103,7 @@ def of_network(
 
     Args:
         name: a path that ends in ".safetensors", or a name of `lipjax.pretrained.names`.
-        data_name, data_dir, image_size: as `lipjax.data.load` takes them.
+        data_name, data_dir, image_size: as `lipjax.data.load_test` takes them.
         examples: take only so many, the first of a fixed shuffle; None: all.
 
     Raises:
@@ -112,15 +112,15 @@ def of_network(
         DataError: the data set is not here.
     """
     network, expected, notes = opened(name)
-    test = sets.load(
-        data_name, data_dir=data_dir, test_examples=examples, image_size=image_size
-    ).test
+    logits = jax.eval_shape(network, jax.ShapeDtypeStruct((1, *expected), "float32")).shape[-1]
+    test = sets.load_test(
+        data_name, data_dir=data_dir, test_examples=examples, image_size=image_size, classes=logits
+    )
     shape = tuple(test.images.shape[1:])
     if expected != shape:
         raise ValueError(
             f"{name} takes images of {expected}, and those of {data_name} are {shape}."
         )
-    logits = jax.eval_shape(network, jax.ShapeDtypeStruct((1, *shape), "float32")).shape[-1]
     if logits != test.classes:
         raise ValueError(f"{name} has {logits} logits, and {data_name} has {test.classes} classes.")
     return NetworkWithData(

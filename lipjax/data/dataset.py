@@ -6,7 +6,10 @@ import hashlib
 import numpy as np
 
 from lipjax.data.errors import DataError
-from lipjax.data.images import Images
+from lipjax.data.images import MODES, Images
+
+# No set has more classes (ImageNet-21k has 21,841): a larger label is no number of a class.
+MOST_CLASSES = 100_000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,53 +107,118 @@ def in_memory(
 ) -> Dataset:
     """A split whose images and labels are arrays, after they were checked.
 
+    Args:
+        images: ``(N, H, W, C)`` or ``(N, H, W)``, uint8 or floats from 0 to `levels`.
+        labels: ``(N,)`` integers from 0 on, of any type.
+        levels: of `Dataset`; 255 for uint8 and 1 for floats if None.
+        classes: how many; if None, as many as the largest label says.
+
     Raises:
-        DataError: shapes, types or ranges that are not those of images and labels.
+        DataError: shapes, types or ranges that are not those of images and labels, with what makes
+            them so.
     """
-    images = np.asarray(images)
-    labels = np.asarray(labels).reshape(-1)
+    what = f"{name}, {split}"
+    images = _four_axes(what, np.asarray(images))
+    labels = _numbers(what, np.asarray(labels))
+    if len(images) != len(labels) or images.size == 0:
+        raise DataError(f"{what}: images of shape {images.shape} do not fit {len(labels)} labels.")
+    largest = int(labels.max())
+    if largest >= (classes or MOST_CLASSES):
+        place = int(np.argmax(labels))
+        raise DataError(
+            f"{what}: the label {largest}, of image {place}, is none of {classes or MOST_CLASSES} "
+            "classes; expected numbers from 0 on, without gaps "
+            "(np.unique(labels, return_inverse=True)[1] makes such)."
+        )
+    images, levels = _levels(what, images, levels)
+    labels = labels.astype(np.int32)
+    classes = classes or largest + 1
+    if classes < 2:
+        raise DataError(f"{what}: only one class.")
+    return Dataset(name, split, images, labels, levels, classes, np.arange(len(labels)))
+
+
+def _four_axes(what: str, images: np.ndarray) -> np.ndarray:
+    """Images as ``(N, H, W, C)``."""
     if images.ndim == 3:
         images = images[..., None]
-    if images.ndim != 4 or len(images) != len(labels) or len(labels) == 0:
+    if images.ndim != 4:
         raise DataError(
-            f"{name}, {split}: images of shape {images.shape} do not fit {len(labels)} labels."
+            f"{what}: images of shape {images.shape}; expected (N, height, width, channels), or "
+            "(N, height, width) of grey ones."
         )
-    if not np.issubdtype(labels.dtype, np.integer) or labels.min() < 0:
+    # No image is three pixels high with a dozen channels.
+    if images.shape[1] in MODES and min(images.shape[2:]) > max(MODES):
         raise DataError(
-            f"{name}, {split}: labels must be integers from 0 on, got {labels.dtype}, "
-            f"{labels.min()} first."
+            f"{what}: images of shape {images.shape} have their {images.shape[1]} channels first; "
+            "expected (N, height, width, channels): np.moveaxis(images, 1, -1)."
         )
+    return images
+
+
+def _numbers(what: str, labels: np.ndarray) -> np.ndarray:
+    """Labels as ``(N,)`` integers, of whatever type they were stored in."""
+    if labels.ndim == 2 and labels.shape[1] > 1:
+        raise DataError(
+            f"{what}: labels of shape {labels.shape} look like one-hot ones; expected one number "
+            "for each image: np.argmax(labels, axis=1)."
+        )
+    if labels.ndim != 1 and labels.shape != (len(labels), 1):
+        raise DataError(
+            f"{what}: labels of shape {labels.shape}; expected (N,), one for each image."
+        )
+    labels = labels.reshape(-1)
+    if labels.dtype.kind in "USO":
+        raise DataError(
+            f"{what}: labels are text or objects ({labels[:1].tolist()} first), expected integers "
+            "from 0 on: names, labels = np.unique(labels, return_inverse=True)."
+        )
+    first = labels.min() if len(labels) else 0
+    if not np.issubdtype(labels.dtype, np.integer) or first < 0:
+        raise DataError(
+            f"{what}: labels must be integers from 0 on, got {labels.dtype}, {first} first."
+        )
+    return labels
+
+
+def _levels(what: str, images: np.ndarray, levels: float | None) -> tuple[np.ndarray, float]:
+    """Images as uint8 or float32, and the value that means 1.0."""
     if images.dtype == np.uint8:
-        levels = levels or 255.0
         if images.max() <= 1:
             raise DataError(
-                f"{name}, {split}: no uint8 pixel is above {images.max()}, and white is 255: "
-                "floats in [0, 1] lose everything when they are cast to uint8; store them as "
-                "floats, or times 255."
+                f"{what}: no uint8 pixel is above {images.max()}, and white is 255: floats in [0, "
+                "1] lose everything when they are cast to uint8; store them as floats, or times "
+                "255."
             )
-    elif np.issubdtype(images.dtype, np.floating):
-        levels = levels or 1.0
-        images = images.astype(np.float32)
-        low = images.min()
-        high = images.max()
-        if not (low >= 0 and high <= levels):
-            raise DataError(
-                f"{name}, {split}: float images must lie in [0, 1], got {low} to {high}. Store "
-                "0..255 as uint8, or divide by 255; do not normalise: epsilon is a radius on "
-                "pixels in [0, 1]."
-            )
-    else:
+        return images, float(levels or 255.0)
+    if not np.issubdtype(images.dtype, np.floating):
+        remedy = {
+            "u": "Of 16 bits: (images / 65535).astype(np.float32).",
+            "V": "If they are bfloat16, which NumPy does not store: images.astype(np.float32).",
+        }.get(images.dtype.kind, "")
         raise DataError(
-            f"{name}, {split}: images must be uint8 or floats in [0, 1], got {images.dtype}."
+            f"{what}: images must be uint8 or floats in [0, 1], got {images.dtype}. {remedy}"
         )
-    labels = labels.astype(np.int32)
-    classes = classes or int(labels.max()) + 1
-    if classes < 2:
-        raise DataError(f"{name}, {split}: only one class.")
-    return Dataset(name, split, images, labels, float(levels), classes, np.arange(len(labels)))
+    levels = levels or 1.0
+    images = images.astype(np.float32)
+    low = images.min()
+    high = images.max()
+    if not (low >= 0 and high <= levels):
+        raise DataError(
+            f"{what}: float images must lie in [0, 1], got {low} to {high}. Store 0..255 as uint8, "
+            "or divide by 255; do not normalise: epsilon is a radius on pixels in [0, 1]."
+        )
+    if 0 < high <= 1 / 255:
+        raise DataError(
+            f"{what}: no float pixel is above {high:.3g}, and white is 1: images in [0, 1] that "
+            "were divided by 255 once more?"
+        )
+    return images, float(levels)
 
 
-def on_disk(name: str, split: str, images: Images, labels: np.ndarray, classes: int) -> Dataset:
+def on_disk(
+    name: str, split: str, images: Images, labels: np.ndarray, classes: int, note: str = ""
+) -> Dataset:
     """A split whose images stay on disk; a DataError for labels that are no classes."""
     if not (labels.min() >= 0 and labels.max() < classes):
         raise DataError(
@@ -158,7 +226,7 @@ def on_disk(name: str, split: str, images: Images, labels: np.ndarray, classes: 
             "classes."
         )
     labels = labels.astype(np.int32)
-    return Dataset(name, split, images, labels, 255.0, classes, np.arange(len(labels)))
+    return Dataset(name, split, images, labels, 255.0, classes, np.arange(len(labels)), note)
 
 
 def pair(name: str, train: Dataset, test: Dataset) -> tuple[Dataset, Dataset]:

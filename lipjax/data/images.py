@@ -16,21 +16,48 @@ from lipjax.data.errors import DataError
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # Pillow's, by channels
 
 
+# Pillow's modes of more than 8 bits a channel begin with one of these; `convert` would clip them to
+# white.
+DEEP = ("I", "F")
+
+
 class Undecodable(ValueError):
     """Bytes that are no image, or a damaged one."""
 
 
-def decode(encoded: bytes, channels: int = 3):
+class Unsuitable(Undecodable):
+    """An image whose pixels are not 8 bits a channel."""
+
+
+def decode(encoded: bytes, channels: int = 3, *, as_seen: bool = False):
     """The Pillow image of `channels` channels that the bytes of a file encode.
+
+    Palettes and CMYK become RGB by Pillow's own rules; colour profiles are not applied. Of several
+    frames it is the first.
+
+    Args:
+        as_seen: as viewers show it, and people who sorted it into classes saw it: turned as EXIF
+            says, and transparent pixels over white. Else both are ignored, as TFDS does.
 
     Raises:
         Undecodable: damaged bytes.
+        Unsuitable: more than 8 bits a channel.
     """
-    from PIL import Image
+    from PIL import Image, ImageOps
 
     try:
         with Image.open(io.BytesIO(encoded)) as image:
+            if image.mode.startswith(DEEP):
+                raise Unsuitable(
+                    f"its pixels are of more than 8 bits (Pillow's mode {image.mode}), expected 8: "
+                    "which value is white is not written in it. Save it with 8 bits a channel, or "
+                    "the whole set as floats in [0, 1] in an npz file"
+                )
+            if as_seen:
+                image = _over_white(ImageOps.exif_transpose(image))
             return image.convert(MODES[channels])
+    except Unsuitable:
+        raise
     except (
         OSError,
         SyntaxError,
@@ -43,6 +70,17 @@ def decode(encoded: bytes, channels: int = 3):
         raise Undecodable(
             re.sub(r" <_io\.BytesIO object at \w+>", "", str(error)) or type(error).__name__
         ) from error
+
+
+def _over_white(image):
+    """A Pillow image with what is transparent in it laid over white, which `convert` would show in
+    whatever colour is stored there."""
+    from PIL import Image
+
+    if not image.has_transparency_data:
+        return image
+    image = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
 
 
 def pixels(image, image_size: int | None = None) -> np.ndarray:
@@ -131,12 +169,14 @@ class Images:
         rows: ``(N,)`` positions in `source`.
         stored_shape: ``(H, W, C)`` of what is stored; H and W are None where they vary.
         image_size: as `pixels` takes it.
+        as_seen: as `decode` takes it.
     """
 
     source: Source
     rows: np.ndarray
     stored_shape: tuple[int | None, int | None, int]
     image_size: int | None = None
+    as_seen: bool = False
 
     dtype = np.dtype(np.uint8)
     ndim = 4
@@ -191,7 +231,7 @@ class Images:
     def _decoded(self, position):
         encoded, _ = self.source.read(position)
         try:
-            return decode(encoded, self.stored_shape[2])
+            return decode(encoded, self.stored_shape[2], as_seen=self.as_seen)
         except Undecodable as error:
             raise self.source.damaged(position, error) from error
 
@@ -203,11 +243,13 @@ class Images:
         return np.frombuffer(digest.digest(), np.uint8)
 
 
-def images_of(what: str, source: Source, stored_shape, image_size: int | None) -> Images:
+def images_of(
+    what: str, source: Source, stored_shape, image_size: int | None, *, as_seen: bool = False
+) -> Images:
     """All images of a source; a DataError that names the set if they have several sizes."""
     if image_size is None and None in stored_shape:
         raise DataError(
             f"{what} has images of several sizes: give the size that they are brought to, "
             "--config.data.image_size=224 (image_size=224 of data.load)."
         )
-    return Images(source, np.arange(len(source)), stored_shape, image_size)
+    return Images(source, np.arange(len(source)), stored_shape, image_size, as_seen)

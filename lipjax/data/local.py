@@ -1,4 +1,4 @@
-"""Sets in files of one's own: bundled digits, npz files, image folders."""
+"""Scikit-learn's digits, and arrays in npz files."""
 
 import dataclasses
 import zipfile
@@ -9,7 +9,6 @@ import numpy as np
 
 from lipjax.data.dataset import Dataset, in_memory, pair
 from lipjax.data.errors import DataError
-from lipjax.data.images import Undecodable, decode, pixels
 
 DIGITS_TEST = 360  # of scikit-learn's 1797 digits
 
@@ -36,8 +35,66 @@ def digits() -> tuple[Dataset, Dataset]:
 # ---------------------------------------------------------------------------------- npz files
 
 
+# Names of images and labels of one split, and of the splits in one file.
+ONE_SPLIT = (("images", "labels"), ("x", "y"))
+BOTH_SPLITS = ("x_train", "y_train", "x_test", "y_test")
+
+
 def npz(name: str) -> tuple[Dataset, Dataset]:
     """The set of "npz:<train.npz>,<test.npz>" or "npz:<file.npz>"."""
+    paths = _paths(name)
+    files = [_read(path) for path in paths]
+    if len(files) == 1:
+        train_arrays, test_arrays = _both_splits(paths[0], files[0])
+    else:
+        train_arrays, test_arrays = map(_one_split, paths, files)
+
+    test = _with_note(in_memory(name, "test", *test_arrays), files[-1])
+    train, test = pair(name, in_memory(name, "train", *train_arrays), test)
+    counts = np.bincount(train.labels, minlength=train.classes)
+    empty = np.flatnonzero(counts == 0).tolist()
+    if empty:
+        more = ", ..." if len(empty) > 5 else ""
+        note = (
+            f"no training image of {len(empty)} of {train.classes} classes: "
+            f"{', '.join(map(str, empty[:5]))}{more}"
+        )
+        train = dataclasses.replace(train, note=note)
+        test = dataclasses.replace(test, note="; ".join(filter(None, [test.note, note])))
+    return train, test
+
+
+def lone_test(name: str, classes: int | None) -> Dataset | None:
+    """The test split of "npz:<file.npz>" whose file holds images and labels of one split; None if
+    the name is another, or the file holds both splits.
+
+    Args:
+        classes: how many there are, which one split need not show; if None, as many as its labels
+            say.
+    """
+    if not name.startswith("npz:") or len(paths := _paths(name)) > 1:
+        return None
+    file = _read(paths[0])
+    if set(BOTH_SPLITS) <= set(file):
+        return None
+    arrays = _one_split(paths[0], file)
+    return _with_note(in_memory(name, "test", *arrays, classes=classes), file)
+
+
+def _with_note(test: Dataset, file: dict[str, np.ndarray]) -> Dataset:
+    """The test split with what its file discloses."""
+    lossy = file.get("lossy")
+    if lossy is None:
+        return test
+    note = (
+        f"{np.size(lossy)} of the file's {len(test.labels)} test images are not exact copies "
+        "of the official ones"
+    )
+    return dataclasses.replace(test, note=note)
+
+
+def _paths(name: str) -> list[Path]:
+    """The files of an npz: name, which are there."""
     paths = [Path(p).expanduser() for p in name.removeprefix("npz:").split(",")]
     if len(paths) > 2:
         raise DataError(f"{name}: expected npz:<train.npz>,<test.npz> or npz:<file.npz>.")
@@ -46,136 +103,42 @@ def npz(name: str) -> tuple[Dataset, Dataset]:
             raise DataError(
                 f"{path.absolute()} is not there; npz: takes paths of files that np.savez wrote."
             )
-    files = [_read(path) for path in paths]
-    if len(files) == 1:
-        train_arrays, test_arrays = _both_splits(paths[0], files[0])
-    else:
-        train_arrays, test_arrays = map(_one_split, paths, files)
-
-    test = in_memory(name, "test", *test_arrays)
-    lossy = files[-1].get("lossy")
-    if lossy is not None:
-        note = (
-            f"{np.size(lossy)} of the file's {len(test.labels)} test images are not exact copies "
-            "of the official ones"
-        )
-        test = dataclasses.replace(test, note=note)
-    return pair(name, in_memory(name, "train", *train_arrays), test)
+    return paths
 
 
 def _read(path: Path) -> dict[str, np.ndarray]:
+    """The arrays of a file by name. Those that are not asked for may be anything, and are empty."""
+    wanted = {*BOTH_SPLITS, *ONE_SPLIT[0], *ONE_SPLIT[1], "lossy"}
     try:
         with open(path, "rb") as raw:
             file = np.load(raw)
             if isinstance(file, np.ndarray):
                 raise ValueError("it is a single array (npy)")
-            return {key: file[key] for key in file.files}
+            return {key: file[key] if key in wanted else np.empty(0) for key in file.files}
     except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
-        raise DataError(f"{path} cannot be read as npz: {error}") from error
+        reason = str(error)
+        if "allow_pickle" in reason and "pickle" in reason and "Object arrays" in reason:
+            reason = (
+                "an array in it is of Python objects, which are not read: store images of one "
+                "shape as uint8, labels as integers"
+            )
+        raise DataError(f"{path} cannot be read as npz: {reason}") from error
 
 
 def _both_splits(path: Path, file: dict[str, np.ndarray]):
     """Images and labels of both splits, which lie in one file."""
-    wanted = ("x_train", "y_train", "x_test", "y_test")
-    if not all(key in file for key in wanted):
+    if not all(key in file for key in BOTH_SPLITS):
         raise DataError(
-            f"{path} alone must hold {', '.join(wanted)}; it holds {', '.join(file)}. Two files "
-            "are given as npz:<train.npz>,<test.npz>."
+            f"{path} alone must hold {', '.join(BOTH_SPLITS)}; it holds {', '.join(file)}. Two "
+            "files are given as npz:<train.npz>,<test.npz>; a test file alone can be certified "
+            "(lipjax certify --network=... --data=npz:<test.npz>)."
         )
     return (file["x_train"], file["y_train"]), (file["x_test"], file["y_test"])
 
 
 def _one_split(path: Path, file: dict[str, np.ndarray]):
     """Images and labels of the split in a file."""
-    for images, labels in (("images", "labels"), ("x", "y")):
+    for images, labels in ONE_SPLIT:
         if images in file and labels in file:
             return file[images], file[labels]
     raise DataError(f"{path} must hold images and labels (or x and y); it holds {', '.join(file)}.")
-
-
-# ------------------------------------------------------------------------------- image folders
-
-
-def folder(name: str, image_size: int | None) -> tuple[Dataset, Dataset]:
-    """The set of "folder:<path>", in memory."""
-    classes, files = folder_files(Path(name.removeprefix("folder:")))
-    parts = []
-    for split, found in files.items():
-        images: list[np.ndarray] = []
-        for path, _ in found:
-            images.append(_pixels(path, image_size))
-            if images[-1].shape != images[0].shape:
-                raise DataError(
-                    f"{path} is {images[-1].shape}, {found[0][0]} is {images[0].shape}: resize "
-                    "them to one size, or give an image_size (--config.data.image_size=64)."
-                )
-        labels = [label for _, label in found]
-        parts.append(in_memory(name, split, np.stack(images), labels, classes=len(classes)))
-    return pair(name, *parts)
-
-
-def _pixels(path: Path, image_size: int | None) -> np.ndarray:
-    try:
-        return pixels(decode(path.read_bytes()), image_size)
-    except (OSError, Undecodable) as error:
-        raise DataError(f"{path} is damaged: {error}. Replace or remove it.") from error
-
-
-def folder_files(root: Path) -> tuple[list[str], dict[str, list[tuple[Path, int]]]]:
-    """What a folder in TinyImageNet's layout holds.
-
-    Returns:
-        The names of the classes; and for "train" and "test" (the official validation images), in
-        the order of `sets.load`, ``(path, label)`` of each image.
-
-    Raises:
-        DataError: another layout, an unknown class, a split without images.
-    """
-    root = root.expanduser()
-    annotations = root / "val" / "val_annotations.txt"
-    if not (root / "train").is_dir() or not annotations.is_file():
-        raise DataError(
-            f"{root.absolute()} has not TinyImageNet's layout (train/<class>/images/*, "
-            "val/images/*, val/val_annotations.txt). For TinyImageNet itself download "
-            "tiny-imagenet-200.zip from cs231n.stanford.edu, unpack it and give the folder as "
-            "folder:<path>."
-        )
-    listed = root / "wnids.txt"
-    if listed.is_file():
-        names = sorted(listed.read_text().split())
-    else:
-        names = sorted(p.name for p in (root / "train").iterdir() if p.is_dir())
-    number = {wnid: i for i, wnid in enumerate(names)}
-
-    train = [
-        (path, number[wnid])
-        for wnid in names
-        for path in sorted((root / "train" / wnid).rglob("*.JPEG"))
-    ]
-    if not train:
-        raise DataError(f"{root}: no train images found (train/<class>/images/*.JPEG).")
-    test = []
-    for position, line in enumerate(annotations.read_text().splitlines(), 1):
-        file, label = _annotation(root, position, line, number)
-        path = root / "val" / "images" / file
-        if path.is_file():  # a subset of the images keeps the full list
-            test.append((path, label))
-    if not test:
-        raise DataError(
-            f"{root}: no test images found (val/images/, named in val_annotations.txt)."
-        )
-    return names, {"train": train, "test": test}
-
-
-def _annotation(root: Path, position: int, line: str, number: dict[str, int]) -> tuple[str, int]:
-    """File and label in a line of val_annotations.txt."""
-    if "\t" not in line:
-        raise DataError(
-            f"{root}: line {position} of val_annotations.txt is not <file>, tab, <class>: {line!r}."
-        )
-    file, wnid = line.split("\t")[:2]
-    if wnid not in number:
-        raise DataError(
-            f"{root}: val_annotations.txt names the class {wnid}, which wnids.txt does not."
-        )
-    return file, number[wnid]

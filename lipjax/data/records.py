@@ -18,8 +18,8 @@ import numpy as np
 
 from lipjax.data import stored, tfds
 from lipjax.data.errors import DataError
+from lipjax.data.folders import image_files, unreadable
 from lipjax.data.images import Images, Undecodable, decode, pixels
-from lipjax.data.local import folder_files
 
 __all__ = ["Images", "convert", "main", "summary", "verify"]
 
@@ -28,16 +28,16 @@ SHARD_BYTES = 2**28
 
 
 def convert(root: Path, out: Path, shard_bytes: int = SHARD_BYTES) -> dict:
-    """Writes a folder in TinyImageNet's layout as records; returns their description.
+    """Writes a folder of images as records; returns their description.
 
     Every image is decoded once, which finds the damaged ones.
     `out` appears complete or not at all: everything is written to ``<out>.partial``, which is
     renamed at the end.
 
     Raises:
-        DataError: as `local.folder_files`; a damaged image; `out` or its ``.partial`` exists.
+        DataError: as `folders.image_files`; a damaged image; `out` or its ``.partial`` exists.
     """
-    classes, files = folder_files(root)
+    found = image_files(root)
     out = out.expanduser().absolute()
     partial = out.with_name(out.name + ".partial")
     if out.exists():
@@ -52,13 +52,14 @@ def convert(root: Path, out: Path, shard_bytes: int = SHARD_BYTES) -> dict:
     try:
         shapes: set[tuple[int, ...]] = set()
         splits = {
-            split: _write_split(partial, split, found, shapes, shard_bytes)
-            for split, found in sorted(files.items())
+            split: _write_split(partial, split, files, shapes, shard_bytes)
+            for split, files in sorted(found.splits.items())
         }
         description = {
             "format": stored.FORMAT,
             "name": root.expanduser().absolute().name,
-            "classes": classes,
+            "classes": found.classes,
+            "note": found.note,
             "image_shape": list(shapes.pop()) if len(shapes) == 1 else "varies",
             "splits": splits,
         }
@@ -82,9 +83,9 @@ def _write_split(folder: Path, split: str, files, shapes: set, shard_bytes: int)
     for position, (path, label) in enumerate(files):
         try:
             encoded = path.read_bytes()
-            shapes.add(pixels(decode(encoded)).shape)
+            shapes.add(pixels(decode(encoded, as_seen=True)).shape)
         except (OSError, Undecodable) as error:
-            raise DataError(f"{path} is damaged: {error}. Replace or remove it.") from error
+            raise unreadable(path, error) from error
         if writer is None or written > shard_bytes:
             if writer is not None:
                 writer.close()
@@ -134,7 +135,7 @@ def summary(description: dict) -> str:
 def main(arguments: Iterable[str] | None = None) -> None:
     """Converts a folder, or prepares and indexes a TFDS set."""
     parser = argparse.ArgumentParser(prog="python -m lipjax.data.records", description=main.__doc__)
-    parser.add_argument("name", help="folder:<path> in TinyImageNet's layout, or a TFDS name")
+    parser.add_argument("name", help="folder:<path>, or a TFDS name")
     parser.add_argument("--out", type=Path, help="the new folder of records")
     parser.add_argument("--data_dir", help="where TFDS keeps its sets")
     parser.add_argument("--manual_dir", help="a folder that holds a TFDS set's original archives")

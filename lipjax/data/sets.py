@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from lipjax.data import local, stored, tfds
+from lipjax.data import folders, local, stored, tfds
 from lipjax.data.augmentation import random_crop_and_flip
 from lipjax.data.dataset import Dataset, Splits, described, fingerprint
 from lipjax.data.errors import DataError
@@ -28,6 +28,7 @@ __all__ = [
     "fingerprint",
     "listed",
     "load",
+    "load_test",
     "random_crop_and_flip",
 ]
 
@@ -36,7 +37,7 @@ NAMES = """\
 digits              scikit-learn's 8x8 digits, bundled, no download
 npz:<train>,<test>  two files of images (N, H, W, C) and labels (N,), or one of x_train, y_train,\
  ...
-folder:<path>       image files in TinyImageNet's layout
+folder:<path>       image files: train/<class>/* and test/<class>/*, or val/<class>/*
 records:<path>      as `lipjax data prepare folder:<path> --out=<path>` writes it: large sets, read\
  lazily
 <TFDS name>         mnist, cifar10, cifar100, svhn, imagenet, ...: downloaded and prepared on first\
@@ -59,7 +60,7 @@ def load(
 
     Args:
         name: "digits" (comes with scikit-learn, no download), "npz:<train>,<test>" or "npz:<one
-            file>", "folder:<path>" in TinyImageNet's layout, "records:<path>" as ``python -m
+            file>", "folder:<path>" (see `lipjax.data.folders`), "records:<path>" as ``python -m
             lipjax.data.records`` writes it, or the name of a TFDS image-classification set such as
             "mnist", "svhn" or "imagenet2012".
         data_dir: where TFDS keeps prepared sets; its own default (~/tensorflow_datasets) if None.
@@ -85,18 +86,15 @@ def load(
             f"validation_fraction must lie in (0, 1), got {validation_fraction}: a checkpoint is "
             "selected on held-out training images, never on the test set."
         )
-    if image_size is not None and (image_size < 1 or name == "digits" or name.startswith("npz:")):
-        raise DataError(
-            "image_size must be at least 1, and is for sets of encoded images (records:, folder:, "
-            f"TFDS); got {image_size} for {name}. Leave it out (data.image_size=0) to take images "
-            "as they are stored."
-        )
+    if validation_seed < 0:
+        raise DataError(f"validation_seed must be at least 0, got {validation_seed}.")
+    _check_image_size(name, image_size)
     if name == "digits":
         train, test = local.digits()
     elif name.startswith("npz:"):
         train, test = local.npz(name)
     elif name.startswith("folder:"):
-        train, test = local.folder(name, image_size)
+        train, test = folders.load(name, image_size)
     elif name.startswith("records:"):
         train, test = stored.load(name, image_size)
     else:
@@ -108,9 +106,49 @@ def load(
         raise DataError(f"{name}: {len(order)} training images are too few to hold {held_out} out.")
     validation = train.take(np.sort(order[:held_out]), "validation")
     train = train.take(_first(order[held_out:], train_examples, name, "training"))
+    return Splits(train, validation, _chosen(test, test_examples, validation_seed))
+
+
+def load_test(
+    name: str,
+    *,
+    data_dir: str | None = None,
+    test_examples: int | None = None,
+    image_size: int | None = None,
+    classes: int | None = None,
+) -> Dataset:
+    """The test split of a data set: as `load` gives it, or a test file alone, "npz:<file>" with
+    images and labels (or x and y) of one split.
+
+    Args:
+        classes: of a test file alone, which need not show all of them; if None, as many as its
+            labels say.
+        data_dir, test_examples, image_size: as in `load`.
+
+    Raises:
+        DataError: as `load`; labels of a test file that are none of `classes`.
+    """
+    alone = local.lone_test(name, classes)
+    if alone is None:
+        splits = load(name, data_dir=data_dir, test_examples=test_examples, image_size=image_size)
+        return splits.test
+    _check_image_size(name, image_size)
+    return _chosen(alone, test_examples, validation_seed=0)
+
+
+def _check_image_size(name: str, image_size: int | None) -> None:
+    if image_size is not None and (image_size < 1 or name == "digits" or name.startswith("npz:")):
+        raise DataError(
+            "image_size must be at least 1, and is for sets of encoded images (records:, folder:, "
+            f"TFDS); got {image_size} for {name}. Leave it out (data.image_size=0) to take images "
+            "as they are stored."
+        )
+
+
+def _chosen(test: Dataset, examples: int | None, validation_seed: int) -> Dataset:
+    """The first examples of a fixed shuffle of a test split."""
     shuffled = np.random.default_rng(validation_seed + 1).permutation(len(test.labels))
-    test = test.take(_first(shuffled, test_examples, name, "test"))
-    return Splits(train, validation, test)
+    return test.take(_first(shuffled, examples, test.name, "test"))
 
 
 def _first(rows: np.ndarray, wanted: int | None, name: str, what: str) -> np.ndarray:
@@ -126,7 +164,10 @@ def listed(data_dir: str | None = None) -> str:
     Args:
         data_dir: where TFDS keeps them; its own default if None.
     """
-    root = Path(data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets").expanduser()
+    # Not Path.expanduser, which is an error where there is no home.
+    root = Path(
+        os.path.expanduser(data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets")
+    )
     found = {
         info.relative_to(root).parts[0]
         for info in root.glob("*/**/dataset_info.json")

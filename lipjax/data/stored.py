@@ -1,6 +1,6 @@
 """A folder of records, read: shards of encoded images, their labels, and a description of both.
 
-A folder in TinyImageNet's layout becomes a folder of shards and a ``records.json``: name, classes,
+A folder of images becomes a folder of shards and a ``records.json``: name, classes,
 counts, image shape or "varies", size and SHA-256 of every file, version of the format. A record is
 the original file, byte for byte, behind 16 bytes: its position in the split and its label, two
 little-endian int64. The labels lie once more together, as .npy, so that opening a set reads no
@@ -21,23 +21,25 @@ from lipjax.data.images import Images, Source, images_of
 
 FORMAT = 1
 DESCRIPTION = "records.json"
+DECODED = "turned as EXIF says, transparency over white"
 HEADER = struct.Struct("<qq")  # position in the split, label
 
 
 @dataclasses.dataclass(frozen=True)
 class Stored:
-    """A folder of records, opened: number of classes, and images and labels of "train" and
-    "test"."""
+    """A folder of records, opened: number of classes, images and labels of "train" and "test", and
+    a disclosure as of `dataset.Dataset`."""
 
     classes: int
     splits: dict[str, tuple[Images, np.ndarray]]
+    note: str
 
 
 def load(name: str, image_size: int | None) -> tuple[Dataset, Dataset]:
     """The set of "records:<path>"; errors as of `open_folder`."""
     stored = open_folder(Path(name.removeprefix("records:")), image_size)
     parts = [
-        on_disk(name, split, *stored.splits[split], classes=stored.classes)
+        on_disk(name, split, *stored.splits[split], classes=stored.classes, note=stored.note)
         for split in ("train", "test")
     ]
     return pair(name, *parts)
@@ -65,11 +67,12 @@ def open_folder(folder: Path, image_size: int | None = None) -> Stored:
 
         shards = tuple((str(folder / e["file"]), 0, e["examples"]) for e in facts["shards"])
         hashes = "".join(entry["sha256"] for entry in facts["shards"])
-        digest = hashlib.sha256(hashes.encode()).hexdigest()
+        # The hash is of the pixels that training sees, and so names how files become pixels.
+        digest = hashlib.sha256(f"{DECODED} {hashes}".encode()).hexdigest()
         source = Source(shards, parse_record, digest, _remedy(folder))
-        images = images_of(f"records:{folder}", source, shape, image_size)
+        images = images_of(f"records:{folder}", source, shape, image_size, as_seen=True)
         splits[split] = images, np.load(folder / labels["file"])
-    return Stored(len(about["classes"]), splits)
+    return Stored(len(about["classes"]), splits, about.get("note", ""))
 
 
 def parse_record(record: bytes, position: int) -> tuple[bytes, int]:
@@ -90,7 +93,7 @@ def description(folder: Path) -> dict:
     except OSError as error:
         raise DataError(
             f"{folder} holds no records ({DESCRIPTION} cannot be read: {error.strerror}). Make "
-            "them once from a folder in TinyImageNet's layout: python -m lipjax.data.records "
+            "them once from a folder of images: python -m lipjax.data.records "
             f"folder:<path> --out={folder}"
         ) from error
     except (ValueError, KeyError, TypeError) as error:

@@ -16,8 +16,12 @@ import hashlib
 import io
 import json
 import os
+import socket
 import subprocess
 import sys
+import threading
+import urllib.parse
+import urllib.request
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +36,9 @@ IN_MEMORY_BYTES = 2**31
 
 # Share of the images that becomes the test split of a TFDS set that has none.
 HELD_OUT = 0.2
+
+# How long a server is waited for before a download is given up.
+REACH_SECONDS = 5.0
 
 # Other names of TFDS sets.
 ALIASES = {"svhn": "svhn_cropped", "fashion-mnist": "fashion_mnist", "imagenet": "imagenet2012"}
@@ -134,13 +141,87 @@ def tfds_builder(name: str, data_dir: str | None, manual_dir: str | None):
             f"name).{hint}"
         ) from error
     if not builder.is_prepared():
-        _prepare_in_child(name, data_dir, manual_dir)
+        _say_what_is_tried(builder, manual_dir)
+        _prepare_in_child(builder, name, data_dir, manual_dir)
         builder = tfds.builder(name, data_dir=data_dir, file_format="array_record", try_gcs=False)
     return builder
 
 
-def _prepare_in_child(name, data_dir, manual_dir):
-    print(f"preparing {name} through TFDS, once ...", file=sys.stderr, flush=True)
+def _say_what_is_tried(builder, manual_dir: str | None) -> None:
+    """Says where a set is to come from.
+
+    Raises:
+        DataError: it is to be downloaded, and there is no way to its first server. TFDS itself
+            would go on trying for minutes, without a word.
+    """
+    name = builder.name
+    if manual_dir:
+        folder = Path(manual_dir).expanduser().absolute()
+        if not folder.is_dir():
+            raise DataError(
+                f"manual_dir: {folder} is no folder; expected one with the original archives of "
+                f"{name}, {_archives(builder)}."
+            )
+        text = f"preparing {name} through TFDS, once, from {folder} into {builder.data_path} ..."
+        print(text, file=sys.stderr, flush=True)
+        return
+
+    urls = list(builder.url_infos)
+    hosts = sorted({urllib.parse.urlsplit(url).hostname or url for url in urls})
+    source = f"from {', '.join(hosts)} " if hosts else ""
+    print(
+        f"preparing {name} through TFDS, once: downloading {source}into {builder.data_path} ...",
+        file=sys.stderr,
+        flush=True,
+    )
+    # With a proxy, or with archives of an earlier try, TFDS may do without the server.
+    kept = Path(builder.data_path).parents[1] / "downloads"
+    downloads = any(path.is_file() for path in kept.rglob("*")) if kept.is_dir() else False
+    if hosts and not urllib.request.getproxies() and not downloads and not reachable(urls[0]):
+        raise DataError(
+            f"{name}: {urllib.parse.urlsplit(urls[0]).hostname} cannot be reached within "
+            f"{REACH_SECONDS:g} s. {_without_internet(builder)}"
+        )
+
+
+def reachable(url: str) -> bool:
+    """Whether the server of an address takes a connection within `REACH_SECONDS`."""
+    parts = urllib.parse.urlsplit(url)
+    port = parts.port or {"http": 80, "ftp": 21}.get(parts.scheme, 443)
+    found = []
+
+    def connect():
+        try:
+            with socket.create_connection((parts.hostname, port), timeout=REACH_SECONDS):
+                found.append(True)
+        except OSError:
+            pass
+
+    # In a thread, since looking up a name has no time limit.
+    thread = threading.Thread(target=connect, daemon=True)
+    thread.start()
+    thread.join(REACH_SECONDS)
+    return bool(found)
+
+
+def _archives(builder) -> str:
+    """The names of the first archives of a set."""
+    names = [info.filename or url.rpartition("/")[2] for url, info in builder.url_infos.items()]
+    return ", ".join(names[:4]) + (f", ... ({len(names)} files)" if len(names) > 4 else "")
+
+
+def _without_internet(builder) -> str:
+    archives = _archives(builder)
+    which = f" ({archives})" if archives else ""
+    return (
+        f"Without internet, download the original archives{which} elsewhere, put them in one "
+        "folder and give it as --config.data.manual_dir=<folder>, or run `lipjax data prepare "
+        f"{builder.name} --manual_dir=<folder>` once: they are read from there and nothing is "
+        "downloaded. Or use npz:<files>."
+    )
+
+
+def _prepare_in_child(builder, name, data_dir, manual_dir):
     command = [sys.executable, "-m", "lipjax.data", name]
     command += [f"--data_dir={data_dir}"] if data_dir else []
     command += [f"--manual_dir={manual_dir}"] if manual_dir else []
@@ -163,10 +244,7 @@ def _prepare_in_child(name, data_dir, manual_dir):
             "Its builders need TensorFlow: pip install -r requirements.txt (or tensorflow-cpu)."
         )
     else:
-        remedy = (
-            "Without internet, download the original archives elsewhere, put them in one folder "
-            "and give it as --config.data.manual_dir; or use npz:<files>."
-        )
+        remedy = _without_internet(builder)
     raise DataError(f"TFDS could not prepare {name}: {tail[0]}. {remedy}")
 
 
