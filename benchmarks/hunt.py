@@ -377,7 +377,9 @@ class PreciseNetwork:
     not write down."""
 
     def __init__(self, network: nnx.Sequential, shape: tuple[int, ...]):
-        self.nodes = check_layers.nodes_of(describe(network), shape)
+        self.nodes = check_layers.nodes_of(
+            describe(network, jax.ShapeDtypeStruct(shape, np.float32)), shape
+        )
         self.steps = [node.step for node in self.nodes]
         self.adds = any(isinstance(step, check_layers.Add) for step in self.steps)
 
@@ -389,7 +391,12 @@ class PreciseNetwork:
             if isinstance(node.step, check_layers.Affine):
                 x = (node.step.matrix.astype(np.longdouble) @ x.T).T + node.step.bias
             elif isinstance(node.step, check_layers.Add):
-                x = values[node.inputs[0]] + x
+                signed = zip(node.step.signs, node.inputs, strict=True)
+                x = sum(sign * values[i] for sign, i in signed)
+                x = x if node.step.constant is None else x + node.step.constant
+            elif isinstance(node.step, check_layers.Move):
+                taken = zip(*(values[i] for i in node.inputs), strict=True)
+                x = np.stack([node.step(*rows) for rows in taken])
             else:
                 x = np.stack([node.step(row) for row in x])
             values.append(x)

@@ -20,13 +20,25 @@ from lipjax import (
     storage,
 )
 from lipjax.activations import ClippedMaxMin, ClippedReLU, MaxMin, ReLU
-from lipjax.bounds import Bound, Region, bound, initial_vectors, worst_logits
+from lipjax.bounds import (
+    Bound,
+    LipschitzEstimate,
+    Region,
+    bound,
+    initial_vectors,
+    local_lipschitz,
+    worst_logits,
+)
 from lipjax.certificates import (
     Certificate,
     CertifiedRadius,
     Estimate,
+    LipschitzCertificate,
+    RangeCertificate,
     certified_radius,
     certify,
+    certify_lipschitz,
+    certify_range,
     estimate,
 )
 from lipjax.graph import Graph, TraceError, trace
@@ -50,8 +62,11 @@ __all__ = [
     "Estimate",
     "Flatten",
     "Graph",
+    "LipschitzCertificate",
+    "LipschitzEstimate",
     "MaxMin",
     "Normalize",
+    "RangeCertificate",
     "ReLU",
     "Region",
     "Residual",
@@ -64,6 +79,8 @@ __all__ = [
     "certificates",
     "certified_radius",
     "certify",
+    "certify_lipschitz",
+    "certify_range",
     "estimate",
     "for_cpu",
     "formats",
@@ -71,6 +88,7 @@ __all__ = [
     "initial_vectors",
     "layers",
     "load",
+    "local_lipschitz",
     "losses",
     "models",
     "norms",

@@ -1,18 +1,19 @@
-"""Networks in files: plain named arrays in one safetensors file, with a description from which
-`load` builds the network.
+"""Networks in files: ``save(f, file)`` and ``load(file)``.
 
-The arrays are those of Flax (``layers.0.kernel``, ``layers.1.threshold``), so any tool that reads
-safetensors can use them. The file's metadata holds, under "lipjax", a JSON text: format and
-version, the layers with their settings, the shape of an image, the caller's notes, and a SHA-256
-over all of it, which finds damage (it is no signature: it needs no key). Nothing in a file is
-    executed, and only the layers listed in `KINDS` are built.
+An nnx.Sequential of the layers in `KINDS` is stored by its layers: `load` builds it anew, to be
+trained on, and its arrays have the names of Flax (``layers.0.kernel``), so any tool that reads
+safetensors can use them. Any other function is stored by its graph, with the weights that it has
+now: `load` gives a function that computes the same equations. The files are described in
+`lipjax.formats.network_files`. Nothing in a file is executed, and only known layers and nodes are
+built.
 
-Layers of `lipjax.orthogonal` are not stored: their kernels are computed anew wherever they run, and
-may differ there in their last bits. `lipjax.orthogonal.plain` writes the kernels down; that network
-is the one to store and to certify.
+Parameters that are computed anew at every call, as those of `lipjax.orthogonal`, are not stored:
+they may differ in their last bits wherever they run. `lipjax.orthogonal.plain` writes the kernels
+down; that network is the one to store and to certify.
 """
 
-import json
+import inspect
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,97 +23,87 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from lipjax import bounds, orthogonal
+from lipjax import bounds
 from lipjax.activations import ClippedMaxMin, ClippedReLU, MaxMin, ReLU
-from lipjax.formats import certificate_files
-from lipjax.formats.files import Unreadable, parsed, quoted, replaced
+from lipjax.activations.maxmin import clipped_maxmin as clipped_maxmin_of
+from lipjax.activations.maxmin import maxmin
+from lipjax.formats import certificate_files, network_files
+from lipjax.formats.network_files import StorageError
+from lipjax.graph import trace
+from lipjax.graph.description import described
+from lipjax.graph.program import KNOWN, Program
 from lipjax.layers import AveragePool, Flatten, Normalize, Residual
 
-FORMAT = "lipjax network"
-VERSION = 1
-FIELDS = ("format", "version", "versions", "input_shape", "notes", "layers", "digest")
-# Bytes of the list of arrays in front of them, the description with it, that are read.
-HEAD_BYTES = 2**24
 # What parameters can be: the types that the error model of `rounding` knows.
 DTYPES = ("float32", "float64", "bfloat16")
-
-
-class StorageError(ValueError):
-    """The file is no network that this version can read; the message says why."""
 
 
 # ----------------------------------------------------------------------------------- write and read
 
 
 def save(
-    network: nnx.Sequential,
+    f: Callable,
     path,
     *,
-    input_shape: Sequence[int],
+    input_shape: Sequence[int] | None = None,
+    example=None,
     notes: Mapping[str, Any] | None = None,
 ) -> None:
-    """Writes a network to one safetensors file; a kill leaves the old file or the new, never a
-    part.
+    """Writes a network or a function to one safetensors file; a kill leaves the old file or the
+    new, never a part.
 
     Args:
-        network: an nnx.Sequential of the layers in `KINDS`, nested sequences and Residuals
-            included, that ends in logits.
+        f: an nnx.Sequential of the layers in `KINDS`, nested sequences and Residuals included, that
+            ends in logits; or any other function that `lipjax.trace` takes, with one axis of
+            results.
         path: the file, by custom ``*.safetensors``.
-        input_shape: of one image, ``(height, width, channels)``, or of what else the first layer
-            takes.
+        input_shape: of one image, ``(height, width, channels)``, or of what else f takes, float32.
+        example: in its place one example, or its shape and type.
         notes: what JSON can hold, e.g. how the network was trained; `description` returns it.
 
     Raises:
-        TypeError: a layer that is not in `KINDS`, by its exact type; notes that JSON cannot hold.
+        TypeError: neither shape nor example; an operation without a bound or a plain description;
+            parameters that are computed anew at every call; notes that JSON cannot hold.
         ValueError: settings that are not stored; parameters that are not finite or of another type
-            than `DTYPES`; layers that do not fit the input shape.
+            than `DTYPES`; an input that f does not take.
         OSError: the file cannot be written.
     """
-    import safetensors.numpy
-
-    if type(network) is not nnx.Sequential:
-        kind = f"{type(network).__module__}.{type(network).__qualname__}"
-        raise TypeError(
-            f"expected a flax.nnx.Sequential, got {kind}: of others there is no description."
-        )
-    arrays: dict[str, np.ndarray] = {}
-    layers = _described(network, "layers", arrays)
-    shape = _checked_shape(network, input_shape)
-    try:
-        kept = json.loads(json.dumps(dict(notes or {}), allow_nan=False))
-    except (TypeError, ValueError) as error:
-        raise TypeError(
-            f"notes must be a dict of what JSON can hold, numbers finite: {error}"
-        ) from error
-    header: dict[str, Any] = {
-        "format": FORMAT,
-        "version": VERSION,
-        "versions": certificate_files.versions(),
-    }
-    header |= {"input_shape": shape, "notes": kept, "layers": layers}
-    header["digest"] = certificate_files.digest(header, arrays)
-    text = json.dumps(header, sort_keys=True, allow_nan=False)
-    with replaced(path) as file:
-        file.write(safetensors.numpy.save(arrays, metadata={"lipjax": text}))
+    if example is None:
+        if input_shape is None:
+            raise TypeError("save needs the shape of one input, input_shape=, or an example=.")
+        example = jax.ShapeDtypeStruct(_positive(input_shape), jnp.float32)
+    shape = tuple(example.shape)
+    arrays: dict[str, np.ndarray]
+    if type(f) is nnx.Sequential and _are_known(f):
+        parts, arrays = layers_of(f)
+        _check_shape(f, shape)
+        version = 1
+    else:
+        parts, arrays = network_files.split(_nodes(f, example))
+        version = 2
+    for name, array in arrays.items():
+        if problem := _problem(name, array):
+            raise ValueError(f"{name} {problem}.")
+    network_files.write(path, parts, arrays, version=version, input_shape=shape, notes=notes)
 
 
-def load(path) -> nnx.Sequential:
-    """The network of a file that `save` wrote: the same layers with the same settings, every
-    parameter bit for bit.
+def load(path) -> nnx.Sequential | Program:
+    """What `save` wrote.
+
+    Returns:
+        A network that was stored by its layers: the same layers with the same settings, every
+        parameter bit for bit. Any other function: one that takes an example, or a batch on the
+        first axis, and whose graph is the stored one.
 
     Raises:
-        StorageError: not there, no such file, damaged, of a newer version, with layers or settings
-            that this version does not know, or with float64 parameters where JAX has no 64 bits.
+        StorageError: not there, no such file, damaged, of a newer version, with layers, nodes or
+            settings that this version does not know, or with float64 parameters where JAX has no 64
+            bits.
     """
     path = Path(path)
-    header, arrays = _read(path, arrays=True)
-    if header["digest"] != certificate_files.digest(header, arrays):
-        raise StorageError(
-            f"{path} is damaged: its contents do not fit the digest that it was written with."
-        )
+    header, arrays = network_files.read(path)
     for name, array in arrays.items():
-        problem = _problem(array)
-        if problem:
+        if problem := _problem(name, array):
             raise StorageError(f"{path}: {name} {problem}.")
         if array.dtype == np.float64 and not jax.config.jax_enable_x64:  # type: ignore[attr-defined]
             raise StorageError(
@@ -121,8 +112,13 @@ def load(path) -> nnx.Sequential:
             )
     left = dict(arrays)
     try:
+        if header["version"] == 2:
+            program = _program(network_files.joined(header["nodes"], arrays))
+            if program.input_shape != tuple(header["input_shape"]):
+                raise ValueError(f"it takes inputs of shape {program.input_shape}.")
+            return program
         network = _built(header["layers"], "layers", left)
-        _checked_shape(network, header["input_shape"])
+        _check_shape(network, _positive(header["input_shape"]))
     except (TypeError, ValueError, ArithmeticError, LookupError, AttributeError) as error:
         raise StorageError(
             f"{path}: no network can be built from the description: {error}"
@@ -133,107 +129,105 @@ def load(path) -> nnx.Sequential:
 
 
 def description(path) -> dict[str, Any]:
-    """What a file says of its network, without reading arrays: "input_shape", "notes", "layers" and
-    the "versions" it was written with. `load` verifies it.
+    """What a file says of its network, without reading arrays: "input_shape", "notes", "layers" (or
+    "nodes") and the "versions" it was written with. `load` verifies it.
 
     Raises:
         StorageError: not there, no file that `save` wrote, its head damaged, or of a newer version.
     """
-    header, _ = _read(Path(path), arrays=False)
-    found = {name: header[name] for name in ("input_shape", "notes", "layers", "versions")}
+    header, _ = network_files.read(path, arrays=False)
+    found = {k: v for k, v in header.items() if k not in ("format", "version", "digest")}
     return {**found, "input_shape": tuple(found["input_shape"])}
 
 
-def _read(path: Path, arrays: bool) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    import safetensors
-
-    if not path.is_file():
-        raise StorageError(f"{path.absolute()} is not there, or no file.")
-    try:
-        with open(path, "rb") as start:
-            length = int.from_bytes(start.read(8), "little")
-        if length > HEAD_BYTES:
-            raise StorageError(
-                f"{path} is damaged, cut short, or no safetensors file: a list of arrays of "
-                f"{length} bytes, expected at most "
-                f"{HEAD_BYTES}."
-            )
-        with safetensors.safe_open(path, framework="np") as file:
-            metadata = file.metadata() or {}
-            names = list(file.keys()) if arrays else []
-            found = {name: np.asarray(file.get_tensor(name)) for name in names}
-    except (OSError, safetensors.SafetensorError) as error:
-        raise StorageError(
-            f"{path} is damaged, cut short, or no safetensors file: {error}"
-        ) from error
-    if "lipjax" not in metadata:
-        raise StorageError(
-            f"{path} is a safetensors file of something else: lipjax.storage.save did not write "
-            "it, so which layers its "
-            "arrays belong to is not known. Build the network and set its parameters, or see "
-            "lipjax.bridges."
-        )
-    try:
-        header = parsed(metadata["lipjax"], HEAD_BYTES)
-    except Unreadable as error:
-        raise StorageError(f"{path}: the description is no JSON that is read: {error}") from error
-    if not isinstance(header, dict) or header.get("format") != FORMAT:
-        raise StorageError(f"{path}: the description does not say format {FORMAT!r}.")
-    version = header.get("version")
-    if type(version) is not int or not 1 <= version <= VERSION:
-        raise StorageError(
-            f"{path} has format version {quoted(version)}, this lipjax reads up to {VERSION}: use "
-            "a newer lipjax."
-        )
-    if set(header) != set(FIELDS):
-        raise StorageError(
-            f"{path}: expected the fields {', '.join(FIELDS)}, got "
-            f"{', '.join(map(quoted, sorted(header)[:20]))}."
-        )
-    shape = header["input_shape"]
-    if not (
-        isinstance(shape, list)
-        and all(type(n) is int and n > 0 for n in shape)
-        and isinstance(header["layers"], list)
-        and isinstance(header["notes"], dict)
-    ):
-        raise StorageError(
-            f"{path}: input_shape (of positive numbers) and layers must be lists and notes a dict."
-        )
-    return header, found
-
-
-def _checked_shape(network, input_shape) -> list[int]:
-    """The shape as a list, if the network makes one axis of logits from it."""
-    shape = list(input_shape)
+def _positive(input_shape) -> tuple[int, ...]:
+    shape = tuple(input_shape)
     if not shape or not all(isinstance(n, (int, np.integer)) and n > 0 for n in shape):
         raise ValueError(
             "input_shape must be positive numbers, (height, width, channels) for images, got "
             f"{input_shape}."
         )
+    return tuple(int(n) for n in shape)
+
+
+def _check_shape(network, shape: tuple[int, ...]) -> None:
+    """Does the network make one axis of logits from it?"""
     try:
-        bounds.graph_of(network, jax.ShapeDtypeStruct(tuple(shape), jnp.float32))
-        logits = jax.eval_shape(
-            lambda x: network(x), jax.ShapeDtypeStruct(tuple(shape), jnp.float32)
-        )
+        bounds.graph_of(network, jax.ShapeDtypeStruct(shape, jnp.float32))
+        logits = jax.eval_shape(lambda x: network(x), jax.ShapeDtypeStruct(shape, jnp.float32))
     except (TypeError, ValueError) as error:
         raise ValueError(
-            f"an input of shape {tuple(shape)} does not go through the network: {error}"
+            f"an input of shape {shape} does not go through the network: {error}"
         ) from error
     if logits.ndim != 1:
         raise ValueError(
             f"the logits must have one axis, got shape {logits.shape}: a lipjax.Flatten is missing."
         )
-    return [int(n) for n in shape]
 
 
-def _problem(array: np.ndarray) -> str | None:
-    """What keeps it from being a stored parameter."""
+def _problem(name: str, array: np.ndarray) -> str | None:
+    """What keeps it from being a stored parameter, or stored positions."""
+    if name.startswith("nodes.") and name.endswith(".index") and array.dtype == np.int64:
+        return None
     if array.dtype.name not in DTYPES:
         return f"is {array.dtype.name}, expected one of {', '.join(DTYPES)}"
     if not np.all(np.isfinite(array.astype(np.float64))):
         return "has NaN or infinite entries"
     return None
+
+
+# ---------------------------------------------------------------------------------------- functions
+
+
+def _clip(x, node):
+    if node["bottom"] is not None:
+        x = jnp.maximum(x, node["bottom"])
+    return x if node["top"] is None else jnp.minimum(x, node["top"])
+
+
+def _maxmin(x, node):
+    if node["top"] is None and node["bottom"] is None:
+        return maxmin(x)
+    return clipped_maxmin_of(x, node["top"], node["bottom"])
+
+
+ACTIVATIONS: dict[str, Callable] = {"clip": _clip, "maxmin": _maxmin}
+
+
+def _nodes(f: Callable, example) -> list[dict[str, Any]]:
+    """The graph of what `load` will give: f with its weights written down.
+
+    Some of what f does may be written otherwise in it, such as a division as a product.
+    """
+    graph = trace(f, example)
+    for node in graph.nodes:
+        if math.isinf(getattr(node, "roundings", 0.0)):
+            raise TypeError(
+                f"{node.where}: parameters that are computed anew at every call may differ from "
+                "those that are stored: save lipjax.orthogonal.plain(network), the one to certify "
+                "and to run, or compute them outside of the function."
+            )
+    written = described(graph.with_head())
+    for kind in (part["kind"] for part in written):
+        if kind not in KNOWN and kind not in ACTIVATIONS:
+            known = ", ".join((*KNOWN, *ACTIVATIONS))
+            raise TypeError(f"a node of kind {kind!r} is not stored; known are {known}.")
+    found = _retraced(written)
+    _program(found)
+    return found
+
+
+def _retraced(nodes: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    like = jax.ShapeDtypeStruct(tuple(nodes[0]["shape"]), jnp.dtype(nodes[0]["dtype"]))
+    return described(trace(Program(nodes, ACTIVATIONS), like, batched=False).with_head())
+
+
+def _program(nodes: Sequence[Mapping[str, Any]]) -> Program:
+    """The function of a description, once it is known that JAX traces it to that one."""
+    again = _retraced(nodes)
+    if certificate_files.network_hash(again) != certificate_files.network_hash(nodes):
+        raise ValueError("the nodes are not those that this version of JAX traces of them.")
+    return Program(nodes, ACTIVATIONS)
 
 
 # ------------------------------------------------------------------------------------------- layers
@@ -313,6 +307,46 @@ SETTINGS: dict[type, tuple[str, ...]] = {
 }
 
 
+# Arguments and attributes of an affine layer that are stored, or that `unusual` compares with the
+# parameters, and those that have no influence on what it computes.
+_UNDERSTOOD = (
+    *("self", "rngs", "in_features", "out_features", "use_bias", "kernel_size", "strides"),
+    *("padding", "input_dilation", "kernel_dilation", "feature_group_count", "dtype"),
+    *("param_dtype", "precision", "kernel_init", "bias_init", "kernel_metadata", "bias_metadata"),
+    *("kernel", "bias", "kernel_shape", "_pytree__state", "_pytree__nodes"),
+)
+_ABSENT = object()
+
+
+def unusual(layer: nnx.Linear | nnx.Conv) -> list[str]:
+    """What may make it compute something else than its parameters and `SETTINGS` say.
+
+    Returns:
+        Names of attributes: those that nothing here knows (of a later Flax, or set by hand), those
+        known ones that are not as the constructor sets them by default, and those that contradict
+        the parameters.
+    """
+    arguments = inspect.signature(type(layer).__init__).parameters
+    defaults = {name: argument.default for name, argument in arguments.items()}
+    found = [
+        name
+        for name in dict.fromkeys((*defaults, *vars(layer)))
+        if name not in _UNDERSTOOD and getattr(layer, name, None) is not defaults.get(name, _ABSENT)
+    ]
+    # Flax's Conv looks at use_bias alone, its Linear at both.
+    if layer.use_bias not in (True, False) or layer.use_bias != (layer.bias is not None):
+        found.append("use_bias")
+    kernel = layer.kernel[...]
+    window = tuple(kernel.shape[:-2])
+    if getattr(layer, "kernel_size", window) != window:
+        found.append("kernel_size")
+    if getattr(layer, "kernel_shape", kernel.shape) != tuple(kernel.shape):
+        found.append("kernel_shape")
+    if not jnp.issubdtype(kernel.dtype, jnp.floating):
+        found.append("kernel")
+    return found
+
+
 def _nothing(layer) -> dict[str, Any]:
     return {}
 
@@ -378,8 +412,33 @@ KINDS = {
 _NAMES = {kind.type: name for name, kind in KINDS.items()}
 
 
+def _are_known(network: nnx.Sequential) -> bool:
+    """Are all its layers in `KINDS`, by exact type?"""
+    layers = [layer.branch if type(layer) is Residual else layer for layer in network.layers]
+    return all(
+        _are_known(layer) if type(layer) is nnx.Sequential else type(layer) in _NAMES
+        for layer in layers
+    )
+
+
+def layers_of(network: nnx.Sequential) -> tuple[list[dict[str, Any]], dict[str, np.ndarray]]:
+    """The layers of an nnx.Sequential with their settings as JSON values, and their arrays by the
+    names of Flax: what a file holds of a network.
+
+    Raises:
+        TypeError, ValueError: as `save`.
+    """
+    if type(network) is not nnx.Sequential:
+        kind = f"{type(network).__module__}.{type(network).__qualname__}"
+        raise TypeError(
+            f"expected a flax.nnx.Sequential, got {kind}: of others there is no description."
+        )
+    arrays: dict[str, np.ndarray] = {}
+    return _described(network, "layers", arrays), arrays
+
+
 def _described(network, prefix: str, arrays: dict[str, np.ndarray]) -> list[dict[str, Any]]:
-    """The layers of an nnx.Sequential as JSON values; their arrays go into `arrays`, by name."""
+    """`layers_of`, recursively; arrays go into `arrays`."""
     layers: list[dict[str, Any]] = []
     for i, layer in enumerate(network.layers):
         where = f"{prefix}.{i}"
@@ -396,11 +455,6 @@ def _described(network, prefix: str, arrays: dict[str, np.ndarray]) -> list[dict
                 }
             )
             continue
-        if type(layer) in orthogonal.KINDS:
-            raise TypeError(
-                f"{where}, {type(layer).__name__}, computes its kernel anew at every call: save "
-                "lipjax.orthogonal.plain(network), the one to certify and to run."
-            )
         if type(layer) not in _NAMES:
             # a function by its own name
             kind = layer if hasattr(layer, "__qualname__") else type(layer)
@@ -409,18 +463,14 @@ def _described(network, prefix: str, arrays: dict[str, np.ndarray]) -> list[dict
                 f"{', '.join(KINDS)}, "
                 "Sequential and Residual, by exact type."
             )
-        unusual = certificate_files.describe(nnx.Sequential(layer))[0].get("unusual")
-        if unusual:
+        if type(layer) in SETTINGS and (strange := unusual(layer)):
             raise ValueError(
-                f"{where}, {type(layer).__name__}, has a {', '.join(unusual)} of its own, which is "
+                f"{where}, {type(layer).__name__}, has a {', '.join(strange)} of its own, which is "
                 "not stored."
             )
         kind = KINDS[_NAMES[type(layer)]]
         for name, value in kind.arrays(layer).items():
-            array = np.asarray(value)
-            if problem := _problem(array):
-                raise ValueError(f"{where}.{name} {problem}.")
-            arrays[f"{where}.{name}"] = array
+            arrays[f"{where}.{name}"] = np.asarray(value)
         layers.append({"type": _NAMES[type(layer)], **kind.settings(layer)})
     return layers
 

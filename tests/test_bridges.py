@@ -2,6 +2,7 @@
 no good."""
 
 import importlib.util
+import itertools
 import json
 import math
 import os
@@ -84,15 +85,29 @@ def torch_made(tmp_path_factory):
 # ------------------------------------------------------------------------------------------ PyTorch
 
 
-def test_a_network_of_pytorch_has_the_same_logits(torch_made):
+def test_a_network_of_pytorch_has_the_same_logits_also_as_layers(torch_made):
     differences = torch_made.found["differences"]
     assert len(differences) == 9
-    for network, difference in differences.items():
+    for network, (difference, has_layers) in differences.items():
+        assert difference < 1e-5 and has_layers, network
+
+
+def test_branches_functional_calls_hooks_and_writing_in_place_are_read(torch_made):
+    assert len(torch_made.found["everything"]) == 4
+    for network, difference in torch_made.found["everything"].items():
         assert difference < 1e-5, network
 
 
+def test_a_residual_block_of_pytorch_is_traced_with_the_names_of_its_parameters(torch_made):
+    found = torch_made.found["shortcut"]
+    assert found["kinds"].count("Add") >= 1 and found["kinds"].count("Activation") == 1
+    assert found["weights"]["main.1.weight"] == "Param"
+    assert found["weights"]["main.2.running_var"] == "BatchStat"
+    assert any("convolution at 'side'" in place for place in found["places"])
+
+
 def test_a_network_of_pytorch_that_is_not_known_is_an_error_that_says_why(torch_made):
-    assert len(torch_made.found["errors"]) == 14
+    assert len(torch_made.found["errors"]) == 12
     for expected, message in torch_made.found["errors"].items():
         assert expected in message
 
@@ -176,6 +191,8 @@ def test_a_checkpoint_that_does_not_fit_is_an_error_with_key_and_shapes(torch_ma
 def test_tensors_of_every_kind_are_read_without_pytorch(torch_made):
     arrays = bridges.state_dict(torch_made.folder / "odd.pth")
     values = json.loads((torch_made.folder / "odd.json").read_text())
+    listed = bridges.state_dict(torch_made.folder / "listed.pth")
+    assert listed.keys() == {"x"} and listed["x"].dtype.name == "bfloat16"
     assert list(arrays) == list(values)
     for name, (dtype, value) in values.items():
         assert arrays[name].dtype.name == dtype and arrays[name].tolist() == value, name
@@ -184,6 +201,7 @@ def test_tensors_of_every_kind_are_read_without_pytorch(torch_made):
         ("old", "before PyTorch 1.6"),
         ("expanded", r"x of size \(5, 24\).*contiguous"),
         ("alone", "holds a _Tensor, expected the state_dict"),
+        ("several", "holds a list of 2 entries, expected one state_dict"),
     ):
         with pytest.raises(bridges.TorchFileError, match=expected):
             bridges.state_dict(torch_made.folder / f"{name}.pth")
@@ -417,7 +435,11 @@ def test_a_checkpoint_with_other_keys_or_numbers_is_an_error(tmp_path):
     path, state = tmp_path / "a.pth", published_state()
     for change, expected in (
         ({"3.threshold": None}, "3.threshold is missing"),
-        ({"15.weight": np.zeros(3, np.float32)}, "no place for 15.weight"),
+        ({"15.bias": np.zeros(3, np.float32)}, "no place for 15.bias"),
+        (
+            {"15.weight": np.zeros((3, 10), np.float32)},
+            r"is no 4C3F of the paper: it has 4 convolutions and 4 dense layers, expected 4 and 3",
+        ),
         ({"0.bias": np.full(32, np.nan, np.float32)}, "0.bias has NaN"),
         (
             {"1.threshold": np.zeros((28, 28, 32), np.float32)},
@@ -429,6 +451,97 @@ def test_a_checkpoint_with_other_keys_or_numbers_is_an_error(tmp_path):
         )
         with pytest.raises(ValueError, match=expected):
             bridges.from_pth(path, "4C3F")
+
+
+def given_layers():
+    return [
+        nnx.Conv(2, 4, (3, 3), strides=2, padding=1, rngs=nnx.Rngs(0)),
+        nnx.BatchNorm(4, use_running_average=True, rngs=nnx.Rngs(0)),
+        lipjax.ReLU(),
+        lipjax.Flatten(),
+        nnx.Linear(36, 3, use_bias=False, rngs=nnx.Rngs(0)),
+    ]
+
+
+def test_a_checkpoint_of_a_given_architecture_fills_its_layers_in_order(tmp_path):
+    rng = np.random.default_rng(0)
+    shapes = {
+        **{"conv.weight": (4, 2, 3, 3), "conv.bias": (4,), "bn.weight": (4,), "bn.bias": (4,)},
+        **{"bn.running_mean": (4,), "bn.running_var": (4,), "fc.weight": (3, 36)},
+    }
+    state = {name: rng.uniform(0.1, 1, shape).astype(np.float32) for name, shape in shapes.items()}
+    path = write_state(tmp_path / "a.pth", state)
+    network = bridges.from_pth(path, nnx.Sequential(*given_layers()), input_shape=(6, 6, 2))
+    assert [type(layer) for layer in network.layers] == [C, R, F, L]
+
+    x = rng.uniform(0, 1, (6, 6, 2)).astype(np.float32)
+    y = jax.lax.conv_general_dilated(
+        jnp.moveaxis(x, -1, 0)[None], state["conv.weight"], (2, 2), ((1, 1), (1, 1))
+    )[0]
+    parts = (state[f"bn.{n}"][:, None, None] for n in ("running_mean", "running_var"))
+    mean, variance = parts
+    y = (y + state["conv.bias"][:, None, None] - mean) / np.sqrt(variance + 1e-5)
+    y = y * state["bn.weight"][:, None, None] + state["bn.bias"][:, None, None]
+    expected = state["fc.weight"] @ np.maximum(y, 0).reshape(-1)
+    np.testing.assert_allclose(network(x), expected, rtol=1e-4)
+
+    with pytest.raises(ValueError, match=r"fc.weight has shape \(3, 36\), expected \(3, 32\)"):
+        layers = [*given_layers()[:4], nnx.Linear(32, 3, use_bias=False, rngs=nnx.Rngs(0))]
+        bridges.from_pth(path, nnx.Sequential(*layers), input_shape=(6, 6, 2))
+    with pytest.raises(ValueError, match=r"no place for fc.weight"):
+        bridges.from_pth(path, nnx.Sequential(*given_layers()[:4]), input_shape=(6, 6, 2))
+    with pytest.raises(ValueError, match=r"give its input_shape"):
+        bridges.from_pth(path, nnx.Sequential(*given_layers()))
+
+
+def dense(*widths):
+    layers = [lipjax.Flatten()]
+    for a, b in itertools.pairwise(widths):
+        layers += [nnx.Linear(a, b, rngs=nnx.Rngs(0)), lipjax.ReLU()]
+    return layers[:-1]
+
+
+def small_convolutions(channels, flattened):
+    settings = {"strides": 2, "padding": 1, "rngs": nnx.Rngs(0)}
+    first, second = ((channels, 16), (16, 32))
+    return [
+        *(nnx.Conv(*first, (4, 4), **settings), lipjax.ReLU()),
+        *(nnx.Conv(*second, (4, 4), **settings), lipjax.ReLU()),
+        *dense(flattened, 100, 10),
+    ]
+
+
+OTHERS = {
+    "mnist_mlp.pth": ((28, 28, 1), lambda: dense(784, 100, 100, 10)),
+    "mnist_6_100_nat.pth": ((28, 28, 1), lambda: dense(784, *(100 for _ in range(5)), 10)),
+    "mnist_convsmall.pth": ((28, 28, 1), lambda: small_convolutions(1, 1568)),
+    "cifar10_cnn_a.pth": ((32, 32, 3), lambda: small_convolutions(3, 2048)),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_the_checkpoints_of_others_are_read_into_their_architectures(shared, name):
+    path = shared / "external" / name
+    if not path.exists():
+        pytest.skip(f"{path} is not here")
+    shape, layers = OTHERS[name]
+    network = bridges.from_pth(path, nnx.Sequential(*layers()), input_shape=shape)
+    images = np.random.default_rng(0).uniform(0, 1, (3, *shape)).astype(np.float32)
+    # As PyTorch computes it, in its own order, in NumPy's and JAX's float64.
+    arrays = [a.astype(np.float64) for a in bridges.state_dict(path).values()]
+    with jax.enable_x64(True):
+        y = jnp.moveaxis(jnp.asarray(images, jnp.float64), -1, 1)
+        for k, (weight, bias) in enumerate(zip(arrays[::2], arrays[1::2], strict=True)):
+            y = y if k == 0 else jnp.maximum(y, 0)
+            if weight.ndim == 4:
+                y = jax.lax.conv_general_dilated(y, weight, (2, 2), ((1, 1), (1, 1)))
+                y = y + bias[:, None, None]
+            else:
+                y = y.reshape(len(y), -1) @ weight.T + bias
+    size = np.abs(y).max()
+    np.testing.assert_allclose(jitted(network, images), y, rtol=1e-5, atol=1e-5 * size)
+    with pytest.raises(ValueError, match="is no 4C3F of the paper"):
+        bridges.from_pth(path, "4C3F")
 
 
 # ------------------------------------------------------------------------------ batch normalisation
@@ -764,5 +877,5 @@ def test_frameworks_are_not_imported_with_the_bridges():
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
     )
     assert done.stdout.strip() == "[]"
-    with pytest.raises(TypeError, match=r"torch\.nn\.Sequential, got builtins\.object"):
+    with pytest.raises(TypeError, match=r"torch\.nn\.Module, got builtins\.object"):
         bridges.from_torch(object(), (3,))

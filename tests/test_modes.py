@@ -6,14 +6,16 @@ import pytest
 
 from lipjax.bounds.modes import MODES, Mode, mode_of
 
-# boxes, masked norms, radii from them, as the paper, margins through slopes, boxes through slopes.
+# boxes, masked norms, radii from them, as the paper, margins through slopes, boxes through slopes,
+# margins by one-sided errors.
 SAID = {
-    "global": (False, False, False, True, False, False),
-    "bcp": (True, False, False, True, False, False),
-    "paper": (True, True, False, True, False, False),
-    "local": (True, True, True, False, False, False),
-    "linear": (True, True, True, False, True, False),
-    "rows": (True, True, True, False, True, True),
+    "global": (False, False, False, True, False, False, False),
+    "bcp": (True, False, False, True, False, False, False),
+    "paper": (True, True, False, True, False, False, False),
+    "local": (True, True, True, False, False, False, False),
+    "linear": (True, True, True, False, True, False, False),
+    "rows": (True, True, True, False, True, True, False),
+    "tight": (True, True, True, False, False, False, True),
 }
 VECTORS = {"global": ("global",), "bcp": ("global",), "paper": ("global", "local")}
 
@@ -28,5 +30,7 @@ def test_each_mode_does_what_is_said_of_it_and_runs_the_iterations_that_it_needs
 
 
 def test_a_mode_that_does_not_exist_is_an_error_that_names_those_that_do():
-    with pytest.raises(ValueError, match="global, bcp, paper, local, linear, rows, got 'locale'"):
+    with pytest.raises(
+        ValueError, match="global, bcp, paper, local, linear, rows, tight, got 'locale'"
+    ):
         mode_of("locale")

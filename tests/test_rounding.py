@@ -65,8 +65,8 @@ def points(x, epsilon, count, seed):
     return found
 
 
-# which walks as "local" does
-@pytest.mark.parametrize("mode", [mode for mode in bounds.MODES if mode != "linear"])
+# without those that walk as "local" does
+@pytest.mark.parametrize("mode", [mode for mode in bounds.MODES if mode not in ("linear", "tight")])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("spread", [1.0, 1e4])
 def test_exact_activations_lie_in_boxes_and_balls_rounded_outwards(x64, activation, mode, spread):

@@ -2,9 +2,10 @@
 bridge makes of them.
 
 ``python torch_cases.py FOLDER GOLDEN COUNT`` writes to the folder: found.json, with the largest
-difference of the logits, as a share of the largest logit, of so many random networks, and the
-errors of networks that have to be refused; checkpoints of the paper's networks; and the networks of
-the golden cases, if that folder is there, through the bridge and `lipjax.storage`.
+difference of the logits, as a share of the largest logit, of so many random networks and of others
+with a forward of their own, and the errors of networks that have to be refused; checkpoints of the
+paper's networks; and the networks of the golden cases, if that folder is there, through the bridge
+and `lipjax.storage`.
 """
 
 import copy
@@ -15,8 +16,10 @@ from pathlib import Path
 import jax
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import nn
 
+import lipjax
 from lipjax import bridges, storage
 
 
@@ -44,14 +47,6 @@ class ClampGroupSort(nn.Module):
 class Flatten(nn.Module):
     def forward(self, x):
         return x.reshape(x.size()[0], -1)
-
-
-class Liar:
-    """Another class of the same name and parameter that computes something else."""
-
-    class ReLU_x(ReLU_x):
-        def forward(self, x):
-            return 2 * super().forward(x)
 
 
 def settled(module):
@@ -129,44 +124,153 @@ def random_stack(rng):
 
 
 def difference(module, shape):
+    """The largest one of the logits, as a share of the largest logit: of the network, and of its
+    layers."""
     network = bridges.from_torch(module, shape)
     images = np.random.default_rng(1).uniform(0, 1, (8, *shape)).astype(np.float32)
     given = np.moveaxis(images, -1, 1) if len(shape) == 3 else images
     with torch.no_grad():
         theirs = np.asarray(module(torch.tensor(given.tolist())).tolist())
-    return float(np.max(np.abs(np.asarray(network(images)) - theirs)) / np.max(np.abs(theirs)))
+    try:
+        made = [network, network.sequential()]
+    except TypeError:
+        made = [network]
+    found = [np.max(np.abs(np.asarray(n(images)) - theirs)) for n in made]
+    return [float(np.max(found) / np.max(np.abs(theirs))), len(made) == 2]
+
+
+class Everything(nn.Module):
+    """Branches, functional calls, a parametrisation and buffers: all that no Sequential has."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Conv2d(3, 4, 3, padding=1, padding_mode="reflect")
+        self.shortcut = nn.Conv2d(3, 4, 1)
+        self.norm = nn.BatchNorm2d(4)
+        self.scale = nn.Parameter(torch.randn(1, 4, 1, 1))
+        self.register_buffer("mean", torch.rand(1, 3, 1, 1))
+        self.hidden = nn.utils.weight_norm(nn.Linear(4 * 8 * 8, 10))
+        self.last = nn.Linear(10, 10)
+        self.grow = nn.ConvTranspose2d(4, 6, 3, 2, 1, 1, groups=2)
+        self.slopes = nn.PReLU(6)
+        self.pool = nn.MaxPool2d(2, ceil_mode=True)
+        self.mean_pool = nn.AvgPool2d(3, 2, 1, ceil_mode=True, count_include_pad=False)
+
+    def forward(self, x):
+        x = (x - self.mean) / 0.2
+        y = self.norm(F.relu(self.first(x))) + self.shortcut(x) * self.scale
+        a, b = y.chunk(2, 1)
+        y = torch.cat([torch.max(a, b), torch.min(a, b)], 1)
+        z = F.adaptive_avg_pool2d(F.gelu(y), 4).sum(dim=(1, 2, 3))
+        z = z + self.pool(F.leaky_relu(y)).mean((1, 2, 3)) + self.mean_pool(y)[:, 0].mean((1, 2))
+        z = z + F.adaptive_avg_pool2d(self.slopes(self.grow(y)), (3, 5)).flatten(1).sum(1)
+        h = self.hidden(F.dropout(y, training=self.training).view(x.size(0), -1))
+        h = h + torch.zeros_like(h) + torch.clamp(h, 0, 1) + F.hardtanh(h) + F.relu6(h)
+        h = h + F.softplus(h) + F.elu(h) + F.silu(h) + 2 * torch.sigmoid(h) - F.selu(h)
+        h = 1 - h + F.hardswish(h) + F.mish(h) + F.celu(h, 0.7) + F.hardsigmoid(h)
+        v = F.pad(F.pad(x, (1, 2, 0, 1)), (1, 1, 1, 1), mode="replicate")
+        v = torch.stack([v[:, 0], v[:, 1].flip(1)], 1)[..., ::2, 1:-1].transpose(2, 3)
+        v = v.permute(0, 3, 1, 2).mean((1, 2, 3))
+        return F.log_softmax(self.last(h) + (z + v)[:, None], 1)
+
+
+class Shortcut(nn.Module):
+    """A residual block that writes into its own tensors, as torchvision's do."""
+
+    def __init__(self):
+        super().__init__()
+        self.main = nn.Sequential(
+            nn.ZeroPad2d((1, 0, 0, 1)), nn.Conv2d(3, 8, 3, 2), nn.BatchNorm2d(8)
+        )
+        self.side = nn.Conv2d(3, 8, 1, 2)
+        self.relu = nn.ReLU(inplace=True)
+        self.last = nn.Linear(8, 5)
+
+    def forward(self, x):
+        y = self.main(x)
+        y += self.side(x)
+        return self.last(F.adaptive_avg_pool2d(self.relu(y), 1).flatten(1))
+
+
+def logits_of_everything():
+    """The largest difference, as a share, of networks with a forward of their own."""
+    found = {}
+    hooked = nn.Sequential(nn.Flatten(), nn.Linear(8 * 8 * 3, 3))
+    hooked.register_forward_hook(lambda module, inputs, output: 2 * output)
+    for module in (Everything(), Shortcut(), nn.DataParallel(Shortcut()), hooked):
+        inner = settled(module.module if type(module) is nn.DataParallel else module)
+        network = bridges.from_torch(module, (8, 8, 3))
+        images = np.random.default_rng(1).uniform(0, 1, (4, 8, 8, 3)).astype(np.float32)
+        with torch.no_grad():
+            theirs = inner(torch.tensor(np.moveaxis(images, -1, 1).tolist()))
+        theirs = np.asarray(theirs.tolist())
+        ours = np.asarray(network(images))
+        if network.left_out:
+            ours = np.asarray(jax.nn.log_softmax(ours))
+        name = f"{type(module).__name__} {len(found)}"
+        found[name] = float(np.max(np.abs(ours - theirs)) / np.max(np.abs(theirs)))
+    return found
+
+
+def shortcut_graph():
+    """How lipjax reads a residual block: the kinds of its nodes, and its parameters' names."""
+    network = bridges.from_torch(settled(Shortcut()), (8, 8, 3))
+    graph = lipjax.trace(network, np.zeros((8, 8, 3), np.float32))
+    kinds = [type(node).__name__ for node in graph.nodes]
+    weights = {name: type(weight).__name__ for name, weight in network.weights.items()}
+    return {"kinds": kinds, "weights": weights, "places": [node.where for node in graph.nodes]}
+
+
+class Asks(nn.Module):
+    def forward(self, x):
+        return x.flatten(1)[:, :3] if x.sum() > 0 else -x.flatten(1)[:, :3]
+
+
+class Draws(nn.Module):
+    def forward(self, x):
+        return x.flatten(1)[:, :3] + torch.rand(3)
+
+
+class Overwrites(nn.Module):
+    def forward(self, x):
+        y = x * 2
+        y.view(-1).mul_(3.0)
+        return y.flatten(1)[:, :3]
+
+
+class Sorts(nn.Module):
+    def forward(self, x):
+        return torch.cumsum(x.flatten(1), 1)
+
+
+class Pair(nn.Module):
+    def forward(self, x):
+        return x.flatten(1), x
 
 
 def refusals():
-    """Networks that are no networks of lipjax, each with what the message has to name."""
+    """Networks that are none of lipjax's, each with what the message has to name."""
     head = [nn.Flatten(), nn.Linear(2 * 36, 3)]
     conv = nn.Conv2d(1, 2, 3, padding=1)
-    lying = Liar.ReLU_x((1, 2, 6, 6), 0.3)
-    hooked = nn.Conv2d(1, 2, 3, padding=1)
-    hooked.register_forward_hook(lambda *_: None)
     return {
-        "layer 1, GELU,": nn.Sequential(conv, nn.GELU(), *head),
-        "padding mode 'reflect'": nn.Sequential(
-            nn.Conv2d(1, 2, 3, padding=1, padding_mode="reflect"), *head
-        ),
-        "training mode": nn.Sequential(conv, nn.BatchNorm2d(2), *head),
+        "cumsum at 'the input': is not known": Sorts(),
+        "layer 1, BatchNorm2d, is in training mode": nn.Sequential(conv, nn.BatchNorm2d(2), *head),
         "layer 0.1, Dropout, is in training mode": nn.Sequential(
             nn.Sequential(conv, nn.Dropout()), *head
         ),
         "keeps no statistics": nn.Sequential(
             conv, nn.BatchNorm2d(2, track_running_stats=False).eval(), *head
         ),
-        "computes other logits": nn.Sequential(conv, lying, *head),
-        "has hooks": nn.Sequential(hooked, *head),
-        "float16": copy.deepcopy(nn.Sequential(conv, *head)).half(),
-        "takes (height, width, 3), got (6, 6, 1)": nn.Sequential(nn.Conv2d(3, 2, 3), *head),
-        "Flatten missing": nn.Sequential(conv, nn.Linear(6, 3)),
-        "ceil_mode": nn.Sequential(conv, nn.AvgPool2d(2, ceil_mode=True), *head),
-        "before the Flatten": nn.Sequential(
-            conv, nn.Flatten(), ClampGroupSort((1, 36), 0.3, -0.3), head[1]
+        "parameter weight is float16": copy.deepcopy(nn.Sequential(conv, *head)).half(),
+        "shape (6, 6, 1), for PyTorch (1, 1, 6, 6), does not go": nn.Sequential(
+            nn.Conv2d(3, 2, 3), *head
         ),
-        "thresholds of shape (1, 2, 6)": nn.Sequential(conv, ReLU_x((1, 2, 6), 0.3), *head),
-        "expected a torch.nn.Sequential, got torch.nn.modules.linear.Linear": head[1],
+        "a Flatten is missing": nn.Sequential(conv, nn.Linear(6, 3)),
+        "asks for a value of the image": Asks(),
+        "is random": Draws(),
+        "changes a tensor in place": Overwrites(),
+        "returns a list": Pair(),
+        "expected a torch.nn.Module, got builtins.object": object(),
     }
 
 
@@ -267,6 +371,9 @@ def write_odd(folder):
     torch.save(odd, folder / "odd.pth")
     values = {name: [str(tensor.dtype)[6:], tensor.tolist()] for name, tensor in odd.items()}
     (folder / "odd.json").write_text(json.dumps(values))
+    listed = [{"module.x": base.to(torch.bfloat16)}]
+    torch.save({"acc": torch.tensor(0.9), "state_dict": listed}, folder / "listed.pth")
+    torch.save([{"x": base}, {"x": base}], folder / "several.pth")
     torch.save(base.expand(5, 24), folder / "alone.pth")
     torch.save({"x": base.expand(5, 24)}, folder / "expanded.pth")
     torch.save(nn.Linear(2, 2), folder / "module.pth")
@@ -306,7 +413,8 @@ def write_golden(folder, golden):
     with jax.enable_x64(True):
         for path in sorted(golden.glob("*.npz")):
             shape = np.load(path)["x"].shape
-            network = bridges.from_torch(golden_module(np.load(path)), (*shape[2:], shape[1]))
+            module = golden_module(np.load(path))
+            network = bridges.from_torch(module, (*shape[2:], shape[1])).sequential()
             storage.save(
                 network, folder / f"{path.stem}.safetensors", input_shape=(*shape[2:], shape[1])
             )
@@ -317,7 +425,7 @@ def main(folder, golden, count):
     differences = {}
     for seed in range(count):
         module, shape = random_stack(np.random.default_rng(seed))
-        differences[str(module)] = difference(module, shape)
+        differences[f"{seed} {module}"] = difference(module, shape)
     dense = [
         nn.BatchNorm1d(5),
         nn.Linear(5, 4),
@@ -337,7 +445,13 @@ def main(folder, golden, count):
     write_published(folder)
     write_odd(folder)
     write_golden(folder, golden)
-    found = {"torch": torch.__version__, "differences": differences, "errors": errors}
+    found = {
+        "torch": torch.__version__,
+        "differences": differences,
+        "everything": logits_of_everything(),
+        "shortcut": shortcut_graph(),
+        "errors": errors,
+    }
     (folder / "found.json").write_text(json.dumps(found))
 
 

@@ -8,7 +8,12 @@ from lipjax.activations.absolute import Absolute, AbsoluteValue
 from lipjax.activations.base import Relaxation, Rule, register, rule, varies
 from lipjax.activations.clip import Clip, ClippedReLU, ReLU, clipped_relu
 from lipjax.activations.groupsort import GroupSort, Sort, groupsort
+from lipjax.activations.leaky import Leaky
 from lipjax.activations.maxmin import ClippedMaxMin, MaxMin, Pairs, clipped_maxmin, maxmin
+from lipjax.activations.pieces import Pieces
+from lipjax.activations.pooling import MaxPool
+from lipjax.activations.smooth import Elu, Smooth
+from lipjax.activations.softmax import Softmax
 
 __all__ = [
     "Absolute",
@@ -16,12 +21,18 @@ __all__ = [
     "Clip",
     "ClippedMaxMin",
     "ClippedReLU",
+    "Elu",
     "GroupSort",
+    "Leaky",
     "MaxMin",
+    "MaxPool",
     "Pairs",
+    "Pieces",
     "ReLU",
     "Relaxation",
     "Rule",
+    "Smooth",
+    "Softmax",
     "Sort",
     "clipped_maxmin",
     "clipped_relu",

@@ -5,6 +5,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from lipjax.activations.base import Rule, hinge, ratio, relaxed, rule, varies
+from lipjax.activations.pieces import Pieces
+from lipjax.activations.slopes import Slopes
 from lipjax.graph import register_primitive
 from lipjax.graph.linear import larger, smaller
 from lipjax.graph.trace import Ref
@@ -60,11 +62,25 @@ class AbsoluteValue(Rule):
         high = jnp.maximum(one, other)
         return (relaxed(low, high, fixed, center, lower, upper, 1.0, radius, arithmetic),)
 
+    def pieces(self, center, lower, upper, arithmetic):
+        none = jnp.zeros_like(center)
+        slopes = (-1.0, 1.0)
+        return (Pieces(center, lower, upper, (none,), slopes, slopes, varies(lower, upper), none),)
+
+    def jacobian(self, lower, upper, arithmetic):
+        low = jnp.where(lower >= 0, jnp.ones_like(lower), -1.0)
+        high = jnp.where(upper <= 0, -jnp.ones_like(lower), 1.0)
+        # A box that is the single point 0 is both: nothing moves.
+        return (Slopes.between(jnp.minimum(low, high), jnp.maximum(low, high), arithmetic),)
+
     def rounding(self, error):
         return error  # a sign is no rounding, and no output moves further than its input
 
     def instability(self, lower, upper):
         return hinge(lower, upper, 0.0)
+
+    def described(self):
+        return {"kind": "abs"} if type(self) is AbsoluteValue else super().described()
 
 
 @register_primitive("abs")

@@ -12,8 +12,14 @@ from typing import Any, dataclass_transform
 import jax
 import jax.numpy as jnp
 
+from lipjax.activations.slopes import Slopes, Unknown
 from lipjax.graph import register_composite
 from lipjax.graph.linear import larger, smaller
+
+# Unit roundoff of the bounds, and what underflow can take from one of their products; see
+# `rounding.outward`.
+DOUBLE = 2.0**-53
+FLOOR = 1e-150
 
 
 @dataclass_transform(frozen_default=True)
@@ -62,7 +68,10 @@ class Rule:
     def bounded(self) -> str:
         """The way in which it is bounded, for people."""
         own = type(self).relaxations is not Rule.relaxations
-        return f"{self.lipschitz:g}-Lipschitz, box{', slopes' if own else ''}"
+        constant = self.lipschitz
+        known = not isinstance(constant, jax.core.Tracer)
+        size = f"{float(constant):g}-" if known else ""
+        return f"{size}Lipschitz, box{', slopes' if own else ''}"
 
     def __call__(self, z: jax.Array) -> jax.Array:
         """The value."""
@@ -78,13 +87,31 @@ class Rule:
 
     @property
     def selects(self) -> bool:
-        """Is it 1-Lipschitz, and does its execution only compare and select, and round nothing?"""
+        """Does its execution only compare and select, and round nothing?"""
         return False
 
     @property
-    def lipschitz(self) -> float:
+    def keeps_order(self) -> bool:
+        """Is it to be left out at the end of a function, as it keeps the order of the classes?
+
+        Of such a kind nothing else is known, and elsewhere it is refused.
+        """
+        return False
+
+    @property
+    def lipschitz(self) -> float | jax.Array:
         """Constant in l2, on the whole space."""
         return 1.0
+
+    def lipschitz_on(self, lower: jax.Array, upper: jax.Array) -> float | jax.Array:
+        """Constant in l2 on a box of the inputs, of the active ones."""
+        return self.lipschitz
+
+    def evaluation_error(self, value: jax.Array) -> jax.Array:
+        """How far `value`, as ``self(z)`` computes it in float64, can be from the exact one."""
+        if self.selects:
+            return jnp.zeros_like(value)
+        return 2**10 * DOUBLE * jnp.abs(value)
 
     def active(self, lower: jax.Array, upper: jax.Array, as_paper: bool = False) -> jax.Array:
         """Mask over the *inputs*: False only where that input moves no output inside the box.
@@ -119,6 +146,39 @@ class Rule:
         reach = arithmetic.up(larger(after.upper - after.center, after.center - after.lower))
         zero = jnp.zeros_like(after.center)
         return (Relaxation(zero, zero + 1, reach, after.radius, paired=False),)
+
+    def pieces(self, center: jax.Array, lower: jax.Array, upper: jax.Array, arithmetic):
+        """The function piece by piece, in order of application; None: only `relaxations` are known.
+
+        **Guarantee**: each is what `activations.Pieces` says, on the box; `free` only where all
+        inputs of a coordinate are `active`.
+        """
+        return None
+
+    def executed(self, error: jax.Array, lower, upper, arithmetics) -> jax.Array:
+        """`rounding`, for a kind whose rounding depends on its input and on its arithmetic.
+
+        Args:
+            error: bound of ``|computed - exact|`` of each input.
+            lower, upper: box of the exact input.
+            arithmetics: of the equations of the node, as `rounding.arithmetics_of` gives them.
+
+        Raises:
+            TypeError: an arithmetic of which nothing is known.
+        """
+        return self.rounding(error)
+
+    def jacobian(
+        self, lower: jax.Array, upper: jax.Array, arithmetic
+    ) -> tuple[Slopes | Unknown, ...]:
+        """How the value can change between any two points of a box (`activations.slopes`), in order
+        of application; by default only `lipschitz` is known.
+
+        What is monotone or smooth, entry by entry, gives ``(Slopes.between(low, high,
+        arithmetic),)``, the range of its derivative on the box.
+        """
+        after = jax.eval_shape(self, lower)
+        return (Unknown(self.lipschitz, lower.shape, after.shape),)
 
     def rounding(self, error: jax.Array) -> jax.Array:
         """Bound of ``|computed - exact|`` of each output as executed, given that of each input."""
@@ -189,7 +249,18 @@ class Relaxation:
 
 
 def relaxed(
-    low, high, exact, z, lower, upper, unit, radius, arithmetic, paired: bool = False
+    low,
+    high,
+    exact,
+    z,
+    lower,
+    upper,
+    unit,
+    radius,
+    arithmetic,
+    paired: bool = False,
+    size=1.0,
+    off=None,
 ) -> Relaxation:
     """From the smallest and largest slope to any point of the box, seen from the center z.
 
@@ -197,13 +268,18 @@ def relaxed(
         low, high: the extreme slopes.
         exact: where they are equal, and nothing is rounded.
         unit: length of the direction along which a coordinate of e lies.
+        size: bound of the size of the slopes.
+        off: how far the value of the center, as computed, can be from the exact one; None: exact.
     """
     slope = (low + high) / 2
     # A ratio of rounded differences errs by a few units; where all slopes agree nothing is rounded.
-    width = jnp.where(exact, 0.0, arithmetic.slope_width((high - low) / 2))
+    width = jnp.where(exact, 0.0, arithmetic.slope_width((high - low) / (2 * size)) * size)
     reach = arithmetic.up(unit * width * larger(upper - z, z - lower))
-    corner = arithmetic.length(reach)
     ball = arithmetic.up(jnp.max(width) * radius)
+    if off is not None:
+        reach = arithmetic.up(reach + off, 2)
+        ball = arithmetic.up(ball + arithmetic.norm(off), 2)
+    corner = arithmetic.length(reach)
     return Relaxation(slope, width, reach, jnp.minimum(corner, ball), paired)
 
 

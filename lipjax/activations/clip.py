@@ -5,9 +5,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from lipjax.activations.base import Rule, clip_above, hinge, ratio, register, relaxed, rule, varies
+from lipjax.activations.pieces import Pieces
+from lipjax.activations.slopes import Slopes
 from lipjax.graph import register_primitive
 from lipjax.graph.linear import larger, smaller
 from lipjax.graph.trace import Known, Ref
@@ -102,6 +105,12 @@ class Clip(Rule):
         bottom, top = self._ends(center)
         return (clip_relaxation(center, lower, upper, bottom, top, radius, arithmetic),)
 
+    def pieces(self, center, lower, upper, arithmetic):
+        return (clip_pieces(center, lower, upper, *self._ends(center)),)
+
+    def jacobian(self, lower, upper, arithmetic):
+        return (clip_slopes(lower, upper, *self._ends(lower), arithmetic),)
+
     def rounding(self, error):
         return error  # comparing and selecting round nothing, and no output moves further
 
@@ -177,6 +186,27 @@ def clip_relaxation(z, lower, upper, bottom, top, radius, arithmetic):
     return relaxed(low, high, constant | linear, z, lower, upper, 1.0, radius, arithmetic)
 
 
+def clip_pieces(center, lower, upper, bottom, top) -> Pieces:
+    """``clip(z, bottom, top)`` on a box; where that is constant the slope is 0."""
+    first = jnp.broadcast_to(bottom, center.shape)
+    second = larger(jnp.broadcast_to(top, center.shape), first)
+    clipped = (smaller(larger(end, first), second) for end in (lower, upper))
+    slopes = (0.0, 1.0, 0.0)
+    none = jnp.zeros_like(center)
+    return Pieces(
+        center, lower, upper, (first, second), slopes, slopes, varies(*clipped), exact=none
+    )
+
+
+def clip_slopes(lower, upper, bottom, top, arithmetic) -> Slopes:
+    """Of ``clip(z, bottom, top)`` between any two points of a box."""
+    constant = (upper <= bottom) | (lower >= top) | (bottom >= top)
+    linear = (lower >= bottom) & (upper <= top) & ~constant
+    low = jnp.where(linear, jnp.ones_like(lower), 0.0)
+    high = jnp.where(constant, jnp.zeros_like(lower), 1.0)
+    return Slopes.between(low, high, arithmetic)
+
+
 register(clipped_relu, lambda threshold: Clip(None, threshold, rectifies=True))
 
 
@@ -217,6 +247,18 @@ def _extreme(reader, equation, inputs):
     return reader.moved([reader.seen[key]], out.shape, "slice", **bounds)
 
 
+@register_primitive("clamp")
+def _clamped(reader, equation, inputs):
+    bottom, value, top = inputs
+    if not (isinstance(bottom, Known) and isinstance(value, Ref) and isinstance(top, Known)):
+        return None
+    out = equation.outvars[0].aval
+    made = Clip(bottom.value, top.value)
+    return reader.activation(
+        made, value, out.shape, out.dtype, max(bottom.roundings, top.roundings)
+    )
+
+
 @register_primitive("select_n")
 def _selected(reader, equation, inputs):
     """``where(z > c, z, c)`` and its like: a clip that is written as a choice."""
@@ -231,16 +273,36 @@ def _selected(reader, equation, inputs):
         return None
     constant = chosen if isinstance(chosen, Known) else otherwise
     kept = otherwise if isinstance(chosen, Known) else chosen
-    if kept != node or not _same(constant.value, test.threshold.value):
+    if not _same(constant.value, test.threshold.value):
         return None
     # where(z > c, z, c) and where(z < c, c, z) are max; the other two are min.
     largest = test.above == (kept is chosen)
+    if kept != node and not _clips(reader, kept, node, constant.value, largest):
+        return None
+    node = kept
     if largest and _all_zero(constant.value):
         made = Clip(None, None, rectifies=True)
     else:
         made = Clip(constant.value, None) if largest else Clip(None, constant.value)
     roundings = max(constant.roundings, test.threshold.roundings)
     return reader.activation(made, node, out.shape, out.dtype, roundings)
+
+
+def _clips(reader, kept, node: Ref, end, largest: bool) -> bool:
+    """Is a value that node, clipped at its other side, at a number that `end` leaves as it is?
+
+    So that ``where(z > 1, 1, where(z < -1, -1, z))`` is ``min(max(z, -1), 1)``.
+    """
+    found = reader.nodes[kept.node]
+    rule = getattr(found, "rule", None)
+    if type(rule) is not Clip or found.inputs != (node.node,):
+        return False
+    bottom = 0.0 if rule.rectifies else rule.bottom
+    other, free = (rule.top, bottom) if largest else (bottom, rule.top)
+    if other is None or free is not None or isinstance(other, jax.core.Tracer):
+        return False
+    fits = np.asarray(end) <= np.asarray(other) if largest else np.asarray(end) >= other
+    return bool(np.all(fits))
 
 
 def _same(first, second) -> bool:

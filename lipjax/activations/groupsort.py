@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from lipjax.activations.base import Relaxation, Rule, hinge, ratio, rule, varies
+from lipjax.activations.slopes import SortSlopes
 from lipjax.graph import register_primitive
 from lipjax.graph.linear import larger
 from lipjax.graph.trace import Ref
@@ -110,6 +111,13 @@ class Sort(Rule):
         length = jnp.minimum(arithmetic.length(reach), ball)
         return (SortRelaxation(slope, width, reach, length, False, order, single, first, self),)
 
+    def jacobian(self, lower, upper, arithmetic):
+        order, lower, upper = self._ordered((lower + upper) / 2, lower, upper)
+        begins, ends = self._cuts(lower, upper)
+        single = begins & ends
+        passed = jnp.where(single, jnp.ones_like(lower), 0.0)
+        return (SortSlopes(passed, 1 - passed, order, self.axis),)
+
     def rounding(self, error):
         # As a map between largest entries it has Lipschitz constant 1, group by group.
         worst = jnp.max(error, axis=self.axis, keepdims=True)
@@ -127,6 +135,11 @@ class Sort(Rule):
         nearest = cut(lower, 1, size) - cut(upper, 0, size - 1)
         farthest = cut(upper, 1, size) - cut(lower, 0, size - 1)
         return hinge(nearest, farthest, 0.0)
+
+    def described(self):
+        if type(self) is not Sort:  # what another class computes is not known
+            return super().described()
+        return {"kind": "sort", "axis": self.axis}
 
     # ------------------------------------------------------- entries in the order of the center
 

@@ -9,7 +9,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from lipjax.activations.base import Rule, clip_above, hinge, ratio, register, relaxed, rule, varies
-from lipjax.activations.clip import clip_relaxation
+from lipjax.activations.clip import clip_pieces, clip_relaxation, clip_slopes
+from lipjax.activations.pieces import Pieces
+from lipjax.activations.slopes import PairSlopes
 from lipjax.graph.linear import larger, smaller
 
 
@@ -127,16 +129,41 @@ class Pairs(Rule):
         if self.top is None and self.bottom is None:
             return (first,)
         sort = Pairs(None, None)
-        a, b = halves(jnp.ones_like(center))
-        top = jnp.inf * a if self.top is None else jnp.broadcast_to(self.top, a.shape)
-        bottom = -jnp.inf * b if self.bottom is None else jnp.broadcast_to(self.bottom, b.shape)
-        bottoms = jnp.concatenate([-jnp.inf * a, bottom.astype(a.dtype)], axis=-1)
-        tops = jnp.concatenate([top.astype(a.dtype), jnp.inf * b], axis=-1)
+        bottoms, tops = self._ends(center)
         center, lower, upper = sort(center), sort(lower), sort(upper)
         return (
             first,
             clip_relaxation(center, lower, upper, bottoms, tops, radius, arithmetic),
         )
+
+    def pieces(self, center, lower, upper, arithmetic):
+        keep_a, keep_b = halves(self.active(lower, upper))
+        first = _pair_pieces(center, lower, upper, keep_a & keep_b, arithmetic)
+        if self.top is None and self.bottom is None:
+            return (first,)
+        sort = Pairs(None, None)
+        ends = self._ends(center)
+        return first, clip_pieces(sort(center), sort(lower), sort(upper), *ends)
+
+    def jacobian(self, lower, upper, arithmetic):
+        lower_a, lower_b = halves(lower)
+        upper_a, upper_b = halves(upper)
+        low = jnp.where(lower_a >= upper_b, jnp.ones_like(lower_a), -1.0)
+        high = jnp.where((upper_a <= lower_b) & (low < 0), -jnp.ones_like(lower_a), 1.0)
+        pairs = PairSlopes.between(low, high, arithmetic)
+        if self.top is None and self.bottom is None:
+            return (pairs,)
+        sort = Pairs(None, None)
+        return pairs, clip_slopes(sort(lower), sort(upper), *self._ends(lower), arithmetic)
+
+    def _ends(self, z: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Where sorted pairs of z's shape are cut: from below, and from above."""
+        a, b = halves(jnp.ones_like(z))
+        top = jnp.inf * a if self.top is None else jnp.broadcast_to(self.top, a.shape)
+        bottom = -jnp.inf * b if self.bottom is None else jnp.broadcast_to(self.bottom, b.shape)
+        bottoms = jnp.concatenate([-jnp.inf * a, bottom.astype(a.dtype)], axis=-1)
+        tops = jnp.concatenate([top.astype(a.dtype), jnp.inf * b], axis=-1)
+        return bottoms, tops
 
     def rounding(self, error):
         either = jnp.maximum(*halves(error))
@@ -189,6 +216,19 @@ def _pair_relaxation(z, lower, upper, radius, arithmetic):
     high = jnp.maximum(one, other)
     unit = 1 / math.sqrt(2)
     return relaxed(low, high, fixed, t, least, most, unit, radius, arithmetic, paired=True)
+
+
+def _pair_pieces(z, lower, upper, free, arithmetic) -> Pieces:
+    """``|a - b|`` of each pair; of a fixed order, where not both count in the ball, its sign."""
+    a, b = halves(z)
+    lower_a, lower_b = halves(lower)
+    upper_a, upper_b = halves(upper)
+    t = a - b
+    least, most = arithmetic.widened(lower_a - upper_b, upper_a - lower_b, 0.0)
+    none = jnp.zeros_like(t)
+    exact = jnp.where(lower_a >= upper_b, 1.0, jnp.where(lower_b >= upper_a, -1.0, none))
+    slopes = (-1.0, 1.0)
+    return Pieces(t, least, most, (none,), slopes, slopes, free, exact, paired=True)
 
 
 register(maxmin, lambda: Pairs(None, None))

@@ -1,6 +1,7 @@
 """Bounds of one example on a ball: regions, relaxations, margins, `bound`."""
 
 from lipjax.bounds.estimate import PRODUCTS, bound, graph_of, initial_vectors, vector_shapes
+from lipjax.bounds.lipschitz import LipschitzEstimate, local_lipschitz
 from lipjax.bounds.margins import ascent, margin, worst_logits
 from lipjax.bounds.modes import MODES, Mode, mode_of
 from lipjax.bounds.regions import Bound, Region, check_epsilon
@@ -10,6 +11,7 @@ __all__ = [
     "MODES",
     "PRODUCTS",
     "Bound",
+    "LipschitzEstimate",
     "Mode",
     "Region",
     "Walk",
@@ -18,6 +20,7 @@ __all__ = [
     "check_epsilon",
     "graph_of",
     "initial_vectors",
+    "local_lipschitz",
     "margin",
     "mode_of",
     "vector_shapes",

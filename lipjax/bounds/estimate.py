@@ -107,9 +107,9 @@ def bound(
         x: one example, floats. `vmap` makes the batch.
         epsilon: l2 radius >= 0, in the units of x. At 0 every coordinate is constant and the norms
             are 0 (mode "global" knows no masks and is the same for all epsilon).
-        mode: "global", "bcp", "paper", "local", "linear" or "rows" (`lipjax.bounds.MODES`), each at
-            most the one before at convergence. "linear" costs a reverse pass for each rival class,
-            "rows" one more for each neuron.
+        mode: "global", "bcp", "paper", "local", "linear", "rows" (`lipjax.bounds.MODES`), each at
+            most the one before at convergence, or "tight", at most "local". "linear" and "tight"
+            cost a reverse pass for each rival class, "rows" one more for each neuron.
         iterations: power iterations per norm. 0: the norm of the image of the start vector.
             None: `WARM_ITERATIONS`, 10, with `vectors`, else `FRESH_ITERATIONS`, 50.
         vectors: start vectors, a dict as in `Bound.vectors`; None: random ones. Under `vmap` the
@@ -119,7 +119,8 @@ def bound(
             (`norms.power.refresh`). Under `vmap` one key serves all examples, ``in_axes=None``: it
             has to be new in each step, not in each example, and with one for each the "global"
             norms are computed for each. None: random start vectors are the same in every call.
-        rivals: modes "linear" and "rows": how many rival classes get the reverse pass; None: all.
+        rivals: modes "linear", "rows" and "tight": how many rival classes get the reverse pass;
+            None: all.
         products: of the power iterations, as `norms.power.power_iteration` takes it.
 
     Returns:

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from lipjax import rounding
-from lipjax.bounds import relaxed
+from lipjax.bounds import relaxed, tight
 from lipjax.bounds.modes import mode_of
 from lipjax.bounds.regions import Bound, Region
 from lipjax.graph import Graph, Linear
@@ -91,30 +91,29 @@ def directions(graph: Graph, penultimate: Region, label: jax.Array) -> jax.Array
     return rows - jax.lax.dynamic_index_in_dim(rows, label, axis=0, keepdims=True)
 
 
-def relaxed_gains(
+def passes(
     bound: Bound,
-    rows: jax.Array,
-    gains: jax.Array,
     arithmetic: rounding.Rounding = rounding.EXACT,
     view: Callable = lambda operator, like: operator,
-) -> jax.Array:
-    """Upper bounds of ``max <d, h' - h>`` over the ball, h the penultimate value.
+) -> list[tuple[relaxed.Reverse, int]]:
+    """The reverse passes of a bound's mode, and how many rivals each is worth, the worst first.
 
-    The smaller of `gains` and a reverse pass: never looser than mode "local", and as epsilon tends
-    to 0 the exact norm of the gradient times epsilon.
-
-    Args:
-        bound: of one example, in mode "rows", "linear" or "local".
-        rows: ``(n, *penultimate shape)``, the directions d; each entry may be a rounded difference.
-        gains: ``(n,)``, the bounds from the penultimate region, `ascent`.
-        arithmetic: `rounding.OUTWARD` (in float64) makes the results upper bounds of exact ones.
-        view: of the walk.
-
-    Returns:
-        ``(n,)``, at most `gains`.
+    Each makes upper bounds of ``max <d, h' - h>`` over the ball, h the penultimate value; as
+    epsilon tends to 0 those of modes "linear" and "rows" are the exact norm of the gradient times
+    epsilon.
     """
-    reverse = reverse_of(bound, arithmetic, view)
-    return jnp.minimum(gains, jax.vmap(reverse.gain)(rows))
+    mode = mode_of(bound.mode)
+    rivals = bound.logits.shape[0] - 1
+    if bound.rivals is not None:
+        rivals = min(bound.rivals, rivals)
+    if mode.relaxed_margins:
+        return [(reverse_of(bound, arithmetic, view), rivals)]
+    if not mode.one_sided:
+        return []
+    # Another choice of slopes only where it can change the verdict.
+    counts = [rivals, *(min(tight.RETRIED, rivals) for _ in tight.CHOICES[1:])]
+    made = (tight.one_sided(bound, arithmetic, view, by=by) for by in tight.CHOICES)
+    return list(zip(made, counts, strict=True))
 
 
 def reverse_of(
@@ -155,14 +154,35 @@ def worst_logits(
     rivals = directions(bound.graph, bound.penultimate, label)
     gains = jax.vmap(lambda d: ascent(d, bound.penultimate, arithmetic))(rivals)
     own = jnp.arange(classes) == label
-    if mode_of(bound.mode).relaxed_margins:
-        if bound.rivals is None or bound.rivals >= classes - 1:
-            gains = relaxed_gains(bound, rivals, gains, arithmetic, view)
-        else:
-            worst = jax.lax.stop_gradient(jnp.where(own, -jnp.inf, bound.logits + gains))
-            _, chosen = jax.lax.top_k(worst, bound.rivals)
-            fewer = relaxed_gains(bound, rivals[chosen], gains[chosen], arithmetic, view)
-            gains = gains.at[chosen].set(fewer)
+    worst = bound.logits + jnp.where(own, 0.0, gains)
+    return tightened(bound, label, worst, arithmetic, view)
+
+
+def tightened(
+    bound: Bound,
+    label,
+    worst: jax.Array,
+    arithmetic: rounding.Rounding = rounding.EXACT,
+    view: Callable = lambda operator, like: operator,
+) -> jax.Array:
+    """Worst-case logits, none above `worst`, by the reverse passes of the bound's mode.
+
+    Args:
+        bound, label, arithmetic, view: as in `worst_logits`.
+        worst: ``(classes,)``, worst-case logits that were found before.
+    """
+    classes = bound.logits.shape[0]
+    own = jnp.arange(classes) == label
+    gains = worst - bound.logits
+    for reverse, count in passes(bound, arithmetic, view):
+        rivals = directions(bound.graph, bound.penultimate, label)
+        if count >= classes - 1:
+            gains = jnp.minimum(gains, jax.vmap(reverse.gain)(rivals))
+            continue
+        order = jax.lax.stop_gradient(jnp.where(own, -jnp.inf, bound.logits + gains))
+        _, chosen = jax.lax.top_k(order, count)
+        fewer = jnp.minimum(gains[chosen], jax.vmap(reverse.gain)(rivals[chosen]))
+        gains = gains.at[chosen].set(fewer)
     return bound.logits + jnp.where(own, 0.0, gains)
 
 

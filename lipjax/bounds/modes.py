@@ -16,6 +16,7 @@ class Mode:
         as_paper: rows and masks no better than those of the paper's code.
         relaxed_margins: margins also by a reverse pass through slopes.
         relaxed_boxes: boxes also by one reverse pass for each neuron.
+        one_sided: margins also by reverse passes with one-sided errors.
     """
 
     name: str
@@ -25,6 +26,7 @@ class Mode:
     as_paper: bool = False
     relaxed_margins: bool = False
     relaxed_boxes: bool = False
+    one_sided: bool = False
 
     @property
     def vectors(self) -> tuple[str, ...]:
@@ -48,6 +50,8 @@ MODES = {
         Mode("linear", relaxed_margins=True),
         # In addition every box is cut with what the neuron's own row says.
         Mode("rows", relaxed_margins=True, relaxed_boxes=True),
+        # The regions of "local", and margins by one-sided errors (METHOD 8).
+        Mode("tight", one_sided=True),
     )
 }
 

@@ -188,11 +188,15 @@ class Reverse:
 
     def _through_activation(self, i: int, before: Region, g: jax.Array):
         total = jnp.zeros((), g.dtype)
+        node = self.graph.nodes[i]
+        assert isinstance(node, Activation)
+        # Where an entry counts in L^2 places, L^2 products add up to a row that is L times longer.
+        size = jnp.maximum(1.0, node.rule.lipschitz) ** 3
         for relaxation in reversed(self.relaxations[i]):
             weights = relaxation.error_weights(g)
             cost = largest_product(weights, relaxation.reach, relaxation.radius, self.arithmetic)
             total = self.arithmetic.up(total + cost, 2)
-            left = self.arithmetic.left_over(8 * rounding.DOUBLE, g, before.radius)
+            left = self.arithmetic.left_over(8 * rounding.DOUBLE * size, g, before.radius)
             total = self.arithmetic.up(total + left, 2)
             g = relaxation.transposed(g)
         return (g,), total

@@ -205,12 +205,14 @@ class Walk:
         whole = before.whole_radius
 
         constant = rule.lipschitz
-        if not (isinstance(constant, float) and constant == 1.0):
-            radius = arithmetic.up(radius * constant)
+        local = rule.lipschitz_on(region.lower, region.upper) if self.mode.local else constant
+        if not _is_one(local):
+            radius = arithmetic.up(radius * local)
+        if not _is_one(constant):
             lipschitz = arithmetic.up(lipschitz * constant)
             whole = arithmetic.up(whole * constant)
-        if not rule.selects:  # the center is rounded, by some units where it is transcendental
-            moved = arithmetic.norm(2**10 * rounding.DOUBLE * jnp.abs(center))
+        if not rule.selects:  # the center is rounded
+            moved = arithmetic.norm(rule.evaluation_error(center))
             radius = arithmetic.up(radius + moved)
             whole = arithmetic.up(whole + moved)
 
@@ -343,6 +345,10 @@ class Walk:
         for node in reversed(path):
             mask = node.reached(mask, self.graph.nodes[node.inputs[0]].shape)
         return mask
+
+
+def _is_one(constant) -> bool:
+    return isinstance(constant, float) and constant == 1.0
 
 
 def activation_behind(graph: Graph, i: int) -> tuple[list[Rearrange], Activation] | None:

@@ -13,14 +13,13 @@ certifies and runs. Its inputs are those of
 the given one: epsilon stays a radius on pixels in [0, 1].
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 from flax import nnx
 
 from lipjax import storage
-from lipjax.formats import certificate_files
 from lipjax.layers import AveragePool, Flatten, Normalize, Residual
 
 # A shift of more than so many times the scale is not divided by it.
@@ -154,7 +153,7 @@ def _has_kernel(layer) -> bool:
     """Is it an affine layer whose matrix is its kernel, by exact type and with nothing unusual?"""
     if type(layer) not in (nnx.Conv, nnx.Linear):
         return False
-    return not certificate_files.describe(nnx.Sequential(layer))[0]["unusual"]
+    return not storage.unusual(layer)
 
 
 def _parameters(layer) -> tuple[np.ndarray, np.ndarray]:
@@ -214,14 +213,13 @@ def _by_column(array: np.ndarray, groups: int, outputs: int) -> np.ndarray:
 def _pads_with_zeros(layer) -> bool:
     if type(layer) is nnx.Linear:
         return False
-    described = certificate_files.describe(nnx.Sequential(layer))[0]
-    if any(d != 1 for d in described["input_dilation"]):
+    if np.any(np.not_equal(layer.input_dilation or 1, 1)):
         return True
-    padding = described["padding"]
+    padding = layer.padding
     if isinstance(padding, str):
-        alone = set(layer.kernel_size) == {1} and set(described["strides"]) == {1}
-        return padding not in ("VALID", "CIRCULAR") and not alone
-    return any(p != 0 for pair in padding for p in pair)
+        alone = set(layer.kernel_size) == {1} and np.all(np.equal(layer.strides or 1, 1))
+        return padding.upper() not in ("VALID", "CIRCULAR") and not alone
+    return any(np.any(each) for each in (padding if isinstance(padding, Sequence) else [padding]))
 
 
 def _misfit(item: PerChannel, channels: int) -> ValueError:

@@ -1,44 +1,43 @@
-"""A network as an ONNX file: one node for each operation, written layer by layer, so that it can be
-read beside the network.
+"""A function as an ONNX file, written node by node from its graph.
 
-Input "images", ``(N, height, width, channels)``, pixels in [0, 1], not normalised (a
-`lipjax.Normalize` goes along as nodes); output "logits", ``(N, classes)``. An affine layer becomes
-Conv or MatMul with its own kernel (an average pool a Conv with the kernel of its matrix) and an Add
-or the Conv's bias; activations become comparisons (Relu, Max, Min).
+Input "images", ``(N, height, width, channels)``, pixels in [0, 1], not normalised (what the
+function itself normalises goes along as nodes); output "logits", ``(N, classes)``. A linear node
+becomes MatMul, Einsum, Conv or Mul with its own kernel (a sum over windows a Conv with the kernel
+of its matrix) and an Add or the Conv's bias; activations become comparisons (Relu, Max, Min, Abs)
+and sorts (TopK).
 
 **What a certificate says of the file.** A certificate is about the network as executed in a stated
 arithmetic. With float32, its margin allows for every execution that follows the model of
-`lipjax.rounding`: each affine layer an inner product of the stored float32 numbers, summed in any
-    order, with or without fused multiply-adds, each operation with a relative error
-of at most 2^-24, underflow to zero; activations without rounding. A runtime that executes the nodes
-of this file in that way is covered, whatever its order of summation. One is *not* covered that
-computes convolutions otherwise (Winograd, Fourier), in TF32, float16 or bfloat16 (where the
-certificate does not state that arithmetic), quantised, or that rewrites weights before it starts
-(fusing a scale into a kernel makes other numbers); nor one that gets pixels outside [0, 1], in
-another layout, or resized. The file says so in its metadata. Which of these a runtime does on a
-machine, only the runtime can say.
-
-Written by hand, not with jax2onnx, which was tried and gives the right logits: that writes what JAX
-traces, several nodes for each of these, and depends on a viewer with a web server, a client of a
-model hub and a checkpoint library.
+`lipjax.rounding`: each linear node an inner product of the stored float32 numbers, summed in any
+order, with or without fused multiply-adds, each operation with a relative error of at most 2^-24,
+underflow to zero; activations without rounding. A runtime that executes the nodes of this file in
+that way is covered, whatever its order of summation. One is *not* covered that computes
+convolutions otherwise (Winograd, Fourier), in TF32, float16 or bfloat16 (where the certificate does
+not state that arithmetic), quantised, or that rewrites weights before it starts (fusing a scale
+into a kernel makes other numbers); nor one that gets pixels outside [0, 1], in another layout, or
+resized. The file says so in its metadata. Which of these a runtime does on a machine, only the
+runtime can say.
 """
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
-from lipjax import orthogonal
-from lipjax.activations import ClippedMaxMin, ClippedReLU, MaxMin, ReLU
+from lipjax.activations.absolute import AbsoluteValue
+from lipjax.activations.clip import Clip
+from lipjax.activations.groupsort import Sort
+from lipjax.activations.leaky import Leaky
+from lipjax.activations.maxmin import Pairs
+from lipjax.activations.pooling import MaxPool
 from lipjax.formats import certificate_files
 from lipjax.formats.files import replaced
-from lipjax.graph.linear import Convolution
-from lipjax.layers import AveragePool, Flatten, Normalize, Residual
+from lipjax.graph import Activation, Add, Graph, Input, Linear, Node, Rearrange, trace
+from lipjax.graph.description import positions, windows
+from lipjax.graph.linear import Convolution, Product, Reshaped, Scale, Sum
 
 OPSET = 17
 # What the metadata says; see the module's text.
@@ -47,111 +46,80 @@ METADATA = {
     "output": "logits (N, classes)",
     "certificates": (
         "Certificates of lipjax are about the network as executed in the arithmetic that they "
-        "state. One that states float32 "
-        "covers executions of these nodes in which every affine layer is an inner product of the "
-        "stored float32 numbers, in "
-        "any order of summation, with or without fused multiply-adds, with relative errors of at "
-        "most 2^-24 an operation. It "
+        "state. One that states float32 covers executions of these nodes in which every linear "
+        "node is an inner product of the stored float32 numbers, in any order of summation, with "
+        "or without fused multiply-adds, with relative errors of at most 2^-24 an operation. It "
         "does not cover Winograd or Fourier convolutions, TF32, float16, bfloat16 or quantised "
-        "execution, or weights that a "
-        "runtime rewrites (fusion of scales into kernels)."
+        "execution, or weights that a runtime rewrites (fusion of scales into kernels)."
     ),
 }
 
 
-def to_onnx(network: nnx.Sequential, path, *, input_shape: Sequence[int]) -> None:
-    """Writes a network as an ONNX file (opset 17). Needs the package onnx.
+def to_onnx(f: Callable, path, *, input_shape: Sequence[int]) -> None:
+    """Writes a function as an ONNX file (opset 17). Needs the package onnx.
 
     Args:
-        network: an nnx.Sequential of known layers, or of your own with a rule in `nodes`; all
-            parameters of one type, float32 or float64, which becomes that of the input.
+        f: any function that `lipjax.trace` takes. It is traced on float32, or, if all floating
+            parameters of a module are float64, on that; all of it must compute in that type, which
+            becomes that of the input.
         path: the file, by custom ``*.onnx``.
-        input_shape: of one image, ``(height, width, channels)``, or of what else the first layer
-            takes.
+        input_shape: of one image, ``(height, width, channels)``, or of what else f takes.
 
     Raises:
         ImportError: onnx is not installed.
-        TypeError: a layer without a rule, by its exact type.
-        ValueError: settings or types that have no rule; layers that do not fit the input shape.
+        TypeError: an operation that has no bound, or none in ONNX, with the line of the program.
+        ValueError: another type on the way; shapes that do not fit f.
         OSError: the file cannot be written.
     """
     try:
         import onnx
     except ImportError as error:
         raise ImportError("to_onnx needs the package onnx: pip install onnx") from error
-    layers = list(_spliced(network))
-    types = {np.dtype(leaf.dtype).name for leaf in jax.tree.leaves(network)} or {"float32"}
-    if len(types) != 1 or not types <= {"float32", "float64"}:
+
+    shape = tuple(int(n) for n in input_shape)
+    types = {str(leaf.dtype) for leaf in jax.tree.leaves(f) if hasattr(leaf, "dtype")}
+    floating = {name for name in types if "float" in name}
+    dtype = np.dtype("float64" if floating == {"float64"} else "float32")
+    graph = f if isinstance(f, Graph) else trace(f, jax.ShapeDtypeStruct(shape, dtype))
+    graph = graph.spelled_out()
+    if len(graph.shape) != 1:
         raise ValueError(
-            f"the parameters are {', '.join(sorted(types))}, expected all of them float32, or all "
-            "float64."
+            f"the logits must have one axis, got shape {graph.shape}: a lipjax.Flatten is missing."
         )
-    graph = Graph(np.dtype(types.pop()))
-    shape, name = tuple(int(n) for n in input_shape), "images"
-    forks: list[str] = []
-    for i, layer in enumerate(layers):
-        if layer is FORK:
-            forks.append(name)
-            continue
-        if layer is JOIN:
-            name = graph.add("Add", forks.pop(), name)
-            continue
-        kind = type(layer)
-        where = f"layer {i}, {getattr(layer, '__qualname__', kind.__name__)},"
-        if kind in orthogonal.KINDS:
-            raise TypeError(
-                f"{where} computes its kernel at every call: export "
-                "lipjax.orthogonal.plain(network)."
-            )
-        if kind not in nodes.registry or kind is object:
-            raise TypeError(
-                f"{where} has no rule for ONNX: register one with "
-                "lipjax.bridges.onnx_out.nodes.register."
-            )
-        own = getattr(layer, "dtype", None)
-        if own is not None and np.dtype(own) != graph.dtype:
-            raise ValueError(
-                f"{where} computes in {np.dtype(own).name}, its parameters are {graph.dtype.name}."
-            )
-        try:
-            following = jax.eval_shape(layer, jax.ShapeDtypeStruct(shape, jnp.float32)).shape
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"{where} cannot take an input of shape {shape}: {error}") from error
-        name, shape = nodes(layer, graph, name, shape), following
-    if len(shape) != 1:
-        raise ValueError(
-            f"the logits must have one axis, got shape {shape}: a lipjax.Flatten is missing."
-        )
-    graph.add("Identity", name, output="logits")
-    model = graph.model(onnx, input_shape, shape)
+
+    writer = Writer(dtype)
+    names: list[str] = []
+    for node in graph.nodes:
+        _check(node, dtype)
+        before = [graph.nodes[i] for i in node.inputs]
+        names.append(_written(writer, node, [names[i] for i in node.inputs], before))
+    writer.add("Identity", names[-1], output="logits")
+
+    model = writer.model(onnx, shape, graph.shape)
     onnx.checker.check_model(model, full_check=True)
     with replaced(path) as file:
         file.write(model.SerializeToString())
 
 
-# Where the two ways through a Residual part, and where they are added.
-FORK, JOIN = object(), object()
-
-
-def _spliced(network):
-    if type(network) is not nnx.Sequential:
-        raise TypeError(
-            "expected a flax.nnx.Sequential, got "
-            f"{type(network).__module__}.{type(network).__qualname__}."
+def _check(node: Node, dtype: np.dtype) -> None:
+    """Refuses what an ONNX file of this type would compute otherwise."""
+    types = {node.dtype}
+    for equation in node.executed:
+        types |= {*equation.operands, equation.result}
+    if types != {dtype.name}:
+        raise ValueError(
+            f"{node.where} computes in {', '.join(sorted(types - {dtype.name}))}: expected all of "
+            f"it in {dtype.name}."
         )
-    for layer in network.layers:
-        if type(layer) is nnx.Sequential:
-            yield from _spliced(layer)
-        elif type(layer) is Residual:
-            yield FORK
-            yield from _spliced(layer.branch)
-            yield JOIN
-        else:
-            yield layer
+    if math.isinf(getattr(node, "roundings", 0.0)):
+        raise TypeError(
+            f"{node.where}: parameters that are computed anew at every call, as by layers of "
+            "lipjax.orthogonal: export lipjax.orthogonal.plain(network)."
+        )
 
 
-class Graph:
-    """Nodes and constants as they are added; what `nodes` writes to."""
+class Writer:
+    """Nodes and constants of an ONNX file as they are added."""
 
     def __init__(self, dtype: np.dtype):
         self.dtype = dtype
@@ -161,9 +129,8 @@ class Graph:
     def add(self, operation: str, *inputs: str, output: str | None = None, **attributes) -> str:
         """Adds a node with one output and returns the output's name. Operations and attributes are
         those of ONNX, opset 17."""
-        return self.add_many(
-            operation, *inputs, outputs=[output] if output else None, **attributes
-        )[0]
+        outputs = [output] if output else None
+        return self.add_many(operation, *inputs, outputs=outputs, **attributes)[0]
 
     def add_many(
         self,
@@ -172,24 +139,28 @@ class Graph:
         outputs: Sequence[str] | None = None,
         count: int = 1,
         **attributes,
-    ):
+    ) -> tuple[str, ...]:
         """The same with several outputs; returns their names."""
         stem = f"{operation.lower()}_{len(self._nodes)}"
-        names = (
-            tuple(outputs)
-            if outputs
-            else tuple(f"{stem}_{k}" if count > 1 else stem for k in range(count))
-        )
+        made = [f"{stem}_{k}" if count > 1 else stem for k in range(count)]
+        names = tuple(outputs or made)
         self._nodes.append((operation, inputs, names, attributes))
         return names
 
     def constant(self, array) -> str:
-        """Adds a constant and returns its name; floats become the network's type."""
+        """Adds a constant and returns its name; floats become the file's type."""
         array = np.asarray(array)
         array = array.astype(self.dtype) if np.issubdtype(array.dtype, np.floating) else array
         name = f"constant_{len(self._constants)}"
         self._constants[name] = np.ascontiguousarray(array)
         return name
+
+    def integers(self, *numbers: int) -> str:
+        return self.constant(np.array(numbers, np.int64))
+
+    def reshaped(self, x: str, shape: Sequence[int]) -> str:
+        """Of each example."""
+        return self.add("Reshape", x, self.integers(-1, *shape))
 
     def model(self, onnx, input_shape: Sequence[int], output_shape: Sequence[int]):
         """The ModelProto."""
@@ -214,168 +185,272 @@ class Graph:
         return model
 
 
-@functools.singledispatch
-def nodes(layer, graph: Graph, x: str, shape: tuple[int, ...]) -> str:
-    """Adds a layer's nodes to the graph. Register your own types, exact ones::
+def _written(writer: Writer, node: Node, inputs: list[str], before: list[Node]) -> str:
+    """Adds a node of the graph; returns the name of its value, ``(N, *shape)``."""
+    if isinstance(node, Input):
+        return "images"
+    if isinstance(node, Linear):
+        return _linear(writer, node, inputs[0], before[0].shape)
+    if isinstance(node, Rearrange):
+        return _rearranged(writer, node, inputs, before)
+    if isinstance(node, Add):
+        return _added(writer, node, inputs)
+    assert isinstance(node, Activation)
+    if type(node.rule) not in rules.registry:
+        raise TypeError(
+            f"{node.where}: the activation {node.rule.kind} has no rule for ONNX: register one "
+            "with lipjax.bridges.onnx_out.rules.register."
+        )
+    return rules(node.rule, writer, inputs[0], node.shape)
 
-        @lipjax.bridges.onnx_out.nodes.register(MyLinear)
-        def _(layer, graph, x, shape):
-            return graph.add("MatMul", x, graph.constant(layer.weight.T))
+
+# ------------------------------------------------------------------------------------ linear nodes
+
+
+def _linear(writer: Writer, node: Linear, x: str, shape: tuple[int, ...]) -> str:
+    apply, kernel = node.operator.apply, np.asarray(node.operator.kernel)
+    bias = None if node.operator.bias is None else np.asarray(node.operator.bias)
+    while type(apply) is Reshaped:
+        apply = apply.inner
+    if type(apply) is Convolution:
+        # As one of its own where there is one number per channel.
+        own = [bias] if bias is not None and bias.shape == kernel.shape[-1:] else []
+        bias = None if own else bias
+        y = _convolved(writer, apply, kernel, own, x, node.where)
+    elif type(apply) is Product:
+        y = _multiplied(writer, apply, kernel, x, shape)
+    elif type(apply) is Scale:
+        y = writer.add("Mul", x, writer.constant(kernel)) if np.any(kernel != 1) else x
+    elif type(apply) is Sum:
+        y = _summed(writer, node, float(kernel.reshape(())), x, shape)
+    else:
+        raise TypeError(
+            f"{node.where}: a linear map by {type(apply).__name__} has no rule for ONNX. Write it "
+            "with matrix products, convolutions or sums."
+        )
+    if node.operator.apply is not apply or type(apply) is Sum:
+        y = writer.reshaped(y, node.shape)
+    return y if bias is None else writer.add("Add", y, writer.constant(bias))
+
+
+def _multiplied(writer: Writer, apply: Product, kernel, x: str, shape) -> str:
+    """A MatMul over the last axis, else an Einsum."""
+    contracted, shared = apply.numbers
+    axes = (contracted[1], contracted[0]) if apply.kernel_first else contracted
+    last = tuple(axes[0]) == (len(shape) - 1,) and tuple(axes[1]) == (0,)
+    if kernel.ndim == 2 and last and not shared[0] and not apply.kernel_first:
+        return writer.add("MatMul", x, writer.constant(kernel))
+
+    letters = iter("abcdefghijklmopqrstuvwxyz")  # n: the images
+    ranks = (kernel.ndim, len(shape)) if apply.kernel_first else (len(shape), kernel.ndim)
+    names = [[next(letters) for _ in range(rank)] for rank in ranks]
+    for pairs in (contracted, shared):
+        for left, right in zip(*pairs, strict=True):
+            names[1][right] = names[0][left]
+    common = [names[0][axis] for axis in shared[0]]
+    free = [
+        name
+        for own, with_, also in zip(names, contracted, shared, strict=True)
+        for axis, name in enumerate(own)
+        if axis not in (*with_, *also)
+    ]
+    value, weights = (names[1], names[0]) if apply.kernel_first else (names[0], names[1])
+    equation = f"n{''.join(value)},{''.join(weights)}->n{''.join([*common, *free])}"
+    return writer.add("Einsum", x, writer.constant(kernel), equation=equation)
+
+
+def _convolved(writer: Writer, apply: Convolution, kernel, bias, x: str, where: str) -> str:
+    """Channels last to channels first, the convolution, and back."""
+    rank = len(apply.strides)
+    if any(d != 1 for d in apply.input_dilation):
+        raise ValueError(
+            f"{where}: a convolution with input_dilation {apply.input_dilation} has no rule for "
+            "ONNX."
+        )
+    assert not isinstance(apply.padding, str)  # of a traced convolution
+    pads = [*(low for low, _ in apply.padding), *(high for _, high in apply.padding)]
+    if any(p < 0 for p in pads):
+        raise ValueError(
+            f"{where}: a convolution with padding {apply.padding} has no rule for ONNX: expected "
+            "numbers >= 0."
+        )
+    y = writer.add("Transpose", x, perm=[0, rank + 1, *range(1, rank + 1)])
+    y = writer.add(
+        "Conv",
+        *(y, writer.constant(np.moveaxis(kernel, (-1, -2), (0, 1)))),
+        *(writer.constant(each) for each in bias),
+        strides=list(apply.strides),
+        pads=pads,
+        dilations=list(apply.dilation),
+        group=apply.groups,
+    )
+    return writer.add("Transpose", y, perm=[0, *range(2, rank + 2), 1])
+
+
+def _summed(writer: Writer, node: Linear, number: float, x: str, shape) -> str:
+    """A Conv of the very number that the matrix has, over the axes that are summed: ONNX's own
+    averages divide by the size of the window."""
+    apply = node.operator.apply
+    assert isinstance(apply, Sum)
+    found = windows(apply, node.where, shape)
+    if any(d != 1 for d in found["base_dilation"]):
+        raise ValueError(f"{node.where}: a sum with base_dilation has no rule for ONNX.")
+    plain = (1, 1, [0, 0])
+    each = list(zip(found["window"], found["strides"], found["padding"], strict=True))
+    summed = [axis for axis, entry in enumerate(each) if entry != plain]
+    others = [axis for axis in range(len(shape)) if axis not in summed]
+    if not summed:
+        return writer.add("Mul", x, writer.constant(np.float64(number)))
+
+    order = [*others, *summed]
+    y = writer.add("Transpose", x, perm=[0, *(1 + axis for axis in order)])
+    y = writer.reshaped(y, (1, *(shape[axis] for axis in summed)))
+    kernel = np.full((1, 1, *(found["window"][axis] for axis in summed)), number)
+    pads = [found["padding"][axis] for axis in summed]
+    y = writer.add(
+        "Conv",
+        *(y, writer.constant(kernel)),
+        strides=[found["strides"][axis] for axis in summed],
+        pads=[*(low for low, _ in pads), *(high for _, high in pads)],
+        dilations=[found["dilation"][axis] for axis in summed],
+    )
+    counts = [
+        (shape[k] + sum(found["padding"][k]) - (found["window"][k] - 1) * found["dilation"][k] - 1)
+        // found["strides"][k]
+        + 1
+        for k in summed
+    ]
+    y = writer.reshaped(y, [*(shape[axis] for axis in others), *counts])
+    return writer.add("Transpose", y, perm=[0, *(1 + int(axis) for axis in np.argsort(order))])
+
+
+# ------------------------------------------------------------------------- sums and rearrangements
+
+
+def _added(writer: Writer, node: Add, inputs: list[str]) -> str:
+    total = inputs[0] if node.signs[0] == 1 else writer.add("Neg", inputs[0])
+    for sign, name in zip(node.signs[1:], inputs[1:], strict=True):
+        total = writer.add("Add" if sign == 1 else "Sub", total, name)
+    if node.constant is None:
+        return total
+    return writer.add("Add", total, writer.constant(np.asarray(node.constant)))
+
+
+def _rearranged(writer: Writer, node: Rearrange, inputs: list[str], before: list[Node]) -> str:
+    """Reshape, Transpose and Concat as they are; all else by positions."""
+    moves = {"reshape", "squeeze", "transpose", "concatenate"}
+    if {step.primitive.name for step in node.steps} <= moves:
+        likes = [jax.ShapeDtypeStruct(each.shape, np.float32) for each in before]
+        for step in node.steps:
+            name, parameters = step.primitive.name, dict(step.parameters)
+            shape = jax.eval_shape(step, *likes).shape
+            if name == "concatenate":
+                inputs = [writer.add("Concat", *inputs, axis=1 + parameters["dimension"])]
+            elif name == "transpose":
+                order = [0, *(1 + axis for axis in parameters["permutation"])]
+                inputs = [writer.add("Transpose", inputs[0], perm=order)]
+            else:
+                inputs = [writer.reshaped(inputs[0], shape)]
+            likes = [jax.ShapeDtypeStruct(shape, np.float32)]
+        return inputs[0]
+
+    index, fill = positions(node, [each.shape for each in before])
+    flat = [writer.reshaped(name, (each.size,)) for name, each in zip(inputs, before, strict=True)]
+    y = flat[0] if len(flat) == 1 else writer.add("Concat", *flat, axis=1)
+    if fill.size:  # an entry of 0 behind the others, in the place of what fills
+        y = writer.add("Pad", y, writer.integers(0, 0, 0, 1))
+        index = np.where(index < 0, sum(each.size for each in before), index)
+    y = writer.add("Gather", y, writer.constant(index.reshape(-1)), axis=1)
+    if np.any(fill):
+        filling = np.zeros(index.size, node.dtype)
+        filling[index.reshape(-1) == index.max()] = fill
+        y = writer.add("Add", y, writer.constant(filling))
+    return writer.reshaped(y, node.shape)
+
+
+# ------------------------------------------------------------------------------------- activations
+
+
+@functools.singledispatch
+def rules(rule, writer: Writer, x: str, shape: tuple[int, ...]) -> str:
+    """Adds an activation. Register your own rules, exact types::
+
+        @lipjax.bridges.onnx_out.rules.register(MyRule)
+        def _(rule, writer, x, shape):
+            return writer.add("Tanh", x)
 
     Args:
-        layer: the layer.
-        graph: what to add to.
-        x: name of the layer's input, ``(N, *shape)``.
+        rule: the activation's `lipjax.activations.Rule`, with its parameters.
+        writer: what to add to.
+        x: name of its input, ``(N, *shape)``.
         shape: of one example's input.
 
     Returns:
         The name of the output.
-
-    Raises:
-        TypeError: for a type that nobody registered.
     """
-    raise TypeError(
-        f"no rule for {type(layer).__name__}: register it with "
-        "lipjax.bridges.onnx_out.nodes.register."
-    )
+    raise TypeError(f"no rule for {type(rule).__name__}.")
 
 
-@nodes.register
-def _(layer: nnx.Linear, graph, x, shape):
-    _standard(layer)
-    y = graph.add("MatMul", x, graph.constant(layer.kernel[...]))
-    return y if layer.bias is None else graph.add("Add", y, graph.constant(layer.bias[...]))
+@rules.register
+def _(rule: Clip, writer, x, shape):
+    if rule.rectifies:
+        x = writer.add("Relu", x)
+    elif rule.bottom is not None:
+        x = writer.add("Max", x, writer.constant(np.asarray(rule.bottom)))
+    return x if rule.top is None else writer.add("Min", x, writer.constant(np.asarray(rule.top)))
 
 
-@nodes.register
-def _(layer: nnx.Conv, graph, x, shape):
-    _standard(layer)
-    geometry = _geometry(layer)
-    if any(d != 1 for d in geometry.input_dilation):
-        raise ValueError(
-            f"a Conv with input_dilation {geometry.input_dilation} has no rule for ONNX."
-        )
-    extents = [(k - 1) * d + 1 for k, d in zip(layer.kernel_size, geometry.dilation, strict=True)]
-    padding: Any = geometry.padding
-    if padding == "CIRCULAR":
-        for axis, (extent, size) in enumerate(zip(extents, shape, strict=False)):
-            places = np.arange(-((extent - 1) // 2), size + extent // 2) % size
-            x = graph.add("Gather", x, graph.constant(places.astype(np.int64)), axis=axis + 1)
-        padding = "VALID"
-    if isinstance(padding, str):
-        padding = jax.lax.padtype_to_pads(shape[:-1], extents, geometry.strides, padding)
-    if any(p < 0 for pair in padding for p in pair):
-        raise ValueError(
-            f"a Conv with padding {padding} has no rule for ONNX: expected numbers >= 0."
-        )
-    kernel = layer.kernel[...] if layer.mask is None else layer.kernel[...] * layer.mask
-    bias = None if layer.bias is None else layer.bias[...]
-    return _convolution(graph, x, kernel, bias, geometry, padding)
-
-
-def _standard(layer) -> None:
-    """Refuses a Flax layer with settings that may change what it computes, and have no nodes."""
-    (described,) = certificate_files.describe(nnx.Sequential(layer))
-    unusual = set(described["unusual"]) - {"mask"}
-    if unusual:
-        settings = ", ".join(sorted(unusual))
-        raise ValueError(
-            f"{type(layer).__name__} with a {settings} of its own has no rule for ONNX."
-        )
-
-
-def _geometry(layer: nnx.Conv) -> Convolution:
-    """Strides, padding and dilations as Flax understands them."""
-
-    def each(value) -> tuple[int, ...]:
-        rank = len(layer.kernel_size)
-        value = 1 if value is None else value
-        return (value,) * rank if isinstance(value, int) else tuple(value)
-
-    dilation = each(layer.kernel_dilation)
-    padding: Any = layer.padding
-    if isinstance(padding, str):
-        padding = padding.upper()
-    elif isinstance(padding, int):
-        padding = ((padding, padding),) * len(layer.kernel_size)
-    else:
-        padding = tuple((p, p) if isinstance(p, int) else (p[0], p[1]) for p in padding)
-    if padding == "CAUSAL":
-        padding = ((dilation[0] * (layer.kernel_size[0] - 1), 0),)
-    if isinstance(padding, str) and padding not in ("SAME", "VALID", "CIRCULAR"):
-        raise ValueError(
-            f"a Conv with padding={layer.padding!r} has no rule for ONNX: expected SAME, VALID, "
-            "CAUSAL, CIRCULAR or numbers."
-        )
-    groups = layer.feature_group_count
-    return Convolution(each(layer.strides), padding, each(layer.input_dilation), dilation, groups)
-
-
-@nodes.register
-def _(layer: AveragePool, graph, x, shape):
-    # A Conv of the very numbers that its matrix has, where ONNX's AveragePool divides by the size
-    # of the window.
-    kernel = np.full((*layer.window, 1, shape[-1]), 1 / math.prod(layer.window))
-    ones = (1, 1)
-    geometry = Convolution(layer.strides, "VALID", ones, ones, shape[-1])
-    return _convolution(graph, x, kernel, None, geometry, ((0, 0), (0, 0)))
-
-
-def _convolution(graph, x, kernel, bias, geometry, padding) -> str:
-    """Channels last to channels first, the convolution, and back."""
-    rank = len(geometry.strides)
-    weight = graph.constant(np.moveaxis(np.asarray(kernel), (-1, -2), (0, 1)))
-    more = [] if bias is None else [graph.constant(bias)]
-    y = graph.add("Transpose", x, perm=[0, rank + 1, *range(1, rank + 1)])
-    y = graph.add(
-        "Conv",
-        *(y, weight, *more),
-        strides=list(geometry.strides),
-        pads=[int(low) for low, _ in padding] + [int(high) for _, high in padding],
-        dilations=list(geometry.dilation),
-        group=geometry.groups,
-    )
-    return graph.add("Transpose", y, perm=[0, *range(2, rank + 2), 1])
-
-
-@nodes.register
-def _(layer: Normalize, graph, x, shape):
-    scaled = graph.add("Mul", x, graph.constant(np.asarray(layer.scale)))
-    return graph.add("Add", scaled, graph.constant(np.asarray(layer.shift)))
-
-
-@nodes.register
-def _(layer: Flatten, graph, x, shape):
-    kept = len(shape) - layer.ndim  # 0 copies an axis
-    return graph.add("Reshape", x, graph.constant(np.array([0] * (kept + 1) + [-1], np.int64)))
-
-
-@nodes.register
-def _(layer: ReLU, graph, x, shape):
-    return graph.add("Relu", x)
-
-
-@nodes.register
-def _(layer: ClippedReLU, graph, x, shape):
-    return graph.add("Min", graph.add("Relu", x), graph.constant(layer.threshold[...]))
-
-
-@nodes.register
-def _(layer: MaxMin, graph, x, shape):
-    return graph.add("Concat", *_sorted(graph, x, shape), axis=-1)
-
-
-@nodes.register
-def _(layer: ClippedMaxMin, graph, x, shape):
-    top, bottom = _sorted(graph, x, shape)
-    top = graph.add("Min", top, graph.constant(layer.upper[...]))
-    bottom = graph.add("Max", bottom, graph.constant(layer.lower[...]))
-    return graph.add("Concat", top, bottom, axis=-1)
-
-
-def _sorted(graph, x, shape) -> tuple[str, str]:
+@rules.register
+def _(rule: Pairs, writer, x, shape):
     half = shape[-1] // 2
-    a, b = graph.add_many(
-        "Split", x, graph.constant(np.array([half, half], np.int64)), count=2, axis=-1
+    a, b = writer.add_many("Split", x, writer.integers(half, half), count=2, axis=-1)
+    first, second = writer.add("Max", a, b), writer.add("Min", a, b)
+    if rule.top is not None:
+        first = writer.add("Min", first, writer.constant(np.asarray(rule.top)))
+    if rule.bottom is not None:
+        second = writer.add("Max", second, writer.constant(np.asarray(rule.bottom)))
+    return writer.add("Concat", first, second, axis=-1)
+
+
+@rules.register
+def _(rule: AbsoluteValue, writer, x, shape):
+    return writer.add("Abs", x)
+
+
+@rules.register
+def _(rule: Sort, writer, x, shape):
+    size = writer.integers(shape[rule.axis])
+    found = writer.add_many("TopK", x, size, count=2, axis=1 + rule.axis % len(shape), largest=0)
+    return found[0]
+
+
+@rules.register
+def _(rule: Leaky, writer, x, shape):
+    zero = writer.constant(np.zeros((), np.float32))
+    parts = []
+    for operation, slope in (("Max", rule.above), ("Min", rule.below)):
+        part = writer.add(operation, x, zero)
+        slope = np.asarray(slope, np.float32)
+        parts.append(
+            part if np.all(slope == 1) else writer.add("Mul", part, writer.constant(slope))
+        )
+    return writer.add("Add", *parts)
+
+
+@rules.register
+def _(rule: MaxPool, writer, x, shape):
+    rank = len(shape) - 1
+    channels_last = (rule.window[-1], rule.strides[-1], rule.dilation[-1], *rule.padding[-1])
+    if rank < 1 or channels_last != (1, 1, 1, 0, 0):
+        raise TypeError("ONNX pools along axes of space, this max pooling over channels.")
+    space = slice(0, rank)
+    first = writer.add("Transpose", x, perm=[0, rank + 1, *range(1, rank + 1)])
+    pooled = writer.add(
+        "MaxPool",
+        first,
+        kernel_shape=list(rule.window[space]),
+        strides=list(rule.strides[space]),
+        dilations=list(rule.dilation[space]),
+        pads=[low for low, _ in rule.padding[space]] + [high for _, high in rule.padding[space]],
     )
-    return graph.add("Max", a, b), graph.add("Min", a, b)
+    return writer.add("Transpose", pooled, perm=[0, *range(2, rank + 2), 1])

@@ -141,21 +141,18 @@ def state_dict(path) -> dict[str, np.ndarray]:
 
     Args:
         path: a file that ``torch.save`` wrote (PyTorch 1.6 or later): a state_dict, or a dict that
-            has one under "state_dict". In front of every name of nn.DataParallel's, "module." is
-            left out.
+            has one under "state_dict"; either may stand alone in a list. In front of every name of
+            nn.DataParallel's, "module." is left out.
 
     Raises:
         TorchFileError: not there; no such file; damaged; a pickle that names anything but tensors,
-            e.g. a whole module, or a
-            program that is up to no good: it is never executed; the format before PyTorch 1.6; an
-                entry that is no tensor.
+            e.g. a whole module, or a program that is up to no good: it is never executed; the
+            format before PyTorch 1.6; an entry that is no tensor.
     """
     path = Path(path)
     try:
         with zipfile.ZipFile(path) as archive:
-            found = _loaded(path, archive)
-            if isinstance(found, dict) and isinstance(dict.get(found, "state_dict"), dict):
-                found = dict.get(found, "state_dict")
+            found = _unwrapped(path, _loaded(path, archive))
             if not isinstance(found, dict):
                 raise TorchFileError(
                     f"{path} holds a {type(found).__name__}, expected the state_dict of a module."
@@ -173,6 +170,20 @@ def state_dict(path) -> dict[str, np.ndarray]:
     if arrays and all(name.startswith("module.") for name in arrays):
         return {name.removeprefix("module."): array for name, array in arrays.items()}
     return arrays
+
+
+def _unwrapped(path: Path, found: Any) -> Any:
+    """The state_dict inside of a dict under "state_dict", or of a list that holds nothing else."""
+    if isinstance(found, dict) and isinstance(dict.get(found, "state_dict"), dict | list):
+        found = dict.get(found, "state_dict")
+    if isinstance(found, list) and len(found) == 1:
+        (found,) = found
+    if isinstance(found, list):
+        raise TorchFileError(
+            f"{path} holds a list of {len(found)} entries, expected one state_dict: save one file "
+            "for each, torch.save(entry, path)."
+        )
+    return found
 
 
 def _no_zip(path: Path) -> str:

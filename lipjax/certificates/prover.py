@@ -18,8 +18,13 @@ from flax import nnx
 from lipjax import bounds
 from lipjax.certificates import batches, verdicts
 from lipjax.certificates.checks import checked_images, checked_labels, example_of
-from lipjax.certificates.results import Certificate, CertifiedRadius, Estimate
-from lipjax.certificates.setup import candidates, decided, set_up, unexamined
+from lipjax.certificates.results import (
+    Certificate,
+    CertifiedRadius,
+    Estimate,
+    stored_slopes,
+)
+from lipjax.certificates.setup import AUTO, candidates, decided, set_up, unexamined
 from lipjax.norms.best import BUDGET
 
 # certified_radius tries these shares of the radius that the estimate gives, largest first.
@@ -40,6 +45,7 @@ def certify(
     seed: int | None = None,
     batch_size: int = 64,
     examine: np.ndarray | None = None,
+    steps: int | None = None,
 ) -> Certificate:
     """Proves, image by image, that no l2 change of norm <= epsilon changes a (right) prediction.
 
@@ -74,7 +80,10 @@ def certify(
         failure_probability: delta in (0, 1), of the whole call; of no meaning in tier
             "deterministic".
         mode: "global", "bcp", "paper", "local", "linear" or "rows", each at least as tight as the
-            one before ("rows": as "local"); what they cost says `bound`.
+            one before ("rows": as "local"), or "tight", at least as tight as "local"; what they
+            cost says `bound`. "auto": each image by the cheapest that decides it, "local", then
+            "tight", then gradient steps; the certificate says "tight", since what "local" decides,
+            "tight" does.
         arithmetic: a name in `rounding.ARITHMETICS`: how the network will be executed. None: as
             this process's device executes it (`rounding.arithmetics_of`), e.g. float32 on a CPU,
             TF32 on a GPU at default precision.
@@ -90,6 +99,9 @@ def certify(
             not certified, with margin -inf, constant and stable 0 and allowance, lipschitz and
             norms inf: nothing is claimed. To save time on images that an attack has broken or that
             are misclassified; the verdicts of the rest are the same.
+        steps: modes "tight" and "auto": at most so many gradient steps on the slopes of the rivals
+            that are left undecided, of images that are right; each costs about as much as three
+            bounds of mode "tight". None: 0 in mode "tight", `setup.AUTO_STEPS` in mode "auto".
 
     Raises:
         TypeError, ValueError: as the table and `bound` say, naming the value.
@@ -107,20 +119,27 @@ def certify(
         seed=seed,
         batch_size=batch_size,
         examine=examine,
+        steps=steps,
     )
     rows = setup.examined
     radii = np.full(len(rows), float(epsilon))
+    slopes: dict[tuple[int, int], np.ndarray] = {}
     if len(rows) == len(setup.images):
-        found = decided(setup, rows, radii)
+        found, slopes = decided(setup, rows, radii)
     else:
         found = unexamined(setup)
         if len(rows):
-            examined = decided(setup, rows, radii)
+            examined, slopes = decided(setup, rows, radii)
             for name, column in found.items():
                 column[rows] = examined[name]
     certified = found.pop("ok")
     return Certificate(
-        certified=certified, epsilon=float(epsilon), mode=mode, **setup.facts, **found
+        certified=certified,
+        epsilon=float(epsilon),
+        mode="tight" if mode == AUTO else mode,
+        **stored_slopes(slopes),
+        **setup.facts,
+        **found,
     )
 
 
@@ -149,6 +168,8 @@ def certified_radius(
         max_radius: no radius above it is looked for.
         examine: as in `certify`; the radius of the others is 0.
     """
+    if mode == AUTO:
+        raise ValueError('mode "auto" decides at one epsilon: for radii give mode="tight".')
     if not (max_radius > 0 and math.isfinite(max_radius)):
         raise ValueError(f"max_radius must be positive and finite, got {max_radius}.")
     setup = set_up(
@@ -178,7 +199,7 @@ def certified_radius(
         if not len(rows):
             break
         trial = candidate[rows] * portion
-        found = decided(setup, rows, trial, attempt)
+        found, _ = decided(setup, rows, trial, attempt)
         found["radius"] = trial
         for name, column in kept.items():
             column[rows[found["ok"]]] = found[name][found["ok"]]

@@ -1,6 +1,7 @@
 """What `certify`, `certified_radius` and `estimate` return."""
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 
@@ -43,6 +44,9 @@ class Certificate:
         precision: of the bounds' own computation.
         arithmetic: of the network as executed, the least precise of its layers; a name in
             `rounding.ARITHMETICS`.
+        slopes_of: ``(n, 2)``, image and rival class of each row of `slopes`.
+        slopes: ``(n, slopes)``, int8 (`bounds.tight.flattened`): the slopes that verdicts of mode
+            "tight" rest on where gradient steps found them.
     """
 
     predicted: np.ndarray
@@ -62,6 +66,8 @@ class Certificate:
     seed_from: str
     precision: str
     arithmetic: str
+    slopes_of: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros((0, 2), np.int32))
+    slopes: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros((0, 0), np.int8))
 
     @property
     def statement(self) -> str:
@@ -128,3 +134,14 @@ class Estimate:
     epsilon: float
     mode: str
     tier: str = "estimate"
+
+
+def stored_slopes(slopes: dict[tuple[int, int], np.ndarray]) -> dict[str, Any]:
+    """As the fields of a `Certificate`, in order of image and rival."""
+    if not slopes:
+        return {}
+    order = sorted(slopes)
+    return {
+        "slopes_of": np.array(order, np.int32),
+        "slopes": np.stack([slopes[place] for place in order]),
+    }

@@ -1,5 +1,6 @@
 """The verdict of one example, and the programs that decide a batch of them."""
 
+import dataclasses
 import functools
 
 import jax
@@ -14,6 +15,8 @@ from lipjax.runtime import cpu
 SMALL_MATRIX = 2**21
 # Power iterations of each norm in the search for a radius.
 RADIUS_ITERATIONS = 15
+# Rivals of an image, the worst, whose slopes are improved by gradient steps.
+STEPPED = 3
 
 
 def verdict(graph, x, label, epsilon, mode, arithmetics, global_norms, local_norm, global_norm):
@@ -32,20 +35,37 @@ def verdict(graph, x, label, epsilon, mode, arithmetics, global_norms, local_nor
     Returns:
         What `facts_of` returns.
     """
-    outward = rounding.OUTWARD
-    walk = bounds.Walk(graph, bounds.mode_of(mode), local_norm, global_norm, view, outward)
+    walk = bounds.Walk(graph, bounds.mode_of(mode), local_norm, global_norm, view, rounding.OUTWARD)
     bound = walk(x, epsilon)
-    worst = bounds.worst_logits(bound, label, outward, view)
+    worst = bounds.worst_logits(bound, label, rounding.OUTWARD, view)
+    return judged(bound, label, worst, *allowances(bound, arithmetics, global_norms))
 
-    # What the network's own arithmetic can do to a logit, anywhere in the ball.
+
+def allowances(bound, arithmetics, global_norms):
+    """What rounding can do to each logit: of the network's execution, and of the logits here.
+
+    Args:
+        bound: of one example, rounded outwards.
+        arithmetics, global_norms: as in `verdict`.
+
+    Returns:
+        Two arrays ``(classes,)``: how far a logit as executed can be from the exact one, anywhere
+        in the ball, and how far the one that is computed here can be.
+    """
+    outward = rounding.OUTWARD
+    x = bound.input.center
+    epsilon = bound.input.radius
     boxes = [outward.widened(x - epsilon, x + epsilon, 0.0)]
     boxes += [(region.lower, region.upper) for region in bound.regions[1:]]
-    executed = rounding.forward_error(graph, boxes, arithmetics, global_norms, view)
+    executed = rounding.forward_error(bound.graph, boxes, arithmetics, global_norms, view)
 
-    # What the logits computed here are off.
-    head = graph.linear_nodes[-1]
+    head = bound.graph.linear_nodes[-1]
     lower, upper = boxes[head.inputs[0]]
-    own = outward.slack(view(head.operator, lower), lower, upper)
+    return executed, outward.slack(view(head.operator, lower), lower, upper)
+
+
+def judged(bound, label, worst, executed, own):
+    """The verdict from worst-case logits and what `allowances` says."""
     # The two sums below round once more each.
     own = own + 8 * rounding.DOUBLE * (jnp.abs(worst) + own + executed)
 
@@ -107,13 +127,17 @@ def view(operator, like):
     return operator.materialized(like) if like.size * outputs <= SMALL_MATRIX else operator
 
 
-def certify_batch(shared, columns, *, mode, tier, failure_probability, arithmetics, budget):
+def certify_batch(
+    shared, columns, *, mode, tier, failure_probability, arithmetics, budget, keep=False
+):
     """The verdicts of a batch, by the norms of the tier.
 
     Args:
         shared: graph, global norms, and the key of all draws.
         columns: images, labels, radii, and places in the whole call.
         failure_probability: of each norm bound.
+        keep: return also the bounds without their graphs, and the worst-case logits, as
+            `tightened_batch` takes them.
     """
     graph, global_norms, key = shared
     # Global norms are drawn once and shared, so their key must not depend on the example; indices
@@ -143,9 +167,61 @@ def certify_batch(shared, columns, *, mode, tier, failure_probability, arithmeti
     def one(x, label, epsilon, index):
         local_norm = norm_function(jax.random.fold_in(local_key, index))
         global_norm = norm_function(global_key)
-        return verdict(
-            graph, x, label, epsilon, mode, arithmetics, global_norms, local_norm, global_norm
+        walk = bounds.Walk(
+            graph, bounds.mode_of(mode), local_norm, global_norm, view, rounding.OUTWARD
         )
+        bound = walk(x, epsilon)
+        worst = bounds.worst_logits(bound, label, rounding.OUTWARD, view)
+        facts = judged(bound, label, worst, *allowances(bound, arithmetics, global_norms))
+        if not keep:
+            return facts, None
+        return facts, (dataclasses.replace(bound, graph=None, vectors=None), worst)
+
+    return jax.vmap(one)(*columns)
+
+
+def tightened_batch(shared, columns, *, arithmetics, steps=0):
+    """Verdicts of a batch from bounds that are known already, in mode "tight".
+
+    Args:
+        shared: graph and global norms.
+        columns: labels, and what was kept: bounds in mode "local" or "tight", which have the same
+            regions, and worst-case logits.
+        arithmetics: as in `verdict`.
+        steps: at most so many gradient steps on the slopes of the worst `STEPPED` rivals.
+
+    Returns:
+        Facts as of `certify_batch`, and "worst", the logits. With `steps` also "rivals"
+        ``(n, STEPPED)``, the classes whose slopes were improved, -1 for none, and "slopes"
+        ``(n, STEPPED, slopes)``, as `bounds.tight.improved` returns them.
+    """
+    graph, global_norms = shared
+
+    def one(label, bound, worst):
+        bound = dataclasses.replace(bound, graph=graph, mode="tight")
+        executed, own = allowances(bound, arithmetics, global_norms)
+        if not steps:
+            worst = bounds.margins.tightened(bound, label, worst, rounding.OUTWARD, view)
+            return {**judged(bound, label, worst, executed, own), "worst": worst}
+
+        # Twice the allowances: what the sums of `judged` round is far less.
+        classes = worst.shape[0]
+        lead = bound.logits[label] - bound.logits - 2 * (executed + own)
+        lead = lead - 2 * (executed + own)[label]
+        gains = worst - bound.logits
+        short = jnp.where(jnp.arange(classes) == label, -jnp.inf, gains - lead)
+        least, chosen = jax.lax.top_k(short, min(STEPPED, classes - 1))
+        open_ = least >= 0
+        # Rounded to bytes the slopes may be worth a little less.
+        goals = jnp.where(open_, 0.998 * lead[chosen], jnp.inf)
+        rows = bounds.margins.directions(graph, bound.penultimate, label)[chosen]
+        found, slopes = bounds.tight.improved(bound, rows, goals, steps, view)
+        less = open_ & (found < gains[chosen])
+        better = jnp.where(less, found, gains[chosen])
+        worst = worst.at[chosen].set(bound.logits[chosen] + better)
+        facts = judged(bound, label, worst, executed, own)
+        rivals = jnp.where(less, chosen, -1)
+        return {**facts, "worst": worst, "rivals": rivals, "slopes": slopes}
 
     return jax.vmap(one)(*columns)
 

@@ -8,31 +8,24 @@ Exit codes: 0 confirmed; 1 rejected: something in the file is wrong or could not
 and the report says what; 2 could not be checked: a file that cannot be read, a layer or setting
 that this checker does not know.
 
-For a network of your own, of the layers that `lipjax.formats.certificate_files.describe` knows::
+For a network or a function of your own, which is described by the nodes of its graph as it is
+traced on an image::
 
     header, arrays = lipjax.formats.certificate_files.load("mine.npz")
-    report = lipjax.check.check(
-        lipjax.check.describe(network), images, labels, header, arrays, np.random.default_rng()
-    )
-    print(report)      # report.confirmed, report.problems, report.margin
-
-For any other function, which is described by the nodes of its graph as it is traced on an image::
-
     described = lipjax.check.describe(f, images[0], arithmetic=header["arithmetic"])
     report = lipjax.check.check(described, images, labels, header, arrays, np.random.default_rng())
+    print(report)      # report.confirmed, report.problems, report.margin
 
-(The command reads networks from runs and files, not functions.)
-
-**What is shared with the tool**: the file's format and hashes and the plain description of the
-layers (`lipjax.formats.certificate_files`), and, in `load_run` alone, what reads a run's parameters
-and data. Of a function that is no nnx.Sequential also the way from the program to that description:
-what `lipjax.graph` reads from the jaxpr, the kernels of linear maps and the equations that round
-included; an error there misleads both. Nothing of its bounds: matrices (`lipjax.check.layers`,
-`check_nodes`), norms (`check_norms`), masks, margins and the rounding of the executed network
-(`check_walk`, `check_slopes`) are derived in other words, from METHOD 1 to 5, in float64 with every
-rounding error turned outwards. Modes "global", "bcp" and "paper" are at least as loose as "local",
-so one walk in mode "local" confirms the verdicts of all four, and carries those of modes "linear"
-and "rows".
+**What is shared with the tool**: the file's format and hashes (`lipjax.formats.certificate_files`),
+in `load_subject` alone what reads a run's parameters and data, and the way from the program to its
+description: what `lipjax.graph` reads from the jaxpr, the kernels of linear maps and the equations
+that round included; an error there misleads both. (Files of versions 1 and 2 describe an
+nnx.Sequential by its layers instead.) Nothing of its bounds: matrices (`lipjax.check.layers`,
+`check.nodes`), norms (`check.norms`), masks, margins and the rounding of the executed network
+(`check.walk`, `check.slopes`) are derived in other words, from METHOD 1 to 5 (docs/method.md), in
+float64 with every rounding error turned outwards. Modes "global", "bcp" and "paper" are at least as
+loose as "local", so one walk in mode "local" confirms the verdicts of all four, and carries those
+of modes "linear" and "rows".
 
 **What a confirmation says.** Each verdict "certified" follows for a second time, from the network
 and the images of the recorded hashes. Norms of matrices with a side of at most `check_norms.SMALL`
@@ -60,10 +53,23 @@ from typing import Any
 import numpy as np
 
 from lipjax.check import nodes as check_nodes
-from lipjax.check.layers import Add, Affine, CannotCheck, Move, Node, by_nodes, nodes_of
+from lipjax.check.layers import (
+    Add,
+    Affine,
+    CannotCheck,
+    Move,
+    Node,
+    Nonlinear,
+    by_nodes,
+    nodes_of,
+    of_stored,
+)
 from lipjax.check.norms import Norms, U
-from lipjax.check.walk import ARITHMETICS, Derived, Network, derive
+from lipjax.check.walk import ARITHMETICS, Derived, Network, Tight, derive
+from lipjax.formats import network_files
 from lipjax.formats.certificate_files import (
+    ARRAYS,
+    BY_NODES,
     CertificateFileError,
     data_hash,
     describe,
@@ -214,7 +220,8 @@ def check(
     itself, up to three allowances.
 
     Args:
-        layers: the network as `describe` writes it, by layers or by nodes.
+        layers: the network as `describe` writes it; for a file of version 1 or 2 about an
+            nnx.Sequential its layers (`lipjax.check.layers.of_stored`).
         images, labels: ``(N, ...)`` floats in [0, 1] and ``(N,)`` integers, the rows of the file in
             its order.
         header, arrays: as `lipjax.formats.certificate_files.load` returns them.
@@ -279,15 +286,20 @@ def check(
     network = Network(nodes, [norms(layer.matrix) for layer in affine], header["arithmetic"])
     margins = np.full(len(chosen), -math.inf)
     slopes = {"linear": header["mode"] in ("linear", "rows"), "rows": header["mode"] == "rows"}
+    kept = _slopes_by_row(header, arrays) if header["mode"] == "tight" else None
     for i, row in enumerate(chosen):
+        tight = None
+        if kept is not None:
+            tight = Tight(float(arrays["margin"][row]), kept.get(int(row), {}))
+        epsilon = float(arrays["epsilon"][row])
         derived = derive(
-            network, images[row], int(labels[row]), float(arrays["epsilon"][row]), norms, **slopes
+            network, images[row], int(labels[row]), epsilon, norms, **slopes, tight=tight
         )
         margins[i] = derived.margin
         problems += [
             f"image {arrays['index'][row]} (row {row}): {problem}"
             for problem in _differences(
-                derived, network, header, {name: array[row] for name, array in arrays.items()}
+                derived, network, header, {name: arrays[name][row] for name in ARRAYS}
             )
         ]
         if progress is not None:
@@ -302,6 +314,15 @@ def check(
         norms.random,
         delta if norms.random else 0.0,
     )
+
+
+def _slopes_by_row(header, arrays) -> dict[int, dict[int, np.ndarray]]:
+    """The slopes that a file holds, by row and rival."""
+    found: dict[int, dict[int, np.ndarray]] = {}
+    if header.get("slopes"):
+        for (row, rival), slopes in zip(arrays["slopes_of"], arrays["slopes"], strict=True):
+            found.setdefault(int(row), {})[int(rival)] = slopes
+    return found
 
 
 def _contradictions(layers, images, labels, header, arrays) -> list[str]:
@@ -458,6 +479,8 @@ def _constant(nodes: Sequence[Node], norms: np.ndarray) -> np.ndarray:
         elif isinstance(node.step, Move):
             squares = sum(np.square(found[number]) for number in node.inputs)
             first = np.sqrt(node.step.copies * squares)
+        elif isinstance(node.step, Nonlinear):
+            first = first * node.step.lipschitz
         found.append(first)
     return found[nodes[-1].inputs[0]]
 
@@ -516,8 +539,8 @@ def _differences(derived: Derived, network: Network, header, row) -> list[str]:
 
 
 def load_subject(given: argparse.Namespace, header, arrays):
-    """What the file is about: the layers of the network, and its images and labels, ``(layers,
-    images, labels)``.
+    """What the file is about: the description of the network, and its images and labels,
+    ``(layers, images, labels)``.
 
     The only part that uses the library, to read parameters and data.
     """
@@ -529,7 +552,7 @@ def load_subject(given: argparse.Namespace, header, arrays):
             network, *_ = networks.opened(given.network)
         else:  # the number of classes is only to build the network: its hash is compared
             network, _ = networks.selected(given.workdir, images.shape[1:], header["classes"])
-        return describe(network), images, labels
+        return _described(given, network, images, header), images, labels
     if header["split"] not in (None, "test"):
         raise CannotCheck(
             f"the file is about the {header['split']} split: give its images with --images."
@@ -554,7 +577,24 @@ def load_subject(given: argparse.Namespace, header, arrays):
             f"the test split of {test.name} has no images {missing[:5]}, which the file is about."
         )
     rows = np.array([place[int(index)] for index in arrays["index"]])
-    return describe(subject.network), test.unit_images(rows), test.labels[rows]
+    images = test.unit_images(rows)
+    return _described(given, subject.network, images, header), images, test.labels[rows]
+
+
+def _described(given, network, images: np.ndarray, header) -> list[dict[str, Any]]:
+    """The network in the terms of the file's version; a function's stored nodes as they stand."""
+    from lipjax import storage
+
+    if given.workdir is None and given.network.endswith(".safetensors"):
+        head, arrays = network_files.read(given.network)
+        if "nodes" in head:
+            return network_files.joined(head["nodes"], arrays)
+    if header["version"] < BY_NODES:
+        try:
+            return of_stored(*storage.layers_of(network))
+        except (TypeError, ValueError):
+            pass  # any other function was described by nodes
+    return describe(network, images[0], arithmetic=header["arithmetic"])
 
 
 def _from_npz(path: str, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -50,6 +50,8 @@ class Affine:
         row_norms: ``(outputs,)``, upper bounds of the norms of the rows.
         largest: ``max |W|``.
         executed: None: in the network's arithmetic, as a layer with a bias.
+        parts: what is executed, one behind the other, where that is several maps; W and b are then
+            of all together. Empty: the map as it stands.
     """
 
     matrix: Any
@@ -60,10 +62,38 @@ class Affine:
     row_norms: np.ndarray
     largest: float
     executed: Executed | None = None
+    parts: tuple["Affine", ...] = ()
+
+
+class Nonlinear:
+    """An activation: `Activation`, or one of the kinds of `lipjax.check.kinds`, each with its own
+    rules.
+
+    Attributes:
+        lipschitz: constant in l2, everywhere.
+    """
+
+    lipschitz = 1.0
+
+    def activated(self, known) -> Any:
+        """What is known behind it (but for the radius), and which inputs can move an output."""
+        raise NotImplementedError
+
+    def pieces(self, known, moving: float) -> list:
+        """How it is relaxed (`lipjax.check.slopes.pieces`)."""
+        raise NotImplementedError
+
+    def growth(self, known) -> float:
+        """Lipschitz constant where the input is what is known of it."""
+        return self.lipschitz
+
+    def off(self, value: np.ndarray) -> np.ndarray:
+        """How far a value, computed at the center, can be from the exact one."""
+        return np.zeros(value.shape)
 
 
 @dataclasses.dataclass(frozen=True)
-class Activation:
+class Activation(Nonlinear):
     """An activation on flattened arrays of `shape`: clipping, or "maxmin" on the two halves of the
     last axis.
 
@@ -160,7 +190,7 @@ class Node:
             node's own number.
     """
 
-    step: Affine | Activation | Add | Move
+    step: Affine | Nonlinear | Add | Move
     inputs: tuple[int, ...]
 
 
@@ -169,8 +199,8 @@ def nodes_of(layers: Sequence[Mapping[str, Any]], shape: tuple[int, ...]) -> lis
     makes the logits.
 
     Args:
-        layers: as `describe` writes them: of an nnx.Sequential its layers, of any other function
-            its nodes, which say what they read (`check_nodes`). The layers between a "fork" and its
+        layers: its nodes, as `describe` writes them, which say what they read (`check.nodes`); or
+            its layers, of which files of versions 1 and 2 are. The layers between a "fork" and its
             "join" are a branch: the join adds what they make to what stood at the fork.
         shape: of one example.
 
@@ -282,6 +312,73 @@ def nodes_of(layers: Sequence[Mapping[str, Any]], shape: tuple[int, ...]) -> lis
     return nodes
 
 
+def of_stored(
+    stored: Sequence[Mapping[str, Any]],
+    arrays: Mapping[str, np.ndarray],
+    prefix: str = "layers",
+) -> list[dict[str, Any]]:
+    """Layers as network files hold them, as certificate files of versions 1 and 2 described them:
+    their hashes are over this. One dict a layer, those of nested sequences in their place; "fork"
+    and "join" stand around the layers of a Residual.
+
+    Args:
+        stored, arrays: as `lipjax.storage.layers_of` returns them.
+    """
+    found: list[dict[str, Any]] = []
+    for i, layer in enumerate(stored):
+        where, settings = f"{prefix}.{i}", dict(layer)
+        kind = settings.pop("type")
+        own: dict[str, Any] = {
+            name: arrays[f"{where}.{name}"]
+            for name in ("kernel", "bias", "threshold", "upper", "lower")
+            if f"{where}.{name}" in arrays
+        }
+        if kind == "Sequential":
+            found += of_stored(layer["layers"], arrays, f"{where}.layers")
+            continue
+        if kind == "Residual":
+            branch = of_stored(layer["layers"], arrays, f"{where}.branch.layers")
+            found += [{"kind": "fork"}, *branch, {"kind": "join"}]
+            continue
+        if kind in ("Linear", "Conv"):
+            own = {"bias": None, **own, "dtype": settings["dtype"], "unusual": []}
+            # JAX's own levels are left to the device.
+            algorithm = settings["precision"]
+            if algorithm not in (None, "DEFAULT", "HIGH", "HIGHEST"):
+                own["precision"] = algorithm
+            settings = _conv_settings(settings, own["kernel"].ndim - 2) if kind == "Conv" else {}
+        found.append({"kind": STORED[kind], **own, **settings})
+    return found
+
+
+# Names of the layers in network files, and here.
+STORED = {
+    **{"Conv": "conv", "Linear": "linear", "AveragePool": "average_pool"},
+    **{"Normalize": "normalize", "Flatten": "flatten", "ReLU": "relu", "MaxMin": "maxmin"},
+    **{"ClippedReLU": "clipped_relu", "ClippedMaxMin": "clipped_maxmin"},
+}
+
+
+def _conv_settings(settings: Mapping[str, Any], rank: int) -> dict[str, Any]:
+    def spread(value) -> list[int]:
+        value = 1 if value is None else value
+        return [value] * rank if isinstance(value, int) else list(value)
+
+    padding = settings["padding"]
+    if isinstance(padding, str):
+        padding = padding.upper()
+    else:
+        pairs = [padding] * rank if isinstance(padding, int) else padding
+        padding = [[p, p] if isinstance(p, int) else list(p) for p in pairs]
+    return {
+        "padding": padding,
+        "strides": spread(settings["strides"]),
+        "dilation": spread(settings["kernel_dilation"]),
+        "input_dilation": spread(settings["input_dilation"]),
+        "groups": settings["feature_group_count"],
+    }
+
+
 def by_nodes(layers: Sequence[Mapping[str, Any]]) -> bool:
     """Is it a description by nodes? Every dict of such a one says what it reads."""
     return any("inputs" in layer for layer in layers)
@@ -328,11 +425,6 @@ def _dense(name, layer, shape):
 def _convolution(name, layer, shape):
     kernel = layer["kernel"].astype(np.float64)
     rank, groups, padding = kernel.ndim - 2, layer["groups"], layer["padding"]
-    if any(d != 1 for d in layer["input_dilation"]):
-        raise CannotCheck(
-            f"{name} has input_dilation {layer['input_dilation']}, which this checker does not "
-            "know."
-        )
     if isinstance(padding, str) and padding not in ("SAME", "VALID"):
         raise CannotCheck(
             f"{name} has padding {padding!r}; this checker knows numbers, SAME and VALID."
@@ -348,7 +440,9 @@ def _convolution(name, layer, shape):
         )
     places = []  # per axis: outputs, and for each of its taps the input that each output reads
     for axis in range(rank):
-        size, stride, dilation = shape[axis], layer["strides"][axis], layer["dilation"][axis]
+        stride, dilation = layer["strides"][axis], layer["dilation"][axis]
+        apart = layer["input_dilation"][axis]  # of a transposed convolution: zeros in between
+        size = (shape[axis] - 1) * apart + 1
         extent = (kernel.shape[axis] - 1) * dilation + 1
         if padding == "SAME":
             low = max((-(-size // stride) - 1) * stride + extent - size, 0) // 2
@@ -360,9 +454,9 @@ def _convolution(name, layer, shape):
             raise CannotCheck(
                 f"{name}: a kernel of {kernel.shape[:rank]} does not fit an input of shape {shape}."
             )
-        places.append(
-            [np.arange(count) * stride - low + tap * dilation for tap in range(kernel.shape[axis])]
-        )
+        taps = range(kernel.shape[axis])
+        reads = [np.arange(count) * stride - low + tap * dilation for tap in taps]
+        places.append([np.where(at % apart == 0, at // apart, -1) for at in reads])
     return _gather(kernel, places, shape, groups)
 
 

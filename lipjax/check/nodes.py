@@ -6,6 +6,7 @@ Part of `lipjax.check`; shares nothing with the bounds that it checks. The descr
 before anything is made of them. What is not known is refused, and never guessed.
 """
 
+import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import numpy as np
 import scipy.sparse  # type: ignore[import-untyped]
 
+from lipjax.check import kinds
 from lipjax.check.layers import (
     Activation,
     Add,
@@ -40,13 +42,16 @@ FIELDS = {
     "input": set(),
     "product": {"kernel", "bias", "numbers", "kernel_first"},
     "conv": {"kernel", "bias", "strides", "padding", "dilation", "input_dilation", "groups"},
-    "scale": {"kernel", "bias"},
+    "scale": {"kernel", "bias", "joined"},
     "sum": {"kernel", "bias", "window", "strides", "padding", "dilation", "base_dilation"},
     "move": {"index", "fill"},
-    "add": {"signs", "constant"},
+    "add": {"signs", "constant", "joined"},
     "clip": {"bottom", "top"},
     "maxmin": {"bottom", "top"},
+    **{kind: set(reader.fields) for kind, reader in kinds.READERS.items()},
 }
+# Numbers of a node, each an array or None.
+PARAMETERS = ("kernel", "bias", "constant", "fill", "bottom", "top", *kinds.PARAMETERS)
 # The equation that a node begins with, where it computes anything; elementwise ones may follow.
 FIRST = {
     "product": {"dot_general"},
@@ -54,6 +59,7 @@ FIRST = {
     "scale": {"mul", "div"},
     "sum": {"reduce_sum", "reduce_window_sum"},
     "add": {"add", "sub", "add_any", "convert_element_type"},
+    **{kind: set(reader.first) for kind, reader in kinds.READERS.items()},
 }
 FOLLOWING = {"add", "sub", "add_any", "mul", "div"}
 
@@ -71,6 +77,9 @@ def read(described: Sequence[Mapping[str, Any]], shape: tuple[int, ...]) -> list
         raise CannotCheck(f"a network of {len(described)} nodes; this checker takes {MOST_NODES}.")
     nodes: list[Node] = []
     places: list[int] = []  # the value that each described node makes
+    last = 0  # the described node that made the last value
+    # How many read each described node; of one that is joined with the one behind it nobody else.
+    read_by = [0.0] * len(described)
     for i, node in enumerate(described):
         name = f"node {i}, {str(node.get('kind'))[:40]!r},"
         _check_form(name, i, node)
@@ -83,14 +92,25 @@ def read(described: Sequence[Mapping[str, Any]], shape: tuple[int, ...]) -> list
             continue
         if i == 0:
             raise CannotCheck(f"{name} stands where the example should.")
+        for j in node["inputs"]:
+            read_by[j] += 1
+            if read_by[j] == math.inf:
+                raise CannotCheck(f"{name} reads node {j}, which is joined with another.")
         before = [described[j] for j in node["inputs"]]
         executed = _executed(name, node, before)
         step = READERS[node["kind"]](name, node, before, executed)
         if step is None:
             places.append(places[node["inputs"][0]])
             continue
-        nodes.append(Node(step, tuple(places[j] for j in node["inputs"])))
+        if node.get("joined", False):
+            if not nodes or node["inputs"] != [last] or read_by[last] != 1:
+                raise CannotCheck(f"{name} is joined with a node that others read too.")
+            read_by[last] = math.inf
+            nodes[-1] = Node(_joined(name, nodes[-1].step, step), nodes[-1].inputs)
+        else:
+            nodes.append(Node(step, tuple(places[j] for j in node["inputs"])))
         places.append(len(nodes))
+        last = i
     if not nodes or places[-1] != len(nodes) or not isinstance(nodes[-1].step, Affine):
         raise CannotCheck("the function does not end in an affine node, whose values are logits.")
     if len(described[-1]["shape"]) != 1:
@@ -120,10 +140,12 @@ def _check_form(name: str, position: int, node: Mapping[str, Any]) -> None:
         len(inputs) != wanted if wanted is not None else not inputs
     ):
         raise CannotCheck(f"{name} reads {inputs}: expected {wanted or 'some'} nodes before it.")
+    if type(node.get("joined", False)) is not bool:
+        raise CannotCheck(f"{name} is joined: {node['joined']}; expected true or false.")
     roundings = node["roundings"]
     if type(roundings) is not float or not 0 <= roundings <= MOST_ROUNDINGS:
         raise CannotCheck(f"{name} has parameters that are off by {roundings} roundings.")
-    for field in ("kernel", "bias", "constant", "fill", "bottom", "top"):
+    for field in PARAMETERS:
         value = node.get(field)
         if value is not None:
             _check_array(f"{name} has {field}", value)
@@ -229,7 +251,7 @@ def _check_parameters(name: str, node, equations) -> None:
     """Refuses parameters that the program would round before it computes with them."""
     operands = equations[0][1] if equations else [node["dtype"]]
     narrowest = max(operands, key=TYPES.index)
-    for field in ("kernel", "bias", "constant", "fill", "bottom", "top"):
+    for field in PARAMETERS:
         value = node.get(field)
         if value is not None and not held(value, narrowest if field == "kernel" else node["dtype"]):
             raise CannotCheck(
@@ -261,6 +283,11 @@ def check_arithmetic(
         )
     covered = order[: order.index(arithmetic) + 1]
     for i, node in enumerate(described):
+        if arithmetic not in kinds.MEASURED.get(node["kind"], order):
+            raise CannotCheck(
+                f"node {i}, {node['kind']!r}, is executed in a network in {arithmetic} arithmetic: "
+                f"its rounding is known in {' and '.join(kinds.MEASURED[node['kind']])}."
+            )
         for primitive, operands, result, precision, accumulate in node["executed"]:
             types = {*operands, result, *([accumulate] if accumulate else [])}
             coarser = "bfloat16" in types and arithmetic != "bfloat16"
@@ -397,6 +424,27 @@ def _scale(name: str, node, before, executed) -> Affine:
     return _linear(name, node, scipy.sparse.diags_array(entries), shape, executed, needed)
 
 
+def _joined(name: str, front, step) -> Affine:
+    """An affine map and a scale or a shift behind it as one, executed in these parts."""
+    if isinstance(step, Add) and len(step.signs) == 1 and step.signs[0] == 1:
+        assert step.constant is not None and step.executed is not None
+        identity = scipy.sparse.eye_array(len(step.constant))
+        once = dataclasses.replace(step.executed, results=1 + step.roundings)
+        step = _affine(identity, step.constant, step.constant.shape, executed=once)
+    if not isinstance(front, Affine) or not isinstance(step, Affine):
+        raise CannotCheck(f"{name} is no scale or shift behind an affine node.")
+    # The kernel and the bias that the tool joins are off by two roundings.
+    assert step.executed is not None
+    step = dataclasses.replace(
+        step, executed=dataclasses.replace(step.executed, results=step.executed.results + 4)
+    )
+    factors = step.matrix.diagonal()
+    bias = front.bias * factors + step.bias
+    whole = _affine(scipy.sparse.diags_array(factors) @ front.matrix, bias, bias.shape)
+    parts = (*(front.parts or (front,)), step)
+    return dataclasses.replace(whole, executed=front.executed, parts=parts)
+
+
 def _sum(name: str, node, before, executed) -> Affine:
     kernel, shape = _kernel(name, node), tuple(before[0]["shape"])
     rank = len(shape)
@@ -500,4 +548,5 @@ READERS: dict[str, Callable] = {
     "add": _add,
     "clip": _clip,
     "maxmin": _maxmin,
+    **{kind: reader.read for kind, reader in kinds.READERS.items()},
 }

@@ -1,5 +1,5 @@
-"""The checker's margins in modes "linear" and "rows": rows carried back through slopes, and what
-the slopes' errors can add.
+"""The checker's margins in modes "linear", "rows" and "tight": rows carried back through slopes,
+and what the slopes' errors can add.
 
 Part of `lipjax.check`; shares nothing with the bounds that it checks. The claim (METHOD 5): with D
 the change of a quantity from its center, an activation is ``D a = M D z + e``, M elementwise (or on
@@ -16,7 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from lipjax.check.layers import Activation, Add, Affine, Move
+from lipjax.check import onesided
+from lipjax.check.layers import Activation, Add, Affine, Move, Nonlinear
 from lipjax.check.norms import TINY, U, gamma, up, up_norm
 
 
@@ -43,6 +44,7 @@ def linear_gains(
     rows: np.ndarray,
     gains: np.ndarray,
     worst_gains: Callable,
+    rule: Callable | None = None,
 ) -> np.ndarray:
     """At most `gains`: upper bounds of ``max <d, D h>`` for each row d, h being one of the values.
 
@@ -56,6 +58,7 @@ def linear_gains(
         gains: ``(rivals,)``, the bounds from the region of h alone.
         worst_gains: ``(directions, low, high, radius)`` to the largest products over a ball and a
             box.
+        rule: of slopes for one-sided errors (`lipjax.check.onesided`); None: errors by `pieces`.
     """
     best, live = gains, {start: rows}
     spent = 4 * U * _lengths(rows) * walked.values[start].radius
@@ -63,9 +66,24 @@ def linear_gains(
         number = max(live)
         g, node = live.pop(number), walked.nodes[number - 1]
         before = walked.values[node.inputs[-1]]
-        if isinstance(node.step, Activation):
-            length = up_norm(before.offset())
-            for piece in reversed(_pieces(node.step, before, walked.moving[number])):
+        steps = None
+        if isinstance(node.step, Nonlinear):
+            # With a slope above 1, and where an entry stands in several places, more is rounded.
+            length = up_norm(before.offset()) * max(1.0, node.step.growth(before)) ** 3
+            if np.any(slack := walked.slack[number]):
+                spent = up(spent + np.abs(g) @ slack, g.shape[1])
+            if rule is not None:
+                known = before, walked.values[number], walked.rows[number]
+                steps = onesided.steps_of(node.step, *known)
+        if rule is not None and steps is not None:
+            for step in reversed(steps):
+                met = step.met(g)
+                taken = rule(step, met, walked.moving[number])
+                cost = step.cost(met, taken, walked.moving[number])
+                spent = up(spent + cost + 16 * U * _lengths(g) * length)
+                g = step.back(g, taken)
+        elif isinstance(node.step, Nonlinear):
+            for piece in reversed(pieces(node.step, before, walked.moving[number])):
                 met = piece.along(g)
                 open_ = piece.reach > 0
                 cost = worst_gains(
@@ -120,11 +138,19 @@ def _lengths(rows: np.ndarray) -> np.ndarray:
     return np.array([up_norm(row) for row in rows])
 
 
-def _pieces(step: Activation, known, moving: float) -> list[Piece]:
+def pieces(step: Nonlinear, known, moving: float) -> list[Piece]:
+    """The steps of an activation, in order, on what is known of its input.
+
+    Args:
+        moving: bound of ``||z - center||_2`` over the inputs that can move an output, and of what
+            is not known of those that do not vary.
+    """
+    if not isinstance(step, Activation):
+        return step.pieces(known, moving)
     if not step.pairs:
         ends = (step.bottom, step.top)
         kinks = tuple(np.broadcast_to(end, step.shape).reshape(-1) for end in ends)
-        return [_elementwise(step, kinks, known.center, known.lower, known.upper, moving)]
+        return [elementwise(step, kinks, known.center, known.lower, known.upper, moving)]
     (a, b), (lower_a, lower_b), (upper_a, upper_b) = (
         step.halves(end) for end in (known.center, known.lower, known.upper)
     )
@@ -151,7 +177,7 @@ def _pieces(step: Activation, known, moving: float) -> list[Piece]:
 
     return [
         first,
-        _elementwise(
+        elementwise(
             clip,
             (bottom, top),
             order(a, b),
@@ -162,7 +188,7 @@ def _pieces(step: Activation, known, moving: float) -> list[Piece]:
     ]
 
 
-def _extremes(function, kinks, z, lower, upper) -> tuple[np.ndarray, np.ndarray]:
+def extremes(function, kinks, z, lower, upper) -> tuple[np.ndarray, np.ndarray]:
     """Smallest and largest slope of the chords from z of a function that is linear between its
     kinks.
 
@@ -196,13 +222,24 @@ def _extremes(function, kinks, z, lower, upper) -> tuple[np.ndarray, np.ndarray]
     return low, high
 
 
-def _elementwise(function, kinks, z, lower, upper, moving) -> Piece:
-    low, high = _extremes(function, kinks, z, lower, upper)
+def elementwise(function, kinks, z, lower, upper, moving) -> Piece:
+    """Of a piecewise linear function of slopes -1, 0 and 1."""
+    low, high = extremes(function, kinks, z, lower, upper)
     # No kink strictly inside: one slope, exactly 0 or 1.
     straight = np.all([(kink <= lower) | (kink >= upper) for kink in kinks], axis=0)
     low, high = np.where(straight, np.round(low), low), np.where(straight, np.round(high), high)
+    return between(low, high, straight, z, lower, upper, moving)
+
+
+def between(low, high, straight, z, lower, upper, moving, size: float = 1.0) -> Piece:
+    """Of an elementwise function whose chords from z have slopes from `low` to `high`.
+
+    Args:
+        straight: where both are the same, and exact.
+        size: bound of the size of the slopes.
+    """
     middle = (low + high) / 2
-    width = np.where(straight, 0.0, (high - low) / 2 + 64 * U)
+    width = np.where(straight, 0.0, (high - low) / 2 + 64 * U * size)
     reach = np.where(width > 0, up(width * np.maximum(upper - z, z - lower)), 0.0)
     radius = float(np.minimum(up(np.max(width, initial=0.0) * moving), up_norm(reach)))
     return Piece(lambda g: g, lambda g: g * middle, reach, radius)
@@ -214,7 +251,7 @@ def _pair(step, a, b, least, most, a_leads, b_leads, moving) -> Piece:
     t = a - b
     room = 8 * U * np.maximum(np.abs(least), np.abs(most))
     least, most = np.minimum(least - room, t), np.maximum(most + room, t)
-    low, high = _extremes(np.abs, (np.zeros(t.shape),), t, least, most)
+    low, high = extremes(np.abs, (np.zeros(t.shape),), t, least, most)
     fixed = a_leads | b_leads
     sign = np.where(a_leads, 1.0, -1.0)
     low, high = np.where(fixed, sign, low), np.where(fixed, sign, high)

@@ -8,12 +8,12 @@ METHOD 3, in float64 with every rounding error turned outwards.
 import dataclasses
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from lipjax.check import slopes
-from lipjax.check.layers import Activation, Add, Affine, Executed, Move, Node
+from lipjax.check import onesided, slopes
+from lipjax.check.layers import Activation, Add, Affine, Executed, Move, Node, Nonlinear
 from lipjax.check.norms import TINY, Norms, U, gamma, up, up_norm
 
 BISECTION_STEPS = 60
@@ -46,7 +46,7 @@ class Network:
     arithmetic: str
 
     @functools.cached_property
-    def followers(self) -> dict[int, tuple[list[Move], Activation]]:
+    def followers(self) -> dict[int, tuple[list[Move], Nonlinear]]:
         """The activation behind each affine layer whose value nothing else takes, by the value's
         number, and the moves on the way to it, whose values nothing else takes either.
 
@@ -62,7 +62,7 @@ class Network:
             at = takers.get(number, []) if isinstance(node.step, Affine) else []
             while len(at) == 1:
                 step = self.nodes[at[0] - 1].step
-                if isinstance(step, Activation):
+                if isinstance(step, Nonlinear):
                     found[number] = path, step
                 if not isinstance(step, Move) or len(step.sizes) != 1:
                     break
@@ -129,12 +129,13 @@ class Walk:
         nodes: of the network.
         values: of x' itself and of each node that was passed.
         slack: of a node's own value: per output, how far it can be from where the changes of its
-            inputs take the center (`transform`, `add`); zeros of an activation, which moves no
-            further than its input, and of a move, which is exact.
+            inputs take the center (`transform`, `add`); of an activation how far its value at the
+            center, as computed, can be from the exact one; zeros of a move, which is exact.
         kept: of an affine layer with a follower: its radius over the rows that can move an output
             of that activation; and of the moves on the way.
         moving: of an activation: bound of ``||z(x') - center||_2`` over its inputs that can move an
             output, and of what is not known of those that do not vary.
+        rows: of an activation: which of its inputs can move an output that varies.
         norms: ``(lower, upper)`` of the masked norms of the affine layers that were passed, in
             order.
     """
@@ -144,7 +145,22 @@ class Walk:
     slack: list[np.ndarray] = dataclasses.field(default_factory=list)
     kept: dict[int, float] = dataclasses.field(default_factory=dict)
     moving: dict[int, float] = dataclasses.field(default_factory=dict)
+    rows: dict[int, np.ndarray] = dataclasses.field(default_factory=dict)
     norms: list[tuple[float, float]] = dataclasses.field(default_factory=list)
+
+
+@dataclasses.dataclass(frozen=True)
+class Tight:
+    """What mode "tight" records of one example.
+
+    Attributes:
+        margin: as recorded: where less is needed for it, less is done.
+        slopes: of some rivals, all activations after each other, as whole numbers
+            (`onesided.UNIT`).
+    """
+
+    margin: float
+    slopes: Mapping[int, np.ndarray]
 
 
 def derive(
@@ -156,6 +172,7 @@ def derive(
     *,
     linear: bool = False,
     rows: bool = False,
+    tight: Tight | None = None,
 ) -> Derived:
     """Bounds the margin of class `label` on the ball ``||x' - x||_2 <= epsilon`` around one example
     x.
@@ -164,7 +181,8 @@ def derive(
     neuron's box, too.
     """
     with np.errstate(all="ignore"):  # NaN and infinity are dealt with at the end
-        return _margin(network, walk(network, x, epsilon, norms, rows), label, linear)
+        walked = walk(network, x, epsilon, norms, rows)
+        return _margin(network, walked, label, linear, tight)
 
 
 def walk(
@@ -191,13 +209,17 @@ def walk(
             if node.inputs[0] in walked.kept and len(node.inputs) == 1:
                 # What reaches an output of the activation behind comes from rows that do.
                 walked.kept[number] = _spread(node.step, [walked.kept[node.inputs[0]]])
-        elif isinstance(node.step, Activation):
+        elif isinstance(node.step, Nonlinear):
             known, rows = activate(node.step, before)
-            slack = np.zeros(known.center.shape)
-            # 1-Lipschitz, also in what is not known of these
+            slack = node.step.off(known.center)
+            # Lipschitz, also in what is not known of these
             still = before.offset() * ~before.varies
             radius = walked.kept.get(node.inputs[0], up(before.radius + up_norm(still[rows])))
+            walked.rows[number] = rows
             walked.moving[number] = up(radius + up_norm(still))
+            if (growth := node.step.growth(before)) != 1:
+                radius = up(growth * radius)
+            radius = radius + up_norm(slack) if np.any(slack) else radius
         else:
             whole = network.whole[len(walked.norms)]
             known, slack = transform(node.step, before, whole[1], network.arithmetic)
@@ -240,7 +262,9 @@ def _cut(known: Known, node: Node, walked: Walk, slack: np.ndarray) -> Known:
     return dataclasses.replace(known, lower=ends[0], upper=ends[1])
 
 
-def _margin(network: Network, walked: Walk, label: int, linear: bool) -> Derived:
+def _margin(
+    network: Network, walked: Walk, label: int, linear: bool, tight: Tight | None
+) -> Derived:
     head, (start,) = network.nodes[-1].step, network.nodes[-1].inputs
     assert isinstance(head, Affine)  # nodes_of sees to it
     known = walked.values[start]
@@ -252,9 +276,23 @@ def _margin(network: Network, walked: Walk, label: int, linear: bool) -> Derived
     gain = worst_gains(directions[:, inside], low[inside], high[inside], known.radius)
     if linear:
         gain = slopes.linear_gains(walked, start, directions, gain, worst_gains)
-    taken = gain + slack[rivals] + slack[label] + logits.error[rivals] + logits.error[label]
-    sizes = np.abs(logits.center[rivals]) + np.abs(logits.center[label]) + taken
-    margins = logits.center[label] - logits.center[rivals] - taken - 16 * U * sizes
+
+    allowed = slack[rivals] + slack[label] + logits.error[rivals] + logits.error[label]
+
+    def margins_of(gain):
+        taken = gain + allowed
+        sizes = np.abs(logits.center[rivals]) + np.abs(logits.center[label]) + taken
+        return taken, logits.center[label] - logits.center[rivals] - taken - 16 * U * sizes
+
+    margin = -math.inf if tight is None else tight.margin
+    for rule, of in _rules(tight, walked, rivals):
+        short = ~(margins_of(gain)[1] >= margin)
+        some = np.flatnonzero(short & of)
+        if len(some):
+            gain[some] = slopes.linear_gains(
+                walked, start, directions[some], gain[some], worst_gains, rule
+            )
+    taken, margins = margins_of(gain)
     worst = int(np.argmin(margins))
     found = np.array(walked.norms).reshape(-1, 2)
     everything = (logits.center, logits.lower, logits.upper, logits.error, gain, margins, found)
@@ -263,6 +301,19 @@ def _margin(network: Network, walked: Walk, label: int, linear: bool) -> Derived
     return Derived(
         logits.center, logits.error, margin, float(taken[worst]), int(rivals[worst]), found
     )
+
+
+def _rules(tight: Tight | None, walked: Walk, rivals: np.ndarray):
+    """Rules for slopes, one after the other, and the rivals that each is for."""
+    if tight is None:
+        return
+    for rule in onesided.RULES:
+        yield rule, np.ones(len(rivals), bool)
+    sizes = onesided.sizes(walked)
+    for rival, given in tight.slopes.items():
+        if sum(sizes) == len(given):  # else they are of something else, and prove nothing
+            parts = np.split(given, np.cumsum(sizes)[:-1])
+            yield onesided.from_file(parts), rivals == rival
 
 
 def transform(
@@ -319,24 +370,39 @@ def _executed(
     """
     if layer.executed is not None and layer.executed.results == 0:
         return known.error, known.distance  # the identity
+    n = layer.terms
+    size = up(np.maximum(np.abs(known.lower), np.abs(known.upper)) + known.error)
+    local = np.zeros(len(layer.bias))
+    for k, part in enumerate(layer.parts or (layer,)):
+        own, size = _own(part, size, arithmetic)
+        # What the parts before have rounded off goes through this one.
+        local = up((part.absolute @ local if k else 0.0) + own, part.terms)
+        size = up(size + local)
+        if not np.all(np.isfinite(size)):
+            return np.full(len(local), np.inf), math.inf
+    carried = np.minimum(layer.absolute @ known.error, layer.row_norms * known.distance)
+    error = up(up(carried, n) + local)
+    distance = np.minimum(up(whole * known.distance + up_norm(local)), up_norm(error))
+    return error, float(distance)
+
+
+def _own(layer: Affine, size: np.ndarray, arithmetic: str) -> tuple[np.ndarray, np.ndarray]:
+    """What a map itself rounds off, of executed inputs of these sizes, and the sizes of its values;
+    infinity where a sum could overflow."""
     u_in, u_acc, u_out, smallest, largest = _units(layer.executed, arithmetic)
     n, results = layer.terms, 3 if layer.executed is None else layer.executed.results
     # (1 + u_in)^2 (1 + gamma) (1 + u_out)^results - 1, in which nothing cancels
     growth = 2 * math.log1p(u_in) + math.log1p(gamma(n + 2, u_acc)) + results * math.log1p(u_out)
     growth = up(math.expm1(growth))
-    size = up(np.maximum(np.abs(known.lower), np.abs(known.upper)) + known.error)
     total = up(layer.absolute @ size + np.abs(layer.bias), n)
     flushed = (n + 2) * smallest * (1 + layer.largest + np.max(size, initial=0.0))
     local = up(growth * total + flushed)
-    carried = np.minimum(layer.absolute @ known.error, layer.row_norms * known.distance)
-    error = up(up(carried, n) + local)
-    distance = np.minimum(up(whole * known.distance + up_norm(local)), up_norm(error))
     # A mean is added up before it is divided: so many of the largest input must not overflow
     # either.
     added = n * np.max(size, initial=0.0)
     if not max(float(np.max(total + local, initial=0.0)), float(added)) < largest:
-        return np.full(error.shape, np.inf), math.inf
-    return error, float(distance)
+        return np.full(len(total), np.inf), np.full(len(total), np.inf)
+    return local, total
 
 
 def _units(executed: Executed | None, arithmetic: str) -> tuple[float, float, float, float, float]:
@@ -380,7 +446,7 @@ def _spread(step: Move, lengths: Sequence[float]) -> float:
     return float(up(math.sqrt(step.copies) * up_norm(np.array(lengths))))
 
 
-def _moving_rows(path: Sequence[Move], activation: Activation, known: Known) -> np.ndarray:
+def _moving_rows(path: Sequence[Move], activation: Nonlinear, known: Known) -> np.ndarray:
     """Which entries can move an output of the activation behind these moves."""
     for step in path:
         known = move(step, [known])
@@ -458,9 +524,11 @@ def _stored(lower, upper, carried, length, executed, arithmetic) -> tuple[np.nda
     return error, float(distance)
 
 
-def activate(step: Activation, known: Known) -> tuple[Known, np.ndarray]:
+def activate(step: Nonlinear, known: Known) -> tuple[Known, np.ndarray]:
     """What is known behind an activation, its radius as before, and which inputs can move an output
     that varies."""
+    if not isinstance(step, Activation):
+        return step.activated(known)
     lower, upper = step(known.lower), step(known.upper)
     # clipping returns the very same number for both ends; a NaN counts as open
     open_ = lower != upper

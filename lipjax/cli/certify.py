@@ -115,9 +115,9 @@ def define_flags(values: flags.FlagValues) -> None:
         "modes",
         ["global", "paper", "local"],
         "Bounds to certify with, side by side, some of global, bcp, paper, local, linear, rows, "
-        "from the loosest to the tightest; the last one also makes the curve and the certificate "
-        "file. linear and rows pay on networks that were not trained with local; rows costs a "
-        "reverse pass for each neuron.",
+        "tight, from the loosest to the tightest; the last one also makes the curve and the "
+        "certificate file. tight costs little more than local; rows, a reverse pass for each "
+        "neuron, pays on networks that were not trained with local.",
         **own,
     )
     flags.DEFINE_enum(
@@ -503,7 +503,12 @@ def together(found):
     if jax.process_count() == 1:
         return found
     owner = np.arange(len(found.predicted)) % jax.process_count()
-    arrays = {name: value for name, value in vars(found).items() if isinstance(value, np.ndarray)}
+    # (Slopes there are none of: they come from gradient steps.)
+    arrays = {
+        name: value
+        for name, value in vars(found).items()
+        if isinstance(value, np.ndarray) and not name.startswith("slopes")
+    }
     gathered = {
         name: hosts.gather(value)[owner, np.arange(len(owner))] for name, value in arrays.items()
     }

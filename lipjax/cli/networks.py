@@ -127,9 +127,9 @@ def of_network(
     )
 
 
-def opened(name: str) -> tuple[nnx.Sequential, tuple[int, ...], dict[str, Any]]:
-    """The network of a file or of a name, the shape ``(H, W, C)`` of its images, and what was noted
-    of its training.
+def opened(name: str) -> tuple[Any, tuple[int, ...], dict[str, Any]]:
+    """The network or function of a file or of a name, the shape ``(H, W, C)`` of its images, and
+    what was noted of its training.
 
     Raises:
         ValueError: as `lipjax.load`.

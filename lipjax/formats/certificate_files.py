@@ -17,7 +17,6 @@ This module imports nothing of the bounds, so that the checker can use it and st
 """
 
 import hashlib
-import inspect
 import json
 import math
 import re
@@ -31,12 +30,15 @@ import numpy as np
 from lipjax.formats.files import Npz, Unreadable, parsed, quoted, replaced
 
 FORMAT = "lipjax certificate"
-VERSION = 2
+# Up to version 2 an nnx.Sequential was described by its layers (`lipjax.check.layers`).
+VERSION = 3
+BY_NODES = 3
 # Where the seed of the draws comes from; in tier "deterministic", which draws nothing, a seed that
 # nobody gave is "unused".
 SEEDS_FROM = ("system", "given", "unused")
 
-# Arrays of a file, one row an example: the type that is stored and the number of axes.
+# Arrays of a file: the type that is stored and the number of axes. One row an example, but for the
+# slopes, of which a file of version 3 has as many rows as its header says.
 ARRAYS = {
     "index": (np.int64, 1),
     "label": (np.int32, 1),
@@ -48,6 +50,10 @@ ARRAYS = {
     "lipschitz": (np.float64, 1),
     "norms": (np.float64, 2),
     "epsilon": (np.float64, 1),
+}
+SLOPES = {
+    "slopes_of": (np.int32, 2),
+    "slopes": (np.int8, 2),
 }
 FIELDS = (
     *(
@@ -64,13 +70,16 @@ FIELDS = (
     ),
     *("failure_probability", "seed", "seed_from", "arithmetic", "precision"),
 )
-MODES = ("global", "bcp", "paper", "local", "linear", "rows")
+MODES = ("global", "bcp", "paper", "local", "linear", "rows", "tight")
 TIERS = ("probabilistic", "deterministic")
+
+NO_SLOPES = {"slopes_of": np.zeros((0, 2), np.int32), "slopes": np.zeros((0, 0), np.int8)}
 
 # The largest file that is written or read: characters of its header, columns of norms, bytes of all
 # arrays unpacked.
 HEADER_LENGTH = 2**19
 MOST_NORMS = 10_000
+MOST_SLOPES = 2**26
 MOST_BYTES = 2**29
 
 
@@ -154,19 +163,11 @@ HEADER = {
     "seed_from": _one_of(*SEEDS_FROM)._replace(since=2),
     "arithmetic": _WORD,
     "precision": _WORD,
+    "slopes": _integer(0, 2**31 - 1)._replace(since=3),
     "command": _or_none(_words(2**16, printable=False)),
     "statement": _words(4000),
     "digest": _HASH,
 }
-
-# Arguments and attributes of an nnx layer that `describe` writes down or `unusual` compares with
-# the parameters, and those that have no influence on what it computes.
-_UNDERSTOOD = (
-    *("self", "rngs", "in_features", "out_features", "use_bias", "kernel_size", "strides"),
-    *("padding", "input_dilation", "kernel_dilation", "feature_group_count", "dtype"),
-    *("param_dtype", "precision", "kernel_init", "bias_init", "kernel_metadata", "bias_metadata"),
-    *("kernel", "bias", "kernel_shape", "_pytree__state", "_pytree__nodes"),
-)
 
 
 class CertificateFileError(ValueError):
@@ -194,9 +195,8 @@ def save(
         path: the file, by custom ``*.npz``.
         certificate: what `lipjax.certify` returned. Read by field name; `epsilon` may be a number
             or ``(N,)``.
-        network: what was certified, as it was given to `certify`. An nnx.Sequential of layers that
-            `describe` knows is described by them; a graph, or any other function, by its nodes, as
-            it is traced on an image.
+        network: what was certified, as it was given to `certify`, or its graph; described by the
+            nodes of its graph, as it is traced on an image.
         images, labels: ``(N, ...)`` and ``(N,)``, as they were given to `certify`; where the
             predictions themselves were certified (labels None there), the predictions.
         indices: ``(N,)`` positions of the images in their source split; 0 .. N - 1 if None.
@@ -225,7 +225,12 @@ def save(
         "label": labels,
         "epsilon": np.broadcast_to(np.asarray(fields["epsilon"], np.float64), (count,)),
     }
-    arrays = {name: _stored(name, columns[name], count) for name in ARRAYS}
+    arrays = {name: _stored(name, columns[name], count, kind) for name, kind in ARRAYS.items()}
+    slopes = {
+        name: np.asarray(getattr(certificate, name, none)) for name, none in NO_SLOPES.items()
+    }
+    rows = len(slopes["slopes"])
+    arrays |= {name: _stored(name, slopes[name], rows, kind) for name, kind in SLOPES.items()}
     if len(np.asarray(images)) != count:
         raise ValueError(f"{len(np.asarray(images))} images do not fit {count} labels.")
     if not np.array_equal(arrays["correct"], arrays["predicted"] == arrays["label"]):
@@ -234,16 +239,14 @@ def save(
         )
     same = count > 0 and bool(np.all(arrays["epsilon"] == arrays["epsilon"][0]))
     data = dict(data or {})
-    layers = describe(network) if _is_sequential(network) else [{"kind": ""}]
-    if not {layer["kind"] for layer in layers} <= KINDS:
-        one = np.empty(np.shape(images)[1:], np.asarray(images).dtype)
-        layers = describe(network, one, arithmetic=str(fields["arithmetic"]))
+    one = np.empty(np.shape(images)[1:], np.asarray(images).dtype)
+    nodes = describe(network, one, arithmetic=str(fields["arithmetic"]))
     header = {
         "format": FORMAT,
         "version": VERSION,
         "versions": versions(),
-        "network": network_hash(layers),
-        "classes": _classes(layers),
+        "network": network_hash(nodes),
+        "classes": int(nodes[-1]["shape"][-1]),
         "data": data_hash(images, labels),
         "data_name": _text(data.pop("name", None)),
         "split": _text(data.pop("split", None)),
@@ -256,6 +259,7 @@ def save(
         "seed_from": str(fields["seed_from"]),
         "arithmetic": str(fields["arithmetic"]),
         "precision": str(fields["precision"]),
+        "slopes": rows,
         "command": _text(command),
     }
     if data:
@@ -317,24 +321,23 @@ def _loaded(path: Path, file) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
             f"{path} has format version {quoted(version)}, this lipjax reads 1 to {VERSION}: use a "
             "newer lipjax."
         )
-    problems = _header_faults(header) or _differing(
-        "arrays", set(ARRAYS), set(npz.names) - {"header"}
-    )
-    members = {} if problems else {name: npz.member(name) for name in ARRAYS}
+    problems = _header_faults(header)
+    wanted = {} if problems else _arrays_of(header)
+    problems = problems or _differing("arrays", set(wanted), set(npz.names) - {"header"})
+    members = {} if problems else {name: npz.member(name) for name in wanted}
     for name, member in members.items():
-        dtype, axes = np.dtype(ARRAYS[name][0]), ARRAYS[name][1]
-        if member.dtype != dtype.newbyteorder("<").str or not _fits(
-            member.shape, axes, header["examples"]
+        dtype, axes, rows = wanted[name]
+        if member.dtype != np.dtype(dtype).newbyteorder("<").str or not _fits(
+            name, member.shape, axes, rows
         ):
-            problems.append(
-                _misshapen(name, np.dtype(member.dtype), member.shape, header["examples"])
-            )
+            problems.append(_misshapen(name, np.dtype(member.dtype), member.shape, wanted[name]))
     if sum(member.size for member in members.values()) > MOST_BYTES:
         problems.append(f"its arrays have more than {MOST_BYTES} bytes.")
     arrays: dict[str, np.ndarray] = {}
     if not problems:
         arrays = {
-            name: npz.read(name, MOST_BYTES).astype(ARRAYS[name][0], copy=False) for name in ARRAYS
+            name: npz.read(name, MOST_BYTES).astype(dtype, copy=False)
+            for name, (dtype, _, _) in wanted.items()
         }
         problems = faults(header, arrays)
     if problems:
@@ -345,20 +348,46 @@ def _loaded(path: Path, file) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
 def faults(header: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> list[str]:
     """What in a file's content is not of its type or outside its bounds, a sentence each; none:
     `check` can work with it."""
-    problems = _header_faults(header) or _differing("arrays", set(ARRAYS), set(arrays))
+    problems = _header_faults(header)
     if problems:
         return problems
-    for name, (dtype, axes) in ARRAYS.items():
+    wanted = _arrays_of(header)
+    problems = _differing("arrays", set(wanted), set(arrays))
+    if problems:
+        return problems
+    for name, (dtype, axes, rows) in wanted.items():
         array = arrays[name]
-        if array.dtype != np.dtype(dtype) or not _fits(array.shape, axes, header["examples"]):
-            problems.append(_misshapen(name, array.dtype, array.shape, header["examples"]))
+        if array.dtype != np.dtype(dtype) or not _fits(name, array.shape, axes, rows):
+            problems.append(_misshapen(name, array.dtype, array.shape, wanted[name]))
     if sum(array.nbytes for array in arrays.values()) > MOST_BYTES:
         problems.append(f"the arrays have more than {MOST_BYTES} bytes.")
     if not problems and (
         np.min(arrays["index"]) < 0 or len(np.unique(arrays["index"])) < header["examples"]
     ):
         problems.append("index holds negative or repeated positions.")
+    if not problems and header.get("slopes"):
+        problems += _slope_faults(header, arrays["slopes_of"])
     return problems
+
+
+def _slope_faults(header: Mapping[str, Any], places: np.ndarray) -> list[str]:
+    """What is wrong with the images and rivals that slopes are said to be of."""
+    if places.shape[1] != 2:
+        return [f"slopes_of has {places.shape[1]} columns, expected 2: image and rival."]
+    rows = places[:, 0]
+    if np.min(places) < 0 or np.max(rows) >= header["examples"]:
+        return ["slopes_of names images or classes that are not there."]
+    if len(np.unique(places, axis=0)) < len(places):
+        return ["slopes_of holds the same image and rival twice."]
+    return []
+
+
+def _arrays_of(header: Mapping[str, Any]) -> dict[str, tuple[Any, int, int]]:
+    """The arrays of a file with a header without faults: type, axes and rows."""
+    found = {name: (*kind, header["examples"]) for name, kind in ARRAYS.items()}
+    if header["version"] >= HEADER["slopes"].since:
+        found |= {name: (*kind, header["slopes"]) for name, kind in SLOPES.items()}
+    return found
 
 
 def _header_faults(header: Mapping[str, Any]) -> list[str]:
@@ -373,15 +402,16 @@ def _header_faults(header: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _fits(shape: tuple[int, ...], axes: int, examples: int) -> bool:
-    return len(shape) == axes and shape[0] == examples and all(n <= MOST_NORMS for n in shape[1:])
+def _fits(name: str, shape: tuple[int, ...], axes: int, rows: int) -> bool:
+    most = MOST_SLOPES if name == "slopes" else MOST_NORMS
+    return len(shape) == axes and shape[0] == rows and all(n <= most for n in shape[1:])
 
 
-def _misshapen(name: str, dtype: np.dtype, shape: tuple[int, ...], examples: int) -> str:
-    wanted, axes = ARRAYS[name]
+def _misshapen(name: str, dtype: np.dtype, shape: tuple[int, ...], wanted) -> str:
+    kind, axes, rows = wanted
     return (
-        f"{name} is {dtype} of shape {shape}, expected {np.dtype(wanted)} with {axes} axes and "
-        f"{examples} rows."
+        f"{name} is {dtype} of shape {shape}, expected {np.dtype(kind)} with {axes} axes and "
+        f"{rows} rows."
     )
 
 
@@ -406,8 +436,8 @@ def _field(certificate, name):
         ) from None
 
 
-def _stored(name, value, count):
-    dtype, axes = ARRAYS[name]
+def _stored(name, value, count, kind):
+    dtype, axes = kind
     array = np.asarray(value)
     if array.ndim != axes or len(array) != count:
         raise ValueError(f"{name} has shape {array.shape}, expected {count} rows and {axes} axes.")
@@ -507,16 +537,15 @@ def data_hash(images, labels) -> str:
     return sha.hexdigest()
 
 
-def network_hash(layers: Sequence[Mapping[str, Any]]) -> str:
-    """SHA-256 (hex) over the layer descriptions of `describe`, settings and every parameter's
-    bytes."""
+def network_hash(described: Sequence[Mapping[str, Any]]) -> str:
+    """SHA-256 (hex) over what `describe` returns, every parameter's bytes included."""
     sha = hashlib.sha256()
-    for i, layer in enumerate(layers):
-        for name in sorted(layer):
-            if isinstance(layer[name], np.ndarray):
-                _feed(sha, f"{i}.{name}", layer[name])
+    for i, part in enumerate(described):
+        for name in sorted(part):
+            if isinstance(part[name], np.ndarray):
+                _feed(sha, f"{i}.{name}", part[name])
             else:
-                sha.update(json.dumps([i, name, layer[name]], sort_keys=True).encode())
+                sha.update(json.dumps([i, name, part[name]], sort_keys=True).encode())
     return sha.hexdigest()
 
 
@@ -530,215 +559,21 @@ def _feed(sha, name: str, array: np.ndarray) -> None:
 # -------------------------------------------------------------------------------------- the network
 
 
-# Layers that their description determines.
-KINDS = {
-    *("conv", "linear", "average_pool", "normalize", "flatten", "fork", "join"),
-    *("relu", "clipped_relu", "maxmin", "clipped_maxmin"),
-}
+def describe(network, example, *, arithmetic: str | None = None) -> list[dict[str, Any]]:
+    """A network as plain data: one dict per node of its graph, as `lipjax.graph.description` says.
 
-
-def describe(network, example=None, *, arithmetic: str | None = None) -> list[dict[str, Any]]:
-    """A network as plain data: one dict per layer, nested sequences spliced in, parameters as NumPy
-    arrays.
-
-    With an `example` one dict per node of its graph, as `lipjax.graph.description` says, of any
-    function. Such a description, and so its hash, is of the program as this version of JAX traces
-    it and computes what does not depend on the example.
-
-    Of layers: "kind" is "conv", "linear", "average_pool", "normalize", "flatten", "relu",
-    "clipped_relu", "maxmin" or "clipped_maxmin", by the layer's exact type; "fork" and "join" stand
-    around the layers of a Residual. The other entries are a layer's parameters (kernel, bias,
-    threshold, upper, lower), its settings (strides, padding, dilation, groups, window, ndim), the
-    type it computes in ("dtype", None: that of its input and parameters), the algorithm that its
-    products are fixed to ("precision", absent: the device's), a "mask" if there is one, and under
-    "unusual" what is not written down here and may change what it computes. A layer of any other
-    type gets its full type name as kind and all parameters it has: enough for a hash, not for the
-    checker.
+    Such a description, and so its hash, is of the program as this version of JAX traces it and
+    computes what does not depend on the example.
 
     Args:
-        network: an nnx.Sequential, or with an `example` any function that `lipjax.certify` takes.
+        network: any function that `lipjax.certify` takes.
         example: one image, as `lipjax.certify` was given it; only shape and type count.
-        arithmetic: with an example, that of the certificate.
+        arithmetic: that of the certificate.
 
     Raises:
-        TypeError: without an example, the network is no nnx.Sequential; with one, the function has
-            no bound, or no plain description.
+        TypeError: the function has no bound, or no plain description.
     """
-    from flax import nnx
+    # Of the tool: to check what is described it is not needed.
+    from lipjax.graph import description
 
-    if example is not None:
-        # Of the tool: to check what is described it is not needed.
-        from lipjax.graph import description
-
-        return description.describe(network, example, arithmetic)
-    if not _is_sequential(network):
-        raise TypeError(
-            f"expected a flax.nnx.Sequential, got {_name(network)}: of any other function give an "
-            "example too, describe(f, image)."
-        )
-    layers: list[dict[str, Any]] = []
-    for layer in network.layers:
-        if type(layer) is nnx.Sequential:
-            layers += describe(layer)
-        elif _name(layer) == "lipjax.layers.Residual":
-            layers += [{"kind": "fork"}, *describe(layer.branch), {"kind": "join"}]
-        else:
-            layers.append(_describe_layer(layer))
-    return layers
-
-
-def _is_sequential(network) -> bool:
-    from flax import nnx
-
-    return type(network) is nnx.Sequential
-
-
-def _classes(layers: Sequence[Mapping[str, Any]]) -> int | None:
-    """The number of logits, where the description says it."""
-    if any("inputs" in layer for layer in layers):
-        return int(layers[-1]["shape"][-1])
-    kernels = [layer["kernel"] for layer in layers if "kernel" in layer]
-    return kernels[-1].shape[-1] if kernels else None
-
-
-def _describe_layer(layer) -> dict[str, Any]:
-    from flax import nnx
-
-    if type(layer) is nnx.Conv:
-        rank = len(layer.kernel_size)
-        return {
-            "kind": "conv",
-            **_affine_parameters(layer),
-            "strides": _spread(layer.strides, rank),
-            "padding": _padding(layer.padding, rank),
-            "dilation": _spread(layer.kernel_dilation, rank),
-            "input_dilation": _spread(layer.input_dilation, rank),
-            "groups": int(layer.feature_group_count),
-        }
-    if type(layer) is nnx.Linear:
-        return {"kind": "linear", **_affine_parameters(layer)}
-    # By name, so that nothing of the bounds is imported here.
-    if hasattr(layer, "__qualname__"):
-        return {"kind": f"function {layer.__module__}.{layer.__qualname__}"}
-    match name := _name(layer):
-        case "lipjax.activations.clip.ReLU":
-            return {"kind": "relu"}
-        case "lipjax.activations.clip.ClippedReLU":
-            return {"kind": "clipped_relu", "threshold": np.asarray(layer.threshold[...])}
-        case "lipjax.activations.maxmin.MaxMin":
-            return {"kind": "maxmin"}
-        case "lipjax.activations.maxmin.ClippedMaxMin":
-            upper, lower = np.asarray(layer.upper[...]), np.asarray(layer.lower[...])
-            return {"kind": "clipped_maxmin", "upper": upper, "lower": lower}
-        case "lipjax.layers.Flatten":
-            return {"kind": "flatten", "ndim": int(layer.ndim)}
-        case "lipjax.layers.AveragePool":
-            return {
-                "kind": "average_pool",
-                "window": _spread(layer.window, 2),
-                "strides": _spread(layer.strides, 2),
-            }
-        case "lipjax.layers.Normalize":
-            return {"kind": "normalize", "scale": list(layer.scale), "shift": list(layer.shift)}
-    return {"kind": name, **_all_parameters(layer)}
-
-
-def _name(layer) -> str:
-    return f"{type(layer).__module__}.{type(layer).__qualname__}"
-
-
-def unusual(layer) -> list[str]:
-    """What of an nnx.Linear or nnx.Conv may make it compute something else than its parameters say.
-
-    Returns:
-        Names of attributes: those that nothing here knows (of a later Flax, or set by hand), those
-        known ones that are not as the constructor sets them by default, and those that contradict
-        the parameters.
-    """
-    defaults = _defaults(type(layer))
-    found = [
-        name
-        for name in dict.fromkeys((*defaults, *vars(layer)))
-        if name not in _UNDERSTOOD and getattr(layer, name, None) is not defaults.get(name, _ABSENT)
-    ]
-    # Flax's Conv looks at use_bias alone, its Linear at both.
-    if layer.use_bias not in (True, False) or layer.use_bias != (layer.bias is not None):
-        found.append("use_bias")
-    kernel = layer.kernel[...]
-    window = tuple(kernel.shape[:-2])
-    if getattr(layer, "kernel_size", window) != window:
-        found.append("kernel_size")
-    if getattr(layer, "kernel_shape", kernel.shape) != tuple(kernel.shape):
-        found.append("kernel_shape")
-    if not _floating(kernel):
-        found.append("kernel")
-    if layer.bias is not None and not _floating(layer.bias[...]):
-        found.append("bias")
-    return found
-
-
-_ABSENT = object()
-
-
-def _defaults(kind) -> dict[str, Any]:
-    """The constructor's arguments and their default values."""
-    parameters = inspect.signature(kind.__init__).parameters
-    return {name: parameter.default for name, parameter in parameters.items()}
-
-
-def _floating(array) -> bool:
-    import jax.numpy as jnp
-
-    return jnp.issubdtype(array.dtype, jnp.floating)
-
-
-def _affine_parameters(layer) -> dict[str, Any]:
-    found = {
-        "kernel": np.asarray(layer.kernel[...]),
-        "bias": None if layer.bias is None else np.asarray(layer.bias[...]),
-        "dtype": None if layer.dtype is None else np.dtype(layer.dtype).name,
-        "unusual": unusual(layer),
-    }
-    # Only where they say something, so that the hashes of other networks stay as they were.
-    if getattr(layer, "mask", None) is not None:
-        found["mask"] = np.asarray(layer.mask)
-    algorithm = _algorithm(layer.precision)
-    if algorithm is not None:
-        found["precision"] = algorithm
-    return found
-
-
-def _algorithm(precision) -> str | None:
-    """What a layer's products are computed by, where its precision leaves that to no device."""
-    import jax
-
-    fixed = {name for name in jax.lax.DotAlgorithmPreset.__members__ if name != "DEFAULT"}
-
-    def left_to_device(part):
-        return str(part) not in fixed and not isinstance(part, jax.lax.DotAlgorithm)
-
-    parts = precision if type(precision) in (list, tuple) else [precision]
-    return None if all(map(left_to_device, parts)) else str(precision)
-
-
-def _all_parameters(layer) -> dict[str, Any]:
-    import jax
-
-    return {
-        "parameter " + jax.tree_util.keystr(path, simple=True, separator="."): np.asarray(leaf)
-        for path, leaf in jax.tree_util.tree_leaves_with_path(layer)
-        if isinstance(leaf, (jax.Array, np.ndarray))
-    }
-
-
-def _padding(padding, rank: int) -> str | list[list[int]]:
-    if isinstance(padding, str):
-        return padding.upper()
-    pairs = [padding] * rank if isinstance(padding, int) else padding
-    return [[int(p), int(p)] if isinstance(p, int) else [int(p[0]), int(p[1])] for p in pairs]
-
-
-def _spread(value, rank: int) -> list[int]:
-    if value is None:
-        return [1] * rank
-    return [int(value)] * rank if isinstance(value, int) else [int(v) for v in value]
+    return description.describe(network, example, arithmetic)

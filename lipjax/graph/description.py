@@ -46,18 +46,21 @@ def described(graph: Graph) -> list[dict[str, Any]]:
     - "product": `kernel`, `bias` or None, `numbers` of ``dot_general``, `kernel_first`.
     - "conv": `kernel` ``(*window, inputs / groups, outputs)``, `bias`, `strides`, `padding`,
       `dilation`, `input_dilation`, `groups`; one example, channels last.
-    - "scale": `kernel` and `bias`, both broadcast.
+    - "scale": `kernel` and `bias`, both broadcast; `joined`: is it one linear node with that in
+      front, whose norm is taken of both together?
     - "sum": over windows, times the one number `kernel`: `bias`, `window`, `strides`, `padding`,
       `dilation`, `base_dilation`; an axis that is summed away has the window of its size.
     - "move": `index`, of the value's shape: positions in the flattened inputs, one behind the
       other; -1 where a value of `fill` stands, in order.
-    - "add": `signs`, `constant` or None.
+    - "add": `signs`, `constant` or None; `joined`, of a constant.
     - "clip": `bottom`, `top`, either may be None; "maxmin": the same of the pairs.
+    - Other activations: what `Rule.described` of the kind says (`lipjax.activations`).
 
     Raises:
         TypeError: an activation or a map without a plain description; parameters that are traced.
     """
-    return [_described(node, graph.nodes) for node in graph.nodes]
+    nodes = graph.spelled_out().nodes
+    return [_described(node, nodes) for node in nodes]
 
 
 def _described(node: Node, nodes: Sequence[Node]) -> dict[str, Any]:
@@ -79,20 +82,29 @@ def _own(node: Node, before: Sequence[Node]) -> dict[str, Any]:
     if isinstance(node, Input):
         return {"kind": "input"}
     if isinstance(node, Linear):
+        found = _map(node.operator.apply, node.where, before[0].shape)
+        if found["kind"] == "scale":
+            found["joined"] = node.joined
         return {
-            **_map(node.operator.apply, node.where, before[0].shape),
+            **found,
             "kernel": _array(node.operator.kernel, node.dtype),
             "bias": _array(node.operator.bias, node.dtype),
         }
     if isinstance(node, Rearrange):
-        return {"kind": "move", **_move(node, [each.shape for each in before])}
+        index, fill = positions(node, [each.shape for each in before])
+        return {"kind": "move", "index": index, "fill": fill}
     if isinstance(node, Add):
         constant = _array(node.constant, node.dtype)
-        return {"kind": "add", "signs": list(node.signs), "constant": constant}
+        return {
+            "kind": "add",
+            "signs": list(node.signs),
+            "constant": constant,
+            "joined": node.joined,
+        }
     assert isinstance(node, Activation)
     found = node.rule.described()
     return {
-        name: value if isinstance(value, str) else _array(value, node.dtype)
+        name: value if isinstance(value, str | int | list) else _array(value, node.dtype)
         for name, value in found.items()
     }
 
@@ -117,14 +129,19 @@ def _map(apply, where: str, shape: tuple[int, ...]) -> dict[str, Any]:
     if type(apply) is Scale:
         return {"kind": "scale"}
     if type(apply) is Sum:
-        return {"kind": "sum", **_windows(apply, where, shape)}
+        return {"kind": "sum", **windows(apply, where, shape)}
     raise TypeError(
         f"{where}: no plain description of a linear map by {type(apply).__name__}: it cannot be "
         "written to a certificate file. Write it with matrix products, convolutions or sums."
     )
 
 
-def _windows(apply: Sum, where: str, shape: tuple[int, ...]) -> dict[str, Any]:
+def windows(apply: Sum, where: str, shape: tuple[int, ...]) -> dict[str, Any]:
+    """What a node "sum" has beside its kernel and bias, of an input of this shape.
+
+    Raises:
+        TypeError: a sum that is neither over axes nor over windows.
+    """
     parameters, name = dict(apply.parameters), apply.primitive.name
     ones = [1] * len(shape)
     if name == "reduce_sum" and set(parameters) <= {"axes", "out_sharding"}:
@@ -151,21 +168,26 @@ def _windows(apply: Sum, where: str, shape: tuple[int, ...]) -> dict[str, Any]:
     return {**found, "padding": [[int(low), int(high)] for low, high in parameters["padding"]]}
 
 
-def _move(node: Rearrange, shapes: Sequence[tuple[int, ...]]) -> dict[str, Any]:
-    """Where each entry comes from: found by running the node on positions."""
+def positions(node: Rearrange, shapes: Sequence[tuple[int, ...]]) -> tuple[np.ndarray, np.ndarray]:
+    """Where each entry comes from, and what fills: `index` and `fill` of a node "move".
+
+    Found by running the node on positions in its inputs, which have these shapes.
+    """
     starts = np.cumsum([0, *(math.prod(shape) for shape in shapes)])
     # Counted from 1, as 0 is what stands where something fills.
-    positions = [
+    numbers = [
         np.arange(1 + start, 1 + start + math.prod(shape), dtype=np.float64).reshape(shape)
         for start, shape in zip(starts, shapes, strict=False)
     ]
     with jax.enable_x64(True), jax.ensure_compile_time_eval():
-        seen = np.asarray(node.linear(*(jax.numpy.asarray(p) for p in positions)))
+        seen = np.asarray(node.linear(*(jax.numpy.asarray(p) for p in numbers)))
         filled = np.asarray(node(*(jax.numpy.zeros(shape, "float64") for shape in shapes)))
     if not np.all((seen >= 0) & (seen <= starts[-1]) & (seen == np.round(seen))):
         raise TypeError(f"{node.where}: {node.steps} does more than move entries.")
     index = seen.astype(np.int64) - 1
-    return {"index": index, "fill": _array(filled[index < 0], node.dtype, cast=True)}
+    fill = _array(filled[index < 0], node.dtype, cast=True)
+    assert fill is not None
+    return index, fill
 
 
 def _array(value, dtype: str, cast: bool = False) -> np.ndarray | None:

@@ -184,12 +184,6 @@ class _Hashable:
         return hash(self._key)
 
 
-def _spread(value, rank: int) -> tuple[int, ...]:
-    if value is None:
-        return (1,) * rank
-    return (value,) * rank if isinstance(value, int) else tuple(value)
-
-
 def _apply_convolution(strides, padding, input_dilation, dilation, groups, kernel, x):
     rank = len(strides)
     if x.ndim != rank + 1:

@@ -48,22 +48,33 @@ def fingerprint(closed: ClosedJaxpr) -> tuple | None:
         if np.ndim(value):
             return None
         names[variable] = ("number", str(np.asarray(value).dtype), np.asarray(value).item())
+    return _printed(closed.jaxpr.eqns, names, closed.jaxpr.outvars)
+
+
+def fingerprint_of_part(equations: Sequence, variable) -> tuple | None:
+    """`fingerprint` of some equations as a function of one variable, to what the last one makes;
+    None also if they read another variable."""
+    names = {variable: ("in", 0, str(variable.aval))}
+    return _printed(equations, names, equations[-1].outvars)
+
+
+def _printed(equations: Sequence, names: dict, results: Sequence) -> tuple | None:
     lines: list[tuple] = []
     try:
-        for line in _flat(closed.jaxpr, names, lines):
+        for line in _flat(equations, names, lines):
             lines.append(line)
-    except _Unprintable:
+        return tuple(lines), tuple(_name(v, names) for v in results)
+    except (_Unprintable, KeyError):
         return None
-    return tuple(lines), tuple(_name(v, names) for v in closed.jaxpr.outvars)
 
 
 class _Unprintable(Exception):
     """There is more in an equation than its text says."""
 
 
-def _flat(jaxpr: Jaxpr, names: dict, lines: list) -> Iterator[tuple]:
-    """Its equations with calls spelled out; what each variable is goes into `names`."""
-    for equation in jaxpr.eqns:
+def _flat(equations: Sequence, names: dict, lines: list) -> Iterator[tuple]:
+    """Equations with calls spelled out; what each variable is goes into `names`."""
+    for equation in equations:
         operands = [_name(v, names) for v in equation.invars]
         found = body_of(equation)
         if found is not None:
@@ -71,7 +82,7 @@ def _flat(jaxpr: Jaxpr, names: dict, lines: list) -> Iterator[tuple]:
             if consts:
                 raise _Unprintable
             local = dict(zip(inner.invars, operands, strict=True))
-            yield from _flat(inner, local, lines)
+            yield from _flat(inner.eqns, local, lines)
             names.update(
                 (v, _name(w, local)) for v, w in zip(equation.outvars, inner.outvars, strict=True)
             )

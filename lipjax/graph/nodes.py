@@ -79,12 +79,16 @@ class Input(Node):
     """The example."""
 
 
-@_node("operator")
+@_node("operator", "parts")
 class Linear(Node):
     """``W x + b`` with W and b that do not depend on the example.
 
     Attributes:
         operator: the map.
+        parts: what the program executes, if that is a linear node and scales and shifts behind it
+            (`lipjax.graph.joining`): `Linear` and `Add` nodes in order, each reads the one before.
+            Empty: the operator as it stands.
+        joined: is it such a scale itself?
         roundings: of kernel and bias: 0 if they are parameters as they stand, only moved and cast;
             else how many units of roundoff they may differ by, entry by entry, when the program
             computes them anew; infinity where nothing is known.
@@ -92,6 +96,8 @@ class Linear(Node):
 
     operator: LinearOperator
     roundings: float = 0.0
+    parts: "tuple[Linear | Add, ...]" = ()
+    joined: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -181,11 +187,13 @@ class Add(Node):
         signs: 1 or -1, one for each input.
         constant: broadcastable to the shape, or None.
         roundings: of the constant, as in `Linear`.
+        joined: is it a part of a linear node?
     """
 
     signs: tuple[int, ...]
     constant: Any = None
     roundings: float = 0.0
+    joined: bool = False
 
 
 @_node("rule")
@@ -248,15 +256,8 @@ class Graph:
             and reads.count(last.inputs[0]) == 1
         ):
             # Only the shape of the result differs: the linear node gives it at once.
-            bias = head.operator.bias
-            flat = None if bias is None else jnp.broadcast_to(bias, head.shape).reshape(last.shape)
-            operator = dataclasses.replace(
-                head.operator,
-                apply=Reshaped(head.operator.apply, last.shape),
-                bias=flat,
-                kernel_row_norms=None,
-            )
-            ended = dataclasses.replace(head, operator=operator, shape=last.shape)
+            parts = tuple(_reshaped(part, last.shape) for part in head.parts)
+            ended = dataclasses.replace(_reshaped(head, last.shape), parts=parts)
             del nodes[-1]
             nodes[last.inputs[0]] = ended
             if last.inputs[0] == len(nodes) - 1:
@@ -272,6 +273,20 @@ class Graph:
             inputs=(len(nodes) - 1,), shape=last.shape, dtype=last.dtype, operator=identity
         )
         return dataclasses.replace(self, nodes=(*nodes, head))
+
+    def spelled_out(self) -> "Graph":
+        """The same with the parts of joined linear nodes as nodes of their own: the program as it
+        is executed."""
+        nodes: list[Node] = []
+        places: list[int] = []
+        for node in self.nodes:
+            inputs = tuple(places[i] for i in node.inputs)
+            parts = node.parts if isinstance(node, Linear) else ()
+            for part in parts or (node,):
+                nodes.append(dataclasses.replace(part, inputs=inputs))
+                inputs = (len(nodes) - 1,)
+            places.append(len(nodes) - 1)
+        return dataclasses.replace(self, nodes=tuple(nodes))
 
     @property
     def linear_nodes(self) -> list[Linear]:
@@ -293,7 +308,9 @@ def evaluate(node: Node, inputs: Sequence[jax.Array], x: jax.Array) -> jax.Array
     if isinstance(node, Input):
         return x
     if isinstance(node, Linear):
-        return node.operator.affine(*inputs)
+        for part in node.parts:
+            inputs = [evaluate(part, inputs, x)]
+        return inputs[0] if node.parts else node.operator.affine(*inputs)
     if isinstance(node, Rearrange):
         return node(*inputs)
     if isinstance(node, Add):
@@ -305,6 +322,26 @@ def evaluate(node: Node, inputs: Sequence[jax.Array], x: jax.Array) -> jax.Array
         return total + jnp.broadcast_to(node.constant, total.shape).astype(total.dtype)
     assert isinstance(node, Activation)
     return node.rule(*inputs)
+
+
+def _reshaped(node: Node, shape: tuple[int, ...]):
+    """A linear node, or a part of one behind the first, with a result of another shape."""
+
+    def flat(value):
+        if value is None or jnp.ndim(value) == 0:
+            return value
+        return jnp.broadcast_to(value, node.shape).reshape(shape)
+
+    if isinstance(node, Add):
+        return dataclasses.replace(node, constant=flat(node.constant), shape=shape)
+    assert isinstance(node, Linear)
+    operator = dataclasses.replace(node.operator, bias=flat(node.operator.bias))
+    if node.joined:
+        operator = dataclasses.replace(operator, kernel=flat(operator.kernel))
+    else:
+        apply = Reshaped(operator.apply, shape)
+        operator = dataclasses.replace(operator, apply=apply, kernel_row_norms=None)
+    return dataclasses.replace(node, operator=operator, shape=shape)
 
 
 def _like(value: jax.Array, constant, filling=None):

@@ -50,7 +50,8 @@ def _bounded(node: Node) -> str:
 
 def _kind(node: Node) -> str:
     if isinstance(node, Linear):
-        return f"Linear ({type(node.operator.apply).__name__})"
+        more = f", {len(node.parts) - 1} joined" if node.parts else ""
+        return f"Linear ({type(node.operator.apply).__name__}{more})"
     if isinstance(node, Activation):
         return f"Activation ({node.rule.kind})"
     if isinstance(node, Rearrange):
@@ -66,4 +67,5 @@ def _kind(node: Node) -> str:
 def _parameters(node: Node) -> int:
     if isinstance(node, Rearrange):
         return 0  # positions
-    return sum(int(np.prod(np.shape(leaf))) for leaf in jax.tree.leaves(node))
+    held = node.parts if isinstance(node, Linear) and node.parts else node
+    return sum(int(np.prod(np.shape(leaf))) for leaf in jax.tree.leaves(held))

@@ -19,6 +19,8 @@ _LIBRARIES = tuple(
         os.path.dirname(os.path.dirname(__file__)) + os.sep,
     }
 )
+# Code that is in no file. What is typed at a prompt, "<stdin>", is the user's.
+_GENERATED = ("<string>", "<frozen", "<__")
 # Where JAX begins to trace a function. What is further out called it, perhaps some time ago: JAX
 # keeps the bodies of calls.
 _BEGIN = "trace_to_jaxpr"
@@ -32,8 +34,23 @@ def line_of(equation, outside: str) -> str:
         outside: the line of the call that it is the body of, or an empty string.
 
     Returns:
-        Where there is no such line: `outside`, and without that the module of a library.
+        Where there is no such line: `outside`, and without that the module of a library. Behind
+        it stands the name of the operation in the file that the network came from, if there is one.
     """
+    line, scope = _line(equation, outside), _scope(equation)
+    if not scope:
+        return line
+    return f"{line}, {scope}" if ":" in line else scope
+
+
+def _scope(equation) -> str:
+    """The innermost `jax.named_scope` that is written for people, in words: it has a space."""
+    stack = getattr(equation.source_info.name_stack, "stack", ())
+    names = [entry.name for entry in stack if " " in entry.name]
+    return names[-1] if names else ""
+
+
+def _line(equation, outside: str) -> str:
     module = ""
     for frame in _frames(equation):
         if not frame.file_name.startswith(_LIBRARIES):
@@ -47,7 +64,7 @@ def line_of_error(error: BaseException) -> str:
     """The innermost line of the user's program that an error went through; empty: none."""
     for frame, line in reversed(list(traceback.walk_tb(error.__traceback__))):
         name = frame.f_code.co_filename
-        if not name.startswith((*_LIBRARIES, "<")):
+        if not name.startswith((*_LIBRARIES, *_GENERATED)):
             return _shortest(name, line, frame.f_code.co_qualname)
     return ""
 
@@ -63,7 +80,7 @@ def _frames(equation) -> Iterator:
     for frame in found.frames if found is not None else ():
         if frame.function_name.startswith(_BEGIN):
             return
-        if not frame.file_name.startswith("<"):
+        if not frame.file_name.startswith(_GENERATED):
             yield frame
 
 

@@ -9,6 +9,7 @@ overlooked; an equation without a rule is an error that names it and the user's 
 
 import dataclasses
 import functools
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -19,7 +20,7 @@ import numpy as np
 from flax import nnx
 from jax.extend.core import Jaxpr, Literal
 
-from lipjax.graph import linear, match, rearrange, source
+from lipjax.graph import joining, linear, match, rearrange, source
 from lipjax.graph.known import Known, is_concrete, roundings_of
 from lipjax.graph.nodes import (
     Activation,
@@ -209,19 +210,53 @@ class _Reader:
                 )
         if isinstance(result, Known):
             raise TraceError("the value does not depend on the example: there is nothing to bound.")
-        result = self.ref(result)
+        result = self.leading(self.ref(result))
         if self.batched:
             shape = self.nodes[result.node].shape[1:]
             result = self.moved([result], shape, "reshape", new_sizes=shape)
-        return _pruned(Graph(tuple(self.nodes), self.batched), result.node)
+        graph = _pruned(Graph(tuple(self.nodes), self.batched), result.node)
+        for node in graph.nodes:
+            if isinstance(node, Activation) and node.rule.keeps_order:
+                raise TraceError(
+                    f"{node.where}: a {node.rule.kind.lower()} has no bound but at the end of the "
+                    "function and along its only axis, where it keeps the order of the logits and "
+                    "is left out."
+                )
+        return graph
+
+    def leading(self, result: Ref) -> Ref:
+        """What stands in front of a softmax at the end, with a warning; else the result itself."""
+        node = self.nodes[result.node]
+        if not isinstance(node, Activation) or not node.rule.keeps_order:
+            return result
+        if not node.shape or node.size != node.shape[-1]:
+            return result
+        warnings.warn(
+            f"{node.where}: the {node.rule.kind.lower()} at the end is left out: bounds and "
+            "certificates are about the logits in front of it, whose order it keeps. As executed "
+            "it may round different logits to the same probability; compare the logits.",
+            stacklevel=2,
+        )
+        return Ref(node.inputs[0])
 
     def jaxpr(self, jaxpr: Jaxpr, consts: Sequence[Value], arguments: Sequence[Value]) -> list:
         values: dict[Any, Value] = {}
         values.update(zip(jaxpr.constvars, consts, strict=True))
         values.update(zip(jaxpr.invars, arguments, strict=True))
         outside = self.where
-        for equation in jaxpr.eqns:
+        passed = 0  # equations of what is written out in several
+        for position, equation in enumerate(jaxpr.eqns):
             self.where = source.line_of(equation, outside)
+            if position < passed:
+                continue
+            found = _written_out(jaxpr, position, values)
+            if found is not None:
+                rule, variable, equations = found
+                (last,) = equations[-1].outvars
+                ref = self.ref(values[variable])
+                values[last] = self.composite(rule, ref, last.aval, equations)
+                passed = position + len(equations)
+                continue
             inputs = [_literal(v) if isinstance(v, Literal) else values[v] for v in equation.invars]
             results = self.equation(equation, inputs)
             values.update(zip(equation.outvars, results, strict=True))
@@ -240,8 +275,11 @@ class _Reader:
             return self.branch(equation, inputs)
         if name == "scan":
             return self.loop(equation, inputs)
-        rule = _RULES.get(name)
-        found = None if rule is None else rule(self, equation, inputs)
+        found = None
+        for rule in _RULES.get(name, ()):
+            found = rule(self, equation, inputs)
+            if found is not None:
+                break
         if found is None:
             for value in inputs:
                 if isinstance(value, Test):
@@ -258,8 +296,16 @@ class _Reader:
         if found is not None:
             rule, ref, roundings = found
             out = equation.outvars[0].aval
-            return [self.activation(rule, self.ref(ref), out.shape, out.dtype, roundings)]
+            return [self.composite(rule, self.ref(ref), out, inner.eqns, roundings)]
         return self.jaxpr(inner, [Known(c) for c in consts], inputs)
+
+    def composite(self, rule, ref: Ref, out, equations: Sequence, roundings: float = 0.0) -> Ref:
+        """An activation that these equations compute; if they round, in all of their types."""
+        executed: tuple[Executed, ...] = ()
+        if not rule.selects:
+            types = tuple(sorted(_types(equations)))
+            executed = (Executed(primitive=rule.kind, operands=types, result=str(out.dtype)),)
+        return self.activation(rule, ref, out.shape, out.dtype, roundings, executed)
 
     def branch(self, equation, inputs: list[Value]) -> list[Value]:
         index, *operands = inputs
@@ -356,11 +402,12 @@ class _Reader:
             )
         )
 
-    def activation(self, rule, ref: Ref, shape, dtype, roundings: float = 0.0) -> Ref:
+    def activation(self, rule, ref: Ref, shape, dtype, roundings=0.0, executed=()) -> Ref:
         before = self.nodes[ref.node]
         if isinstance(before, Activation) and before.rule.then(rule) is not None:
             rule = before.rule.then(rule)  # two clips in a row are one
             roundings = max(roundings, before.roundings)
+            executed = (*before.executed, *executed)
             ref = Ref(before.inputs[0])
         return self.add(
             Activation(
@@ -368,6 +415,7 @@ class _Reader:
                 shape=tuple(shape),
                 dtype=str(dtype),
                 where=self.where,
+                executed=tuple(executed),
                 rule=rule,
                 roundings=roundings,
             )
@@ -445,34 +493,37 @@ class _Reader:
                 return None
         return value
 
-    def shifted(self, ref: Ref, constant, shape, dtype, executed, roundings) -> Ref:
-        """``value + constant``: into the bias of a Linear node in front, else a node of its own."""
-        node, value = self.nodes[ref.node], constant
-        position, moves = ref.node, None
-        if isinstance(node, Rearrange) and len(node.inputs) == 1 and tuple(shape) == node.shape:
+    def behind(self, join: Callable, ref: Ref, constant, shape, *more) -> Ref | None:
+        """What `join` makes of the Linear node in front, also through a Rearrange, and a constant;
+        None: nothing.
+
+        Args:
+            join: ``(node, constant, *more)``, the constant as it stands right behind the node.
+            shape: of the value.
+        """
+        node, value, moves = self.nodes[ref.node], constant, None
+        if isinstance(node, Rearrange) and len(node.inputs) == 1:
             value, moves = self.pulled(node, constant), node
-            position = node.inputs[0]
-            node = self.nodes[position]
-        if (
-            isinstance(node, Linear)
-            and value is not None
-            and node.operator.bias is None
-            and tuple(shape) == (node.shape if moves is None else moves.shape)
-            and node.dtype == str(dtype)
-        ):
-            bias = jnp.reshape(value, np.shape(value)[_units(np.shape(value)) :])
-            operator = dataclasses.replace(node.operator, bias=bias)
-            joined = self.add(
-                dataclasses.replace(
-                    node,
-                    operator=operator,
-                    executed=(*node.executed, *executed),
-                    roundings=max(node.roundings, roundings),
-                )
-            )
-            if moves is None:
-                return joined
-            return self.add(dataclasses.replace(moves, inputs=(joined.node,)))
+            node = self.nodes[node.inputs[0]]
+        shaped = node.shape if moves is None else moves.shape
+        if not isinstance(node, Linear) or value is None or tuple(shape) != shaped:
+            return None
+        value = jnp.reshape(value, np.shape(value)[_units(np.shape(value)) :])
+        found = join(node, value, *more, self.where)
+        if found is None:
+            return None
+        ref = self.add(found)
+        if moves is None:
+            return ref
+        return self.add(dataclasses.replace(moves, inputs=(ref.node,)))
+
+    def shifted(self, ref: Ref, constant, shape, dtype, executed, roundings) -> Ref:
+        """``value + constant``: with a Linear node in front, else a node of its own."""
+        if self.dtype(ref) == str(dtype):
+            more = (tuple(executed), roundings)
+            found = self.behind(joining.shifted, ref, constant, shape, *more)
+            if found is not None:
+                return found
         return self.add(
             Add(
                 inputs=(ref.node,),
@@ -497,15 +548,20 @@ def _units(shape) -> int:
 
 # ------------------------------------------------------------------------------------ the rules
 
-_RULES: dict[str, Callable] = {}
+# Of each primitive the latest first.
+_RULES: dict[str, list[Callable]] = {}
 _COMPOSITES: list[tuple[Callable, Callable]] = []
 
 
 def register_primitive(*names: str):
-    """Says how an equation becomes nodes: ``rule(reader, equation, inputs)``, None if it cannot."""
+    """Says how an equation becomes nodes: ``rule(reader, equation, inputs)``, None if it cannot.
+
+    Of several rules for one primitive the latest is asked first.
+    """
 
     def register(rule: Callable) -> Callable:
-        _RULES.update(dict.fromkeys(names, rule))
+        for name in names:
+            _RULES.setdefault(name, []).insert(0, rule)
         return rule
 
     return register
@@ -521,6 +577,7 @@ def register_composite(reference: Callable, build: Callable) -> None:
     _COMPOSITES[:] = [pair for pair in _COMPOSITES if pair[0] is not reference]
     _COMPOSITES.append((reference, build))
     _reference.cache_clear()
+    _equations.cache_clear()
 
 
 def _composite(inner: Jaxpr, consts, inputs: Sequence[Value]):
@@ -543,6 +600,52 @@ def _composite(inner: Jaxpr, consts, inputs: Sequence[Value]):
             rule = build(*(known.value for known in parameters))
             return rule, inputs[0], max((known.roundings for known in parameters), default=0.0)
     return None
+
+
+def _written_out(jaxpr: Jaxpr, position: int, values: dict):
+    """A registered function that begins at an equation, not called but written out, as
+    `jax.nn.gelu` is: its rule, the variable that it takes, its equations. None if there is none."""
+    read = [v for v in jaxpr.eqns[position].invars if not isinstance(v, Literal)]
+    if len(read) != 1 or not isinstance(values[read[0]], Ref):
+        return None
+    variable = read[0]
+    for reference, build in reversed(_COMPOSITES):
+        if _arity(reference) != 1:
+            continue
+        wide = jax.dtypes.canonicalize_dtype(float) == jnp.float64
+        names, own = _equations(reference, _aval(variable), wide)
+        equations = jaxpr.eqns[position : position + len(names)]
+        if len(names) < 2 or names != tuple(e.primitive.name for e in equations):
+            continue
+        if match.fingerprint_of_part(equations, variable) != own:
+            continue
+        inner = {v for e in equations[:-1] for v in e.outvars}
+        after = [v for e in jaxpr.eqns[position + len(names) :] for v in e.invars]
+        if not any(v in inner for v in (*after, *jaxpr.outvars) if not isinstance(v, Literal)):
+            return build(), variable, equations
+    return None
+
+
+@functools.cache
+def _equations(reference: Callable, aval, wide: bool) -> tuple[tuple[str, ...], tuple | None]:
+    """The primitives that a function of one array begins its work with, and its fingerprint."""
+    own = _reference(reference, (aval,), wide)
+    if own is None:
+        return (), None
+    shape, dtype, weak = aval
+    like = jax.ShapeDtypeStruct(shape, jnp.dtype(dtype), weak_type=weak)
+    body = jax.make_jaxpr(getattr(reference, "__wrapped__", reference))(like)
+    return tuple(equation.primitive.name for equation in body.jaxpr.eqns), own
+
+
+def _types(equations: Sequence) -> set[str]:
+    """The floating types of all that equations read and make, calls included."""
+    found = {v.aval.dtype for e in equations for v in (*e.invars, *e.outvars)}
+    named = {str(dtype) for dtype in found if jnp.issubdtype(dtype, jnp.floating)}
+    for equation in equations:
+        body = match.body_of(equation)
+        named |= set() if body is None else _types(body[0].eqns)
+    return named
 
 
 def _closed(inner: Jaxpr):
@@ -570,7 +673,7 @@ def _reference(reference: Callable, avals, wide: bool) -> tuple | None:
     ]
     try:
         return match.fingerprint(jax.make_jaxpr(reference)(*likes))
-    except (TypeError, ValueError):  # shapes that it does not take
+    except (TypeError, ValueError, IndexError):  # shapes that it does not take
         return None
 
 
@@ -900,6 +1003,11 @@ def _scaled(reader: _Reader, equation, inputs):
                 roundings=before.roundings + roundings + (len(before.executed) > 1),
             )
         )
+    if reader.dtype(first) == str(out.dtype):
+        more = ((executed,), roundings)
+        found = reader.behind(joining.scaled, first, scale, out.shape, *more)
+        if found is not None:
+            return found
     operator = linear.LinearOperator(linear.Scale(), scale)
     return reader.linear(first, operator, out.shape, out.dtype, [executed], roundings)
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from flax import nnx
 
 from lipjax import storage
+from lipjax.graph.program import Program
 
 _FOLDER = Path(__file__).parent
 
@@ -51,14 +52,15 @@ def card(name: str) -> dict:
     return json.loads((_FOLDER / f"{name}.json").read_text())
 
 
-def load(name: str | os.PathLike) -> nnx.Sequential:
-    """A network that comes with lipjax, or one from a file that `lipjax.save` wrote.
+def load(name: str | os.PathLike) -> nnx.Sequential | Program:
+    """A network that comes with lipjax, or a network or function that `lipjax.save` wrote.
 
     Args:
         name: one of `names()`, or a path that ends in ".safetensors".
 
     Returns:
-        the network, for images ``(H, W, C)`` with pixels in [0, 1].
+        the network, for images ``(H, W, C)`` with pixels in [0, 1]; of a function that was stored
+        by its graph one that computes the same.
 
     Raises:
         ValueError: no such name; a file that is not the one that the card describes, or no network

@@ -25,6 +25,8 @@ SAME_CONSTANT = {
     "bcp": " The constant of “bcp” is that of “global”: its margins are tighter, by its boxes.",
     "linear": " The constant of “linear” is that of “local”: its margins are tighter, by the "
     "slopes.",
+    "tight": " The constant of “tight” is that of “local”: its margins are tighter, by the "
+    "errors' signs.",
     "rows": " The constant of “rows” is that of a walk by “local” in tighter boxes: its margins "
     "are tighter than that says.",
 }

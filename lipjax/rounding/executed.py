@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from lipjax.graph import Activation, Add, Executed, Graph, Input, Linear, Node, Rearrange
-from lipjax.graph.linear import Sum
+from lipjax.graph.linear import LinearOperator, Scale, Sum
 from lipjax.rounding.outward import LARGEST, OUTWARD, gamma, terms_of
 
 
@@ -215,8 +215,10 @@ def forward_error(
         local = relative(n) (|W| (m + e) + |b|) + underflow,
         e' = min(|W| e, ||row_i(W)|| rho) + local,    rho' = min(||W|| rho + ||local||, ||e'||).
 
-    At a sum the errors add up, with the rounding of the sum. All coordinates count, also those that
-    are constant in exact arithmetic: rounding may move them. Computed in float64, rounded up.
+    Of a node with parts, local is carried from part to part, each of which adds its own by the
+    sizes of its own operands. At a sum the errors add up, with the rounding of the sum. All
+    coordinates count, also those that are constant in exact arithmetic: rounding may move them.
+    Computed in float64, rounded up.
 
     Args:
         graph: its arrays in float64.
@@ -243,10 +245,14 @@ def forward_error(
             length = OUTWARD.up(jnp.sqrt(sum(t**2 for t in lengths)) * spread, len(lengths))
             total = jnp.minimum(length, OUTWARD.norm(error))
         elif isinstance(node, Activation):
-            error = node.rule.rounding(sources[0])
+            box = boxes[node.inputs[0]]
+            error = node.rule.executed(sources[0], *box, arithmetics[i])
             total = OUTWARD.norm(error)
-            if node.rule.selects:  # no output moves further than its input, and nothing is rounded
-                total = jnp.minimum(lengths[0], total)
+            if node.rule.selects:  # nothing is rounded
+                moved = lengths[0]
+                if node.rule.lipschitz != 1:
+                    moved = OUTWARD.up(moved * node.rule.lipschitz)
+                total = jnp.minimum(moved, total)
         elif isinstance(node, Add):
             error, total = _sum_error(node, boxes[i], sources, lengths, arithmetics[i])
         else:
@@ -266,8 +272,37 @@ def _linear_error(node: Linear, box, error, total, arithmetics, whole, view):
     lower, upper = box
     operator = view(node.operator, lower)
     size = jnp.maximum(jnp.abs(lower), jnp.abs(upper)) + error
+    first, *steps = node.parts or (node,)
+    assert isinstance(first, Linear)
+    used = len(first.executed)
+    local, magnitude, fits = _own_error(first, size, arithmetics[:used], view)
+    for part in steps:
+        equations = arithmetics[used : used + len(part.executed)]
+        used += len(part.executed)
+        step = _as_linear(part)
+        reached = OUTWARD.up(magnitude + local, lower.size)
+        more, magnitude, fits_too = _own_error(step, reached, equations, view)
+        local = OUTWARD.up(step.operator.absolute(local) + more, lower.size)
+        fits &= fits_too
+    rows = operator.row_norms(jnp.ones(lower.shape, bool))
+    carried = jnp.minimum(operator.absolute(error), rows * total)
+    grown = OUTWARD.up(carried + local, lower.size)
+    length = OUTWARD.up(whole * total + OUTWARD.norm(local), lower.size)
+    length = jnp.minimum(length, OUTWARD.norm(grown))
+    largest = min(LARGEST, *(a.largest for a in arithmetics))
+    fits &= OUTWARD.up(magnitude + grown, lower.size) < largest
+    return jnp.where(fits, grown, jnp.inf), length
+
+
+def _own_error(node: Linear, size, arithmetics, view):
+    """What a linear node itself rounds off, of an executed input with ``|x| <= size``.
+
+    Returns:
+        The bound, a bound of its exact value on that input, and whether neither overflows.
+    """
+    operator = view(node.operator, size)
     # The program's own inner products: a view may spell them out as longer ones, with zeros.
-    terms = terms_of(node.operator, lower)
+    terms = terms_of(node.operator, size)
     magnitude = operator.absolute(size)
     if operator.bias is not None:
         magnitude = magnitude + jnp.abs(jnp.broadcast_to(operator.bias, magnitude.shape))
@@ -275,18 +310,31 @@ def _linear_error(node: Linear, box, error, total, arithmetics, whole, view):
     largest_entry = jnp.max(jnp.abs(operator.kernel))
     underflow = smallest * (terms + 2) * (1 + largest_entry + jnp.max(size))
     local = relative(arithmetics, terms, node.roundings) * magnitude + underflow
-    rows = operator.row_norms(jnp.ones(lower.shape, bool))
-    carried = jnp.minimum(operator.absolute(error), rows * total)
-    grown = OUTWARD.up(carried + local, lower.size)
-    length = OUTWARD.up(whole * total + OUTWARD.norm(local), lower.size)
-    length = jnp.minimum(length, OUTWARD.norm(grown))
     largest = min(LARGEST, *(a.largest for a in arithmetics))  # of what FLOOR covers
-    fits = OUTWARD.up(magnitude + grown, lower.size) < largest
+    fits = OUTWARD.up(magnitude + local, size.size) < largest
     if isinstance(node.operator.apply, Sum):
         # A mean is added up before it is divided: the sum itself must not overflow.
         ones = dataclasses.replace(node.operator, kernel=jnp.ones_like(node.operator.kernel))
-        fits &= OUTWARD.up(2 * ones.absolute(size), lower.size) < largest
-    return jnp.where(fits, grown, jnp.inf), length
+        fits &= OUTWARD.up(2 * ones.absolute(size), size.size) < largest
+    return local, magnitude, fits
+
+
+def _as_linear(part: Linear | Add) -> Linear:
+    """A scale or shift behind a linear node, its parameters off by two roundings more: those of the
+    kernel and bias that it was joined into."""
+    if isinstance(part, Add):
+        ones = jnp.ones((), part.constant.dtype)
+        operator = LinearOperator(Scale(), ones, part.constant)
+    else:
+        operator = part.operator
+    return Linear(
+        inputs=part.inputs,
+        shape=part.shape,
+        dtype=part.dtype,
+        executed=part.executed,
+        operator=operator,
+        roundings=part.roundings + 2,
+    )
 
 
 def _sum_error(node: Add, box, sources, lengths, arithmetics):

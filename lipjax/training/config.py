@@ -90,7 +90,9 @@ FIELDS: dict[str, Field] = {
     "optimizer.decay_start": Field(50.0, "epoch from which the learning rate falls exponentially"),
     # ---------------------------------------------------------------- bound and loss
     "bound.mode": Field(
-        "local", 'or "rows", "linear", "paper", "bcp", "global"', choices=tuple(bounds.MODES)
+        "local",
+        'or "tight", "rows", "linear", "paper", "bcp", "global"',
+        choices=tuple(bounds.MODES),
     ),
     "bound.iterations": Field(2, "warm-started power iterations per step", least=1),
     "bound.loss": Field("bcp", 'or "gloro", "trades", "lmt", "emma"', choices=LOSSES),

@@ -135,15 +135,15 @@ def products(mode: str, iterations: int, first: bool) -> int:
     The plain step: forwards, backwards (not to the image), gradient. A bound adds, each with its
     gradient: middle and half-width of the box, the row norms (only a kernel gradient: masks have
     none), and the power iteration, without one but for the last half. In front of the first layer
-    the box is the same for all examples and costs nothing. Reverse passes of the modes "linear"
-    and "rows" are not counted.
+    the box is the same for all examples and costs nothing. Reverse passes of the modes "linear",
+    "rows" and "tight" are not counted.
     """
     plain = 2 if first else 3
     box = 0 if first else 6
     row_norms = 0 if first else 2
     power = 2 * iterations + 1
     added = {"bcp": box, "paper": box + power}
-    added |= dict.fromkeys(("local", "linear", "rows"), box + row_norms + power)
+    added |= dict.fromkeys(("local", "linear", "rows", "tight"), box + row_norms + power)
     return plain + added.get(mode, 0)
 
 
@@ -495,6 +495,6 @@ def _text(plan: Plan) -> str:
         f"{device.arithmetic} allow ({device.source}), the shares that were measured on two CPU "
         "cores, and launches. Nothing was measured on a GPU or TPU. Not in it: the exchange "
         "between devices and with hosts, reading images, evaluations, checkpoints, and the "
-        'reverse passes of the modes "linear" and "rows".'
+        'reverse passes of the modes "linear", "rows" and "tight".'
     )
     return console.file.getvalue().rstrip()  # type: ignore[attr-defined]

@@ -1,0 +1,185 @@
+"""Networks and images that others published, certified in several modes, beside published figures.
+
+    python -m benchmarks.foreign                      # all networks, 200 images
+    python -m benchmarks.foreign --networks=mnist_mlp --images=50 --modes=local,tight,auto
+    python -m benchmarks.foreign --networks=digits-maxmin,mnist-maxmin      # that come with lipjax
+
+It wants the files of SDP-CROWN's table (Chiu et al., ICML 2025, arXiv 2506.06665) in
+``../shared/external`` beside the checkout, and says so where they are absent. For each network,
+radius and mode: how many of all images are certified, the tier and its failure probability,
+milliseconds an image (of the second call, which compiles nothing), and the seconds by which the
+first call took longer. A mode is a name, or "tight:N" or "auto:N" with N gradient steps. An attack
+(`lipjax.attacks.pgd`) gives the other side; an image that is certified and broken would end the
+program.
+"""
+
+import argparse
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import lipjax
+from lipjax.bridges.torch_files import state_dict
+from lipjax.cli import networks
+
+FOLDER = Path(__file__).resolve().parents[2] / "shared" / "external"
+# The mean of CIFAR-10 that those networks subtract; what is left is divided by 0.225.
+MEAN = np.array([125.3, 123.0, 113.9]) / 255
+DEVIATION = 0.225
+
+# By network: its images, radii, tier, and the modes that are affordable there.
+MODES = ("global", "local", "linear", "tight", "tight:10", "auto", "auto:100")
+SUBJECTS = {
+    "mnist_mlp": ("mnist", (1.0,), "deterministic", (*MODES, "rows")),
+    "mnist_convsmall": ("mnist", (0.3,), "probabilistic", MODES),
+    "cifar10_cnn_a": ("cifar", (24 / 255,), "probabilistic", MODES),
+    "mnist_6_100_nat": ("mnist", (0.05, 0.1, 0.15), "deterministic", (*MODES, "rows")),
+}
+
+# Networks that were trained with lipjax's bounds, and their data.
+OWN = {
+    "digits-maxmin": ("digits", (0.3, 0.5, 0.8), "deterministic", ("global", "local", "tight")),
+    "mnist-maxmin": ("mnist", (1.0, 1.58, 2.0), "probabilistic", ("global", "local", "tight")),
+}
+
+
+def network_of(name: str) -> Callable:
+    """The function of one image in [0, 1], its normalisation included."""
+    found = state_dict(FOLDER / f"{name}.pth")
+    kernels = [key for key in found if key.endswith("weight")]
+    layers = [
+        (jnp.asarray(found[key]), jnp.asarray(found[key.removesuffix("weight") + "bias"]))
+        for key in kernels
+    ]
+    normalised = name.startswith("cifar10")
+
+    def network(x):
+        h = x
+        if normalised:
+            h = (h - jnp.asarray(MEAN, x.dtype)) / jnp.asarray(DEVIATION, x.dtype)
+        for i, (kernel, bias) in enumerate(layers):
+            kernel = kernel.astype(x.dtype)
+            if kernel.ndim == 4:  # stride 2, padding 1; PyTorch has the kernel's axes the other way
+                h = jax.lax.conv_general_dilated(
+                    h[None],
+                    jnp.transpose(kernel, (2, 3, 1, 0)),
+                    (2, 2),
+                    [(1, 1), (1, 1)],
+                    dimension_numbers=("NHWC", "HWIO", "NHWC"),
+                )[0]
+            else:
+                if h.ndim == 3:
+                    h = jnp.transpose(h, (2, 0, 1)).reshape(-1)
+                h = h @ kernel.T
+            h = h + bias.astype(x.dtype)
+            if i < len(layers) - 1:
+                h = jax.nn.relu(h)
+        return h
+
+    return network
+
+
+def images_of(name: str, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """The first images of the table, floats in [0, 1], and their labels."""
+    with np.load(FOLDER / f"{name}_200.npz") as file:
+        arrays = [file[key] for key in file.files]
+    (images,) = (array for array in arrays if array.ndim == 4)
+    (labels,) = (array for array in arrays if array.ndim == 1)
+    return images[:count].astype(np.float32) / np.float32(255), labels[:count].astype(np.int32)
+
+
+def timed(certify) -> tuple:
+    """What it returns, its seconds once compiled, and how much longer the first call took."""
+    start = time.perf_counter()
+    certify()
+    first = time.perf_counter() - start
+    start = time.perf_counter()
+    found = certify()
+    again = time.perf_counter() - start
+    return found, again, max(first - again, 0.0)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--networks", default=",".join(SUBJECTS))
+    parser.add_argument("--modes", help="default: all that are affordable for the network")
+    parser.add_argument("--images", type=int, default=200)
+    parser.add_argument("--epsilons", help="default: those of the published table")
+    parser.add_argument("--failure_probability", type=float, default=1e-6)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--attack_steps", type=int, default=50, help="0: no attack")
+    options = parser.parse_args(arguments)
+    if not FOLDER.is_dir():
+        print(f"{FOLDER} is not here: the networks and images of others are not part of lipjax.")
+        return
+
+    for name in options.networks.split(","):
+        data, epsilons, tier, modes = (SUBJECTS | OWN)[name]
+        if options.modes:
+            modes = tuple(options.modes.split(","))
+        if options.epsilons:
+            epsilons = tuple(float(text) for text in options.epsilons.split(","))
+        for epsilon in epsilons:
+            if name in OWN:
+                opened = networks.of_network(name, data, examples=options.images)
+                images = opened.test.unit_images(slice(None))
+                subject = opened.network, images, opened.test.labels
+            else:
+                subject = network_of(name), *images_of(data, options.images)
+            run(options, name, subject, epsilon, tier, modes)
+
+
+def run(options, name: str, subject, epsilon: float, tier: str, modes) -> None:
+    """Prints a line for each mode."""
+    network, images, labels = subject
+    broken = np.zeros(len(labels), bool)
+    about = {"network": name, "epsilon": round(epsilon, 6), "images": len(labels)}
+    if options.attack_steps:
+        attacked = network if name in OWN else jax.tree_util.Partial(network)
+        steps = {"steps": options.attack_steps, "restarts": 3, "key": jax.random.key(options.seed)}
+        # Pixels outside [0, 1] too: the whole ball is what is certified.
+        found = lipjax.attacks.pgd(attacked, images, labels, epsilon, clip=None, **steps)
+        broken = found.broken
+        print(json.dumps({**about, "survive PGD": int(np.sum(~broken))}), flush=True)
+
+    for spec in modes:
+        mode, _, steps = spec.partition(":")
+
+        def certify(mode=mode, steps=steps):
+            return lipjax.certify(
+                network,
+                images,
+                labels,
+                epsilon,
+                tier=tier,
+                failure_probability=options.failure_probability,
+                mode=mode,
+                seed=options.seed,
+                steps=int(steps) if steps else None,
+            )
+
+        found, seconds, compilation = timed(certify)
+        if np.any(found.certified & broken):
+            raise AssertionError(f"{name}, {spec}: certified and broken, {about}")
+        line = {
+            **about,
+            "mode": spec,
+            "certified": int(np.sum(found.certified)),
+            "tier": found.tier,
+            "delta": found.failure_probability,
+            "ms_an_image": round(1000 * seconds / len(labels), 2),
+            "compilation_s": round(compilation, 1),
+            "median_margin": round(float(np.median(found.margin[found.correct])), 4),
+        }
+        print(json.dumps(line), flush=True)
+
+
+if __name__ == "__main__":
+    main()

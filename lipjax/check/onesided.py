@@ -1,0 +1,280 @@
+"""The checker's margins in mode "tight": rows carried back with one-sided errors.
+
+Part of `lipjax.check`; shares nothing with the bounds that it checks. The claim (METHOD 8): where a
+coordinate t of an activation f moves by D, ``f(t + D) - f(t) = s D + e(D)`` for any slope s. For a
+row w on the errors, ``||D|| <= r`` over the coordinates that count, a box, and every ``scale > 0``:
+
+    max <w, e> <= scale r^2 / 2 + sum_i max over the box of (w_i e_i(D_i) - scale D_i^2 / 2).
+
+f is linear between the ends of the box and its kinks inside, so the inner maximum is the largest of
+those of a few parabolas. The scale is looked for by golden section. Slopes come from a rule or from
+the file; neither has to be trusted.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from lipjax.check.layers import Activation, Nonlinear
+from lipjax.check.norms import TINY, U, up
+
+# Of slopes that a file holds, as whole numbers.
+UNIT = 100
+SECTIONS = 36
+GOLDEN = (math.sqrt(5) - 1) / 2
+# Below the scale of the ball alone, in its logarithm.
+WIDTH = 16.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """One step of an activation: a function of single coordinates on a box.
+
+    Attributes:
+        points: ``(ends, n)`` in rising order: of the box, and its kinks inside.
+        rise: ``(ends, n)``, of the function from the center to each.
+        center: ``(n,)``, in the box.
+        counts: where the ball bounds how far the coordinate moves; there the slope is free.
+        fixed: the slope elsewhere.
+        unit: length in the ball of a step of 1.
+        met: rows on the values to rows on the errors.
+        back: those rows, and slopes, to the rows in front.
+    """
+
+    points: np.ndarray
+    rise: np.ndarray
+    center: np.ndarray
+    counts: np.ndarray
+    fixed: np.ndarray
+    unit: float
+    met: Callable[[np.ndarray], np.ndarray]
+    back: Callable[[np.ndarray, np.ndarray], np.ndarray]
+
+    def cost(self, w: np.ndarray, slopes: np.ndarray, radius: float) -> np.ndarray:
+        """Upper bounds of the largest ``<w, e>``, one a row."""
+        away = self.points - self.center
+        alone = np.abs(self.rise - self.fixed * away).max(axis=0, initial=0.0)
+        spent = up(np.abs(w) @ np.where(self.counts, 0.0, alone), w.shape[1])
+        w = w[:, self.counts]
+        if w.shape[1] == 0 or not np.any(w):
+            return spent
+        part = _Parabolas(
+            away[:, self.counts], self.rise[:, self.counts], w, slopes[:, self.counts], self.unit
+        )
+        return up(spent + part.bound(max(float(radius), 2.0**-400)))
+
+
+class _Parabolas:
+    """``w e(D) - scale (unit D)^2 / 2`` on the parts of a box, for each row and coordinate."""
+
+    def __init__(self, away, rise, w, slopes, unit):
+        self.away, self.w, self.unit = away, w, unit
+        # At an end of a part, for each row: w times the error there.
+        self.errors = [w * (f - slopes * t) for f, t in zip(rise, away, strict=True)]
+        length = np.diff(away, axis=0)
+        own = np.diff(rise, axis=0) / np.where(length > 0, length, 1.0)
+        self.pulls = [
+            w * (slope - slopes) * (gap > 0) for slope, gap in zip(own, length, strict=True)
+        ]
+        steep = np.abs(own).max(axis=0) + np.abs(slopes)
+        self.sizes = np.abs(w) * (steep * np.abs(away).max(axis=0) + np.abs(rise).max(axis=0))
+
+    def most(self, scale: np.ndarray) -> np.ndarray:
+        """Upper bounds of the largest values, ``(rows, n)``."""
+        scale = scale[:, None] * self.unit**2
+        best = np.zeros_like(self.w)
+        for k, pull in enumerate(self.pulls):
+            first, last = self.away[k], self.away[k + 1]
+            top = np.clip(pull / scale, first, last)
+            # A parabola lies below its tangent at any point: a line, largest at an end.
+            for end, error in ((first, self.errors[k]), (last, self.errors[k + 1])):
+                best = np.maximum(best, error - scale * top * (end - top / 2))
+        return best
+
+    def bound(self, radius: float) -> np.ndarray:
+        """The sum over the coordinates and the ball, rounded up, at the best scale found."""
+
+        def value(logarithm):
+            scale = np.exp(logarithm)
+            return scale * radius**2 / 2 + self.most(scale).sum(axis=1)
+
+        steepest = np.max(np.abs(self.pulls), axis=0)
+        high = np.log(np.maximum(np.linalg.norm(steepest, axis=1), 1e-80)) - math.log(radius)
+        low = high - WIDTH
+        inner = [high - GOLDEN * (high - low), low + GOLDEN * (high - low)]
+        found = [value(at) for at in inner]
+        for _ in range(SECTIONS):
+            left = found[0] <= found[1]
+            low, high = np.where(left, low, inner[0]), np.where(left, inner[1], high)
+            fresh = np.where(left, high - GOLDEN * (high - low), low + GOLDEN * (high - low))
+            there = value(fresh)
+            inner = [np.where(left, fresh, inner[1]), np.where(left, inner[0], fresh)]
+            found = [np.where(left, there, found[1]), np.where(left, found[0], there)]
+        scale = np.clip(np.exp((low + high) / 2), 1e-90, 1e90)
+        count = self.w.shape[1]
+        total = up(self.most(scale).sum(axis=1), count)
+        total = total + up(64 * U * self.sizes.sum(axis=1), count) + count * TINY
+        return up(up(scale * radius**2 / 2) + total)
+
+
+def by_rule(spread: float, kept: float) -> Callable[..., np.ndarray]:
+    """A rule for slopes: ``(step, w, radius)`` to ``(rows, n)``.
+
+    A row that is spread evenly over the ball moves coordinate i by ``radius |w_i| / ||w||``. Where
+    the error is of the sign that costs, the slope is that of the chord over so much, divided by
+    `spread`, to both sides; where it is of the other sign, near the slope at the center. Where the
+    function is straight on the box, it is `kept` of its slope.
+    """
+
+    def rule(step: Step, w: np.ndarray, radius: float) -> np.ndarray:
+        w = w * step.counts
+        z, (lower, upper) = step.center, (step.points[0], step.points[-1])
+        norm = np.maximum(np.linalg.norm(w, axis=1, keepdims=True), 1e-80)
+        half = np.maximum(radius * np.abs(w) / norm / spread, 1e-80)
+
+        def chord(low, high):
+            """Of the function, from its values at the ends of the parts."""
+            rises = [_at(step, end) for end in (low, high)]
+            gap = high - low
+            return np.where(gap > 0, (rises[1] - rises[0]) / np.where(gap > 0, gap, 1.0), local)
+
+        length = np.diff(step.points, axis=0)
+        own = np.diff(step.rise, axis=0) / np.where(length > 0, length, 1.0)
+        least = np.where(length > 0, own, np.inf).min(axis=0)
+        most = np.where(length > 0, own, -np.inf).max(axis=0)
+        still = least > most
+        least, most = np.where(still, 0.0, least), np.where(still, 0.0, most)
+        here = (length > 0) & (step.points[:-1] <= z) & (z <= step.points[1:])
+        local = (own * here).sum(axis=0) / np.maximum(here.sum(axis=0), 1)
+
+        near = chord(np.maximum(lower, z - half), np.minimum(upper, z + half))
+        costly = w * (chord(z, upper) - chord(lower, z)) >= 0
+        cheap = 0.75 * local + 0.25 * (least + most) / 2
+        slopes = np.where(costly, near, cheap)
+        straight = np.abs(most - least) <= 1e-9
+        slopes = np.where(straight, kept * least, slopes)
+        return np.where(step.counts, slopes, step.fixed)
+
+    return rule
+
+
+# The rules that are tried, the best for each rival.
+RULES = (by_rule(0.4, 0.8), by_rule(0.5, 1.0))
+
+
+def _at(step: Step, t: np.ndarray) -> np.ndarray:
+    """The rise from the center to t, a point of the box."""
+    total = np.zeros(np.broadcast_shapes(t.shape, step.center.shape))
+    for first, last, low, high in zip(
+        step.points[:-1], step.points[1:], step.rise[:-1], step.rise[1:], strict=True
+    ):
+        gap = last - first
+        share = np.where(gap > 0, (np.clip(t, first, last) - first) / np.where(gap > 0, gap, 1), 0)
+        total = total + share * (high - low)
+    return total + step.rise[0]
+
+
+def from_file(slopes: Sequence[np.ndarray]) -> Callable[..., np.ndarray]:
+    """As `by_rule`, from the slopes of one activation step after the other, whole numbers.
+
+    To be asked in that order reversed, as rows are carried back.
+    """
+    left = list(slopes)
+
+    def rule(step: Step, w: np.ndarray, radius: float) -> np.ndarray:
+        given = left.pop().astype(np.float64) / UNIT
+        return np.where(step.counts, given, step.fixed) + np.zeros(w.shape)
+
+    return rule
+
+
+def steps_of(activation: Any, before, after, rows: np.ndarray) -> list[Step] | None:
+    """The steps of an activation, in order; None if this knows nothing of its kind.
+
+    Args:
+        before, after: what is known of its input and of its value.
+        rows: the inputs that the ball counts.
+    """
+    if not isinstance(activation, Activation):
+        if not hasattr(activation, "kinks"):
+            return None
+        kinks = [np.broadcast_to(kink, before.center.shape) for kink in activation.kinks]
+        return [_elementwise(activation, kinks, before, rows)]
+    if not activation.pairs:
+        ends = (activation.bottom, activation.top)
+        kinks = [np.broadcast_to(end, activation.shape).reshape(-1) for end in ends]
+        return [_elementwise(activation, kinks, before, rows)]
+
+    # MaxMin: sorts the pairs, then cuts.
+    def order(values):
+        p, q = activation.halves(values)
+        return activation.joined(np.maximum(p, q), np.minimum(p, q))
+
+    half = (*activation.shape[:-1], activation.shape[-1] // 2)
+    bottom = activation.joined(np.full(half, -np.inf), np.broadcast_to(activation.bottom, half))
+    top = activation.joined(np.broadcast_to(activation.top, half), np.full(half, np.inf))
+
+    def clip(z):
+        return np.maximum(np.minimum(z, top), bottom)
+
+    known = (before.center, before.lower, before.upper)
+    center, lower, upper = (order(end) for end in known)
+    sorted_ = dataclasses.replace(before, center=center, lower=lower, upper=upper)
+    center_halves, lower_halves, upper_halves = map(activation.halves, known)
+    first = _pair(activation, center_halves, lower_halves, upper_halves, rows)
+    if not np.any(np.isfinite(activation.top)) and not np.any(np.isfinite(activation.bottom)):
+        return [first]
+    return [first, _elementwise(clip, [bottom, top], sorted_, after.varies)]
+
+
+def sizes(walked) -> list[int]:
+    """The coordinates of each step of each activation in front of the last layer, in order."""
+    found = []
+    for number, node in enumerate(walked.nodes[:-1], 1):
+        if isinstance(node.step, Nonlinear):
+            before, after = walked.values[node.inputs[-1]], walked.values[number]
+            steps = steps_of(node.step, before, after, walked.rows[number]) or []
+            found += [len(step.center) for step in steps]
+    return found
+
+
+def _elementwise(function, kinks, before, counts) -> Step:
+    lower, upper = before.lower, before.upper
+    points = np.sort([lower, *(np.clip(kink, lower, upper) for kink in kinks), upper], axis=0)
+    rise = np.array([function(point) for point in points]) - function(before.center)
+    none = np.zeros(len(lower))
+    return Step(
+        points, rise, before.center, counts, none, 1.0, lambda g: g, lambda g, slopes: g * slopes
+    )
+
+
+def _pair(activation: Activation, center, lower, upper, rows: np.ndarray) -> Step:
+    """(a, b) to (a + b) / 2 +- |a - b| / 2: the sum is kept, the difference meets ``|t|``."""
+    (a, b), (lower_a, lower_b), (upper_a, upper_b) = center, lower, upper
+    t = (a - b).reshape(-1)
+    least, most = (lower_a - upper_b).reshape(-1), (upper_a - lower_b).reshape(-1)
+    room = 8 * U * np.maximum(np.abs(least), np.abs(most))
+    least, most = np.minimum(least - room, t), np.maximum(most + room, t)
+    points = np.sort([least, np.clip(0.0, least, most), most], axis=0)
+    # Where not both inputs count the order is fixed, or nothing is carried back here.
+    sign = np.where(lower_a >= upper_b, 1.0, np.where(lower_b >= upper_a, -1.0, 0.0)).reshape(-1)
+    row_a, row_b = (half.reshape(-1) for half in activation.halves(rows))
+
+    def halves(g):
+        return np.split(g.reshape(len(g), *activation.shape), 2, axis=-1)
+
+    def met(g):
+        first, second = halves(g)
+        return (first - second).reshape(len(g), -1) / 2
+
+    def back(g, slopes):
+        first, second = halves(g)
+        kept = (first + second) / 2
+        turned = slopes.reshape(kept.shape) * (first - second) / 2
+        return np.concatenate([kept + turned, kept - turned], axis=-1).reshape(len(g), -1)
+
+    rise = np.abs(points) - np.abs(t)
+    return Step(points, rise, t, row_a & row_b, sign, 1 / math.sqrt(2), met, back)

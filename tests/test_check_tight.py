@@ -1,0 +1,232 @@
+"""Certificates of mode "tight": their stages, the slopes that files keep, and the checker's own
+derivation of one-sided errors."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import make_activation
+from flax import nnx
+
+import lipjax
+from lipjax.check import checker, norms, onesided, walk
+from lipjax.check.layers import Activation, Affine, nodes_of
+from lipjax.formats import certificate_files
+
+COUNT = 24
+INPUTS = 10
+STEPS = 15
+KINDS = ("relu", "clipped_maxmin")
+
+
+def net_of(kind, seed=1):
+    """10 inputs, three hidden layers, 4 classes."""
+    rngs = nnx.Rngs(seed)
+    bias = jax.nn.initializers.normal(0.3)
+    act = functools.partial(make_activation, kind, 12, 0.6)
+
+    def dense(n, m):
+        return nnx.Linear(n, m, rngs=rngs, bias_init=bias)
+
+    return nnx.Sequential(
+        dense(INPUTS, 12), act(), dense(12, 12), act(), dense(12, 12), act(), dense(12, 4)
+    )
+
+
+@functools.cache
+def subject(kind):
+    """Network, images, labels (one wrong), and a radius at which stages differ."""
+    net = net_of(kind)
+    x = np.random.default_rng(0).uniform(0, 1, (COUNT, INPUTS)).astype(np.float32)
+    logits = np.asarray(jax.vmap(net)(x))
+    labels = np.argmax(logits, axis=-1).astype(np.int32)
+    labels[0] = (labels[0] + 1) % 4
+    return net, x, labels, 0.22 if kind == "relu" else 0.1
+
+
+@functools.cache
+def certified(kind, tier, mode, steps=None):
+    net, x, labels, epsilon = subject(kind)
+    return lipjax.certify(net, x, labels, epsilon, tier=tier, mode=mode, seed=3, steps=steps)
+
+
+def file_of(tmp_path, kind, *which):
+    net, x, labels, _ = subject(kind)
+    path = tmp_path / "tight.npz"
+    certificate_files.save(path, certified(kind, *which), net, x, labels)
+    return certificate_files.describe(net, x[0]), x, labels, *certificate_files.load(path)
+
+
+def checked(layers, x, labels, header, arrays):
+    header["statement"] = certificate_files.statement(header)
+    header["digest"] = certificate_files.digest(header, arrays)
+    return checker.check(layers, x, labels, header, arrays, np.random.default_rng(0))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_stage_decides_at_least_what_those_before_do(kind):
+    local = certified(kind, "deterministic", "local")
+    tight = certified(kind, "deterministic", "tight")
+    auto = certified(kind, "deterministic", "auto", STEPS)
+    assert auto.mode == tight.mode == "tight" and not len(tight.slopes)
+    np.testing.assert_array_equal(auto.norms, local.norms)
+    assert np.all(tight.margin >= local.margin - 1e-12)
+    # What local decides stays as it is; the rest is as good as in mode "tight".
+    np.testing.assert_array_equal(auto.margin[local.certified], local.margin[local.certified])
+    rest = ~local.certified & auto.correct
+    assert np.all(auto.margin[rest] >= tight.margin[rest] - 1e-9)
+    assert not auto.certified[0] and not auto.correct[0]
+    counts = [np.sum(c.certified) for c in (local, tight, auto)]
+    assert counts[0] < counts[1] < counts[2] < COUNT, counts
+    # Slopes are kept for the images that they decide, and for no others.
+    by_steps = np.unique(auto.slopes_of[:, 0])
+    np.testing.assert_array_equal(by_steps, np.flatnonzero(auto.certified & ~tight.certified))
+
+
+WHICH = [
+    ("relu", "deterministic", "tight"),
+    ("relu", "probabilistic", "auto", STEPS),
+    ("clipped_maxmin", "deterministic", "auto", STEPS),
+    ("clipped_maxmin", "probabilistic", "tight"),
+]
+
+
+@pytest.mark.parametrize("which", WHICH, ids=lambda which: "-".join(map(str, which)))
+def test_certificates_of_mode_tight_are_confirmed(tmp_path, which):
+    file = file_of(tmp_path, *which)
+    report, certificate = checked(*file), certified(*which)
+    assert report.confirmed, report
+    assert report.certified == np.sum(certificate.certified) > 0
+    assert ("auto" in which) == (len(file[-1]["slopes"]) > 0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_attack_is_below_a_margin_and_no_certified_image_is_broken(kind):
+    net, x, labels, epsilon = subject(kind)
+    certificate = certified(kind, "deterministic", "auto", STEPS)
+    rng = np.random.default_rng(5)
+
+    @jax.jit
+    def margin(x, label):
+        logits = net(x)
+        return logits[label] - jnp.max(jnp.where(jnp.arange(4) == label, -jnp.inf, logits))
+
+    ascend = jax.jit(jax.vmap(jax.grad(margin)))
+    for _ in range(4):
+        step = rng.normal(size=x.shape)
+        for _ in range(25):
+            length = np.linalg.norm(step, axis=1, keepdims=True)
+            step = step * epsilon / np.maximum(length, 1e-12)
+            found = np.asarray(jax.vmap(margin)(x + step, labels))
+            assert np.all(found[certificate.correct] >= certificate.margin[certificate.correct])
+            assert np.all(found[certificate.certified] > 0)
+            gradient = np.asarray(ascend(x + step, labels))
+            size = np.linalg.norm(gradient, axis=1, keepdims=True)
+            step = step - 0.3 * epsilon * gradient / np.maximum(size, 1e-12)
+
+
+def test_a_margin_that_is_too_large_is_rejected_and_so_is_one_whose_slopes_are_gone(tmp_path):
+    file = file_of(tmp_path, *WHICH[1])
+    *rest, header, arrays = file
+    (row, _), *_ = arrays["slopes_of"]
+    with_more = {**arrays, "margin": arrays["margin"].copy()}
+    with_more["margin"][row] += 0.02
+    report = checked(*rest, dict(header), with_more)
+    assert any(f"row {row}" in problem and "margin" in problem for problem in report.problems)
+
+    without = {**arrays, **certificate_files.NO_SLOPES}
+    report = checked(*rest, {**header, "slopes": 0}, without)
+    assert any("recorded as certified" in problem for problem in report.problems), report
+
+
+def test_a_file_of_slopes_that_fit_nothing_is_refused(tmp_path):
+    *_, header, arrays = file_of(tmp_path, *WHICH[1])
+    assert not certificate_files.faults(header, arrays)
+    twice = np.concatenate([arrays["slopes_of"][:1]] * len(arrays["slopes_of"]))
+    for name, value in (
+        ("slopes_of", twice if len(twice) > 1 else -twice - 1),
+        ("slopes_of", arrays["slopes_of"] + COUNT),
+        ("slopes_of", arrays["slopes_of"][:, :1]),
+        ("slopes", arrays["slopes"][1:]),
+        ("slopes", arrays["slopes"].astype(np.float64)),
+    ):
+        assert certificate_files.faults(header, {**arrays, name: value})
+
+
+def test_files_of_earlier_versions_have_no_slopes_and_are_confirmed(tmp_path):
+    *rest, header, arrays = file_of(tmp_path, "relu", "deterministic", "local")
+    header["version"] = 2
+    del header["slopes"]
+    old = {name: array for name, array in arrays.items() if name in certificate_files.ARRAYS}
+    assert checked(*rest, header, old).confirmed
+
+
+# ------------------------------------------------------------------------- the checker's derivation
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_any_slopes_give_the_checker_margins_that_hold(kind, monkeypatch):
+    net, x, labels, epsilon = subject(kind)
+    nodes = nodes_of(certificate_files.describe(net, x[0]), x.shape[1:])
+    bounds = norms.Norms(1e-9, np.random.default_rng(0), patient=True)
+    whole = [bounds(node.step.matrix) for node in nodes if isinstance(node.step, Affine)]
+    network = walk.Network(nodes, whole, "float32")
+    rng = np.random.default_rng(2)
+    usual = onesided.RULES[0]
+
+    def disturbed(by, step, w, radius):
+        found = usual(step, w, radius)
+        return np.where(step.counts, found + by * rng.normal(size=found.shape), step.fixed)
+
+    better = 0
+    for row in range(1, 9):
+        steps = rng.normal(size=(4000, INPUTS))
+        steps *= epsilon / np.linalg.norm(steps, axis=1, keepdims=True)
+        logits = np.asarray(jax.vmap(net)(jnp.asarray(x[row] + steps, jnp.float32)))
+        others = np.delete(logits, labels[row], axis=1)
+        least = np.min(logits[:, labels[row]] - np.max(others, axis=1))
+        local = walk.derive(network, x[row], int(labels[row]), epsilon, bounds).margin
+        for by in (0.02, 0.1, 0.3, 1.0):
+            monkeypatch.setattr(onesided, "RULES", (functools.partial(disturbed, by),))
+            tight = walk.Tight(np.inf, {})
+            found = walk.derive(network, x[row], int(labels[row]), epsilon, bounds, tight=tight)
+            assert local <= found.margin <= least
+            better += found.margin > local + 1e-6
+    assert better >= 8  # the slopes have been used
+
+
+@pytest.mark.parametrize("kind", ["relu", "clipped_relu", "maxmin", "clipped_maxmin"])
+def test_no_error_in_ball_and_box_is_above_the_checkers_cost(kind):
+    pairs = kind.endswith("maxmin")
+    top = 0.4 if kind.startswith("clipped") else np.inf
+    bottom = -top if pairs else 0.0
+    activation = Activation(pairs, (8,), np.asarray(top), np.asarray(bottom))
+    rng = np.random.default_rng(4)
+    near = 0
+    for _ in range(60):
+        z = rng.choice([-0.6, -0.4, -0.1, 0.0, 0.2, 0.4, 0.9], 8)
+        lower, upper = z - rng.uniform(0, 0.6, 8), z + rng.uniform(0, 0.6, 8)
+        known = walk.Known(z, lower, upper, np.ones(8, bool), 9.0, np.zeros(8), 0.0)
+        after, rows = walk.activate(activation, known)
+        steps = onesided.steps_of(activation, known, after, rows)
+        radius = rng.uniform(0.05, 1.0)
+        moves = rng.normal(size=(3000, 8))
+        moves *= radius * rng.uniform(0, 1.3, (3000, 1)) / np.linalg.norm(moves, axis=1)[:, None]
+        points = np.clip(z + moves, lower, upper)
+        points = points[np.linalg.norm((points - z)[:, rows], axis=1) <= radius]
+        # All steps together: what the row says of the value is what it says of the input, and cost.
+        g = rng.normal(size=(1, 8)) * after.varies
+        change = np.array([activation(p) for p in points]) - activation(z)
+        row, spent = g, 0.0
+        for step in reversed(steps):
+            w = step.met(row)
+            slopes = rng.uniform(-1, 1.2, w.shape)
+            slopes = np.where(step.counts, slopes, step.fixed)
+            spent = spent + step.cost(w, slopes, radius)
+            row = step.back(row, slopes)
+        errors = change @ g[0] - (points - z) @ row[0]
+        assert np.max(errors) <= spent[0] + 1e-12
+        near += np.max(errors) > 0.5 * spent[0]
+    assert near > 20

@@ -1,0 +1,271 @@
+"""One-sided errors: pieces against the functions, their maxima against brute force and exact
+rationals, margins against sampling and finite differences."""
+
+import functools
+import itertools
+from fractions import Fraction
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import cast64, make_activation, tiny_net
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import lipjax
+from lipjax import rounding
+from lipjax.bounds import margins, tight
+
+N = 6
+KINDS = ("relu", "clipped_relu", "maxmin", "clipped_maxmin", "abs")
+# Few values, so that ends, centers and kinks often coincide.
+GRID = st.sampled_from([-1.0, -0.5, -0.3, 0.0, 0.2, 0.5, 0.7, 1.0])
+BOXES = st.lists(st.tuples(GRID, GRID, GRID), min_size=N, max_size=N)
+
+
+def function(kind):
+    return jnp.abs if kind == "abs" else cast64(make_activation(kind, N, threshold=0.5))
+
+
+@functools.cache
+def rule(kind):
+    with jax.enable_x64(True):
+        graph = lipjax.trace(function(kind), jax.ShapeDtypeStruct((N,), jnp.float64))
+    return graph.nodes[-1].rule
+
+
+def steps_of(kind, box, arithmetic=rounding.EXACT):
+    """Lower end, center and upper end of a box, and the pieces there."""
+    lower, center, upper = (jnp.asarray(end) for end in np.sort(np.array(box), axis=1).T)
+    return (lower, center, upper), rule(kind).pieces(center, lower, upper, arithmetic)
+
+
+def stages(kind, steps):
+    """The function of each step, on its own input."""
+    if len(steps) == 1:
+        return [function(kind)]
+    return [lipjax.MaxMin(), function(kind)]
+
+
+def inside(ends, count, seed):
+    """Points of a box: its ends, its center and random ones, as rows."""
+    lower, center, upper = (np.asarray(end) for end in ends)
+    share = np.random.default_rng(seed).choice([0.0, 0.1, 0.4, 0.5, 0.77, 1.0], (count, N))
+    return np.concatenate([[lower, center, upper], lower + share * (upper - lower)])
+
+
+@settings(max_examples=60)
+@given(kind=st.sampled_from(KINDS), box=BOXES, seed=st.integers(0, 10**6))
+def test_an_activation_is_slopes_and_errors_by_its_pieces(kind, box, seed):
+    with jax.enable_x64(True):
+        ends, steps = steps_of(kind, box)
+        rng = np.random.default_rng(seed)
+        points, center = jnp.asarray(inside(ends, 50, seed)), ends[1]
+        for act, pieces in zip(stages(kind, steps), steps, strict=True):
+            g = jnp.asarray(rng.normal(size=N))
+            chosen = jnp.asarray(rng.uniform(-1, 1.5, pieces.center.shape))
+            slope = jnp.where(pieces.free, chosen, pieces.exact)
+            t = points
+            if pieces.paired:
+                a, b = jnp.split(points, 2, axis=-1)
+                t = a - b
+            rises = jax.vmap(lambda t, p=pieces: p.rise(t, p.rising))(t)
+            errors = (rises - slope * (t - pieces.center)) @ pieces.weights(g)
+            changes = jax.vmap(act)(points) - act(center)
+            carried = (points - center) @ pieces.transposed(slope, g)
+            # Where a slope is not free, the inputs that do not count move nothing.
+            counted = rule(kind).active(ends[0], ends[2])
+            if bool(jnp.all(counted)):
+                np.testing.assert_allclose(changes @ g, carried + errors, atol=1e-12)
+            points, center = jax.vmap(act)(points), act(center)
+
+
+@settings(max_examples=80)
+@given(
+    kind=st.sampled_from(KINDS),
+    box=BOXES,
+    seed=st.integers(0, 10**6),
+    scale=st.sampled_from([1e-3, 0.1, 1.0, 7.0, 1e3]),
+)
+def test_no_point_of_the_box_is_above_the_closed_maximum_and_one_is_near(kind, box, seed, scale):
+    with jax.enable_x64(True):
+        _, steps = steps_of(kind, box)
+        rng = np.random.default_rng(seed)
+        for pieces in steps:
+            w = jnp.asarray(rng.normal(size=pieces.center.shape))
+            slope = jnp.asarray(rng.uniform(-1, 1.5, pieces.center.shape))
+            values, place = pieces.largest(w, slope, scale)
+            share = jnp.linspace(0, 1, 4001)[:, None]
+            t = pieces.lower + share * (pieces.upper - pieces.lower)
+            step = t - pieces.center
+            rises = jax.vmap(lambda t, p=pieces: p.rise(t, p.rising))(t)
+            found = w * (rises - slope * step) - scale * (pieces.unit * step) ** 2 / 2
+            most = jnp.max(found, axis=0)
+            assert np.all(most <= values + 1e-12)
+            np.testing.assert_allclose(values, jnp.maximum(most, 0), atol=2e-3 * (1 + scale))
+            assert np.all(pieces.lower - 1e-12 <= place + pieces.center)
+            assert np.all(place + pieces.center <= pieces.upper + 1e-12)
+
+
+@settings(max_examples=60)
+@given(
+    kind=st.sampled_from(KINDS),
+    box=BOXES,
+    seed=st.integers(0, 10**6),
+    radius=st.sampled_from([1e-3, 0.1, 0.6, 3.0]),
+)
+def test_no_error_in_ball_and_box_is_above_its_cost(kind, box, seed, radius):
+    with jax.enable_x64(True):
+        _, steps = steps_of(kind, box)
+        rng = np.random.default_rng(seed)
+        for pieces in steps:
+            w = jnp.where(pieces.free, jnp.asarray(rng.normal(size=pieces.center.shape)), 0.0)
+            slope = jnp.asarray(rng.uniform(-0.5, 1.5, pieces.center.shape))
+            cost = tight.error_cost(pieces, w, slope, radius, rounding.EXACT)
+            step = rng.normal(size=(3000, *pieces.center.shape))
+            step *= rng.uniform(0, 1.2, (3000, 1)) * radius / np.linalg.norm(step, axis=1)[:, None]
+            step = np.clip(step / pieces.unit, pieces.lower - pieces.center, None)
+            step = np.minimum(step, pieces.upper - pieces.center)
+            step = step[pieces.unit * np.linalg.norm(step, axis=1) <= radius]
+            rises = jax.vmap(lambda t, p=pieces: p.rise(t, p.rising))(pieces.center + step)
+            errors = (rises - slope * step) @ w
+            assert np.max(np.asarray(errors), initial=0.0) <= cost + 1e-12
+
+
+def exact_cost(pieces, w, slope, radius, scale):
+    """The right-hand side of METHOD 8 in rationals, pieces of exact numbers, not paired."""
+    total = scale * radius**2 / 2
+    for i in range(N):
+        if w[i] == 0:
+            continue
+        z, low, high = (Fraction(float(a[i])) for a in (pieces.center, pieces.lower, pieces.upper))
+        kinks = [Fraction(float(k[i])) for k in pieces.kinks if np.isfinite(float(k[i]))]
+        slopes = [Fraction(float(p)) for p in pieces.rising][: len(kinks) + 1]
+
+        def rise(t, z=z, kinks=kinks, slopes=slopes):
+            ends = [min(z, t) - 1, *kinks, max(z, t) + 1]
+            total = Fraction(0)
+            for start, end, p in zip(ends[:-1], ends[1:], slopes, strict=True):
+                total += p * (min(max(t, start), end) - min(max(z, start), end))
+            return total
+
+        best = Fraction(0)
+        cuts = sorted({low, high, *(k for k in kinks if low < k < high)})
+        for start, end in itertools.pairwise(cuts):
+            p = (rise(end) - rise(start)) / (end - start)
+            step = min(max(w[i] * (p - slope[i]) / scale, start - z), end - z)
+            best = max(best, w[i] * (rise(z + step) - slope[i] * step) - scale * step**2 / 2)
+        total += best
+    return total
+
+
+@settings(max_examples=60)
+@given(
+    kind=st.sampled_from(("relu", "clipped_relu", "abs")),
+    box=BOXES,
+    seed=st.integers(0, 10**6),
+    radius=st.sampled_from([1e-9, 0.1, 0.7, 1e3]),
+    size=st.sampled_from([1e-8, 1.0, 1e9]),
+)
+def test_the_cost_rounded_outwards_is_at_least_the_exact_one(kind, box, seed, radius, size):
+    with jax.enable_x64(True):
+        _, (pieces,) = steps_of(kind, box, rounding.OUTWARD)
+        rng = np.random.default_rng(seed)
+        w = jnp.where(pieces.free, jnp.asarray(size * rng.normal(size=N)), 0.0)
+        slope = jnp.asarray(rng.uniform(-0.5, 1.5, N))
+        cost = float(tight.error_cost(pieces, w, slope, radius, rounding.OUTWARD))
+        scale = Fraction(float(tight.best_scale(pieces, w, slope, jnp.asarray(radius))))
+        rows = [[Fraction(float(v)) for v in row] for row in (w, slope)]
+        wanted = exact_cost(pieces, *rows, Fraction(radius), scale)
+        assert Fraction(cost) >= wanted
+        assert Fraction(cost) <= wanted * (1 + Fraction(1, 10**9)) + Fraction(size) / 10**9
+
+
+# ------------------------------------------------------------------------------------------ margins
+
+
+def gains(net, x, epsilon, label, *, mode="tight", arithmetic=rounding.EXACT):
+    bound = lipjax.bound(net, x, epsilon, mode=mode, iterations=200)
+    return lipjax.worst_logits(bound, label, arithmetic) - bound.logits
+
+
+@functools.cache
+def compiled(mode):
+    return jax.jit(functools.partial(gains, mode=mode))
+
+
+@pytest.mark.parametrize("kind", ["relu", "clipped_relu", "maxmin", "clipped_maxmin"])
+def test_margins_hold_on_samples_and_are_at_most_those_of_local(x64, kind):
+    net, rng = cast64(tiny_net(kind, seed=4)), np.random.default_rng(0)
+    smaller = 0
+    for x in jnp.asarray(rng.uniform(0, 1, (3, 6, 6, 2))):
+        for epsilon in (0.01, 0.1, 0.4):
+            found, local = (
+                np.asarray(compiled(mode)(net, x, epsilon, 2)) for mode in ("tight", "local")
+            )
+            assert np.all(found <= local + 1e-12) and found[2] == 0
+            smaller += np.sum(found < 0.9 * local)
+            steps = rng.normal(size=(400, 6, 6, 2))
+            # The worst direction to first order, and random ones.
+            gradient = jax.jacobian(lambda x: net(x) - net(x)[2])(x)
+            steps[:4] = np.asarray(gradient) + 1e-12
+            steps *= epsilon / np.linalg.norm(steps.reshape(400, -1), axis=1)[:, None, None, None]
+            logits = jax.vmap(net)(x + jnp.asarray(steps))
+            moved = (logits - logits[:, 2:3]) - (net(x) - net(x)[2])
+            assert np.all(np.max(np.asarray(moved), axis=0) <= found + 1e-9)
+    assert smaller >= 9  # of 27: they are not only never worse
+
+
+def test_gains_rounded_outwards_are_above_the_others_and_close(x64):
+    net = cast64(tiny_net("clipped_maxmin", seed=8))
+    x = jnp.asarray(np.random.default_rng(2).uniform(0, 1, (6, 6, 2)))
+    outward = jax.jit(functools.partial(gains, arithmetic=rounding.OUTWARD))
+    for epsilon in (1e-3, 0.2):
+        plain = compiled("tight")(net, x, epsilon, 0)
+        above = outward(net, x, epsilon, 0)
+        assert np.all(above[1:] > plain[1:])
+        assert np.all(above <= plain * (1 + 1e-6) + 1e-10)
+
+
+def test_any_slopes_give_margins_that_hold_and_their_gradient_is_that_of_differences(x64):
+    # (At a kink of the dual in the scale, which nets of MaxMin meet, it is one of several.)
+    net, rng = cast64(tiny_net("relu", seed=5)), np.random.default_rng(3)
+    x, epsilon = jnp.asarray(rng.uniform(0, 1, (6, 6, 2))), 0.2
+    bound = lipjax.bound(net, x, epsilon, mode="tight", iterations=200)
+    row = margins.directions(bound.graph, bound.penultimate, 1)[0]
+    (end,) = bound.graph.nodes[-1].inputs
+    parts = (bound.graph, lambda operator, like: operator, rounding.EXACT)
+    parts = (*parts, bound.regions, bound.norms, end)
+
+    def gain(slopes):
+        return tight.OneSided(*parts, given=slopes).gain(row)
+
+    first = tight.OneSided(*parts)
+    least = float(first.gain(row))
+    worst = -np.inf
+    for step in rng.normal(size=(300, 6, 6, 2)):
+        moved = x + jnp.asarray(epsilon * step / np.linalg.norm(step))
+        change = net(moved) - net(x)
+        worst = max(worst, float(change[0] - change[1]))
+
+    value = jax.jit(jax.value_and_grad(gain))
+    for _ in range(5):
+        slopes = jax.tree.map(lambda s: jnp.asarray(rng.uniform(0, 1, s.shape)), first.taken)
+        found, gradient = value(slopes)
+        assert found >= worst
+        way = jax.tree.map(lambda s: jnp.asarray(rng.normal(size=s.shape)), slopes)
+        ahead, behind = (
+            gain(jax.tree.map(lambda s, d, h=h: s + h * d, slopes, way)) for h in (1e-6, -1e-6)
+        )
+        slope = sum(jax.tree.leaves(jax.tree.map(lambda a, b: jnp.sum(a * b), gradient, way)))
+        np.testing.assert_allclose((ahead - behind) / 2e-6, slope, rtol=2e-2, atol=1e-4)
+    assert least >= worst
+
+
+def test_a_nan_spreads_to_the_margin_and_epsilon_zero_is_exact(x64):
+    net = cast64(tiny_net("relu", seed=4))
+    x = jnp.full((6, 6, 2), 0.5)
+    assert np.all(np.isnan(np.asarray(compiled("tight")(net, x.at[0].set(jnp.nan), 0.1, 0))[1:]))
+    np.testing.assert_allclose(compiled("tight")(net, x, 0.0, 0), 0, atol=1e-12)
+    assert np.all(np.isfinite(compiled("tight")(net, x, 50.0, 0)))
