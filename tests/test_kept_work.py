@@ -134,8 +134,11 @@ def test_a_number_of_nothing_is_a_wrong_command_line_that_names_the_flag(flag, c
 
 
 @old_import
-def test_a_network_that_there_is_not_is_refused_by_train_before_data_is_loaded(no_data):
+def test_a_network_that_there_is_not_is_refused_by_train_before_data_is_loaded(
+    no_data, monkeypatch
+):
     flags = ["lipjax train", "--config=digits", "--config.model.name=smal_conv"]
+    monkeypatch.setattr("sys.argv", flags)  # where ml_collections looks for its fields
     with pytest.raises(ValueError, match="Did you mean 'small_conv'"):
         train.main(common.parsed(flags, train))
 
