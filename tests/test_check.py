@@ -600,7 +600,10 @@ def identity(size):
     [
         (lambda r: [nnx.Conv(2, 3, (3, 3), padding="CIRCULAR", rngs=r)], "CIRCULAR"),
         (lambda r: [nnx.Conv(2, 3, (3, 3), padding="REFLECT", rngs=r)], "REFLECT"),
-        (lambda r: [nnx.Conv(2, 3, (3, 3), padding=1, input_dilation=2, rngs=r)], "input_dilation"),
+        (
+            lambda r: [nnx.Conv(2, 3, (3, 3), padding=1, input_dilation=2, rngs=r)],
+            "does not end in an affine layer",
+        ),
         (lambda r: [nnx.Conv(3, 3, (3, 3), rngs=r)], "cannot take"),
         (lambda r: [nnx.Conv(2, 3, (9, 9), padding=0, rngs=r)], "does not fit"),
         (lambda r: [lipjax.AveragePool(7)], "cannot take"),

@@ -240,7 +240,7 @@ def draws(monkeypatch):
     monkeypatch.setattr(norms.chebyshev, "inflated_norm_bound", record)
     monkeypatch.setattr(batches, "compiled", eager)
     # So that what was recorded is what counts.
-    monkeypatch.setattr(setup, "_global_norms", lambda graph: (jnp.asarray(1e90),) * 3)
+    monkeypatch.setattr(setup, "global_norms_of", lambda graph: (jnp.asarray(1e90),) * 3)
     monkeypatch.setattr(norms.closed, "schur_bound", lambda *_: jnp.asarray(1e90))
     return found
 

@@ -241,7 +241,7 @@ def test_every_baseline_is_a_configuration_whose_loss_can_be_taken(method):
         (
             "bound.mode",
             "lokal",
-            "bound.mode must be one of global, bcp, paper, local, linear, rows, got 'lokal'",
+            "bound.mode must be one of global, bcp, paper, local, linear, rows, tight, got 'lokal'",
         ),
         (
             "bound.loss",

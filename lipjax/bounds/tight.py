@@ -36,8 +36,7 @@ from lipjax.graph.linear import safe_norm
 # that of the ball alone: to one part in a thousand, of which the bound sees the square.
 HALVINGS = 14
 WIDTH = 14.0
-# Scales beyond these could meet an underflow that `rounding.FLOOR` does not cover.
-LEAST_SCALE = 1e-90
+# Scales beyond this, or below its inverse, could meet an underflow that `rounding.FLOOR` does not cover.
 LARGEST_SCALE = 1e90
 
 
@@ -104,7 +103,9 @@ def best_scale(pieces: Pieces, w: jax.Array, slope: jax.Array, radius: jax.Array
         return jnp.where(longer, middle, low), jnp.where(longer, high, middle)
 
     _, high = jax.lax.fori_loop(0, HALVINGS, halve, (start - WIDTH, start))
-    return jnp.clip(jnp.exp(high), LEAST_SCALE, LARGEST_SCALE)
+    # In float32 both are numbers of that type.
+    largest = min(LARGEST_SCALE, float(jnp.finfo(w.dtype).max) ** 0.5)
+    return jnp.clip(jnp.exp(high), 1 / largest, largest)
 
 
 def error_cost(

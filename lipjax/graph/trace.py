@@ -672,7 +672,9 @@ def _reference(reference: Callable, avals, wide: bool) -> tuple | None:
         for shape, dtype, weak in avals
     ]
     try:
-        return match.fingerprint(jax.make_jaxpr(reference)(*likes))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of types that it is not for
+            return match.fingerprint(jax.make_jaxpr(reference)(*likes))
     except (TypeError, ValueError, IndexError):  # shapes that it does not take
         return None
 
