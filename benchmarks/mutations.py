@@ -99,7 +99,7 @@ GUARDS = {
         _guard("activations/leaky", "leaky"),
         _guard("activations/pooling", "pooling"),
         _guard("activations/smooth", "smooth"),
-        _guard("activations/softmax", "trace"),
+        _guard("activations/softmax", "smooth"),
         _guard("graph/description", "description"),
         _guard("graph/known", "trace executed"),
         _guard("graph/match", "trace"),

@@ -36,7 +36,8 @@ from lipjax.graph.linear import safe_norm
 # that of the ball alone: to one part in a thousand, of which the bound sees the square.
 HALVINGS = 14
 WIDTH = 14.0
-# Scales beyond this, or below its inverse, could meet an underflow that `rounding.FLOOR` does not cover.
+# Scales beyond this, or below its inverse, could meet an underflow that `rounding.FLOOR` does not
+# cover.
 LARGEST_SCALE = 1e90
 
 
