@@ -33,8 +33,7 @@ class Residual(nnx.Module):
     modes "linear" and "rows" a row goes back through both ways at once.
 
     Args:
-        layers: registered layers, activations or other Residuals; not the last affine layer of a
-            network.
+        layers: modules or functions that keep the shape; other Residuals, too.
 
     Raises:
         ValueError: when called, if they change the shape.

@@ -72,6 +72,13 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: rank.get(item.path.name, len(rank)))
 
 
+@pytest.fixture(autouse=True)
+def own_activations(monkeypatch):
+    """What a test registers is known to that test only."""
+    reader = sys.modules["lipjax.graph.trace"]  # (the package calls a function so)
+    monkeypatch.setattr(reader, "_COMPOSITES", list(reader._COMPOSITES))
+
+
 @pytest.fixture(autouse=True, scope="module")
 def few_programs():
     """Forgets compiled programs when there are many: each takes several of the 65,530 memory maps

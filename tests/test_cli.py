@@ -128,7 +128,7 @@ def test_a_package_that_is_missing_is_named_with_what_installs_it(monkeypatch, c
     )
     monkeypatch.setitem(sys.modules, "shtab", None)
     assert entry.main(["completion", "bash"]) == 1
-    assert 'shtab is not installed: pip install "lipjax[scripts]"' in capsys.readouterr().err
+    assert 'shtab is not installed: pip install ".[scripts]"' in capsys.readouterr().err
     assert entry.main(["export", "digits-maxmin", "--out=net.txt"]) == 2
     assert "must end in .safetensors or .onnx" in capsys.readouterr().err
 

@@ -104,7 +104,9 @@ class Leaky(Rule):
         rounded = jnp.maximum(*(jnp.where(_rounds(s), jnp.abs(s), 0.0) for s in (below, above)))
         size = jnp.maximum(jnp.abs(lower), jnp.abs(upper)) + error
         unit = sum(a.output for a in arithmetics)
-        underflow = 4 * max((a.smallest for a in arithmetics), default=0.0)
+        # A slope or an input that is subnormal may count as 0, and is multiplied by the other.
+        smallest = max((a.smallest for a in arithmetics), default=0.0)
+        underflow = 4 * smallest * (1 + slope + size)
         largest = min((a.largest for a in arithmetics), default=jnp.inf)
         own = unit * (1 + unit) * rounded * size
         found = (slope * error + own) * (1 + 16 * DOUBLE) + underflow

@@ -198,7 +198,9 @@ class Rounded(Rule):
             )
         (arithmetic,) = arithmetics
         size = jnp.maximum(jnp.abs(lower), jnp.abs(upper)) + error
-        own = EXECUTED * arithmetic.output * self.scale(size) + 4 * arithmetic.smallest
+        # What underflows, an input or a factor, may count as 0.
+        underflow = 4 * arithmetic.smallest * (1 + self.lipschitz)
+        own = EXECUTED * arithmetic.output * self.scale(size) + underflow
         found = (self.lipschitz * error + own) * (1 + 16 * DOUBLE)
         return jnp.where(size < LARGEST_INPUT, found, jnp.inf)
 

@@ -175,9 +175,12 @@ class OneSided(Reverse):
 
     def _through_activation(self, i: int, before: Region, g: jax.Array):
         steps = self.pieces(i)
-        if steps is None:
+        node = self.graph.nodes[i]
+        assert isinstance(node, Activation)
+        if steps is None or not node.rule.selects:  # its center would be off
             return super()._through_activation(i, before, g)
         radius = self.ball(i)
+        size = jnp.maximum(1.0, node.rule.lipschitz) ** 3
         total = jnp.zeros((), g.dtype)
         taken: list[jax.Array] = []
         for k, pieces in reversed(list(enumerate(steps))):
@@ -188,7 +191,7 @@ class OneSided(Reverse):
                 slope = jnp.where(pieces.free, self.given[i][k], pieces.exact)
             taken.insert(0, slope)
             cost = error_cost(pieces, w, slope, radius, self.arithmetic)
-            left = self.arithmetic.left_over(8 * rounding.DOUBLE, g, before.radius)
+            left = self.arithmetic.left_over(8 * rounding.DOUBLE * size, g, before.radius)
             total = self.arithmetic.up(total + cost + left, 3)
             g = pieces.transposed(slope, g)
         self.taken[i] = tuple(taken)

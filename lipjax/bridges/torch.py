@@ -60,7 +60,7 @@ def from_torch(module, input_shape: Sequence[int]) -> Network:
 
     Its parameters become parameters of the result, by their names (transposed where PyTorch
     transposes them), buffers statistics. A softmax at the very end is left out: logits are what is
-    certified. `Network.sequential` is the form of a plain chain of layers that `lipjax.save` takes.
+    certified. `Network.sequential` is a plain chain as lipjax's own layers.
 
     Args:
         module: on images ``(N, channels, height, width)``, vectors ``(N, features)`` or anything

@@ -82,7 +82,11 @@ class Sort(Nonlinear):
         _, single, _, order = self._blocks(known)
         sources = np.take_along_axis(known.varies[self.places], order, axis=1)
         either = np.broadcast_to(sources.any(axis=1, keepdims=True), sources.shape)
-        varies = self._back(np.where(single, sources, either)) > 0
+        own = np.where(single, sources, either)
+        varies = self._back(own) > 0
+        # What shares a block with one that varies counts too: it is known only so far.
+        rows = np.zeros_like(known.varies)
+        rows[np.take_along_axis(self.places, order, axis=1)] = own
         worst = np.max(known.error[self.places], axis=1, keepdims=True)
         found = dataclasses.replace(
             known,
@@ -92,7 +96,7 @@ class Sort(Nonlinear):
             varies=varies & (lower != upper) | lost,
             error=self._back(np.broadcast_to(worst, self.places.shape)),
         )
-        return found, known.varies
+        return found, rows
 
     def _blocks(self, known):
         """Neighbours in the order of the centers that no point of the box takes out of it.
@@ -199,7 +203,8 @@ class Leaky(Nonlinear):
         sizes = np.abs([self.below, self.above])
         rounds = np.max(np.where(sizes == 1, 0.0, sizes), axis=0)  # a factor 1 rounds nothing
         size = np.maximum(np.abs(known.lower), np.abs(known.upper)) + known.error
-        own = up(unit * rounds * size) + 4 * smallest
+        # A slope or an input that is subnormal may count as 0, and is multiplied by the other.
+        own = up(unit * rounds * size) + 4 * smallest * (1 + slope + size)
         error = np.where(slope * size < largest, up(slope * known.error + own), np.inf)
         distance = up(self.lipschitz * known.distance + up_norm(own))
         first, last = self._sides(known)
@@ -274,7 +279,8 @@ class MaxPool(Nonlinear):
         candidate, _ = self._candidates(known)
         moving = candidate & np.append(known.varies, False)[self.places]
         rows = np.zeros(self.size + 1, bool)
-        rows[self.places[moving]] = True
+        # What shares a window with one that varies counts too: it is known only so far.
+        rows[self.places[candidate & moving.any(axis=1, keepdims=True)]] = True
         lower, upper = self(known.lower), self(known.upper)
         error = np.max(self._held(known.error, 0.0), axis=1)
         distance = up(self.lipschitz * known.distance) if self.lipschitz != 1 else known.distance
@@ -465,7 +471,7 @@ class Smooth(Nonlinear):
         elif self.kind == "softplus":
             scale = 1 + size
         unit, smallest, _ = UNITS[self.dtype]
-        own = up(EXECUTED_UNITS * unit * scale) + 4 * smallest
+        own = up(EXECUTED_UNITS * unit * scale) + 4 * smallest * (1 + self.lipschitz)
         error = np.where(size < MEASURED_TO, up(self.lipschitz * known.error + own), np.inf)
         distance = up(self.lipschitz * known.distance + up_norm(own))
         found = dataclasses.replace(
@@ -501,14 +507,19 @@ def _absolute(name: str, node, before, executed) -> Absolute:
 
 def _sort(name: str, node, before, executed) -> Sort:
     shape, axis = _same_shape(name, node, before), node["axis"]
-    if type(axis) is not int or not 0 <= axis < len(shape):
+    if type(axis) is not int or not 0 <= axis < len(shape) or shape[axis] == 0:
         raise CannotCheck(f"{name} sorts along axis {axis} of an input of shape {shape}.")
+    if math.prod(shape) * shape[axis] > MOST:
+        raise CannotCheck(f"{name} sorts {shape} along axis {axis}: too much for this checker.")
     places = np.moveaxis(np.arange(math.prod(shape)).reshape(shape), axis, -1)
     return Sort(places.reshape(-1, shape[axis]))
 
 
 def _leaky(name: str, node, before, executed) -> Leaky:
     shape = _same_shape(name, node, before)
+    if executed.types - {node["dtype"]} or executed.results > 2:
+        # One product a side, in its own type: no other way of writing it is known.
+        raise CannotCheck(f"{name} is computed by other equations than one product a side.")
     below, above = (_fitting(name, node[side], shape) for side in ("below", "above"))
     return Leaky(below, above, node["dtype"])
 
@@ -554,6 +565,8 @@ def _smooth(name: str, node, before, executed) -> Smooth:
             f"{name} is executed in {', '.join(sorted(executed.types)) or 'no arithmetic'}: its "
             "rounding is known in float32 and float64, and where an equation says which."
         )
+    if executed.results > 1:
+        raise CannotCheck(f"{name} is computed by more than one equation.")
     alpha = _fitting(name, node["alpha"], shape) if node["kind"] == "elu" else None
     return Smooth(node["kind"], dtype, alpha)
 

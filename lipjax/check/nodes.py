@@ -407,9 +407,11 @@ def _conv(name: str, node, before, executed) -> Affine:
         raise CannotCheck(f"{name} has {node['groups']} groups.")
     # Each entry of the kernel stands once in every place of the output, of which there are at most
     # as many as of the padded input.
+    apart = node["input_dilation"]
+    dilated = [(n - 1) * d + 1 for n, d in zip(shape, apart, strict=False)]
     places = (
-        (size + low + high) // stride + 1
-        for size, (low, high), stride in zip(shape, pads, node["strides"], strict=False)
+        max(size + low + high, size) // stride + 1
+        for size, (low, high), stride in zip(dilated, pads, node["strides"], strict=False)
     )
     _bounded(name, math.prod(max(place, 0) for place in places) * kernel.size)
     matrix, found = _convolution(name, node, shape)
@@ -426,8 +428,9 @@ def _scale(name: str, node, before, executed) -> Affine:
 
 def _joined(name: str, front, step) -> Affine:
     """An affine map and a scale or a shift behind it as one, executed in these parts."""
-    if isinstance(step, Add) and len(step.signs) == 1 and step.signs[0] == 1:
-        assert step.constant is not None and step.executed is not None
+    shift = isinstance(step, Add) and len(step.signs) == 1 and step.signs[0] == 1
+    if shift and step.constant is not None:
+        assert step.executed is not None
         identity = scipy.sparse.eye_array(len(step.constant))
         once = dataclasses.replace(step.executed, results=1 + step.roundings)
         step = _affine(identity, step.constant, step.constant.shape, executed=once)

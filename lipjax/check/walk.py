@@ -368,7 +368,8 @@ def _executed(
     the executed activation, |h| + error. Results below the smallest number may be flushed to zero.
     Infinity where a sum could overflow.
     """
-    if layer.executed is not None and layer.executed.results == 0:
+    identity = layer.executed is not None and layer.executed.results == 0
+    if identity and not layer.parts:  # (of parts the first alone may be one)
         return known.error, known.distance  # the identity
     n = layer.terms
     size = up(np.maximum(np.abs(known.lower), np.abs(known.upper)) + known.error)

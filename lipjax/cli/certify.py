@@ -115,9 +115,9 @@ def define_flags(values: flags.FlagValues) -> None:
         "modes",
         ["global", "paper", "local"],
         "Bounds to certify with, side by side, some of global, bcp, paper, local, linear, rows, "
-        "tight, from the loosest to the tightest; the last one also makes the curve and the "
-        "certificate file. tight costs little more than local; rows, a reverse pass for each "
-        "neuron, pays on networks that were not trained with local.",
+        "tight; the last one named also makes the curve and the "
+        "certificate file. tight costs a reverse pass for each rival class; rows, one for each "
+        "neuron, pays on networks that were not trained for certificates.",
         **own,
     )
     flags.DEFINE_enum(
@@ -273,9 +273,10 @@ def named(options) -> Path:
 
 
 def modes_of(options) -> list[str]:
-    """The bounds of --modes, from the loosest to the tightest."""
-    modes = [mode for mode in lipjax.bounds.MODES if mode in options.modes]
-    if not modes or len(modes) < len(options.modes):
+    """The bounds of --modes, in the order in which they were named."""
+    modes = list(dict.fromkeys(options.modes))
+    known = all(mode in lipjax.bounds.MODES for mode in modes)
+    if not modes or not known or len(modes) < len(options.modes):
         raise ValueError(
             f"modes must be some of {', '.join(lipjax.bounds.MODES)}, got "
             f"{', '.join(options.modes)}."

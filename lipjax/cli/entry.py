@@ -62,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if error.name.partition(".")[0] == "lipjax":
             raise
         return _fail(
-            name, f'{error.name} is not installed: pip install "lipjax[scripts]" brings it.'
+            name, f'{error.name} is not installed: pip install ".[scripts]" in a checkout.'
         )
     except KeyboardInterrupt:
         print(f"lipjax {name}: stopped", file=sys.stderr)
