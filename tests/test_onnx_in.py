@@ -13,6 +13,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 import lipjax
 from lipjax import bridges
+from lipjax.cli import networks
 
 IMAGE = (6, 7, 4)  # as lipjax takes it; the files have channels first
 RNG = np.random.default_rng(0)
@@ -582,3 +583,16 @@ def test_the_files_of_others_have_the_logits_of_onnxruntime_and_are_traced(share
             atol = 3e-6 * np.abs(theirs).max()
             np.testing.assert_allclose(network(x), theirs, rtol=1e-5, atol=atol)
         assert lipjax.trace(network, x).linear
+
+
+def test_a_file_is_a_network_of_the_command_line(tmp_path):
+    path = str(tmp_path / "flat.onnx")
+    net = nnx.Sequential(nnx.Linear(64, 10, rngs=nnx.Rngs(0)))
+    lipjax.bridges.onnx_out.to_onnx(net, path, input_shape=(64,))
+    found = networks.of_network(path, "digits", examples=3)
+    images = found.test.unit_images(slice(None))
+    expected = net(images.reshape(3, 64))
+    np.testing.assert_allclose(found.network(images), expected, atol=1e-6)
+    np.testing.assert_allclose(found.network(images[0]), expected[0], atol=1e-6)
+    # Of colours nobody can tell in which order they stand.
+    assert networks.on_images(net, (192,), (8, 8, 3)) is None

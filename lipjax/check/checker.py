@@ -549,7 +549,8 @@ def load_subject(given: argparse.Namespace, header, arrays):
     if given.images is not None:
         images, labels = _from_npz(given.images, arrays["index"])
         if given.workdir is None:
-            network, *_ = networks.opened(given.network)
+            network, expected, _ = networks.opened(given.network)
+            network = networks.on_images(network, tuple(expected), images.shape[1:]) or network
         else:  # the number of classes is only to build the network: its hash is compared
             network, _ = networks.selected(given.workdir, images.shape[1:], header["classes"])
         return _described(given, network, images, header), images, labels
@@ -645,7 +646,7 @@ def parser(program: str = "python -m lipjax.check") -> argparse.ArgumentParser:
     source = found.add_mutually_exclusive_group(required=True)
     source.add_argument("--workdir", help="the run of train.py whose network was certified")
     source.add_argument(
-        "--network", help="the .safetensors file, or the name of a network that comes with lipjax"
+        "--network", help="the .safetensors or .onnx file, or the name of a network of lipjax's"
     )
     found.add_argument(
         "--data", help="with --network: the data set; default: the one that the file names"

@@ -2,8 +2,7 @@
 
     python certify.py --workdir=runs/digits
     python certify.py --workdir=runs/cifar10 --epsilon=0.141 --examples=1000
-    python certify.py --network=net.safetensors --data=npz:train.npz,test.npz --epsilon=0.5 \\
-        --workdir=runs/own
+    python certify.py --network=net.onnx --data=npz:test.npz --epsilon=0.5
 
 `lipjax certify` is the same. It prints accuracies (clean, under PGD attack, certified by the bounds
 of --modes side by side) and writes to workdir/certification, or --out: report.html (a page of it;
@@ -72,8 +71,8 @@ def define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_string(
         "network",
         None,
-        "Instead of a run: a .safetensors file of lipjax.save, or the name of a network that comes "
-        "with lipjax.",
+        "Instead of a run: a .safetensors file of lipjax.save, an .onnx file of anybody's (on "
+        "pixels in [0, 1]), or the name of a network that comes with lipjax.",
         **own,
     )
     flags.DEFINE_string(
@@ -265,7 +264,7 @@ def named(options) -> Path:
     network = Path(options.network)
     if network.is_dir():
         raise ValueError(f"--network={network} is a folder: give a run as --workdir={network}.")
-    if network.suffix != ".safetensors":
+    if network.suffix not in (".safetensors", ".onnx"):
         pretrained.card(options.network)
     elif not network.is_file():
         raise ValueError(f"--network: {network.absolute()} is not there.")

@@ -231,7 +231,8 @@ def _export_parser() -> argparse.ArgumentParser:
         epilog="example: lipjax export runs/digits --out=digits.onnx",
     )
     parser.add_argument(
-        "source", help="a run, a .safetensors file, or the name of a network of `lipjax models`"
+        "source",
+        help="a run, a .safetensors or .onnx file, or the name of a network of `lipjax models`",
     )
     parser.add_argument(
         "--out", required=True, help="the file: .safetensors (plain arrays by name) or .onnx"

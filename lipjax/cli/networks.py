@@ -2,13 +2,15 @@
 file."""
 
 import dataclasses
+import math
 import os
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
-from lipjax import pretrained, storage, training
+from lipjax import bridges, pretrained, storage, training
 from lipjax.data import sets
 from lipjax.training.checkpoints import Checkpoints, load_config
 
@@ -97,11 +99,10 @@ def of_network(
     data_dir: str | None = None,
     image_size: int | None = None,
 ) -> NetworkWithData:
-    """A network from a file of `lipjax.save` or one that comes with lipjax, and the test images of
-    a data set.
+    """A network from a file or one that comes with lipjax, and the test images of a data set.
 
     Args:
-        name: a path that ends in ".safetensors", or a name of `lipjax.pretrained.names`.
+        name: as `opened` takes it.
         data_name, data_dir, image_size: as `lipjax.data.load_test` takes them.
         examples: take only so many, the first of a fixed shuffle; None: all.
 
@@ -116,7 +117,8 @@ def of_network(
         data_name, data_dir=data_dir, test_examples=examples, image_size=image_size, classes=logits
     )
     shape = tuple(test.images.shape[1:])
-    if expected != shape:
+    network = on_images(network, expected, shape)
+    if network is None:
         raise ValueError(
             f"{name} takes images of {expected}, and those of {data_name} are {shape}."
         )
@@ -128,12 +130,43 @@ def of_network(
 
 
 def opened(name: str) -> tuple[Any, tuple[int, ...], dict[str, Any]]:
-    """The network or function of a file or of a name, the shape ``(H, W, C)`` of its images, and
-    what was noted of its training.
+    """The network or function of a file or of a name, the shape of its inputs, and what was noted
+    of its training.
+
+    Args:
+        name: a path that ends in ".safetensors" (of `lipjax.save`) or ".onnx" (anybody's), or a
+            name of `lipjax.pretrained.names`.
 
     Raises:
-        ValueError: as `lipjax.load`.
+        ValueError, TypeError: as `lipjax.load` and `lipjax.bridges.from_onnx`.
+        ImportError: an ONNX file, and the package onnx is not installed.
     """
+    if name.endswith(".onnx"):
+        network = bridges.from_onnx(name)
+        return network, network.input_shape, {}
     path = name if name.endswith(".safetensors") else pretrained.path(name)
     description = storage.description(path)
-    return storage.load(path), description["input_shape"], description["notes"]
+    return storage.load(path), tuple(description["input_shape"]), description["notes"]
+
+
+def on_images(network, expected: tuple[int, ...], shape: tuple[int, ...]):
+    """The network on images ``(H, W, C)``; None if it takes others.
+
+    One of vectors takes gray images row by row, as everybody flattens them. (Of colours there are
+    two orders, and the file does not say which.)
+    """
+    if expected == shape:
+        return network
+    if len(shape) == 3 and shape[-1] == 1 and expected == (math.prod(shape),):
+        return RowByRow(network)
+    return None
+
+
+class RowByRow(nnx.Module):
+    """A network of vectors, on images ``(..., H, W, 1)``."""
+
+    def __init__(self, network):
+        self.network = network
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.network(jnp.reshape(x, (*x.shape[:-3], -1)))
