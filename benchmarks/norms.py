@@ -158,7 +158,8 @@ def ways(operator, like, global_bound: float, arguments: argparse.Namespace) -> 
         return norms.power.power_iteration(operator, start, iterations, mask_in, mask_out)[0]
 
     def probabilistic(operator, key, mask_in, mask_out):
-        return norms.chebyshev.inflated_norm_bound(operator, key, delta, like, mask_in, mask_out)
+        (start,) = norms.chebyshev.starts(key, [like.size])
+        return norms.chebyshev.inflated_norm_bound(operator, start, delta, like, mask_in, mask_out)
 
     def schur(operator, _, mask_in, mask_out):
         return norms.closed.schur_bound(operator, like, mask_in, mask_out)

@@ -180,7 +180,12 @@ def estimate_and_proof() -> None:
         above = [
             float(
                 norms.chebyshev.probabilistic_norm_bound(
-                    operator, jax.random.key(k), 1.002 * norm, k, 1e-9, like
+                    operator,
+                    *norms.chebyshev.starts(jax.random.key(k), [size]),
+                    1.002 * norm,
+                    k,
+                    1e-9,
+                    like,
                 )
             )
             for k in steps_proof

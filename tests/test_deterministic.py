@@ -751,3 +751,15 @@ print("ended")
         [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=120
     )
     assert done.stdout == "ended\n", done.stderr
+
+
+@settings(max_examples=20)
+@given(seed=st.integers(0, 10**6), size=st.integers(1, 12), scale=st.sampled_from([1e-8, 1.0, 1e6]))
+def test_the_largest_eigenvalue_of_a_tridiagonal_matrix_is_that_of_numpy(seed, size, scale):
+    rng = np.random.default_rng(seed)
+    diagonal, off = scale * rng.normal(size=size), scale * rng.normal(size=size - 1)
+    off[rng.random(size - 1) < 0.3] = 0
+    matrix = np.diag(diagonal) + np.diag(off, 1) + np.diag(off, -1)
+    with jax.enable_x64(True):
+        found = float(norms.lanczos.largest_eigenvalue(jnp.asarray(diagonal), jnp.asarray(off)))
+    assert abs(found - np.linalg.eigvalsh(matrix)[-1]) <= 1e-10 * np.abs(matrix).max()

@@ -27,6 +27,7 @@ import lipjax
 from lipjax import activations, bounds, rounding
 from lipjax.bounds import Region, ascent
 from lipjax.graph import trace
+from lipjax.graph.linear import Convolution
 
 
 def dense_net(activation, sizes=(6, 8, 8, 3), seed=0, spread=1.0) -> nnx.Sequential:
@@ -249,6 +250,19 @@ def test_terms_are_the_entries_of_the_fullest_row_and_column():
         nnx.Conv(4, 4, (3, 3), padding=0, feature_group_count=2, rngs=rngs), (5, 5, 4)
     ) == (18, 18)
     assert counts(lipjax.AveragePool(2), (4, 4, 3)) == (4, 1)
+
+
+@pytest.mark.parametrize("padding", ["SAME", "VALID", "CIRCULAR", ((0, 2), (3, 1))])
+@pytest.mark.parametrize("strides, step", [((1, 1), (1, 1)), ((2, 1), (1, 1)), ((3, 2), (1, 2))])
+def test_terms_of_a_convolution_are_those_of_its_matrix(padding, strides, step):
+    apart = (1, 1) if isinstance(padding, str) else (1, 2)
+    apply = Convolution(strides, padding, apart, step, 2)
+    for shape, window in (((5, 6), (3, 2)), ((3, 4), (3, 2))):
+        kernel = jnp.ones((*window, 3, 4))
+        x = jnp.zeros((*shape, 6))
+        matrix = np.asarray(jax.jacobian(lambda x, k=kernel: apply(k, x))(x)).reshape(-1, x.size)
+        assert apply.terms(kernel.shape, x.shape, False) == np.max(np.sum(matrix, axis=1))
+        assert apply.terms(kernel.shape, x.shape, True) == np.max(np.sum(matrix, axis=0))
 
 
 def test_gamma_is_the_worst_growth_of_rounding_errors():

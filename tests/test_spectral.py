@@ -1,6 +1,7 @@
 """Norms of masked maps: estimates from below, certified bounds from above, the paper's traps."""
 
 import functools
+import math
 from fractions import Fraction
 
 import jax
@@ -27,7 +28,7 @@ short = jax.jit(
 def certified(operator, shape, scale, mask_in=None, mask_out=None, seed=0, steps=150):
     return norms.chebyshev.probabilistic_norm_bound(
         operator,
-        jax.random.key(seed),
+        norms.chebyshev.starts(jax.random.key(seed), [math.prod(shape)], jnp.zeros(()).dtype)[0],
         jnp.asarray(scale),
         steps,
         DELTA,
@@ -173,10 +174,11 @@ def test_a_scale_that_is_no_number_only_loosens_the_bound(x64):
 
 def test_failure_probability_must_be_one():
     operator = LinearOperator.from_matrix(jnp.eye(2), (2,), (2,))
+    start = jnp.ones((norms.chebyshev.STARTS, 2))
     for delta in (0.0, 1.0, -1.0):
         with pytest.raises(ValueError, match=str(delta)):
             norms.chebyshev.probabilistic_norm_bound(
-                operator, jax.random.key(0), jnp.ones(()), 5, delta, jnp.zeros(2)
+                operator, start, jnp.ones(()), 5, delta, jnp.zeros(2)
             )
 
 
@@ -188,7 +190,7 @@ def test_the_stated_failure_probability_is_an_upper_bound_of_the_observed_one(x6
 
     def one(key):
         return norms.chebyshev.probabilistic_norm_bound(
-            operator, key, jnp.asarray(0.3), 8, 0.9, jnp.zeros(3)
+            operator, *norms.chebyshev.starts(key, [3]), jnp.asarray(0.3), 8, 0.9, jnp.zeros(3)
         )
 
     failed = np.mean(np.asarray(jax.vmap(one)(jax.random.split(jax.random.key(0), 4000))) < 1.0)
@@ -209,8 +211,9 @@ def test_rounding_that_could_hide_the_top_direction_makes_the_bound_infinite():
     """In float32, at a probability that asks for more digits than it has: refused, not guessed."""
     operator = LinearOperator.from_matrix(jnp.eye(64), (64,), (64,))
     steps = norms.chebyshev.chebyshev_steps(64, 1e-30, 0.01)
+    (start,) = norms.chebyshev.starts(jax.random.key(0), [64], jnp.float32)
     found = norms.chebyshev.probabilistic_norm_bound(
-        operator, jax.random.key(0), jnp.float32(1.001), steps, 1e-30, jnp.zeros(64)
+        operator, start, jnp.float32(1.001), steps, 1e-30, jnp.zeros(64)
     )
     assert np.isinf(found)
 
@@ -305,7 +308,12 @@ def test_products_that_round_the_top_direction_away_are_not_taken_at_their_word(
 
     def bound(operator, dtype):
         return norms.chebyshev.probabilistic_norm_bound(
-            operator, key, scale, steps, delta, jnp.zeros(n, dtype)
+            operator,
+            *norms.chebyshev.starts(key, [n], dtype),
+            scale,
+            steps,
+            delta,
+            jnp.zeros(n, dtype),
         )
 
     with jax.enable_x64(True):
@@ -320,13 +328,13 @@ def test_what_was_observed_is_at_most_half_of_the_least_start_in_exact_arithmeti
     """``||T_k(B) G|| <= T_k(1 + 2 s) t / 2``: the other half is for rounding. Of a multiple of the
     identity both sides are
     known: B is a number b, and ``T_k(B) G = T_k(b) G``."""
-    steps, key, size = 25, jax.random.key(3), 6
+    steps, size = 25, 6
+    (start,) = norms.chebyshev.starts(jax.random.key(3), [size])
     operator = LinearOperator.from_matrix(norm * jnp.eye(size), (size,), (size,))
     found = norms.chebyshev.probabilistic_norm_bound(
-        operator, key, jnp.ones(()), steps, delta, jnp.zeros(size)
+        operator, start, jnp.ones(()), steps, delta, jnp.zeros(size)
     )
-    start = np.asarray(jax.random.normal(key, (norms.chebyshev.STARTS, size)))
-    length = sum(Fraction(float(g)) ** 2 for g in start.reshape(-1))
+    length = sum(Fraction(float(g)) ** 2 for g in np.ravel(start))
     observed = chebyshev(2 * Fraction(norm) ** 2 - 1, steps) ** 2 * length
     grown = chebyshev(2 * Fraction(float(found)) ** 2 - 1, steps)
     allowed = (grown * Fraction(norms.chebyshev.smallest_start(delta)) / 2) ** 2

@@ -207,9 +207,10 @@ def _prove_batch(
                 return best.norm_bound(
                     operator, like, mask_in, mask_out, global_bound=whole, budget=budget
                 )
+            (start,) = chebyshev.starts(jax.random.fold_in(fresh, k), [like.size])
             sigma = chebyshev.inflated_norm_bound(
                 operator,
-                jax.random.fold_in(fresh, k),
+                start,
                 failure_probability,
                 like,
                 mask_in,

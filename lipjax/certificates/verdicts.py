@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -150,10 +151,9 @@ def certify_batch(
         )
         return sigma, None
 
-    def probabilistic(salt, k, operator, like, mask_in, mask_out):
-        fresh = jax.random.fold_in(salt, k)
+    def probabilistic(starts, k, operator, like, mask_in, mask_out):
         sigma = chebyshev.inflated_norm_bound(
-            operator, fresh, failure_probability, like, mask_in, mask_out
+            operator, starts[k], failure_probability, like, mask_in, mask_out
         )
         sigma = jnp.minimum(sigma, global_norms[k])
         sigma = jnp.minimum(sigma, closed.schur_bound(operator, like, mask_in, mask_out))
@@ -162,7 +162,8 @@ def certify_batch(
     def norm_function(salt):
         if tier == "deterministic":
             return deterministic
-        return functools.partial(probabilistic, salt)
+        sizes = [math.prod(graph.nodes[node.inputs[0]].shape) for node in graph.linear_nodes]
+        return functools.partial(probabilistic, chebyshev.starts(salt, sizes[:-1]))
 
     def one(x, label, epsilon, index):
         local_norm = norm_function(jax.random.fold_in(local_key, index))

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 
 @functools.partial(
@@ -54,9 +55,7 @@ class LinearOperator:
                 f"{(math.prod(output_shape), math.prod(input_shape))}, got {matrix.shape}."
             )
 
-        return cls(
-            _Hashable(functools.partial(_apply_matrix, input_shape, output_shape)), matrix, bias
-        )
+        return cls(Matrix(input_shape, output_shape), matrix, bias)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """``W x``."""
@@ -99,10 +98,25 @@ class LinearOperator:
         return safe_sqrt(self.apply(squares, mask.astype(self.kernel.dtype)))
 
 
-def _apply_matrix(input_shape, output_shape, matrix, x):
-    if x.shape != input_shape:
-        raise ValueError(f"expected an input of shape {input_shape}, got {x.shape}.")
-    return (matrix @ x.reshape(-1)).reshape(output_shape)
+@dataclasses.dataclass(frozen=True)
+class Matrix:
+    """``(matrix, x) -> W x`` of an explicit matrix, between arrays of these shapes.
+
+    Like the others below hashable and compared by value, so that two views of one layer are one
+    static argument to `jit`.
+    """
+
+    input_shape: tuple[int, ...]
+    output_shape: tuple[int, ...]
+
+    def __call__(self, kernel: jax.Array, x: jax.Array) -> jax.Array:
+        if x.shape != self.input_shape:
+            raise ValueError(f"expected an input of shape {self.input_shape}, got {x.shape}.")
+        return (kernel @ x.reshape(-1)).reshape(self.output_shape)
+
+    def terms(self, kernel_shape, input_shape, transposed: bool) -> int:
+        """Entries of a row, or of a column."""
+        return kernel_shape[0 if transposed else 1]
 
 
 def safe_sqrt(x: jax.Array) -> jax.Array:
@@ -145,8 +159,7 @@ class Convolution:
     """``(kernel, x) -> W x`` of a convolution of one example, channels last: what
     `LinearOperator.apply` is for nnx.Conv.
 
-    Hashable, and compared by value, so that two views of one layer are one static argument to
-    `jit`. Bounds that use the structure of a convolution find its geometry here.
+    Bounds that use the structure of a convolution find its geometry here.
 
     Attributes:
         strides, input_dilation, dilation: one number per spatial axis; `dilation` is the kernel's.
@@ -165,23 +178,35 @@ class Convolution:
             self.strides, self.padding, self.input_dilation, self.dilation, self.groups, kernel, x
         )
 
+    def terms(self, kernel_shape, input_shape, transposed: bool) -> int:
+        """Entries of the kernel in the fullest row of the matrix, or in the fullest column.
 
-class _Hashable:
-    """A partial that compares by value, so that two views of one layer are one static argument to
-    `jit`."""
+        Counted axis by axis: which taps meet which inputs is a product of the axes.
+        """
+        *window, channels, outputs = kernel_shape
+        found = outputs // self.groups if transposed else channels
+        for axis, taps in enumerate(window):
+            meets = self._meets(axis, taps, input_shape[axis])
+            found *= int(np.max(np.sum(meets, axis=(0, 1) if transposed else (1, 2)), initial=0))
+        return found
 
-    def __init__(self, partial):
-        self.partial = partial
-        self._key = (partial.func, partial.args)
-
-    def __call__(self, kernel, x):
-        return self.partial(kernel, x)
-
-    def __eq__(self, other):
-        return isinstance(other, _Hashable) and self._key == other._key
-
-    def __hash__(self):
-        return hash(self._key)
+    def _meets(self, axis: int, taps: int, size: int) -> np.ndarray:
+        """Along one axis: does this output's tap lie on this input? ``(outputs, taps, inputs)``."""
+        stride, apart, step = (
+            each[axis] for each in (self.strides, self.input_dilation, self.dilation)
+        )
+        dilated, extent = (size - 1) * apart + 1, (taps - 1) * step + 1
+        if self.padding == "CIRCULAR":
+            low, high = (extent - 1) // 2, extent // 2
+        elif isinstance(self.padding, str):
+            ((low, high),) = jax.lax.padtype_to_pads((dilated,), (extent,), (stride,), self.padding)
+        else:
+            low, high = self.padding[axis]
+        outputs = (dilated + low + high - extent) // stride + 1
+        place = stride * np.arange(outputs)[:, None] + step * np.arange(taps) - low
+        if self.padding == "CIRCULAR":
+            place = place % size
+        return place[..., None] == apart * np.arange(size)
 
 
 def _apply_convolution(strides, padding, input_dilation, dilation, groups, kernel, x):

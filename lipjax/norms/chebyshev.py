@@ -3,8 +3,9 @@
 A Chebyshev recurrence on Gaussian start vectors: the norm of tier "probabilistic".
 """
 
+import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -55,9 +56,21 @@ def smallest_start(failure_probability: float) -> float:
     return (failure_probability * 2 ** (STARTS / 2) * math.gamma(STARTS / 2 + 1)) ** (1 / STARTS)
 
 
+def starts(key: jax.Array, sizes: Sequence[int], dtype=jnp.float64) -> list[jax.Array]:
+    """Fresh start blocks ``(STARTS, size)`` of several bounds, standard normal.
+
+    Drawn at once and in a loop: the generator is more code than a bound, and would be compiled for
+    each block, fused into what uses it.
+    """
+    keys = jax.random.split(key, STARTS)
+    drawn = jax.lax.map(lambda each: jax.random.normal(each, (sum(sizes),), dtype), keys)
+    ends = list(itertools.accumulate(sizes))
+    return jnp.split(drawn, ends[:-1], axis=1)
+
+
 def probabilistic_norm_bound(
     operator: LinearOperator,
-    key: jax.Array,
+    start: jax.Array,
     scale: jax.Array,
     steps: int,
     failure_probability: float,
@@ -69,7 +82,7 @@ def probabilistic_norm_bound(
 
     **Guarantee.** Let ``A = (D_out W D_in)^T (D_out W D_in)`` on the kept inputs, lambda its
     largest eigenvalue with unit eigenvector v, ``tau = scale^2``, ``B = 2 A / tau - I``, and G a
-    block of m = `STARTS` standard normal columns drawn from `key`. The m entries of ``v^T G`` are
+    block of m = `STARTS` standard normal columns, `start`. The m entries of ``v^T G`` are
     standard normal: their norm is below ``t = smallest_start`` with probability at most
     `failure_probability`. Otherwise, if ``lambda = (1 + s) tau`` with s > 0,
 
@@ -77,7 +90,7 @@ def probabilistic_norm_bound(
 
     so the norm that is observed bounds s. This holds for *every* scale, even one that depends on G:
     a bad scale makes the bound loose, never wrong. It depends on neither W nor the masks nor the
-    input, as long as `key` is fresh, i.e. was not used in choosing them. (Kuczynski and
+    input, as long as `start` is fresh, i.e. was not used in choosing them. (Kuczynski and
     Wozniakowski 1992 analyse such random starts.)
 
     **Rounding.** Let ``e_j`` be the Frobenius norm of the error made in computing the j-th block.
@@ -92,7 +105,7 @@ def probabilistic_norm_bound(
 
     Args:
         operator: the map W; float64.
-        key: fresh randomness, for this bound alone.
+        start: a block of `starts`, for this bound alone.
         scale: a guess of the norm, best a few per mille above it (see `chebyshev_steps` for the
             tightness then).
         steps: degree k of the polynomial, fixed in advance, >= 1.
@@ -123,8 +136,7 @@ def probabilistic_norm_bound(
         sizes = (1 + jnp.square(size)) * _frobenius(current) + _frobenius(previous)
         return 2 * (4 * error_of_gram * _frobenius(current) + 16 * unit * sizes)
 
-    start = jax.random.normal(key, (STARTS, *like.shape), dtype)
-    start = keep(mask_in, start)
+    start = keep(mask_in, start.astype(dtype).reshape(STARTS, *like.shape))
     log_norm, log_errors = _recurrence(gram, error_of, start, steps)
     least = smallest_start(failure_probability)
     bound = scale * _largest_growth(log_norm, log_errors, steps, least) * (1 + 1e-12)
@@ -201,7 +213,7 @@ def _largest_growth(
 
 def inflated_norm_bound(
     operator: LinearOperator,
-    key: jax.Array,
+    start: jax.Array,
     failure_probability: float,
     like: jax.Array,
     mask_in: jax.Array | None = None,
@@ -213,5 +225,5 @@ def inflated_norm_bound(
     scale = (1 + SCALE_SLACK) * norm_estimate(operator, like, mask_in, mask_out)
     steps = chebyshev_steps(like.size, failure_probability, INFLATION - SCALE_SLACK)
     return probabilistic_norm_bound(
-        operator, key, scale, steps, failure_probability, like, mask_in, mask_out
+        operator, start, scale, steps, failure_probability, like, mask_in, mask_out
     )

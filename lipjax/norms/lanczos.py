@@ -56,9 +56,45 @@ def ritz_value(gram: Callable, shape: tuple[int, ...], steps: int = RITZ_STEPS) 
     first = normalize(start)
     begin = jnp.zeros(shape), first, jnp.zeros((), jnp.float64)
     _, (diagonal, off) = lax.scan(step, begin, length=min(steps, size))
-    last = (len(diagonal) - 1,) * 2
-    # By bisection, in JAX: no routine of LAPACK (`one_by_one`).
-    (value,) = jax.scipy.linalg.eigh_tridiagonal(
-        diagonal, off[:-1], eigvals_only=True, select="i", select_range=last
-    )
+    value = largest_eigenvalue(diagonal, off[:-1])
     return jnp.where(jnp.isfinite(value) & (value > 0), value, 0.0)
+
+
+# Halvings of the interval around an eigenvalue: an estimate needs no more digits.
+HALVINGS = 40
+
+
+def largest_eigenvalue(diagonal: jax.Array, off: jax.Array) -> jax.Array:
+    """Of a symmetric tridiagonal matrix, to about 12 digits of the size of its entries.
+
+    By bisection: x is above all eigenvalues if every pivot of ``T - x I`` is negative (Sturm). A
+    tenth of the code of `jax.scipy.linalg.eigh_tridiagonal`, and no routine of LAPACK, which may
+    not run side by side (`cholesky.one_by_one`).
+    """
+    squares = jnp.pad(jnp.square(off), (1, 0))
+    beside = jnp.abs(jnp.pad(off, 1))
+    # Gershgorin's discs, and the largest entry of the diagonal, which no eigenvalue stays below.
+    top = jnp.max(diagonal + beside[1:] + beside[:-1])
+    bottom = jnp.max(diagonal)
+
+    def above(x):
+        def pivot(state, row):
+            entry, square = row
+            before, negative = state
+            now = entry - x - square / before
+            # (A pivot of 0 is no negative one: infinities and NaN may follow, and change nothing.)
+            return (now, negative & (now < 0)), None
+
+        (_, negative), _ = lax.scan(
+            pivot, (jnp.ones((), diagonal.dtype), True), (diagonal, squares)
+        )
+        return negative
+
+    def halve(_, ends):
+        low, high = ends
+        middle = (low + high) / 2
+        below = above(middle)
+        return jnp.where(below, low, middle), jnp.where(below, middle, high)
+
+    low, _ = lax.fori_loop(0, HALVINGS, halve, (bottom, top))
+    return low

@@ -20,12 +20,13 @@ bounds how far the logits of the network *as executed*, in its own arithmetic, c
 the real-number function, for every input of a ball.
 """
 
+import functools
 import math
 
 import jax
 import jax.numpy as jnp
 
-from lipjax.graph.linear import LinearOperator, raised, safe_norm
+from lipjax.graph.linear import Convolution, LinearOperator, Matrix, raised, safe_norm
 
 DOUBLE = 2.0**-53
 # What underflow can do to one bound in float64: what is lost is below 2^-1022 a term, is multiplied
@@ -153,17 +154,24 @@ def transposed_terms_of(operator: LinearOperator, like: jax.Array | jax.ShapeDty
 
 
 def _count(operator, like, transposed) -> int:
+    return _counted(operator.apply, operator.kernel.shape, like.shape, transposed)
+
+
+@functools.lru_cache(maxsize=4096)
+def _counted(apply, kernel_shape, shape, transposed) -> int:
+    if isinstance(apply, Matrix | Convolution):
+        return apply.terms(kernel_shape, shape, transposed)
     # Counted by running the map on ones, outside of any trace; float32 counts exactly up to 2^24.
     with jax.ensure_compile_time_eval():
-        kernel = jnp.ones(operator.kernel.shape, jnp.float32)
-        x = jax.ShapeDtypeStruct(like.shape, jnp.float32)
+        kernel = jnp.ones(kernel_shape, jnp.float32)
+        x = jax.ShapeDtypeStruct(shape, jnp.float32)
 
-        def apply(x):
-            return operator.apply(kernel, x)
+        def run(x):
+            return apply(kernel, x)
 
         if transposed:
-            image = jax.eval_shape(apply, x)
-            counts = jax.linear_transpose(apply, x)(jnp.ones(image.shape, jnp.float32))[0]
+            image = jax.eval_shape(run, x)
+            counts = jax.linear_transpose(run, x)(jnp.ones(image.shape, jnp.float32))[0]
         else:
-            counts = apply(jnp.ones(x.shape, jnp.float32))
+            counts = run(jnp.ones(shape, jnp.float32))
         return math.ceil(float(jnp.max(counts)))
