@@ -172,6 +172,9 @@ def _last_step(reader, found, like):
     if isinstance(found, Rearrange) and isinstance(like, Rearrange):
         if found.steps != like.steps or len(found.inputs) != 1 or len(like.inputs) != 1:
             return None
+        # The steps do not say where they take entries from, nor what fills.
+        if any(found.constants) or any(like.constants):
+            return None
         (inner,), (outer,) = found.inputs, like.inputs
         step = _last_step(reader, reader.nodes[inner], reader.nodes[outer])
         # One number is the same in any place.
