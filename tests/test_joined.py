@@ -191,6 +191,42 @@ def test_where_a_scale_is_one_number_an_entry_it_is_a_node_of_its_own():
         np.testing.assert_allclose(node.operator.affine(vector), g(vector), rtol=1e-6)
 
 
+def test_scales_whose_product_underflows_are_not_lost():
+    """In float32 1e-25 * 1e-25 is 0, and so is all that is multiplied with it."""
+    for f in (
+        lambda x: jnp.sum(x) * 1e-25 * 1e-25 * 1e20,
+        lambda x: (x @ jnp.full((2, 1), 1e-25)) * 1e-25 * 1e20,
+    ):
+        with jax.enable_x64(True):
+            wide = rejoined(cast64(trace(f, X[0, 0])))
+            (node,) = wide.linear_nodes
+            np.testing.assert_allclose(node.operator.kernel, 1e-30, rtol=1e-6)
+
+
+def test_a_head_that_is_joined_and_reshaped_is_one_node_where_its_kernel_has_the_entries():
+    rng = np.random.default_rng(0)
+    kernel, image = (jnp.asarray(rng.normal(size=n), jnp.float32) for n in ((2, 3), (3, 3, 2, 4)))
+
+    def dense(x):
+        return ((x[None] @ kernel) * kernel[0] + kernel[1]).reshape(-1)
+
+    def conv(x):
+        window = ("NHWC", "HWIO", "NHWC")
+        y = jax.lax.conv_general_dilated(x[None], image, (1, 1), "SAME", dimension_numbers=window)
+        return (y * image[0, 0, 0] + image[0, 0, 1]).reshape(-1)
+
+    for f, x, count in ((dense, X[0, 0], 1), (conv, X, 2)):
+        graph = trace(f, x).with_head()
+        assert len(graph.linear) == count
+        np.testing.assert_allclose(graph(x), f(x), rtol=1e-5, atol=1e-5)
+        with jax.enable_x64(True):
+            value = jnp.asarray(x, jnp.float64)
+            for node in rejoined(cast64(graph)).nodes[1:]:
+                value = node.operator.affine(value) if isinstance(node, Linear) else node(value)
+            assert value.shape == graph.shape
+            np.testing.assert_allclose(value, f(x), rtol=1e-5, atol=1e-5)
+
+
 def test_certificates_of_joined_nodes_are_confirmed_and_their_forgeries_are_not(tmp_path):
     network, path = net(), tmp_path / "x.npz"
     certificate = lipjax.certify(network, X[None], None, 0.001, tier="deterministic", mode="linear")
