@@ -34,6 +34,10 @@ class Leaky(Rule):
         below, above = (jnp.asarray(s, z.dtype) for s in (self.below, self.above))
         return jnp.broadcast_to(below, z.shape), jnp.broadcast_to(above, z.shape)
 
+    @property
+    def counts_rounding(self) -> bool:
+        return True
+
     def interval(self, lower, upper):
         ends = self(lower), self(upper)
         kinked = (lower < 0) & (upper > 0)

@@ -674,10 +674,10 @@ def _arity(reference: Callable) -> int:
     """How many arrays it takes, those with a default included."""
     positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     try:
-        parameters = inspect.signature(reference).parameters.values()
+        parameters = dict(inspect.signature(reference).parameters)
     except (TypeError, ValueError):  # of things without a signature
-        parameters = ()
-    count = sum(parameter.kind in positional for parameter in parameters)
+        parameters = {}
+    count = sum(parameter.kind in positional for parameter in parameters.values())
     if count == 0:
         raise TypeError(
             f"{reference!r} cannot be registered: expected a function reference(z, *parameters) "
