@@ -13,8 +13,11 @@ import lipjax
 from lipjax import rounding
 from lipjax.bridges import fold
 from lipjax.check import checker
+from lipjax.check import nodes as check_nodes
+from lipjax.check import walk as check_walk
 from lipjax.formats import certificate_files
 from lipjax.graph import Linear, trace
+from lipjax.graph.description import described
 from lipjax.graph.joining import rejoined
 
 SHAPE = (4, 4, 2)
@@ -169,6 +172,13 @@ def test_the_executed_error_covers_compilers_that_multiply_constants_first(case)
     assert np.all(np.abs(compiled - one_by_one) <= error)
     # As XLA does it today; a compiler may leave the order as it is.
     assert np.all(np.abs(one_by_one) <= error)
+    # The checker, of what is one node.
+    (*before, last) = check_nodes.read(described(trace(f, x).with_head()), x.shape)
+    if not before:
+        point, none = np.asarray(x, np.float64), np.zeros(2)
+        known = check_walk.Known(point, point, point, none > 0, 0.0, none, 0.0)
+        error, _ = check_walk._executed(last.step, known, 1e60, "float32")
+        assert np.all(np.abs(compiled - one_by_one) <= error)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
