@@ -13,8 +13,11 @@ import lipjax
 from lipjax import rounding
 from lipjax.bridges import fold
 from lipjax.check import checker
+from lipjax.check import nodes as check_nodes
+from lipjax.check import walk as check_walk
 from lipjax.formats import certificate_files
 from lipjax.graph import Linear, trace
+from lipjax.graph.description import described
 from lipjax.graph.joining import rejoined
 
 SHAPE = (4, 4, 2)
@@ -138,6 +141,46 @@ def exact(graph, x):
     return values[-1]
 
 
+def executed_error(graph, x):
+    """How far an executed value at x may be from the exact one."""
+    arithmetics = rounding.arithmetics_of(graph)
+    with jax.enable_x64(True):
+        wide = rejoined(cast64(graph))
+        values = [np.asarray(x, np.float64)]
+        for node in wide.nodes[1:]:
+            before = [jnp.asarray(values[i]) for i in node.inputs]
+            values.append(np.asarray(lipjax.graph.nodes.evaluate(node, before, before[0])))
+        boxes = [(jnp.asarray(v), jnp.asarray(v)) for v in values]
+        norms = [1e60] * len(wide.linear)
+        return np.asarray(rounding.forward_error(wide, boxes, arithmetics, norms))
+
+
+LARGE = jnp.asarray([[1e30, 2e30], [3e30, 1e30]])
+FOLDED = {
+    "in a row": lambda x: (x @ LARGE) * 1e-25 * 1e-25 * 1e20,
+    "turned around": lambda x: jnp.flip((x @ LARGE) * 1e-25) * 1e-25 * 1e20,
+    "copied": lambda x: (jnp.broadcast_to((x @ LARGE) * 1e-25, (3, 2)) * 1e-25).reshape(-1) * 1e20,
+    "overflow": lambda x: (x @ (1e-35 * LARGE * 1e-25)) * 1e25 * 1e25,
+}
+
+
+@pytest.mark.parametrize("case", FOLDED)
+def test_the_executed_error_covers_compilers_that_multiply_constants_first(case):
+    f, x = FOLDED[case], jnp.asarray([0.25, 0.5])
+    error = executed_error(trace(f, x), x)
+    one_by_one, compiled = (np.asarray(run(x), np.float64) for run in (f, jax.jit(f)))
+    assert np.all(np.abs(compiled - one_by_one) <= error)
+    # As XLA does it today; a compiler may leave the order as it is.
+    assert np.all(np.abs(one_by_one) <= error)
+    # The checker, of what is one node.
+    (*before, last) = check_nodes.read(described(trace(f, x).with_head()), x.shape)
+    if not before:
+        point, none = np.asarray(x, np.float64), np.zeros(2)
+        known = check_walk.Known(point, point, point, none > 0, 0.0, none, 0.0)
+        error, _ = check_walk._executed(last.step, known, 1e60, "float32")
+        assert np.all(np.abs(compiled - one_by_one) <= error)
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", OWN)
 def test_the_forward_error_is_never_below_that_of_the_executed_parts(name, dtype):
@@ -147,18 +190,10 @@ def test_the_forward_error_is_never_below_that_of_the_executed_parts(name, dtype
         x = jnp.asarray(np.random.default_rng(seed).uniform(-1, 1, SHAPE), dtype)
         graph = trace(network, x, batched=False)
         assert any(node.parts for node in graph.nodes if isinstance(node, Linear))
-        arithmetics = rounding.arithmetics_of(graph)
         runs = [np.asarray(run(x), np.float64) for run in (network, jax.jit(lambda x: network(x)))]
         with jax.enable_x64(True):
             true = exact(graph, x)
-            wide = rejoined(cast64(graph))
-            values = [np.asarray(x, np.float64)]
-            for node in wide.nodes[1:]:
-                before = [jnp.asarray(values[i]) for i in node.inputs]
-                values.append(np.asarray(lipjax.graph.nodes.evaluate(node, before, before[0])))
-            boxes = [(jnp.asarray(v), jnp.asarray(v)) for v in values]
-            norms = [jnp.inf] * len(wide.linear)
-            error = np.asarray(rounding.forward_error(wide, boxes, arithmetics, norms))
+        error = executed_error(graph, x)
         for got in runs:
             away = np.abs(rational(got) - true).astype(np.float64)
             assert np.all(away <= error), np.max(away / error)
@@ -189,6 +224,42 @@ def test_where_a_scale_is_one_number_an_entry_it_is_a_node_of_its_own():
     for g in (lambda x: (kernel @ x) * factors[0, 0, :3], lambda x: (x @ kernel.T) / 3.0):
         (node,) = linear_nodes(g, vector)
         np.testing.assert_allclose(node.operator.affine(vector), g(vector), rtol=1e-6)
+
+
+def test_scales_whose_product_underflows_are_not_lost():
+    """In float32 1e-25 * 1e-25 is 0, and so is all that is multiplied with it."""
+    for f in (
+        lambda x: jnp.sum(x) * 1e-25 * 1e-25 * 1e20,
+        lambda x: (x @ jnp.full((2, 1), 1e-25)) * 1e-25 * 1e20,
+    ):
+        with jax.enable_x64(True):
+            wide = rejoined(cast64(trace(f, X[0, 0])))
+            (node,) = wide.linear_nodes
+            np.testing.assert_allclose(node.operator.kernel, 1e-30, rtol=1e-6)
+
+
+def test_a_head_that_is_joined_and_reshaped_is_one_node_where_its_kernel_has_the_entries():
+    rng = np.random.default_rng(0)
+    kernel, image = (jnp.asarray(rng.normal(size=n), jnp.float32) for n in ((2, 3), (3, 3, 2, 4)))
+
+    def dense(x):
+        return ((x[None] @ kernel) * kernel[0] + kernel[1]).reshape(-1)
+
+    def conv(x):
+        window = ("NHWC", "HWIO", "NHWC")
+        y = jax.lax.conv_general_dilated(x[None], image, (1, 1), "SAME", dimension_numbers=window)
+        return (y * image[0, 0, 0] + image[0, 0, 1]).reshape(-1)
+
+    for f, x, count in ((dense, X[0, 0], 1), (conv, X, 2)):
+        graph = trace(f, x).with_head()
+        assert len(graph.linear) == count
+        np.testing.assert_allclose(graph(x), f(x), rtol=1e-5, atol=1e-5)
+        with jax.enable_x64(True):
+            value = jnp.asarray(x, jnp.float64)
+            for node in rejoined(cast64(graph)).nodes[1:]:
+                value = node.operator.affine(value) if isinstance(node, Linear) else node(value)
+            assert value.shape == graph.shape
+            np.testing.assert_allclose(value, f(x), rtol=1e-5, atol=1e-5)
 
 
 def test_certificates_of_joined_nodes_are_confirmed_and_their_forgeries_are_not(tmp_path):

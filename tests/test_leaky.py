@@ -180,6 +180,13 @@ def test_leaky_relus_are_read_however_they_are_written(f):
     assert found.lipschitz == 1.0 and "1-Lipschitz" in found.bounded
 
 
+PLACES = jnp.asarray([0, 2, 1])
+
+
+def filled(x):
+    return jnp.pad(x, 1, constant_values=-5.0)
+
+
 def test_other_choices_between_multiples_are_read_and_jumps_refused():
     (found,) = rules(lambda x: jnp.where(x > 0, 2 * x, x * -jnp.asarray([1.0, 2.0, 3.0])))
     np.testing.assert_array_equal(found.below, [-1.0, -2.0, -3.0])
@@ -188,6 +195,8 @@ def test_other_choices_between_multiples_are_read_and_jumps_refused():
         lambda x: jnp.where(x > 0.5, x, 0.1 * x),
         lambda x: jnp.where(x > 0, x, 0.1 * x + 1),
         lambda x: jnp.where(x > 0, x, 0.1 * x[::-1]),
+        lambda x: jnp.where(x[PLACES] > 0, x[PLACES], (0.1 * x)[PLACES[::-1]]),
+        lambda x: jnp.where(jnp.pad(x, 1) > 0, jnp.pad(x, 1), filled(0.1 * x)),
     ):
         with pytest.raises(TraceError):
             rules(jump)

@@ -8,10 +8,11 @@ from fractions import Fraction
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import operator_of, rational
+from conftest import operator_of, outward_bound, rational
 from flax import nnx
 
-from lipjax import rounding
+from lipjax import activations, rounding
+from lipjax.graph import Activation, Graph, Input
 from lipjax.rounding import OUTWARD
 
 pytestmark = pytest.mark.usefixtures("x64")
@@ -153,3 +154,27 @@ def test_what_is_left_over_of_a_row_covers_its_share_of_every_product():
     # A share that is 0 may have underflowed; so much of what is large is not nothing.
     share = Fraction(float(OUTWARD.left_over(0.0, jnp.full(4, 1e90), jnp.float64(1e90))))
     assert Fraction(2.0**-1001) * 2 * Fraction(1e90) ** 2 <= share <= Fraction(1e-100)
+
+
+@activations.rule()
+class Third(activations.Rule):
+    """A kind of one's own, with the defaults."""
+
+    def __call__(self, z):
+        return z / 3
+
+
+@pytest.mark.parametrize("mode", ["local", "linear"])
+def test_regions_of_a_kind_of_ones_own_contain_its_exact_values(mode):
+    x = np.array([1.0, 0.1, -7.0, 1e-307, 12345.6, 0.0])
+    common = {"shape": x.shape, "dtype": "float64"}
+    nodes = Input(inputs=(), **common), Activation(inputs=(0,), rule=Third(), **common)
+    exact = rational(x) / 3
+    for radius in (0.0, 0.25):
+        region = outward_bound(Graph(nodes).with_head(), x, radius, mode).regions[1]
+        away = np.array([Fraction(radius), *[0] * 5]) / 3
+        assert np.all(rational(region.lower) <= exact - away)
+        assert np.all(exact + away <= rational(region.upper))
+    # Estimates are not widened.
+    estimate = outward_bound(Graph(nodes).with_head(), x, 0.0, mode, rounding.EXACT)
+    np.testing.assert_array_equal(estimate.regions[1].lower, estimate.regions[1].upper)

@@ -389,7 +389,7 @@ def test_a_sum_that_is_scaled_twice_is_scaled_twice():
         graph = trace(f, VECTOR)
         np.testing.assert_allclose(graph(x), f(x), rtol=1e-6)
         (node,) = (graph.nodes[i] for i in graph.linear)
-        assert len(node.executed) >= 3 and 2 <= node.roundings <= 5
+        assert len(node.executed) >= 3 and 1 <= node.roundings <= 5
     (pooled,) = (
         n
         for n in trace(lambda x: jnp.sum(x.reshape(2, 2), 0) / 8, VECTOR).nodes
@@ -560,6 +560,28 @@ def test_the_newest_rule_of_a_jaxpr_counts():
     assert type(node.rule) is one
 
 
+def test_a_reference_that_cannot_be_traced_for_a_call_is_none_of_it():
+    def of_five_axes(z):
+        assert z.ndim == 5, "another shape"
+        return jnp.sin(z)
+
+    activations.register(of_five_axes, scaled(0.5)[1])
+    assert kinds(jax.nn.relu) == ["ReLU"]
+
+
+def test_what_cannot_be_told_from_a_call_is_refused_when_it_is_registered():
+    reference, made = scaled(0.25)
+    with pytest.raises(TypeError, match="cannot be registered: expected a function"):
+        activations.register(lambda *arrays: reference(arrays[0]), made)
+    with pytest.raises(TypeError, match="cannot be registered: expected a function"):
+        activations.register(dict, made)
+    # Of a partial the parameters are known.
+    part = functools.partial(lambda z, factor: jnp.sin(z) * factor, factor=0.125)
+    activations.register(part, made)
+    (node,) = (n for n in trace(jax.jit(part), VECTOR).nodes if isinstance(n, Activation))
+    assert type(node.rule) is made
+
+
 def test_functions_with_other_arrays_inside_are_others():
     """JAX prints a jaxpr without the arrays that it holds."""
     reference, made = scaled(jnp.arange(4.0))
@@ -647,6 +669,17 @@ def test_parts_of_a_node_put_together_are_the_node():
     assert one_node(lambda x: jnp.stack([x[:2], x[2:]]).reshape(-1) @ W) == [Linear]
     assert one_node(lambda x: x.reshape(2, 2).T.T.reshape(-1) @ W) == [Linear]
     assert one_node(lambda x: jnp.concatenate([x[2:], x[:2]]) @ W) == [Rearrange, Linear]
+
+
+def test_scales_and_shifts_behind_what_constants_say_are_nodes_of_their_own():
+    x, three = weights(4, seed=12), jnp.asarray([2.0, 1.0, 3.0])
+    for f, kinds in (
+        (lambda x: (x @ W)[jnp.asarray([0, 2, 1])] * three, [Linear, Rearrange, Linear]),
+        (lambda x: (x @ W)[jnp.asarray([0, 2, 1])] + three, [Linear, Rearrange, Add]),
+        (lambda x: lax.pad(x[:1], 5.0, [(1, 1, 0)]) * three, [Rearrange, Linear]),
+    ):
+        assert one_node(f) == kinds
+        np.testing.assert_allclose(trace(f, VECTOR)(x), f(x), rtol=1e-6)
 
 
 def by_hand(x):

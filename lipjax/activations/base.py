@@ -81,13 +81,34 @@ class Rule:
         """A box that contains the value for every ``lower <= z <= upper``.
 
         A coordinate that is constant on the box has the very same number at both ends: masks are
-        derived from that. (Right as it stands for what is monotone in every entry.)
+        derived from that. (Right as it stands for what is monotone in every entry.) What computing
+        it in float64 rounds off is no concern of it, unless the kind `counts_rounding`.
         """
         return self(lower), self(upper)
 
+    def box(self, lower: jax.Array, upper: jax.Array, arithmetic) -> tuple[jax.Array, jax.Array]:
+        """`interval`, and what computing it may round off.
+
+        Args:
+            arithmetic: turns rounding to the safe side.
+        """
+        found = self.interval(lower, upper)
+        if self.selects or self.counts_rounding:
+            return found
+        slack = larger(*map(self.evaluation_error, found))
+        return arithmetic.widened(*found, slack)
+
+    @property
+    def counts_rounding(self) -> bool:
+        """Does `interval` itself count what it rounds off in float64?"""
+        return False
+
     @property
     def selects(self) -> bool:
-        """Does its execution only compare and select, and round nothing?"""
+        """Does its execution only compare and select, and round nothing?
+
+        Else no output counts as constant on a box, unless `interval` says so (`counts_rounding`).
+        """
         return False
 
     @property
@@ -111,7 +132,7 @@ class Rule:
         """How far `value`, as ``self(z)`` computes it in float64, can be from the exact one."""
         if self.selects:
             return jnp.zeros_like(value)
-        return 2**10 * DOUBLE * jnp.abs(value)
+        return 2**10 * DOUBLE * jnp.abs(value) + FLOOR
 
     def active(self, lower: jax.Array, upper: jax.Array, as_paper: bool = False) -> jax.Array:
         """Mask over the *inputs*: False only where that input moves no output inside the box.

@@ -34,6 +34,10 @@ class Leaky(Rule):
         below, above = (jnp.asarray(s, z.dtype) for s in (self.below, self.above))
         return jnp.broadcast_to(below, z.shape), jnp.broadcast_to(above, z.shape)
 
+    @property
+    def counts_rounding(self) -> bool:
+        return True
+
     def interval(self, lower, upper):
         ends = self(lower), self(upper)
         kinked = (lower < 0) & (upper > 0)
@@ -171,6 +175,9 @@ def _last_step(reader, found, like):
     """
     if isinstance(found, Rearrange) and isinstance(like, Rearrange):
         if found.steps != like.steps or len(found.inputs) != 1 or len(like.inputs) != 1:
+            return None
+        # The steps do not say where they take entries from, nor what fills.
+        if any(found.constants) or any(like.constants):
             return None
         (inner,), (outer,) = found.inputs, like.inputs
         step = _last_step(reader, reader.nodes[inner], reader.nodes[outer])

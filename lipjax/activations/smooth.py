@@ -166,6 +166,10 @@ class Rounded(Rule):
         """Of what an executed value is off by `EXECUTED` units of roundoff at most."""
         raise NotImplementedError
 
+    @property
+    def counts_rounding(self) -> bool:
+        return True
+
     def evaluation_error(self, value):
         return 64 * DOUBLE * (1 + jnp.abs(value))
 

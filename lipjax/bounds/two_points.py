@@ -342,8 +342,8 @@ class TwoPointWalk:
             rate = up(slopes.gain * rate)
         rates = rates[..., 0]
         rate = smaller(smaller(rate, whole), self.arithmetic.length(rates))
-        center = rule.interval(*before.center)
-        lower, upper = rule.interval(before.lower, before.upper)
+        center = rule.box(*before.center, self.arithmetic)
+        lower, upper = rule.box(before.lower, before.upper, self.arithmetic)
         return Variation(lower, upper, center, rates, rate)
 
     # ----------------------------------------------------------------------------------- backward

@@ -218,7 +218,7 @@ class Walk:
 
         if not self.mode.boxes:
             return Known(ball_region(center, radius, arithmetic), lipschitz, whole)
-        after = Region(center, radius, *rule.interval(region.lower, region.upper))
+        after = Region(center, radius, *rule.box(region.lower, region.upper, arithmetic))
         return Known(self._capped(after), lipschitz, whole)
 
     # ------------------------------------------------------------------------------- linear nodes

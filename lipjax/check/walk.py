@@ -374,12 +374,19 @@ def _executed(
     n = layer.terms
     size = up(np.maximum(np.abs(known.lower), np.abs(known.upper)) + known.error)
     local = np.zeros(len(layer.bias))
+    operand, factor = 0.0, 1.0
     for k, part in enumerate(layer.parts or (layer,)):
+        *_, smallest, largest = _units(part.executed, arithmetic)
+        # A compiler may multiply the factors of several parts first. Their product may underflow,
+        # or overflow, where no value does.
+        lost = 4 * smallest * operand
+        operand = max(operand, part.terms * float(np.max(size, initial=0.0)))
+        factor = max(factor, 1.0) * part.largest
         own, size = _own(part, size, arithmetic)
         # What the parts before have rounded off goes through this one.
-        local = up((part.absolute @ local if k else 0.0) + own, part.terms)
+        local = up((part.absolute @ local if k else 0.0) + own + lost, part.terms)
         size = up(size + local)
-        if not np.all(np.isfinite(size)):
+        if not np.all(np.isfinite(size)) or (k and not factor < largest):
             return np.full(len(local), np.inf), math.inf
     carried = np.minimum(layer.absolute @ known.error, layer.row_norms * known.distance)
     error = up(up(carried, n) + local)

@@ -9,7 +9,7 @@ import dataclasses
 import jax.numpy as jnp
 import numpy as np
 
-from lipjax.graph.linear import Convolution, LinearOperator, Product, Scale
+from lipjax.graph.linear import Convolution, LinearOperator, Product, Reshaped, Scale
 from lipjax.graph.nodes import Add, Executed, Graph, Linear
 
 
@@ -54,7 +54,7 @@ def scaled(
         roundings=roundings,
         joined=True,
     )
-    return _composed((*(node.parts or (node,)), step))
+    return composed((*(node.parts or (node,)), step))
 
 
 def rejoined(graph: Graph) -> Graph:
@@ -69,13 +69,14 @@ def rejoined(graph: Graph) -> Graph:
 
 
 def _required(parts: tuple[Linear | Add, ...]) -> Linear:
-    found = _composed(parts)
+    found = composed(parts)
     assert found is not None  # these parts were joined before
     return found
 
 
-def _composed(parts: tuple[Linear | Add, ...]) -> Linear | None:
-    """One linear node for a linear one and the scales and shifts behind it."""
+def composed(parts: tuple[Linear | Add, ...]) -> Linear | None:
+    """One linear node for a linear one and the scales and shifts behind it; None: the product is
+    not made of one kernel."""
     first = parts[0]
     assert isinstance(first, Linear)
     operator = first.operator
@@ -120,6 +121,10 @@ def _across(operator: LinearOperator, factor, shape: tuple[int, ...]):
     apply, kernel = operator.apply, operator.kernel
     if np.size(factor) == 1:
         return jnp.reshape(factor, ())
+    if type(apply) is Reshaped:
+        factor = jnp.broadcast_to(factor, shape).reshape(apply.before)
+        inner = dataclasses.replace(operator, apply=apply.inner)
+        return _across(inner, factor, apply.before)
     if type(apply) is Scale:
         return factor
     # The axes of the output that are axes of the kernel.

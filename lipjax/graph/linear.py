@@ -342,9 +342,14 @@ class Sum:
 
 @dataclasses.dataclass(frozen=True)
 class Reshaped:
-    """Another map, its result in another shape."""
+    """Another map, its result in another shape.
+
+    Attributes:
+        before, shape: of the result, as `inner` makes it and as it is given.
+    """
 
     inner: Callable[[jax.Array, jax.Array], jax.Array]
+    before: tuple[int, ...]
     shape: tuple[int, ...]
 
     def __call__(self, kernel: jax.Array, x: jax.Array) -> jax.Array:

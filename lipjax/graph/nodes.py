@@ -256,13 +256,13 @@ class Graph:
             and reads.count(last.inputs[0]) == 1
         ):
             # Only the shape of the result differs: the linear node gives it at once.
+            from lipjax.graph.joining import composed
+
             parts = tuple(_reshaped(part, last.shape) for part in head.parts)
-            ended = dataclasses.replace(_reshaped(head, last.shape), parts=parts)
-            del nodes[-1]
-            nodes[last.inputs[0]] = ended
-            if last.inputs[0] == len(nodes) - 1:
-                return dataclasses.replace(self, nodes=tuple(nodes))
-            nodes = list(self.nodes)
+            ended = composed(parts) if parts else _reshaped(head, last.shape)
+            if ended is not None and last.inputs[0] == len(nodes) - 2:
+                ended = dataclasses.replace(ended, inputs=head.inputs)
+                return dataclasses.replace(self, nodes=(*nodes[:-2], ended))
         if len(last.shape) != 1:
             raise TypeError(
                 f"the value has shape {last.shape}: expected one axis, of logits or outputs. "
@@ -339,7 +339,7 @@ def _reshaped(node: Node, shape: tuple[int, ...]):
     if node.joined:
         operator = dataclasses.replace(operator, kernel=flat(operator.kernel))
     else:
-        apply = Reshaped(operator.apply, shape)
+        apply = Reshaped(operator.apply, node.shape, shape)
         operator = dataclasses.replace(operator, apply=apply, kernel_row_norms=None)
     return dataclasses.replace(node, operator=operator, shape=shape)
 

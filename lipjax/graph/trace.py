@@ -9,6 +9,7 @@ overlooked; an equation without a rule is an error that names it and the user's 
 
 import dataclasses
 import functools
+import inspect
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -472,6 +473,8 @@ class _Reader:
 
     def pulled(self, node: Rearrange, constant) -> Any | None:
         """A broadcastable constant behind a Rearrange as one in front of it; None: impossible."""
+        if any(node.constants):
+            return None
         shape = node.shape
         value = jnp.reshape(constant, (1,) * (len(shape) - np.ndim(constant)) + np.shape(constant))
         shapes = [self.nodes[node.inputs[0]].shape]
@@ -502,11 +505,15 @@ class _Reader:
             shape: of the value.
         """
         node, value, moves = self.nodes[ref.node], constant, None
+        if tuple(shape) != node.shape:
+            return None
         if isinstance(node, Rearrange) and len(node.inputs) == 1:
-            value, moves = self.pulled(node, constant), node
-            node = self.nodes[node.inputs[0]]
-        shaped = node.shape if moves is None else moves.shape
-        if not isinstance(node, Linear) or value is None or tuple(shape) != shaped:
+            moves, node = node, self.nodes[node.inputs[0]]
+        if not isinstance(node, Linear):
+            return None
+        if moves is not None:
+            value = self.pulled(moves, constant)
+        if value is None:
             return None
         value = jnp.reshape(value, np.shape(value)[_units(np.shape(value)) :])
         found = join(node, value, *more, self.where)
@@ -573,7 +580,11 @@ def register_composite(reference: Callable, build: Callable) -> None:
     Args:
         reference: ``reference(z, *parameters)``, elementwise or on pairs; what users call.
         build: ``build(*parameters) -> rule``.
+
+    Raises:
+        TypeError: a reference of which Python does not say what it takes.
     """
+    _arity(reference)
     _COMPOSITES[:] = [pair for pair in _COMPOSITES if pair[0] is not reference]
     _COMPOSITES.append((reference, build))
     _reference.cache_clear()
@@ -660,8 +671,19 @@ def _aval(variable) -> tuple:
 
 @functools.cache
 def _arity(reference: Callable) -> int:
-    code = getattr(reference, "__wrapped__", reference).__code__
-    return code.co_argcount
+    """How many arrays it takes, those with a default included."""
+    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    try:
+        parameters = dict(inspect.signature(reference).parameters)
+    except (TypeError, ValueError):  # of things without a signature
+        parameters = {}
+    count = sum(parameter.kind in positional for parameter in parameters.values())
+    if count == 0:
+        raise TypeError(
+            f"{reference!r} cannot be registered: expected a function reference(z, *parameters) "
+            "with its parameters by name, got one without any. Write it with `def` or `lambda`."
+        )
+    return count
 
 
 @functools.cache
@@ -675,7 +697,7 @@ def _reference(reference: Callable, avals, wide: bool) -> tuple | None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of types that it is not for
             return match.fingerprint(jax.make_jaxpr(reference)(*likes))
-    except (TypeError, ValueError, IndexError):  # shapes that it does not take
+    except Exception:  # of whatever kind: it is not for these shapes or types
         return None
 
 
@@ -992,17 +1014,16 @@ def _scaled(reader: _Reader, equation, inputs):
         roundings += 0 if _power_of_two(second.value) else 1
     before = reader.nodes[first.node]
     executed = _executed(equation)
-    if isinstance(before, Linear) and _is_sum(before.operator) and np.size(scale) == 1:
-        # A sum that is scaled, as in average pooling, is one map with one number as its kernel.
-        kernel = before.operator.kernel * jnp.reshape(scale, ()).astype(out.dtype)
-        operator = dataclasses.replace(before.operator, kernel=kernel)
+    if isinstance(before, Linear) and _is_plain_sum(before) and np.size(scale) == 1:
+        # A sum that is scaled, as in average pooling, is one map with one number as its kernel. A
+        # second scale is a part of its own: the product of both may underflow in their type.
+        kernel = jnp.reshape(scale, ()).astype(out.dtype)
         return reader.add(
             dataclasses.replace(
                 before,
-                operator=operator,
+                operator=dataclasses.replace(before.operator, kernel=kernel),
                 executed=(*before.executed, executed),
-                # The product of two factors is rounded here; the first one is 1.
-                roundings=before.roundings + roundings + (len(before.executed) > 1),
+                roundings=roundings,
             )
         )
     if reader.dtype(first) == str(out.dtype):
@@ -1021,8 +1042,10 @@ def _power_of_two(value) -> bool:
     return bool(np.all(mantissa == 0.5))
 
 
-def _is_sum(operator) -> bool:
-    return isinstance(operator.apply, linear.Sum) and operator.bias is None
+def _is_plain_sum(node: Linear) -> bool:
+    """Is it a sum as `_summed` makes it, of kernel 1, and nothing behind it?"""
+    alone = node.operator.bias is None and len(node.executed) == 1
+    return alone and isinstance(node.operator.apply, linear.Sum)
 
 
 @register_primitive("dot_general")

@@ -5,6 +5,7 @@ its precision; nothing is guessed from parameters. See `rounding.outward` for th
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Sequence
 
@@ -60,6 +61,26 @@ ALGORITHMS = {
 }
 # Units of roundoff that parameters may be off by when they are computed at each call.
 FEW = 100.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """Scales behind each other. XLA multiplies factors that are constants of a program first, so
+    their product may underflow or overflow where no value of the program does.
+
+    Attributes:
+        size: bound of the operands; 0 where there are none.
+        factor: bound of every product of factors in a row.
+    """
+
+    size: float | jax.Array = 0.0
+    factor: float | jax.Array = 1.0
+
+    def extended(self, operator: LinearOperator, size: jax.Array) -> "Run":
+        """By one map, of an operand of this size."""
+        largest = terms_of(operator, size) * jnp.max(size)
+        factor = jnp.maximum(self.factor, 1.0) * jnp.max(jnp.abs(operator.kernel))
+        return Run(OUTWARD.up(jnp.maximum(self.size, largest)), OUTWARD.up(factor))
 
 
 def arithmetics_of(graph: Graph, declared: str | None = None) -> tuple[tuple[Arithmetic, ...], ...]:
@@ -216,8 +237,9 @@ def forward_error(
         e' = min(|W| e, ||row_i(W)|| rho) + local,    rho' = min(||W|| rho + ||local||, ||e'||).
 
     Of a node with parts, local is carried from part to part, each of which adds its own by the
-    sizes of its own operands. At a sum the errors add up, with the rounding of the sum. All
-    coordinates count, also those that are constant in exact arithmetic: rounding may move them.
+    sizes of its own operands, and what is lost where factors are multiplied first (`Run`). At a sum
+    the errors add up, with the rounding of the sum. All coordinates count, also those that are
+    constant in exact arithmetic: rounding may move them.
     Computed in float64, rounded up.
 
     Args:
@@ -233,10 +255,12 @@ def forward_error(
     """
     errors: list[jax.Array] = []
     totals: list[jax.Array] = []
+    runs: list[Run] = []
     norm_of = dict(zip(graph.linear, global_norms, strict=True))
     for i, node in enumerate(graph.nodes):
         sources = [errors[j] for j in node.inputs]
         lengths = [totals[j] for j in node.inputs]
+        run = Run()
         if isinstance(node, Input):
             error, total = jnp.zeros(node.shape), jnp.zeros(())
         elif isinstance(node, Rearrange):
@@ -244,6 +268,7 @@ def forward_error(
             spread = math.sqrt(node.copies)
             length = OUTWARD.up(jnp.sqrt(sum(t**2 for t in lengths)) * spread, len(lengths))
             total = jnp.minimum(length, OUTWARD.norm(error))
+            run = functools.reduce(_longer, (runs[j] for j in node.inputs))
         elif isinstance(node, Activation):
             box = boxes[node.inputs[0]]
             error = node.rule.executed(sources[0], *box, arithmetics[i])
@@ -257,18 +282,24 @@ def forward_error(
             error, total = _sum_error(node, boxes[i], sources, lengths, arithmetics[i])
         else:
             assert isinstance(node, Linear)
-            before = boxes[node.inputs[0]]
-            error, total = _linear_error(
-                node, before, sources[0], lengths[0], arithmetics[i], norm_of[i], view
+            (j,) = node.inputs
+            error, total, run = _linear_error(
+                node, boxes[j], errors[j], totals[j], runs[j], arithmetics[i], norm_of[i], view
             )
+        runs.append(run)
         errors.append(error)
         totals.append(total)
     return errors[-1]
 
 
-def _linear_error(node: Linear, box, error, total, arithmetics, whole, view):
+def _longer(first: Run, second: Run) -> Run:
+    size = jnp.maximum(first.size, second.size)
+    return Run(size, jnp.maximum(first.factor, second.factor))
+
+
+def _linear_error(node: Linear, box, error, total, run: Run, arithmetics, whole, view):
     if not arithmetics:  # the identity that stands behind a function without a last linear node
-        return error, total
+        return error, total, run
     lower, upper = box
     operator = view(node.operator, lower)
     size = jnp.maximum(jnp.abs(lower), jnp.abs(upper)) + error
@@ -276,22 +307,32 @@ def _linear_error(node: Linear, box, error, total, arithmetics, whole, view):
     assert isinstance(first, Linear)
     used = len(first.executed)
     local, magnitude, fits = _own_error(first, size, arithmetics[:used], view)
+    # What of one operation underflows in the largest operand of a run.
+    smallest = 4 * max(a.smallest for a in arithmetics)
+    largest = min(LARGEST, *(a.largest for a in arithmetics))
+    if isinstance(first.operator.apply, Scale):
+        local = local + smallest * run.size
+    else:
+        run = Run()
+    if steps or isinstance(first.operator.apply, Scale | Sum):
+        run = run.extended(first.operator, size)
     for part in steps:
         equations = arithmetics[used : used + len(part.executed)]
         used += len(part.executed)
         step = _as_linear(part)
         reached = OUTWARD.up(magnitude + local, lower.size)
         more, magnitude, fits_too = _own_error(step, reached, equations, view)
+        more = more + smallest * run.size
         local = OUTWARD.up(step.operator.absolute(local) + more, lower.size)
+        run = run.extended(step.operator, reached)
         fits &= fits_too
     rows = operator.row_norms(jnp.ones(lower.shape, bool))
     carried = jnp.minimum(operator.absolute(error), rows * total)
     grown = OUTWARD.up(carried + local, lower.size)
     length = OUTWARD.up(whole * total + OUTWARD.norm(local), lower.size)
     length = jnp.minimum(length, OUTWARD.norm(grown))
-    largest = min(LARGEST, *(a.largest for a in arithmetics))
-    fits &= OUTWARD.up(magnitude + grown, lower.size) < largest
-    return jnp.where(fits, grown, jnp.inf), length
+    fits &= (OUTWARD.up(magnitude + grown, lower.size) < largest) & (run.factor < largest)
+    return jnp.where(fits, grown, jnp.inf), length, run
 
 
 def _own_error(node: Linear, size, arithmetics, view):
