@@ -124,6 +124,7 @@ GUARDS = {
         _guard("certificates/batches", "certificates devices"),
         _guard("certificates/checks", "executed certificates"),
         _guard("certificates/results", "seeds certificates"),
+        _guard("bridges/spelled", "onnx_in"),
         _guard("certificates/prover", "seeds certificates"),
         _guard("check/norms", "check_norms underflow check check_graph forgery"),
         _guard("check/walk", "check_graph underflow check forgery"),

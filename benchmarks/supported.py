@@ -22,7 +22,7 @@ from jax import lax
 import lipjax
 from lipjax import bounds
 from lipjax.activations import smooth
-from lipjax.bridges import onnx_out, onnx_rules, torch_rules
+from lipjax.bridges import onnx_out, onnx_rules, operations, torch_rules
 from lipjax.check.layers import CannotCheck, nodes_of
 from lipjax.formats import certificate_files
 from lipjax.graph import Activation
@@ -75,6 +75,7 @@ LAYERS = (
     ),
     Layer("convolution along one axis", lambda x: _line(x), "Conv", "convolution"),
     Layer("average pooling", lambda x: _window(x, 0.0, lax.add) / 4, "AveragePool", "avg_pool2d"),
+    Layer("adaptive average pooling", lambda x: _adaptive(x), "", "adaptive_avg_pool2d"),
     Layer("global mean", lambda x: jnp.mean(x, axis=(0, 1)), "GlobalAveragePool", "mean"),
     Layer("scale and shift, batch norm in inference", lambda x: 1.5 * x - 0.2, "Mul", "mul"),
     Layer("zero padding", lambda x: jnp.pad(x, ((1, 0), (0, 2), (0, 0))), "Pad", "constant_pad_nd"),
@@ -87,6 +88,7 @@ LAYERS = (
     Layer("ReLU", jax.nn.relu, "Relu", "relu"),
     Layer("clip, hard tanh, ReLU6", lambda x: jnp.clip(x, -0.4, 0.6), "Clip", "hardtanh"),
     Layer("leaky ReLU, PReLU", jax.nn.leaky_relu, "LeakyRelu", "leaky_relu"),
+    Layer("hard sigmoid", jax.nn.hard_sigmoid, "HardSigmoid", "hardsigmoid"),
     Layer("absolute value", jnp.abs, "Abs", "abs"),
     Layer("MaxMin", lipjax.activations.maxmin),
     Layer(
@@ -99,14 +101,21 @@ LAYERS = (
     Layer("sigmoid", jax.nn.sigmoid, "Sigmoid", "sigmoid"),
     Layer("tanh", jnp.tanh, "Tanh", "tanh"),
     Layer("softplus", jax.nn.softplus, "Softplus", "softplus"),
+    Layer("softsign", jax.nn.soft_sign, "Softsign", "div"),
     Layer("ELU", jax.nn.elu, "Elu", "elu"),
-    Layer("SiLU, swish", jax.nn.silu, "", "silu"),
+    Layer("CELU", lambda x: operations.celu(x, alpha=0.7), "Celu", "celu"),
+    Layer("SiLU, swish", jax.nn.silu, "Sigmoid", "silu"),
+    Layer("hard swish", jax.nn.hard_swish, "HardSwish", "hardswish"),
     Layer("GELU", lambda x: jax.nn.gelu(x, approximate=False), "Gelu", "gelu"),
     Layer("GELU, by tanh", jax.nn.gelu, "Gelu", "gelu"),
     Layer(
         "softmax at the end", lambda x: jax.nn.softmax(x.reshape(-1)), "Softmax", "_softmax", True
     ),
 )
+
+
+def _adaptive(x):
+    return operations.adaptive_average_pool(jnp.moveaxis(x, -1, 0)[None], sizes=(3, 2))
 
 
 def _softmax(x):
@@ -195,6 +204,11 @@ arithmetics in which the layer may be executed: "any" that lipjax knows, or "CPU
 float64 on a CPU, where XLA's error in this function was measured. *checker*: `lipjax check` derives
 certificates with it again. A function that is not here is an error that names it and the line;
 [an activation of your own](your-model.md) is one file.
+
+A softmax at the end is left out: `certify` is then about the logits in front of it, whose order it
+keeps, and its statement says so; `certify_lipschitz` and `certify_range`, which are about values,
+refuse it. SiLU, hard swish, softsign and GELU (by erf) are also read where a file spells them out,
+as ``x * Sigmoid(x)``.
 """
 
 

@@ -129,6 +129,9 @@ def within(
         problem: the checked arguments.
         searches: a loss, and how far behind the label, cyclically, its rival class comes.
         epsilon, steps, step_size, schedule: as in `pgd`.
+
+    Raises:
+        ValueError: as `pgd` says of them.
     """
     at_least_one(steps, "steps")
     if schedule not in SCHEDULES:

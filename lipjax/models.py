@@ -122,6 +122,9 @@ def small_conv(
         dense: width of the hidden dense layer.
         threshold: ReLU thresholds, and +- MaxMin thresholds, of every layer.
         orthogonal: as `build` says.
+
+    Raises:
+        ValueError: stem < 0; what `build` says.
     """
     if stem < 0:
         raise ValueError(f"stem must be the side of a patch, or 0 for none, got {stem}.")

@@ -271,7 +271,11 @@ def clipped_relu(threshold) -> ClippedReLU:
 
 
 def clipped_maxmin(upper, lower) -> ClippedMaxMin:
-    """A ClippedMaxMin with these thresholds."""
+    """A ClippedMaxMin with these thresholds.
+
+    Raises:
+        ValueError: they differ in shape.
+    """
     if upper.shape != lower.shape:
         raise ValueError(
             f"the upper and lower thresholds of a MaxMin differ in shape: {upper.shape}, "

@@ -325,6 +325,24 @@ def test_weights_and_pixels_that_are_no_numbers_are_errors(bad):
 
 
 @pytest.mark.core
+def test_images_that_the_device_would_round_are_an_error():
+    net, x = linear_net(), np.array([[0.9, 0.1]])
+    for call in (
+        lambda: lipjax.certify(net, x, None, 0.1),
+        lambda: lipjax.certified_radius(net, x, None),
+    ):
+        with pytest.raises(ValueError, match=r"Give images\.astype\(np\.float32\)"):
+            call()
+    # Numbers of float32 are executed as they are, and float64 executes all.
+    same = x.astype(np.float32).astype(np.float64)
+    for found in (
+        lipjax.certify(net, same, None, 0.1, tier="deterministic"),
+        lipjax.certify(net, x, None, 0.1, tier="deterministic", arithmetic="float64"),
+    ):
+        assert found.certified.all()
+
+
+@pytest.mark.core
 def test_bad_arguments_are_errors_that_name_the_value():
     net, x = linear_net(), np.array([[0.9, 0.1]], np.float32)
     with pytest.raises(ValueError, match="255"):

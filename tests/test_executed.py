@@ -439,6 +439,9 @@ def test_a_constant_beside_the_example_that_is_computed_anew_is_refused():
 
     with pytest.raises(TypeError, match="computed anew"):
         arithmetics(f)
+    # A slope by a division is 1 / c, rounded: what to do about that is another thing.
+    with pytest.raises(TypeError, match=r"numbers of a Leaky.*Multiply instead of dividing"):
+        arithmetics(lambda x: jnp.where(x > 0, x, x / 3) @ np.ones((2, 2), np.float32))
 
 
 def test_a_number_in_the_program_is_that_of_its_type():

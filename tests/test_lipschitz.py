@@ -270,6 +270,14 @@ def test_a_coordinate_of_half_width_0_is_held_fixed():
     assert freed["l2"] > 1.05 * both["l2"]
 
 
+def test_a_radius_below_the_normal_numbers_is_not_taken_for_0():
+    # XLA flushes it to 0, which would hold the coordinates fixed.
+    x = np.zeros((1, 2), np.float32)
+    for region in ({"epsilon": 5e-324}, {"box": 1e-310}):
+        found = certificates_of(lambda x: 3 * x, x, **region)
+        assert np.all(found.lipschitz >= 3) and np.all(found.per_output >= 3), region
+
+
 def test_of_a_constant_the_constant_is_0_and_of_the_identity_1():
     x = np.ones((1, 3), np.float32)
     zero = np.zeros((2, 3), np.float32)

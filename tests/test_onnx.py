@@ -1,5 +1,7 @@
 """ONNX files: onnxruntime computes from them what the network computes."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -91,6 +93,7 @@ def test_convolutions_of_other_ranks_and_float64(tmp_path):
         network = nnx.Sequential(
             nnx.Conv(2, 3, (3,), padding="CAUSAL", param_dtype=jnp.float64, rngs=rngs),
             lipjax.Flatten(2),
+            functools.partial(jax.nn.leaky_relu, negative_slope=0.1),
             nnx.Linear(15, 2, param_dtype=jnp.float64, rngs=rngs),
         )
         onnx_out.to_onnx(network, path, input_shape=(5, 2))

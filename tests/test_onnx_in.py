@@ -88,6 +88,31 @@ def ints(*values):
     return np.asarray(values, np.int64)
 
 
+NUMBERS = {
+    name: np.float32(number)
+    for name, number in (
+        ("one", 1),
+        ("half", 0.5),
+        ("two", 2),
+        ("root", 2**0.5),
+        ("less", 0.5**0.5),
+    )
+}
+
+
+def spelled(*lines):
+    """Nodes as lines "result kind operands"."""
+    parts = [line.split(maxsplit=2) for line in lines]
+    return model([node(kind, inputs, to, name=to) for to, kind, inputs in parts], NUMBERS)
+
+
+# As exporters write them, the constants in front and behind.
+SPELLED_GELUS = {
+    "x (1 + erf) half": ("a Div x root", "b Erf a", "c Add b one", "d Mul x c", "y Mul d half"),
+    "(x half) (1 + erf)": ("a Mul x less", "b Erf a", "c Add one b", "d Mul half x", "y Mul d c"),
+    "x (half (1 + erf))": ("a Div x root", "b Erf a", "c Add b one", "d Mul c half", "y Mul d x"),
+    "x (1 + erf) / 2": ("a Mul less x", "b Erf a", "c Add b one", "d Mul c x", "y Div d two"),
+}
 PAIR = {"pads": [1, 0, 2, 1]}
 CASES = {
     # affine
@@ -266,6 +291,12 @@ CASES = {
     "Celu": one("Celu", alpha=0.7),
     "Gelu": one("Gelu", opset=20),
     "Gelu, tanh": one("Gelu", opset=20, approximate="tanh"),
+    **{f"GELU as {name}": spelled(*lines) for name, lines in SPELLED_GELUS.items()},
+    "SiLU as Sigmoid and Mul": spelled("h Sigmoid x", "y Mul h x"),
+    "hard swish as HardSigmoid and Mul": model(
+        [node("HardSigmoid", "x", "h", alpha=1 / 6), node("Mul", "x h")]
+    ),
+    "Softsign as Abs, Add, Div": spelled("h Abs x", "g Add h one", "y Div x g"),
     "HardSigmoid": one("HardSigmoid", alpha=0.3),
     "HardSwish": one("HardSwish"),
     "Mish": one("Mish", opset=18),
@@ -316,6 +347,26 @@ def test_every_operation_that_is_known_is_compared_here():
 
     seen = {each.op_type for file in CASES.values() for each in file.graph.node}
     assert {*RULES} <= seen | {"LogSoftmax", "Size"}
+
+
+def test_activations_that_exporters_spell_out_are_read_as_what_they_are():
+    kinds = {"GELU": "gelu", "SiLU": "silu", "hard": "hard_swish", "Softsign": "softsign"}
+    for name in (name for name in CASES if " as " in name):
+        graph = lipjax.trace(bridges.from_onnx(CASES[name]), jnp.zeros(IMAGE), batched=False)
+        (found,) = [node.rule.kind for node in graph.nodes if hasattr(node, "rule")]
+        assert found == kinds[name.split()[0]]
+    # Another number, or another value beside it, is another function.
+    for changed in (("a Mul x half", "b Erf a"), ("n Neg x", "a Div n root", "b Erf a")):
+        file = spelled(*changed, "c Add b one", "d Mul x c", "y Mul d half")
+        with pytest.raises(lipjax.TraceError, match="erf"):
+            lipjax.trace(bridges.from_onnx(file), jnp.zeros(IMAGE), batched=False)
+    for alpha, bounded in ((0.7, True), (-1.0, False)):
+        file = one("Celu", alpha=alpha)
+        if bounded:
+            lipjax.trace(bridges.from_onnx(file), jnp.zeros(IMAGE), batched=False)
+        else:
+            with pytest.raises(ValueError, match="alpha > 0"):
+                bridges.from_onnx(file)
 
 
 # --------------------------------------------------------------------- layouts, batches, ends

@@ -22,6 +22,7 @@ from lipjax import rounding
 from lipjax.activations import Elu, Smooth, smooth
 from lipjax.bounds import Region
 from lipjax.bounds.relaxed import largest_product
+from lipjax.formats import certificate_files
 from lipjax.graph import Activation, TraceError, trace
 from lipjax.graph.nodes import evaluate
 
@@ -90,7 +91,13 @@ def exact_value(name, x):
         return x * GATES[name][0](x)
     if name.startswith("elu"):
         return x if x > 0 else Decimal(RULES[name].alpha) * (x.exp() - 1)
-    return {"sigmoid": sigmoid, "tanh": tanh, "softplus": lambda x: (1 + x.exp()).ln()}[name](x)
+    return {
+        "sigmoid": sigmoid,
+        "tanh": tanh,
+        "softplus": lambda x: (1 + x.exp()).ln(),
+        "softsign": lambda x: x / (1 + abs(x)),
+        "hard_swish": lambda x: x * min(max(x + 3, Decimal(0)), Decimal(6)) / 6,
+    }[name](x)
 
 
 def exact_slope(name, x):
@@ -98,6 +105,10 @@ def exact_slope(name, x):
         return GATES[name][0](x) + x * GATES[name][1](x)
     if name == "softplus":
         return sigmoid(x)
+    if name == "softsign":
+        return 1 / (1 + abs(x)) ** 2
+    if name == "hard_swish":
+        return (2 * x + 3) / 6 if abs(x) < 3 else Decimal(int(x > 0))
     return sigmoid(x) * sigmoid(-x) if name == "sigmoid" else 1 - tanh(x) ** 2
 
 
@@ -126,8 +137,9 @@ def test_where_gated_functions_turn_and_how_far_they_go_is_proved(name):
 
 def grid(count=160):
     rng = np.random.default_rng(0)
+    far = rng.uniform(10, 20, count // 4)
     return np.concatenate(
-        [rng.uniform(-9, 9, count), rng.normal(size=8) * 1e-6, [0.0, -30.0, 30.0, -12.0]]
+        [rng.uniform(-9, 9, count), far, -far, rng.normal(size=8) * 1e-6, [0.0, -30.0, 30.0, -12.0]]
     )
 
 
@@ -155,6 +167,7 @@ def value_of(rule):
         "gelu_tanh": lambda z: scipy.special.expit(
             2 * math.sqrt(2 / math.pi) * (z + 0.044715 * z**3)
         ),
+        "hard_swish": lambda z: np.minimum(np.maximum(z + 3, 0), 6) / 6,
     }
     if rule.kind in gates:
         return lambda z: z * gates[rule.kind](z)
@@ -162,6 +175,7 @@ def value_of(rule):
         "sigmoid": scipy.special.expit,
         "tanh": np.tanh,
         "softplus": lambda z: np.maximum(z, 0) + np.log1p(np.exp(-np.abs(z))),
+        "softsign": lambda z: z / (1 + np.abs(z)),
         "elu": lambda z: np.where(z > 0, z, rule.alpha * np.expm1(np.minimum(z, 0))),
     }[rule.kind]
 
@@ -194,7 +208,7 @@ def violations(rule_type, argument, seed, width) -> int:
     radius = float(np.linalg.norm(np.maximum(center - lower, upper - center)))
     ends, found, most, growth = on_box(center, lower, upper, radius)
     start = value(center)
-    kinks = np.array([0.0, 1.4142, -1.4142, 2.3994, -2.3994, -0.7518, -1.2785])
+    kinks = np.array([0.0, 1.4142, -1.4142, 2.3994, -2.3994, -0.7518, -1.2785, -1.5, 3.0, -3.0])
     for k in range(16):
         z = np.where(rng.integers(0, 2, SIZE), lower, upper)
         if k % 2:
@@ -253,7 +267,7 @@ class NoKink(Elu):
 @pytest.mark.parametrize(
     ("wrong", "argument"),
     [(NoTurns, "silu"), (NoTurns, "tanh"), (Monotone, "gelu"), (HalfReach, "softplus")]
-    + [(NoKink, -0.5)],
+    + [(NoTurns, "hard_swish"), (NoTurns, "softsign"), (NoKink, -0.5)],
 )
 def test_a_rule_that_is_wrong_on_purpose_is_caught(x64, wrong, argument):
     assert sum(violations(wrong, argument, seed, 4.0) for seed in range(30)) > 0
@@ -269,6 +283,8 @@ FUNCTIONS = {
     "gelu": functools.partial(jax.nn.gelu, approximate=False),
     "gelu_tanh": jax.nn.gelu,
     "elu": jax.nn.elu,
+    "softsign": jax.nn.soft_sign,
+    "hard_swish": jax.nn.hard_swish,
 }
 
 
@@ -412,6 +428,32 @@ def test_a_softmax_at_the_end_is_left_out_and_said(f, shape):
     np.testing.assert_array_equal(graph(x), x @ weights)
     plain = trace(logits, like, batched=batched)
     assert len(graph.nodes) == len(plain.nodes)
+    assert (graph.left_out, graph.with_head().left_out, plain.left_out) == ("softmax",) * 2 + ("",)
+
+
+def test_of_a_softmax_only_the_order_of_its_logits_is_certified_and_the_statement_says_so(tmp_path):
+    weights = jnp.asarray([[1.0, -1.0], [0.5, 0.0]])
+
+    def f(x):
+        return jax.nn.softmax(weights @ x)
+
+    x = np.array([[0.9, 0.1]], np.float32)
+    refused = pytest.raises(TypeError, match="Return the logits")
+    for call in (
+        lambda: lipjax.certify_lipschitz(f, x, 0.1),
+        lambda: lipjax.certify_range(f, x, 0.1),
+        lambda: lipjax.local_lipschitz(f, x[0], 0.1),
+    ):
+        with refused, pytest.warns(UserWarning, match="left out"):
+            call()
+
+    with pytest.warns(UserWarning, match="left out"):
+        graph = trace(f, jax.ShapeDtypeStruct((2,), jnp.float32))
+    found = lipjax.certify(graph, x, None, 0.01, tier="deterministic")
+    assert "the network without the softmax at its end, that is by its logits" in found.statement
+    certificate_files.save(tmp_path / "x.npz", found, graph, x, found.predicted)
+    header, _ = certificate_files.load(tmp_path / "x.npz")
+    assert header["statement"] == found.statement and header["left_out"] == "softmax"
 
 
 def test_a_softmax_elsewhere_is_refused():

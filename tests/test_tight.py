@@ -1,6 +1,7 @@
 """One-sided errors: pieces against the functions, their maxima against brute force and exact
 rationals, margins against sampling and finite differences."""
 
+import dataclasses
 import functools
 import itertools
 from fractions import Fraction
@@ -9,12 +10,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import cast64, make_activation, tiny_net
+from conftest import cast64, make_activation, outward_bound, tiny_net
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import lipjax
 from lipjax import rounding
+from lipjax.activations import Clip
 from lipjax.bounds import margins, tight
 
 N = 6
@@ -269,3 +271,43 @@ def test_a_nan_spreads_to_the_margin_and_epsilon_zero_is_exact(x64):
     assert np.all(np.isnan(np.asarray(compiled("tight")(net, x.at[0].set(jnp.nan), 0.1, 0))[1:]))
     np.testing.assert_allclose(compiled("tight")(net, x, 0.0, 0), 0, atol=1e-12)
     assert np.all(np.isfinite(compiled("tight")(net, x, 50.0, 0)))
+
+
+class Own(Clip):
+    """A rule of a user's: a clip that selects, or not, and says that it is steep."""
+
+    selecting = True
+    lipschitz = 10.0
+
+    @property
+    def selects(self):
+        return self.selecting
+
+
+class Rounds(Own):
+    selecting = False
+
+
+@pytest.mark.parametrize(("own", "one_sided"), [(Own, True), (Rounds, False)])
+def test_a_rule_that_rounds_is_not_one_sided_and_a_steep_one_leaves_over_more(x64, own, one_sided):
+    # No rule of lipjax's has pieces and rounds, or pieces and a constant above 1.
+    first, last = np.random.default_rng(0).normal(size=(2, 3, 3))
+    graph = lipjax.trace(lambda x: last @ jax.nn.relu(first @ x), jnp.zeros(3))
+    nodes = list(graph.nodes)
+    nodes[2] = dataclasses.replace(nodes[2], rule=own(None, None, rectifies=True))
+    graph = dataclasses.replace(graph, nodes=tuple(nodes))
+    shares = []
+
+    class Recording(rounding.Outward):
+        def left_over(self, relative, g, length):
+            shares.append(relative)
+            return super().left_over(relative, g, length)
+
+    bound = outward_bound(graph, np.full(3, 0.2), 0.3, "local")
+    (end,) = graph.nodes[-1].inputs
+    parts = (graph, lambda operator, like: operator, Recording(), bound.regions, bound.norms, end)
+    back = tight.OneSided(*parts)
+    back.gain(jnp.ones(3))
+    assert (2 in back.taken) == one_sided
+    # A row carried back through it is longer by up to 10, and so is what is rounded of it.
+    assert 8 * rounding.DOUBLE * 10**3 in shares

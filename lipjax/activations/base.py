@@ -315,7 +315,11 @@ def hinge(low: jax.Array, high: jax.Array, kink: Any) -> jax.Array:
 
 
 def clip_above(z: jax.Array, threshold: jax.Array) -> jax.Array:
-    """``min(z, threshold)``, the threshold broadcast over leading (batch) axes."""
+    """``min(z, threshold)``, the threshold broadcast over leading (batch) axes.
+
+    Raises:
+        ValueError: thresholds that do not fit the last axes of z.
+    """
     if z.shape[z.ndim - threshold.ndim :] != threshold.shape:
         raise ValueError(
             f"thresholds of shape {threshold.shape} do not fit an activation of shape {z.shape}."

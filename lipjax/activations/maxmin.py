@@ -64,7 +64,11 @@ class ClippedMaxMin(nnx.Module):
 
 
 def halves(z: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The two halves of the last axis."""
+    """The two halves of the last axis.
+
+    Raises:
+        ValueError: its size is odd.
+    """
     if z.shape[-1] % 2:
         raise ValueError(
             f"MaxMin pairs channels and needs an even number of them, got an input of {z.shape}."

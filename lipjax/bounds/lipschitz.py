@@ -96,8 +96,8 @@ def local_lipschitz(
         A `LipschitzEstimate`.
 
     Raises:
-        TypeError: what has no bound, by name and line (`lipjax.trace`); a value that is no vector;
-            x not floating.
+        TypeError: what has no bound, by name and line (`lipjax.trace`), a softmax at the end
+            included; a value that is no vector; x not floating.
         ValueError: neither epsilon nor box, or one that is negative, NaN or infinite; unknown
             output norm or mode; iterations < 1.
     """
@@ -142,14 +142,24 @@ def vector_graph(f: Callable | Graph, example) -> Graph:
     """The graph of a function whose value is a vector.
 
     Raises:
-        TypeError: its value has another number of axes than one.
+        TypeError: its value has another number of axes than one, or is a softmax.
     """
     graph = f if isinstance(f, Graph) else trace(f, example)
+    check_whole(graph)
     if len(graph.shape) != 1:
         raise TypeError(
             f"the value has shape {graph.shape}: expected one axis, of outputs. Flatten it."
         )
     return graph
+
+
+def check_whole(graph: Graph) -> None:
+    """Raises a TypeError for a graph that is not all of its function."""
+    if graph.left_out:
+        raise TypeError(
+            f"f ends in a {graph.left_out}, which has no bound: only the logits in front of it "
+            "have. Return the logits."
+        )
 
 
 def check_options(output_norm: str, mode: str) -> None:

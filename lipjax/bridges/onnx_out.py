@@ -426,11 +426,11 @@ def _(rule: Sort, writer, x, shape):
 
 @rules.register
 def _(rule: Leaky, writer, x, shape):
-    zero = writer.constant(np.zeros((), np.float32))
+    zero = writer.constant(np.zeros((), writer.dtype))
     parts = []
     for operation, slope in (("Max", rule.above), ("Min", rule.below)):
         part = writer.add(operation, x, zero)
-        slope = np.asarray(slope, np.float32)
+        slope = np.asarray(slope, writer.dtype)
         parts.append(
             part if np.all(slope == 1) else writer.add("Mul", part, writer.constant(slope))
         )

@@ -229,6 +229,17 @@ def prelu(x, slope):
     return jax.nn.relu(x) + slope * jnp.minimum(x, 0.0)
 
 
+def celu(x, *, alpha: float):
+    """``max(x, 0) + min(alpha (exp(x / alpha) - 1), 0)``, as an ELU between two scales.
+
+    Raises:
+        ValueError: alpha <= 0, where that is another function.
+    """
+    if not alpha > 0:
+        raise ValueError(f"a CELU has alpha > 0, got {alpha}.")
+    return alpha * jax.nn.elu(x / alpha)
+
+
 def hard_sigmoid(x, *, alpha: float, beta: float):
     return jnp.clip(alpha * x + beta, 0.0, 1.0)
 
@@ -270,7 +281,7 @@ OPERATIONS: dict[str, Callable] = {
     "batch_norm": batch_norm,
     "broadcast": _broadcast,
     "cast": _cast,
-    "celu": jax.nn.celu,
+    "celu": celu,
     "clip": clip,
     "concatenate": concatenated,
     "convolution": convolution,

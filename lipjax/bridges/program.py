@@ -193,6 +193,12 @@ class Builder:
         Raises:
             ValueError: operands that do not fit.
         """
+        if kind in ("mul", "div"):
+            from lipjax.bridges.spelled import recognised
+
+            found = recognised(self, kind, operands)
+            if found is not None:
+                return found
         likes = [
             jax.ShapeDtypeStruct(o.shape, o.dtype)
             if isinstance(o, Value)
@@ -313,7 +319,8 @@ class Builder:
         needed: set[Any] = {last}
         for step in reversed(self.steps.values()):
             if step.result in needed:
-                needed.update(step.operands)
+                # (The number 2.0 is not the value of step 2.)
+                needed.update(o for o in step.operands if not isinstance(o, float))
         if INPUT not in needed:
             raise ValueError("the output does not depend on the input.")
         steps = [step for step in self.steps.values() if step.result in needed]

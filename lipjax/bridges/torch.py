@@ -59,8 +59,9 @@ def from_torch(module, input_shape: Sequence[int]) -> Network:
     own.
 
     Its parameters become parameters of the result, by their names (transposed where PyTorch
-    transposes them), buffers statistics. A softmax at the very end is left out: logits are what is
-    certified. `Network.sequential` is a plain chain as lipjax's own layers.
+    transposes them), buffers statistics. float64 ones become float32 where JAX has 64 bits off
+    (`jax_enable_x64`): the result is then that other function. A softmax at the very end is left
+    out: logits are what is certified. `Network.sequential` is a plain chain as lipjax's own layers.
 
     Args:
         module: on images ``(N, channels, height, width)``, vectors ``(N, features)`` or anything
@@ -103,7 +104,11 @@ def from_torch(module, input_shape: Sequence[int]) -> Network:
 
 
 def from_tensor(tensor, where: str) -> np.ndarray:
-    """A copy of a PyTorch tensor, by DLPack: also where PyTorch was built for another NumPy."""
+    """A copy of a PyTorch tensor, by DLPack: also where PyTorch was built for another NumPy.
+
+    Raises:
+        ValueError: it is neither float32 nor float64.
+    """
     tensor = tensor.detach().cpu().contiguous()
     if str(tensor.dtype) not in ("torch.float32", "torch.float64"):
         raise ValueError(

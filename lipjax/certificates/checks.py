@@ -10,12 +10,17 @@ from lipjax.graph import Graph
 TIERS = ("probabilistic", "deterministic")
 
 
-def certifiable(network, images, tier, failure_probability, arithmetic) -> Graph:
+def certifiable(
+    network, images, tier, failure_probability, arithmetic, name: str = "images"
+) -> Graph:
     """The graph of a network, traced in the types in which it will be executed.
+
+    Args:
+        images: ``(N, ...)``, what it will be executed on; `name` is what the caller calls them.
 
     Raises:
         ValueError, TypeError: arguments that prove nothing; what has no bound; parameters that are
-            no numbers.
+            no numbers; images that the device would round first.
     """
     if tier not in TIERS:
         raise ValueError(
@@ -24,6 +29,7 @@ def certifiable(network, images, tier, failure_probability, arithmetic) -> Graph
         )
     if not 0 < failure_probability < 1:
         raise ValueError(f"failure_probability must lie in (0, 1), got {failure_probability}.")
+    _check_exact(images, example_of(images, arithmetic).dtype, name)
     _check_finite(network)
     with as_executed(arithmetic):
         graph = bounds.graph_of(network, example_of(images, arithmetic))
@@ -47,7 +53,12 @@ def as_executed(arithmetic: str | None):
 
 
 def checked_images(images) -> np.ndarray:
-    """Images ``(N, ...)``, float32 or float64 in [0, 1]; else a ValueError or TypeError."""
+    """Images ``(N, ...)``, float32 or float64 in [0, 1].
+
+    Raises:
+        TypeError: another type.
+        ValueError: no batch, an empty one, or pixels outside [0, 1].
+    """
     images = np.asarray(images)
     if images.ndim < 2 or len(images) == 0:
         raise ValueError(f"images must be a non-empty batch (N, ...), got shape {images.shape}.")
@@ -72,7 +83,11 @@ def checked_images(images) -> np.ndarray:
 
 
 def checked_labels(graph: Graph, images, labels) -> np.ndarray:
-    """Labels ``(N,)`` as int32, those predicted for None; a ValueError if they do not fit."""
+    """Labels ``(N,)`` as int32, those predicted for None.
+
+    Raises:
+        ValueError: they do not fit the images or the classes; a network of one class.
+    """
     if labels is None:
         labels = np.asarray(predict(graph, jnp.asarray(images)))
     labels = np.asarray(labels)
@@ -99,7 +114,11 @@ def predict(graph: Graph, images):
 
 
 def examined_rows(examine, count: int) -> np.ndarray:
-    """Positions of the images to decide."""
+    """Positions of the images to decide.
+
+    Raises:
+        ValueError: `examine` is not `count` booleans.
+    """
     examine = np.ones(count, bool) if examine is None else np.asarray(examine)
     if examine.shape != (count,) or examine.dtype != bool:
         raise ValueError(
@@ -115,6 +134,23 @@ def example_of(images: np.ndarray, arithmetic: str | None) -> jax.ShapeDtypeStru
     else:
         dtype = jax.dtypes.canonicalize_dtype(images.dtype)
     return jax.ShapeDtypeStruct(images.shape[1:], dtype)
+
+
+def normal(radii: np.ndarray) -> np.ndarray:
+    """Radii of which none is so small that a device takes it for 0: those are raised."""
+    return np.where(radii > 0, np.maximum(radii, np.finfo(np.float64).tiny), radii)
+
+
+def _check_exact(images: np.ndarray, dtype: np.dtype, name: str) -> None:
+    """Raises a ValueError if images change when they become the type in which they are executed."""
+    with np.errstate(over="ignore", under="ignore"):
+        executed = images.astype(dtype)
+    if not np.array_equal(executed, images):
+        raise ValueError(
+            f"{name} are {images.dtype} and would be rounded to {dtype} before the network sees "
+            f"them, as JAX has 64 bits off: what is executed are other {name}. Give "
+            f"{name}.astype(np.{dtype}), here and to the network, or turn on jax_enable_x64."
+        )
 
 
 def _check_finite(network) -> None:

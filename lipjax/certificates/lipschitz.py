@@ -18,15 +18,15 @@ from lipjax import bounds, rounding
 from lipjax.bounds import lipschitz
 from lipjax.bounds.two_points import TwoPointWalk
 from lipjax.certificates import batches, checks
-from lipjax.certificates.randomness import split_failure_probability
-from lipjax.certificates.setup import global_norms_of, in_float64, seed_of
+from lipjax.certificates.results import Proof
+from lipjax.certificates.setup import agreed, global_norms_of, in_float64
 from lipjax.certificates.verdicts import view
 from lipjax.graph import Graph
 from lipjax.norms import best, chebyshev, closed
 
 
-@dataclasses.dataclass(frozen=True, repr=False)
-class LipschitzCertificate:
+@dataclasses.dataclass(frozen=True, repr=False, kw_only=True)
+class LipschitzCertificate(Proof):
     """What is proved of each of N regions. NumPy arrays; all statements of one hold together.
 
     For any two points a and b of region n, with f the real-number function,
@@ -41,8 +41,7 @@ class LipschitzCertificate:
     Attributes:
         lipschitz, rounding: ``(N,)``.
         per_output, rounding_per_output: ``(N, outputs)``.
-        output_norm, mode: as given.
-        tier, failure_probability, seed, seed_from, arithmetic: as of a `Certificate`.
+        output_norm: as given.
     """
 
     lipschitz: np.ndarray
@@ -50,12 +49,6 @@ class LipschitzCertificate:
     per_output: np.ndarray
     rounding_per_output: np.ndarray
     output_norm: str
-    mode: str
-    tier: str
-    failure_probability: float
-    seed: int
-    seed_from: str
-    arithmetic: str
 
     def __repr__(self) -> str:
         count, outputs = self.per_output.shape
@@ -66,13 +59,16 @@ class LipschitzCertificate:
         )
 
 
-def said(certificate) -> str:
+def said(certificate: Proof) -> str:
     """The tier of a proof, and what it rests on, in words."""
+    executed = f"as executed in {certificate.arithmetic}"
+    if certificate.backend:
+        executed += " on a CPU, by XLA"
     if certificate.tier == "deterministic":
-        return f"proved, tier deterministic, as executed in {certificate.arithmetic}"
+        return f"proved, tier deterministic, {executed}"
     return (
         f"proved, tier probabilistic, all together but for a probability of "
-        f"{certificate.failure_probability:g}, as executed in {certificate.arithmetic}"
+        f"{certificate.failure_probability:g}, {executed}"
     )
 
 
@@ -115,8 +111,9 @@ def certify_lipschitz(
         batch_size: regions at once; no influence on the result.
 
     Raises:
-        TypeError, ValueError: as `local_lipschitz`; x not a batch of finite numbers; what `certify`
-            says of networks and tiers.
+        TypeError, ValueError: as `local_lipschitz`; x not a batch of finite numbers, or float64
+            numbers that are no float32 ones while JAX has 64 bits off; what `certify` says of
+            networks and tiers.
     """
     lipschitz.check_options(output_norm, mode)
     proof = RegionProof(
@@ -154,38 +151,28 @@ class RegionProof:
     ):
         points = _check_points(x)
         self.columns = (points.astype(np.float64), *_regions(points, epsilon, box))
-        if not budget >= 0:
-            raise ValueError(f"budget must be >= 0 floating-point operations, got {budget}.")
-        graph = checks.certifiable(f, points, tier, failure_probability, arithmetic)
+        graph = checks.certifiable(f, points, tier, failure_probability, arithmetic, name="x")
+        lipschitz.check_whole(graph)
         self.graph = _without_head(graph)
-        arithmetics = rounding.arithmetics_of(self.graph, arithmetic)
-
-        self.seed, seed_from = seed_of(tier, seed)
         # Of each region, the norms of the linear nodes and that of the rows of the outputs.
-        count = len(self.graph.linear) + 1
-        share = split_failure_probability(failure_probability, len(points), count)
-        self.options = {
-            "mode": mode,
-            "tier": tier,
-            "failure_probability": share if tier == "probabilistic" else 0.5,
-            "arithmetics": arithmetics,
-            "budget": float(budget),
-        }
-        self.facts = {
-            "mode": mode,
-            "tier": tier,
-            "failure_probability": failure_probability if tier == "probabilistic" else 0.0,
-            "seed": self.seed,
-            "seed_from": seed_from,
-            "arithmetic": rounding.least_precise(arithmetics),
-        }
+        self.options, facts = agreed(
+            self.graph,
+            (len(points), len(self.graph.linear) + 1, 1),
+            tier=tier,
+            failure_probability=failure_probability,
+            mode=mode,
+            arithmetic=arithmetic,
+            budget=budget,
+            seed=seed,
+        )
+        self.facts = {"mode": mode, **facts}
 
     def run(self, batch_size: int) -> dict[str, np.ndarray]:
         """The figures of `_prove_batch`, one row a region."""
         size = min(batch_size, len(self.columns[0]))
         with batches.exact():
             graph = in_float64(self.graph)
-            key = jax.random.key(self.seed, impl="threefry2x32")
+            key = jax.random.key(self.facts["seed"], impl="threefry2x32")
             shared = (graph, global_norms_of(graph), key)
             compiled = batches.compiled(_prove_batch, *self.options, optimize=False)
             run = functools.partial(compiled, shared, **self.options)
@@ -290,4 +277,4 @@ def _broadcast(name: str, value, shape) -> np.ndarray:
         raise ValueError(f"{name} of shape {value.shape} does not fit {shape}.") from None
     if not np.all((found >= 0) & np.isfinite(found)):
         raise ValueError(f"{name} must be finite and >= 0, got {value}.")
-    return found
+    return checks.normal(found)

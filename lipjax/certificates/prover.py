@@ -69,11 +69,16 @@ def certify(
     | epsilon = 0 | certified iff the prediction is right and no rival is within rounding of it |
     | a NaN, an infinity or a number above 1e100 anywhere in the walk | not certified |
     | NaN or infinite weights or pixels, pixels outside [0, 1] | error |
+    | float64 images that are no float32 numbers, while JAX has 64 bits off | error |
     | an operation without a bound, a dtype that the error model does not know | error |
 
     Args:
-        network: a function of one example or of a batch that JAX traces (`lipjax.trace`).
-        images: ``(N, ...)`` floats in [0, 1].
+        network: a function of one example or of a batch that JAX traces (`lipjax.trace`). A
+            function of a batch is certified for batches of one: if it mixes its images, as
+            ``X - X.mean(0)`` or a sort along axis 0, nothing is said of larger ones. A softmax at
+            its end is left out, and the statement says so.
+        images: ``(N, ...)`` floats in [0, 1], exact in the type in which they are executed: float64
+            images only where JAX has 64 bits, or where `arithmetic` is "float64".
         labels: ``(N,)`` integers, or None: then the predictions themselves are certified.
         epsilon: l2 radius on the pixels as given, >= 0.
         tier: "probabilistic" or "deterministic".
@@ -165,8 +170,12 @@ def certified_radius(
     1 % to a few % below it.
 
     Args:
+        mode: as in `certify`, but for "auto", which decides at one epsilon.
         max_radius: no radius above it is looked for.
         examine: as in `certify`; the radius of the others is 0.
+
+    Raises:
+        TypeError, ValueError: as `certify`; mode "auto"; max_radius not positive and finite.
     """
     if mode == AUTO:
         raise ValueError('mode "auto" decides at one epsilon: for radii give mode="tight".')
@@ -204,7 +213,11 @@ def certified_radius(
         for name, column in kept.items():
             column[rows[found["ok"]]] = found[name][found["ok"]]
     return CertifiedRadius(
-        nothing["predicted"], nothing["correct"], mode=mode, **setup.facts, **kept
+        predicted=nothing["predicted"],
+        correct=nothing["correct"],
+        mode=mode,
+        **setup.facts,
+        **kept,
     )
 
 

@@ -8,11 +8,12 @@ import numpy as np
 
 from lipjax.bounds import lipschitz
 from lipjax.certificates.lipschitz import RegionProof, said
+from lipjax.certificates.results import Proof
 from lipjax.norms.best import BUDGET
 
 
-@dataclasses.dataclass(frozen=True, repr=False)
-class RangeCertificate:
+@dataclasses.dataclass(frozen=True, repr=False, kw_only=True)
+class RangeCertificate(Proof):
     """What is proved of each of N regions. NumPy arrays; all statements of one hold together.
 
     For every point a of region n ``lower[n, i] <= f_i(a) <= upper[n, i]``: of the real-number
@@ -22,19 +23,11 @@ class RangeCertificate:
     Attributes:
         lower, upper: ``(N, outputs)``.
         rounding: ``(N, outputs)``, what of it the execution can round, on either side.
-        mode: as given.
-        tier, failure_probability, seed, seed_from, arithmetic: as of a `Certificate`.
     """
 
     lower: np.ndarray
     upper: np.ndarray
     rounding: np.ndarray
-    mode: str
-    tier: str
-    failure_probability: float
-    seed: int
-    seed_from: str
-    arithmetic: str
 
     def __repr__(self) -> str:
         count, outputs = self.lower.shape

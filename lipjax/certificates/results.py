@@ -8,8 +8,48 @@ import numpy as np
 from lipjax.formats import certificate_files
 
 
-@dataclasses.dataclass(frozen=True)
-class Certificate:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Proof:
+    """What every proof says that it rests on.
+
+    Attributes:
+        mode: of the bound, as given.
+        tier, failure_probability, seed: in tier "deterministic" failure_probability is 0 and the
+            seed has no influence on what is proved.
+        seed_from: "system", drawn from the operating system for this call; "given" by the caller:
+            then the proof assumes that network and inputs were chosen independently of it; "unused"
+            (seed 0) in tier "deterministic", where none was given.
+        arithmetic: of the network as executed, the least precise of its layers; a name in
+            `rounding.ARITHMETICS`.
+        backend: "cpu" where there are smooth activations: how XLA rounds them was measured on CPUs,
+            and the proof is about an execution there; else "".
+    """
+
+    mode: str
+    tier: str
+    failure_probability: float
+    seed: int
+    seed_from: str
+    arithmetic: str
+    backend: str = ""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Verdicts(Proof):
+    """The fields that `Certificate`, which explains them, and `CertifiedRadius` share."""
+
+    predicted: np.ndarray
+    correct: np.ndarray
+    margin: np.ndarray
+    allowance: np.ndarray
+    lipschitz: np.ndarray
+    norms: np.ndarray
+    precision: str
+    left_out: str = ""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Certificate(_Verdicts):
     """Per-example verdicts of one call of `certify`, NumPy arrays of shape ``(N,)`` unless said.
 
     `certified[i]` is True only if the prediction is right (equals the label that was given) and
@@ -21,9 +61,9 @@ class Certificate:
     lipschitz and norms are inf.
 
     Attributes:
+        certified: the verdict.
         predicted: class of the largest logit, computed in float64.
         correct: ``predicted == label``.
-        certified: the verdict.
         margin: label's logit minus the largest worst-case rival, all rounding taken off; certified
             needs it > 0.
         allowance: what the rounding of the network as executed has taken off the margin.
@@ -35,37 +75,20 @@ class Certificate:
         stable: ``(N, activations)``, share of neurons that vary, but are one and the same input on
             the whole ball (`activations.Rule.stable`): no kink, no threshold, no change of order.
             As `constant` it rests on the norms.
-        epsilon, mode, tier, failure_probability, seed: what the verdicts are for and rest on. In
-            tier "deterministic" failure_probability is 0 and the seed has no influence on what is
-            proved.
-        seed_from: "system", drawn from the operating system for this call; "given" by the caller:
-            then the proof assumes that network and images were chosen independently of it; "unused"
-            (seed 0) in tier "deterministic", where none was given.
+        epsilon: as given.
         precision: of the bounds' own computation.
-        arithmetic: of the network as executed, the least precise of its layers; a name in
-            `rounding.ARITHMETICS`.
+        left_out: "softmax" where the network ends in one: what is proved is about the logits in
+            front of it, whose order it keeps; else "".
+        mode, tier, failure_probability, seed, seed_from, arithmetic, backend: as of a `Proof`.
         slopes_of: ``(n, 2)``, image and rival class of each row of `slopes`.
         slopes: ``(n, slopes)``, int8 (`bounds.tight.flattened`): the slopes that verdicts of mode
             "tight" rest on where gradient steps found them.
     """
 
-    predicted: np.ndarray
-    correct: np.ndarray
     certified: np.ndarray
-    margin: np.ndarray
-    allowance: np.ndarray
-    lipschitz: np.ndarray
-    norms: np.ndarray
     constant: np.ndarray
     stable: np.ndarray
     epsilon: float
-    mode: str
-    tier: str
-    failure_probability: float
-    seed: int
-    seed_from: str
-    precision: str
-    arithmetic: str
     slopes_of: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros((0, 2), np.int32))
     slopes: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros((0, 0), np.int8))
 
@@ -75,8 +98,8 @@ class Certificate:
         return certificate_files.statement(vars(self))
 
 
-@dataclasses.dataclass(frozen=True)
-class CertifiedRadius:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CertifiedRadius(_Verdicts):
     """Per-example radii of one call of `certified_radius`, NumPy arrays ``(N,)`` unless said.
 
     A `Certificate` in which each image has its own epsilon, `radius[i]`; all of them hold together,
@@ -85,20 +108,7 @@ class CertifiedRadius:
     lipschitz and norms are inf: nothing is claimed.
     """
 
-    predicted: np.ndarray
-    correct: np.ndarray
     radius: np.ndarray
-    margin: np.ndarray
-    allowance: np.ndarray
-    lipschitz: np.ndarray
-    norms: np.ndarray
-    mode: str
-    tier: str
-    failure_probability: float
-    seed: int
-    seed_from: str
-    precision: str
-    arithmetic: str
 
     @property
     def certified(self) -> np.ndarray:

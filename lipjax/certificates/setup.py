@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lipjax import bounds, rounding
+from lipjax.activations.smooth import Rounded
 from lipjax.certificates import batches, verdicts
 from lipjax.certificates.checks import (
     as_executed,
@@ -16,6 +17,7 @@ from lipjax.certificates.checks import (
     checked_images,
     checked_labels,
     examined_rows,
+    normal,
     predict,
 )
 from lipjax.certificates.randomness import checked_seed, drawn_seed, split_failure_probability
@@ -45,8 +47,7 @@ class Setup:
             "tight", at most so many gradient steps.
         batch_size: images at once.
         optimize: is there enough work for LLVM's optimizer to pay?
-        facts: what a certificate says of its proof: tier, failure_probability, seed, seed_from,
-            precision, arithmetic.
+        facts: what a certificate says of its proof.
     """
 
     images: np.ndarray
@@ -93,16 +94,16 @@ def set_up(
     with as_executed(arithmetic):
         labels = checked_labels(graph, images, labels)
     examined = examined_rows(examine, len(images))
-    if not budget >= 0:
-        raise ValueError(f"budget must be >= 0 floating-point operations, got {budget}.")
-
-    # Read in this process's own precision, before the bounds' is set.
-    arithmetics = rounding.arithmetics_of(graph, arithmetic)
-    seed, seed_from = seed_of(tier, seed)
-    norms = len(graph.linear) - 1
-    share = split_failure_probability(failure_probability, len(images), norms, attempts)
-    drawn = tier == "probabilistic"
-
+    options, facts = agreed(
+        graph,
+        (len(images), len(graph.linear) - 1, attempts),
+        tier=tier,
+        failure_probability=failure_probability,
+        mode=mode,
+        arithmetic=arithmetic,
+        budget=budget,
+        seed=seed,
+    )
     with batches.exact():
         graph = in_float64(graph)
         return Setup(
@@ -112,26 +113,62 @@ def set_up(
             graph=graph,
             global_norms=global_norms_of(graph),
             # In 64 bits, where no bit of the seed is lost, by the generator that is meant.
-            key=jax.random.key(seed, impl="threefry2x32"),
-            options={
-                "mode": mode,
-                "tier": tier,
-                "failure_probability": share if drawn else 0.5,
-                "arithmetics": arithmetics,
-                "budget": float(budget),
-            },
+            key=jax.random.key(facts["seed"], impl="threefry2x32"),
+            options=options,
             stages=stages,
             batch_size=min(batch_size, len(images)),
             optimize=images.size > batches.FEW_PIXELS,
-            facts={
-                "tier": tier,
-                "failure_probability": failure_probability if drawn else 0.0,
-                "seed": seed,
-                "seed_from": seed_from,
-                "precision": "float64",
-                "arithmetic": rounding.least_precise(arithmetics),
-            },
+            facts={**facts, "precision": "float64", "left_out": graph.left_out},
         )
+
+
+def agreed(
+    graph: Graph,
+    counts: tuple[int, int, int],
+    *,
+    tier: str,
+    failure_probability: float,
+    mode: str,
+    arithmetic: str | None,
+    budget: float,
+    seed: int | None,
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What all proofs of one call rest on. Reads the process's own precision.
+
+    Args:
+        graph: as it will be executed.
+        counts: regions, norms of each, and attempts at each.
+        tier, failure_probability, mode, arithmetic, budget, seed: as in `certify`.
+
+    Returns:
+        Static arguments of the program that proves, and the fields of a `Proof` but its mode.
+
+    Raises:
+        TypeError, ValueError: as `certify` says of them.
+    """
+    if not budget >= 0:
+        raise ValueError(f"budget must be >= 0 floating-point operations, got {budget}.")
+    arithmetics = rounding.arithmetics_of(graph, arithmetic)
+    seed, seed_from = seed_of(tier, seed)
+    share = split_failure_probability(failure_probability, *counts)
+    drawn = tier == "probabilistic"
+    rules = [node.rule for node in graph.nodes if isinstance(node, Activation)]
+    options = {
+        "mode": mode,
+        "tier": tier,
+        "failure_probability": share if drawn else 0.5,
+        "arithmetics": arithmetics,
+        "budget": float(budget),
+    }
+    facts = {
+        "tier": tier,
+        "failure_probability": failure_probability if drawn else 0.0,
+        "seed": seed,
+        "seed_from": seed_from,
+        "arithmetic": rounding.least_precise(arithmetics),
+        "backend": jax.default_backend() if any(isinstance(r, Rounded) for r in rules) else "",
+    }
+    return options, facts
 
 
 def _stages_of(mode: str, steps: int | None) -> tuple[str, tuple[int, ...]]:
@@ -215,7 +252,8 @@ def decided(
                 _improve(setup, found, *kept, labels, places, steps, slopes)
             return found
 
-        found = _batched(setup, run, setup.images[rows], setup.labels[rows], radii, rows)
+        columns = (setup.labels[rows], normal(radii), rows)
+        found = _batched(setup, run, setup.images[rows], *columns)
     return found, slopes
 
 

@@ -71,11 +71,13 @@ from lipjax.formats.certificate_files import (
     ARRAYS,
     BY_NODES,
     CertificateFileError,
+    claim,
     data_hash,
     describe,
     digest,
     faults,
     load,
+    measured,
     network_hash,
     statement,
 )
@@ -139,11 +141,8 @@ class Report:
             chance = f", with probability >= 1 - {self.delta!r}" if self.random_norms else ""
             lines += [
                 f"verified{chance}: for each of the {self.certified} images marked certified of "
-                f"the {count} derived again, the "
-                f"network, executed in {header['arithmetic']} arithmetic by lipjax's error model, "
-                "gives every image within "
-                f"l2 distance {self._radius()} of it (pixels in [0, 1]) the image's label; network "
-                f"{header['network'][:16]}, images {header['data'][:16]}",
+                f"the {count} derived again, {claim(header)}; network {header['network'][:16]}, "
+                f"images {header['data'][:16]}",
             ]
         if count:
             lines.append(
@@ -178,13 +177,6 @@ class Report:
                 "deterministically"
             )
         return "CONFIRMED"
-
-    def _radius(self) -> str:
-        return (
-            "its epsilon"
-            if self.header["epsilon"] is None
-            else f"epsilon = {self.header['epsilon']!r}"
-        )
 
 
 # What no derivation leads back to: how a report calls it, and the header's field.
@@ -352,6 +344,11 @@ def _contradictions(layers, images, labels, header, arrays) -> list[str]:
                 "the statement does not follow from the header: it should read "
                 f"{quoted(claimed, 4000)}."
             )
+    if measured(layers) and not header.get("backend"):
+        problems.append(
+            "the network has smooth functions, whose rounding was measured on a CPU, by XLA: the "
+            "file has to say that its claim is about that."
+        )
     if not np.all((images >= 0) & (images <= 1)):
         problems.append(
             "images have pixels outside [0, 1], or NaN: the statement is about pixels in [0, 1]."

@@ -355,6 +355,8 @@ def _logistic_density(z):
     return scipy.special.expit(z) * scipy.special.expit(-z)
 
 
+# Functions that rise everywhere.
+PLAIN = ("sigmoid", "tanh", "softplus", "softsign")
 # z g(z): the gate g, its derivative; where the derivative of z g(z) is largest for z > 0, between
 # two numbers, and how large at most; where z g(z) is least, and how small.
 GATED = {
@@ -381,6 +383,12 @@ GATED = {
         (2.399357280514, 2.399357280516, 1.099839320130),
         (-1.278464542762, -1.278464542760, -0.278464542762),
     ),
+    "hard_swish": (
+        lambda z: np.clip(z + 3, 0.0, 6.0) / 6,
+        lambda z: np.where(np.abs(z) <= 3, 1 / 6, 0.0),
+        (3.0, 3.0, 1.5),
+        (-1.5, -1.5, -0.375),
+    ),
 }
 
 
@@ -406,6 +414,8 @@ class Smooth(Nonlinear):
                 return np.tanh(z)
             case "softplus":
                 return np.maximum(z, 0.0) + np.log1p(np.exp(-np.abs(z)))
+            case "softsign":
+                return z / (1 + np.abs(z))
             case "elu":
                 return np.where(z > 0, z, self.alpha * np.expm1(np.minimum(z, 0.0)))
         return z * GATED[self.kind][0](z)
@@ -419,6 +429,8 @@ class Smooth(Nonlinear):
                 return 4 * _logistic_density(2 * z)
             case "softplus":
                 return scipy.special.expit(z)
+            case "softsign":
+                return 1 / np.square(1 + np.abs(z))
         gate, density = GATED[self.kind][:2]
         return gate(z) + z * density(z)
 
@@ -604,7 +616,7 @@ READERS: Mapping[str, Reader] = {
     "max_pool": Reader(_max_pool, ("window", "strides", "dilation", "padding")),
     "leaky": Reader(_leaky, ("below", "above"), ("mul", "div")),
     "elu": Reader(_smooth, ("alpha",), ("elu",)),
-    **{kind: Reader(_smooth, (), (kind,)) for kind in ("sigmoid", "tanh", "softplus", *GATED)},
+    **{kind: Reader(_smooth, (), (kind,)) for kind in (*PLAIN, *GATED)},
 }
 # Of their fields those that hold numbers, as arrays.
 PARAMETERS = ("below", "above", "alpha")

@@ -586,6 +586,8 @@ def run_facts(task: Task, verdicts: Verdicts) -> dict[str, Any]:
         "tier": options.tier,
         "failure_probability": options.failure_probability if probabilistic else 0.0,
         "arithmetic": tightest.arithmetic,
+        "backend": tightest.backend,
+        "left_out": tightest.left_out,
         "epsilon": task.epsilon,
         "data": test.name,
         "split": "test",

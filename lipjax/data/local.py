@@ -14,7 +14,11 @@ DIGITS_TEST = 360  # of scikit-learn's 1797 digits
 
 
 def digits() -> tuple[Dataset, Dataset]:
-    """Scikit-learn's digits, training and test."""
+    """Scikit-learn's digits, training and test.
+
+    Raises:
+        DataError: scikit-learn is not installed.
+    """
     try:
         from sklearn.datasets import load_digits
         from sklearn.model_selection import train_test_split

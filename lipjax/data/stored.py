@@ -86,7 +86,11 @@ def parse_record(record: bytes, position: int) -> tuple[bytes, int]:
 
 
 def description(folder: Path) -> dict:
-    """The content of a folder's ``records.json``."""
+    """The content of a folder's ``records.json``.
+
+    Raises:
+        DataError: there is none, it is damaged, or of another format.
+    """
     try:
         about = json.loads((folder / DESCRIPTION).read_text())
         found = about["format"]

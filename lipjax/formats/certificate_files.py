@@ -72,6 +72,12 @@ FIELDS = (
 )
 MODES = ("global", "bcp", "paper", "local", "linear", "rows", "tight")
 TIERS = ("probabilistic", "deterministic")
+# Functions whose rounding was measured, and the backend on which: XLA's for CPUs.
+SMOOTH = (
+    *("sigmoid", "tanh", "softplus", "softsign", "gelu", "gelu_tanh", "silu", "hard_swish"),
+    "elu",
+)
+MEASURED = "cpu"
 
 NO_SLOPES = {"slopes_of": np.zeros((0, 2), np.int32), "slopes": np.zeros((0, 0), np.int8)}
 
@@ -84,11 +90,17 @@ MOST_BYTES = 2**29
 
 
 class Field(NamedTuple):
-    """What a header field may be; `since` is the first format version that has it."""
+    """What a header field may be.
+
+    Attributes:
+        since: the first format version that has it.
+        optional: may a file leave it out?
+    """
 
     allows: Callable[[Any], bool]
     expected: str
     since: int = 1
+    optional: bool = False
 
 
 def _one_of(*values: str) -> Field:
@@ -162,6 +174,10 @@ HEADER = {
     "seed": _integer(-(2**63), 2**64 - 1),
     "seed_from": _one_of(*SEEDS_FROM)._replace(since=2),
     "arithmetic": _WORD,
+    # Only where there is something to say: the backend on which the rounding of a function was
+    # measured, and the function at the end that was left out.
+    "backend": _one_of(MEASURED)._replace(since=3, optional=True),
+    "left_out": _WORD._replace(since=3, optional=True),
     "precision": _WORD,
     "slopes": _integer(0, 2**31 - 1)._replace(since=3),
     "command": _or_none(_words(2**16, printable=False)),
@@ -262,6 +278,12 @@ def save(
         "slopes": rows,
         "command": _text(command),
     }
+    backend = getattr(certificate, "backend", "")
+    if measured(nodes) or backend:
+        header["backend"] = MEASURED
+    left_out = str(getattr(certificate, "left_out", ""))
+    if left_out:
+        header["left_out"] = left_out
     if data:
         raise ValueError(f'data takes "name" and "split", got also {", ".join(map(repr, data))}.')
     header["statement"] = statement(header)
@@ -395,6 +417,7 @@ def _header_faults(header: Mapping[str, Any]) -> list[str]:
     wanted = {
         name for name, field in HEADER.items() if type(version) is not int or field.since <= version
     }
+    wanted -= {name for name in wanted - set(header) if HEADER[name].optional}
     return _differing("header fields", wanted, set(header)) or [
         f"{name} is {quoted(header[name])}, expected {HEADER[name].expected}."
         for name in sorted(wanted)
@@ -487,13 +510,29 @@ def statement(header: Mapping[str, Any]) -> str:
             "deterministic with 0; got "
             f"tier {tier!r} with {delta!r}."
         )
+    return f"{condition}: for each image marked certified, {claim(header)}."
+
+
+def claim(header: Mapping[str, Any]) -> str:
+    """What is claimed of one certified image, from the header's other fields."""
     radius = "its epsilon" if header["epsilon"] is None else f"epsilon = {header['epsilon']!r}"
+    network = "the network"
+    if header.get("left_out"):
+        network = (
+            f"the network without the {header['left_out']} at its end, that is by its logits in "
+            "front of it"
+        )
+    backend = " on a CPU, by XLA, and" if header.get("backend") else ""
     return (
-        f"{condition}: for each image marked certified, the network, executed in "
-        f"{header['arithmetic']} arithmetic by "
-        f"lipjax's error model, gives every image within l2 distance {radius} of it (pixels in [0, "
-        "1]) the image's label."
+        f"{network}, executed in {header['arithmetic']} arithmetic{backend} by lipjax's error "
+        f"model, gives every image within l2 distance {radius} of it (pixels in [0, 1]) the "
+        "image's label"
     )
+
+
+def measured(nodes: Sequence[Mapping[str, Any]]) -> bool:
+    """Does a network, described by its nodes, have functions whose rounding was measured?"""
+    return any(node["kind"] in SMOOTH for node in nodes)
 
 
 def versions() -> dict[str, str]:

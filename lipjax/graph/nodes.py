@@ -209,7 +209,11 @@ class Activation(Node):
     roundings: float = 0.0
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["nodes"], meta_fields=["batched"])
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["nodes"],
+    meta_fields=["batched", "left_out"],
+)
 @dataclasses.dataclass(frozen=True)
 class Graph:
     """A function of one example, as nodes in the order of evaluation; the last one is its value.
@@ -217,10 +221,12 @@ class Graph:
     Attributes:
         nodes: the first is the `Input`.
         batched: was the function traced with a batch axis of one?
+        left_out: "softmax" where the function ends in one: the value is that in front of it.
     """
 
     nodes: tuple[Node, ...]
     batched: bool = False
+    left_out: str = ""
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """The value at x, node by node, in the types of x and of the graph's arrays."""

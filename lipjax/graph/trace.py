@@ -211,11 +211,11 @@ class _Reader:
                 )
         if isinstance(result, Known):
             raise TraceError("the value does not depend on the example: there is nothing to bound.")
-        result = self.leading(self.ref(result))
+        result, left_out = self.leading(self.ref(result))
         if self.batched:
             shape = self.nodes[result.node].shape[1:]
             result = self.moved([result], shape, "reshape", new_sizes=shape)
-        graph = _pruned(Graph(tuple(self.nodes), self.batched), result.node)
+        graph = _pruned(Graph(tuple(self.nodes), self.batched, left_out), result.node)
         for node in graph.nodes:
             if isinstance(node, Activation) and node.rule.keeps_order:
                 raise TraceError(
@@ -225,20 +225,22 @@ class _Reader:
                 )
         return graph
 
-    def leading(self, result: Ref) -> Ref:
-        """What stands in front of a softmax at the end, with a warning; else the result itself."""
+    def leading(self, result: Ref) -> tuple[Ref, str]:
+        """What stands in front of a softmax at the end, with a warning, and what is left out; else
+        the result itself and nothing."""
         node = self.nodes[result.node]
         if not isinstance(node, Activation) or not node.rule.keeps_order:
-            return result
+            return result, ""
         if not node.shape or node.size != node.shape[-1]:
-            return result
+            return result, ""
+        kind = node.rule.kind.lower()
         warnings.warn(
-            f"{node.where}: the {node.rule.kind.lower()} at the end is left out: bounds and "
+            f"{node.where}: the {kind} at the end is left out: bounds and "
             "certificates are about the logits in front of it, whose order it keeps. As executed "
             "it may round different logits to the same probability; compare the logits.",
             stacklevel=2,
         )
-        return Ref(node.inputs[0])
+        return Ref(node.inputs[0]), kind
 
     def jaxpr(self, jaxpr: Jaxpr, consts: Sequence[Value], arguments: Sequence[Value]) -> list:
         values: dict[Any, Value] = {}

@@ -50,6 +50,9 @@ def smallest_start(failure_probability: float) -> float:
 
     The density of chi-squared with m degrees of freedom is at most ``x^(m/2 - 1) / (2^(m/2)
     Gamma(m/2))``, so ``P(chi_m < t) <= t^m / (2^(m/2) Gamma(m/2 + 1))``.
+
+    Raises:
+        ValueError: failure_probability not in (0, 1).
     """
     if not 0 < failure_probability < 1:
         raise ValueError(f"failure_probability must lie in (0, 1), got {failure_probability}.")

@@ -85,7 +85,11 @@ def dense_norm_bound(
 
 
 def gram_norm_bound(matrix: jax.Array, guess: jax.Array | None = None) -> jax.Array:
-    """`dense_norm_bound` of an explicit float64 matrix ``(m, n)``; the guess is of its norm."""
+    """`dense_norm_bound` of an explicit float64 matrix ``(m, n)``; the guess is of its norm.
+
+    Raises:
+        ValueError: no matrix.
+    """
     if matrix.ndim != 2:
         raise ValueError(f"expected a matrix, got shape {matrix.shape}.")
     rows, columns = matrix.shape
@@ -122,6 +126,9 @@ def largest_eigenvalue_bound(gram: jax.Array, guess: jax.Array | None = None) ->
 
     Returns:
         A scalar, not negative; infinity where the arithmetic broke down.
+
+    Raises:
+        ValueError: not square, or not float64.
     """
     if gram.ndim != 2 or gram.shape[0] != gram.shape[1] or gram.dtype != jnp.float64:
         raise ValueError(

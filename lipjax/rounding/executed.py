@@ -94,7 +94,8 @@ def arithmetics_of(graph: Graph, declared: str | None = None) -> tuple[tuple[Ari
     Raises:
         ValueError: unknown name; an equation that rounds more than was declared.
         TypeError: a type that the model does not know, or parameters that are computed anew at each
-            call by more than a few roundings; with the line of the program.
+            call by more than a few roundings, those of an activation by any; with the line of the
+            program.
     """
     if declared is not None and declared not in ARITHMETICS:
         names = ", ".join(ARITHMETICS)
@@ -108,6 +109,13 @@ def arithmetics_of(graph: Graph, declared: str | None = None) -> tuple[tuple[Ari
         # Where no equation rounds, none counts how far the parameters are off either.
         least = FEW if isinstance(node, Linear | Add) and node.executed else 0.0
         if getattr(node, "roundings", 0.0) > least:
+            if isinstance(node, Activation):
+                raise TypeError(
+                    f"{node.where}: the numbers of a {node.rule.kind} (its slopes or ends) are "
+                    "rounded when they are computed anew at every call, or where the program "
+                    "divides by them: they may be others than those that are certified. Multiply "
+                    "instead of dividing, and compute numbers outside of the function."
+                )
             raise TypeError(
                 f"{node.where}: parameters that are computed anew at every call (by more than a "
                 "few multiplications) may be rounded otherwise than those that are certified. "
