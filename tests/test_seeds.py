@@ -22,12 +22,10 @@ SIZE, BUMP, EPSILON = 64, 0.3, 0.1
 
 def seen(seed: int) -> np.ndarray:
     """All that the bound of the first layer of the first image sees at a seed: starts of its
-    Chebyshev recurrence, and that
-    of the estimate that scales it; rows."""
+    Chebyshev recurrence, and that of the estimate that scales it; rows."""
     with jax.enable_x64(True):
         _, local = jax.random.split(jax.random.key(seed, impl="threefry2x32"))
-        key = jax.random.fold_in(jax.random.fold_in(local, 0), 0)
-        starts = np.asarray(jax.random.normal(key, (norms.chebyshev.STARTS, SIZE), jnp.float64))
+        (starts,) = map(np.asarray, norms.chebyshev.starts(jax.random.fold_in(local, 0), [SIZE]))
     chirp = np.cos(0.5 * np.sqrt(5) * np.square(np.arange(SIZE, dtype=np.float64)))
     return np.concatenate([starts, chirp[None]])
 
