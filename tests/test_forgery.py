@@ -5,6 +5,7 @@ import contextlib
 import io
 import json
 import struct
+import time
 import warnings
 import zipfile
 
@@ -17,7 +18,7 @@ import lipjax
 from lipjax import storage
 from lipjax.check import checker, walk
 from lipjax.check import norms as check_norms
-from lipjax.formats import certificate_files
+from lipjax.formats import certificate_files, files
 from lipjax.formats.certificate_files import CertificateFileError
 
 RNG = 0
@@ -531,6 +532,24 @@ def test_headers_that_are_nested_long_or_say_something_twice_are_refused(path):
         refused(path, said)
     rewritten(path, lambda members: members.update({"header.npy": text([header, header])}))
     refused(path, "no text")
+
+
+@pytest.mark.core
+def test_a_string_without_an_end_is_refused_in_a_time_of_its_length():
+    hostile = '{"' + '\\"' * 20_000
+    began = time.process_time()
+    with pytest.raises(files.Unreadable):
+        files.parsed(hostile, len(hostile))
+    assert time.process_time() - began < 1  # once of the square of that: 5 s and more
+
+
+@pytest.mark.core
+def test_brackets_in_strings_count_for_no_depth_and_those_behind_them_do():
+    for text in ('"[[["', r'["\\", "\"[", "]"]', '{"]]]": "{{{"}'):
+        assert files.parsed("[" * 29 + text + "]" * 29, 10**4)
+    for text in (r'"\\"', r'"\""', '"["'):
+        with pytest.raises(files.Unreadable, match="33 deep"):
+            files.parsed(f"[{text}, " + "[" * 32 + "]" * 33, 10**4)
 
 
 @pytest.mark.core
