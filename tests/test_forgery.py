@@ -315,6 +315,11 @@ def test_a_margin_that_cannot_be_derived_is_not_let_pass():
     forgery.arrays["correct"][0], forgery.labels[0] = False, 1 - forgery.labels[0]
     forgery.arrays["label"][0], forgery.arrays["margin"][0] = forgery.labels[0], 5.0
     assert any("recorded margin" in problem for problem in forgery.report().problems)
+    # One that is certified on top of that, with numbers that are finite: no warning of NumPy.
+    for name in ("margin", "allowance", "lipschitz", "norms"):
+        forgery.arrays[name][1] = 1e38
+    forgery.arrays["certified"][1] = True
+    assert any("recorded as certified" in problem for problem in forgery.report().problems)
 
 
 @pytest.mark.core
