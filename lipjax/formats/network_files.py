@@ -146,7 +146,7 @@ def _header(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
             f"{path}: input_shape (of positive numbers) and {VERSIONS[version]} must be lists and "
             "notes a dict."
         )
-    shapes = [shape]
+    shapes: list[Any] = [shape]
     if version == 2:
         # What else they may be is for those who make something of them to refuse.
         shapes += [node.get("shape") for node in header["nodes"] if isinstance(node, dict)]
