@@ -5,11 +5,12 @@ that is not true.
     python -m benchmarks.fuzz --files=300 --seed=1 --json
 
 Three true files about a network of two inputs (tier probabilistic in mode "local", tier
-deterministic in modes "linear" and "tight") are changed: header fields and the header's text, array
-values, types, shapes and rows, whole consistent forgeries, bytes of the file, and the zip around
-it; most of them with statement, digest and hashes computed anew, as who knows the format does. Each
-is read by `certificate_files.load`, its images are found by its index, and `check.check` derives it
-again.
+deterministic in modes "linear" and "tight") are changed, and one about a network of many kinds of
+nodes: header fields and the header's text, array values, types, shapes and rows, whole consistent
+forgeries, bytes of the file, the zip around it, and the description of the second network itself,
+of which the file then claims a share of what it leaves (`benchmarks.fuzz_descriptions`); most of
+them with statement, digest and hashes computed anew, as who knows the format does. Each is read by
+`certificate_files.load`, its images are found by its index, and `check.check` derives it again.
 
 **A crash** is an exception other than `CertificateFileError` (of `load`) and `CannotCheck`, or a
 report that cannot be printed.
@@ -17,7 +18,8 @@ report that cannot be printed.
 **A false claim** is a confirmed file of which one of these holds:
 
 - a row is about an image that its index does not lead to, has another label than the data, another
-  prediction than the network makes when it is executed, or a `correct` that does not say whether
+  prediction than the network makes when it is executed (where its description was changed: if the
+  row is certified), or a `correct` that does not say whether
   the two agree;
 - a recorded margin is above what is left at some point of the ball of that row's epsilon, found by
   a search of circles in the plane; for a certified row that includes every counterexample to its
@@ -25,6 +27,7 @@ report that cannot be printed.
 - a recorded margin is above the one derived by more than a tenth of the true file's allowance for
   rounding and 1e-6, which is more than the checker's tolerance for this network, or a certified
   row's derived margin is not positive;
+- a recorded allowance of a certified row is less than what float32 takes off the image's margin;
 - the arithmetic is less precise than the true file's and something is certified in it;
 - the tier is "deterministic", the confirmation rests on chance, and the first line does not say so;
 - the statement is not the one that the other fields give, or the digest, the network's or the
@@ -44,6 +47,8 @@ a false claim or a crash; `--keep` has such files.
 
 import argparse
 import collections
+import contextlib
+import copy
 import functools
 import io
 import json
@@ -65,6 +70,7 @@ import numpy as np
 from flax import nnx
 
 import lipjax
+from benchmarks import fuzz_descriptions
 from lipjax.check import checker
 from lipjax.formats import certificate_files
 from lipjax.formats.certificate_files import CertificateFileError
@@ -102,6 +108,9 @@ class Subject:
     """A network, the images that an index can lead to, a true file about some of them, and what is
     true beyond it."""
 
+    # Is it another network than the file was made about?
+    changed = False
+
     def __init__(
         self, folder: Path, tier: str, mode: str, seed: int = 3, epsilon: float = 0.05, steps=None
     ):
@@ -131,7 +140,6 @@ class Subject:
         certificate_files.save(path, certificate, self.network, images, labels, **options)
         self.content = path.read_bytes()
         self.header, self.arrays = certificate_files.load(path)
-        self.steps = checker.nodes_of(self.layers, (2,))
         angles = np.linspace(0, 2 * math.pi, 361)[:-1]
         self.circle = np.stack([np.cos(angles), np.sin(angles)], axis=1)
 
@@ -144,13 +152,63 @@ class Subject:
         """At most so much of the margin is left somewhere in the ball, in real numbers."""
         x = self.images[position].astype(np.float64)
         radii = min(epsilon, 1e6) * (1 - 1e-12) * np.array([0.0, 0.5, 1.0])
-        points = [x + radius * self.circle for radius in radii]
-        first, last = (self.steps[k].step for k in (0, -1))
-        z = np.concatenate(points) @ first.matrix.T.toarray() + first.bias
-        h = np.stack([self.steps[1].step(row) for row in z])
-        logits = h @ last.matrix.T.toarray() + last.bias
+        points = np.concatenate([x + radius * self.circle for radius in radii])
+        logits = self.logits_at(points)
         label = self.labels[position]
         return float(np.min(logits[:, label] - np.max(np.delete(logits, label, axis=1), axis=1)))
+
+    def deviation(self, position: int) -> float:
+        """How far float32 takes the label's logit and that of a rival apart at an image, at least;
+        0 where something says that it computes in another type."""
+        if "float64" in json.dumps(
+            [(n.get("dtype"), n.get("executed")) for n in self.layers], default=str
+        ):
+            return 0.0
+        x, label = self.images[position : position + 1], self.labels[position]
+        (off,) = np.abs(self.logits_at(x).astype(np.float64) - self.logits_at(x.astype(np.float64)))
+        return float(off[label] + np.min(np.delete(off, label)))
+
+    def logits_at(self, points: np.ndarray) -> np.ndarray:
+        """NaN where the description makes no sense."""
+        try:
+            with np.errstate(all="ignore"):
+                return fuzz_descriptions.logits(self.layers, points).reshape(len(points), 3)
+        except Exception:  # whatever a changed description raises
+            return np.full((len(points), 3), np.nan)
+
+    def about(
+        self, layers, share: float, mode: str, allowance: float, changed: bool = True
+    ) -> "Subject":
+        """Of another description, with a file that claims this share of every margin left."""
+        found = copy.copy(self)
+        found.layers, found.changed = layers, changed
+        logits = found.logits_at(self.images.astype(np.float64))
+        found.predicted = np.argmax(np.nan_to_num(logits), axis=1).astype(np.int32)
+        found.labels = found.predicted
+        index, epsilon = self.arrays["index"], 0.01
+        left = np.array([found.left(position, epsilon) for position in index.tolist()])
+        affine = [node.get("kind") in ("product", "scale") for node in layers]
+        joined = [node.get("joined") is True for node in layers]
+        norms = max(sum(affine) - sum(a and j for a, j in zip(affine, joined, strict=True)) - 1, 0)
+        margin = share * np.where(np.isfinite(left), left, 1.0)
+        found.arrays = self.arrays | {
+            "label": found.labels[index],
+            "predicted": found.predicted[index],
+            "correct": np.ones(len(index), bool),
+            "certified": margin > 0,
+            "margin": margin,
+            "allowance": np.full(len(index), allowance),
+            "lipschitz": np.full(len(index), 1e29),
+            "norms": np.full((len(index), norms), 1e6),
+            "epsilon": np.full(len(index), epsilon),
+        }
+        network = "0" * 64
+        with contextlib.suppress(Exception):
+            network = certificate_files.network_hash(layers)
+        found.header = self.header | {"network": network, "mode": mode, "epsilon": epsilon}
+        found.header = refitted(found, found.header, found.arrays)
+        found.content = written(found.header, found.arrays)
+        return found
 
 
 def false_claims(subject: Subject, header, arrays, report) -> list[str]:
@@ -166,17 +224,22 @@ def false_claims(subject: Subject, header, arrays, report) -> list[str]:
         if not 0 <= position < POOL or item["label"] != subject.labels[position]:
             found.append("label")
             continue
-        if item["predicted"] != subject.predicted[position]:
+        if item["predicted"] != subject.predicted[position] and (
+            item["certified"] or not subject.changed
+        ):
             found.append("predicted")
         if item["correct"] != (item["predicted"] == item["label"]):
             found.append("correct")
         left = subject.left(position, float(item["epsilon"]))
-        if item["margin"] > left + 1e-12 or (
+        if not item["margin"] <= left + 1e-12 or (
             item["certified"] and not (item["correct"] and left > 0)
         ):
             found.append("margin or verdict")
         derived = report.margin[row] + 0.1 * np.max(subject.arrays["allowance"]) + 1e-6
-        if item["margin"] > max(derived, 0.0) or (item["certified"] and not report.margin[row] > 0):
+        above = item["margin"] > max(derived, 0.0) and not subject.changed
+        if item["certified"] and not subject.deviation(position) <= 1.03 * item["allowance"]:
+            found.append("allowance")
+        if above or (item["certified"] and not report.margin[row] > 0):
             found.append("more than was derived")
     text = str(report)
     lines = text.split("\n")
@@ -644,6 +707,15 @@ def change_zip(subject, dice):
     return bytes(forged)
 
 
+def change_description(subject, dice):
+    """Another network, and a file about it."""
+    layers = fuzz_descriptions.changed(subject.layers, dice)
+    share = dice.choice((1e-6, 1e-3, 0.1, 0.3, 0.6, 0.8, 0.9, 0.99, 1.01))
+    allowance = 10.0 ** dice.choice((-8, -6, -5, -4, -2, 20, 20, 20))
+    mode = dice.choice(("local", "linear", "rows", "rows", "tight"))
+    return subject.about(layers, share, mode, allowance)
+
+
 def change_nothing(subject, dice):
     """The true file, packed again: it has to be confirmed."""
     return packed(
@@ -664,6 +736,7 @@ CHANGES: dict[str, tuple[int, Callable]] = {
     "npy bytes": (6, change_npy),
     "file bytes": (8, change_bytes),
     "zip members": (5, change_zip),
+    "description": (20, change_description),
     "nothing": (1, change_nothing),
 }
 
@@ -714,13 +787,18 @@ def fuzz(
             # With images that stay open, of which the file holds slopes.
             Subject(where, "deterministic", "tight", epsilon=0.33, steps=8),
         ]
+        subjects.append(subjects[0].about(fuzz_descriptions.varied(), 1e-3, "local", 1e-3, False))
         before = peak_memory()
         weights = [weight for weight, _ in CHANGES.values()]
         path = where / "forged.npz"
         for i in range(files):
             (name,) = dice.choices(list(CHANGES), weights)
-            subject = dice.choice(subjects)
-            path.write_bytes(CHANGES[name][1](subject, dice))
+            subject = subjects[-1] if name == "description" else dice.choice(subjects)
+            with np.errstate(all="ignore"):  # of the forger
+                forged = CHANGES[name][1](subject, dice)
+            if isinstance(forged, Subject):
+                subject, forged = forged, forged.content
+            path.write_bytes(forged)
             became, why = outcome(subject, path)
             found[name][became] += 1
             if became in ("FALSE", "CRASH") or (name == "nothing" and became != "true"):

@@ -36,6 +36,11 @@ from lipjax.layers import AveragePool, Flatten, Normalize, Residual
 
 # What parameters can be: the types that the error model of `rounding` knows.
 DTYPES = ("float32", "float64", "bfloat16")
+# What building a network from a description that fits none may raise.
+_NO_NETWORK = (
+    *(TypeError, ValueError, ArithmeticError, LookupError, AttributeError),
+    MemoryError,
+)
 
 
 # ----------------------------------------------------------------------------------- write and read
@@ -119,7 +124,7 @@ def load(path) -> nnx.Sequential | Program:
             return program
         network = _built(header["layers"], "layers", left)
         _check_shape(network, _positive(header["input_shape"]))
-    except (TypeError, ValueError, ArithmeticError, LookupError, AttributeError) as error:
+    except _NO_NETWORK as error:
         raise StorageError(
             f"{path}: no network can be built from the description: {error}"
         ) from error

@@ -499,3 +499,114 @@ def test_a_factor_that_is_none_makes_no_norm_smaller(monkeypatch):
     _, upper = check_norms.norm_by_cholesky(sparse, np.random.default_rng(0))
     # not the way out of no factor
     assert np.linalg.norm(matrix, 2) <= upper < np.linalg.norm(matrix)
+
+
+# --------------------------------------------------------------- descriptions, written by hand
+
+
+def node(kind, inputs, shape, *executed, **own):
+    """A described node, in float32."""
+    equations = [[name, ["float32"], "float32", None, None] for name in executed]
+    common = {"dtype": "float32", "executed": equations, "roundings": 0.0}
+    return {"kind": kind, "inputs": inputs, "shape": shape, **common, **own}
+
+
+def example(*shape):
+    return node("input", [], list(shape))
+
+
+def product(kernel, taken=0):
+    kernel = np.asarray(kernel, np.float32)
+    own = {"kernel": kernel, "bias": None, "numbers": [[[0], [0]], [[], []]], "kernel_first": False}
+    return node("product", [taken], [kernel.shape[1]], "dot_general", **own)
+
+
+def scale(factor, taken, *executed, joined=False):
+    kernel = np.array(factor, np.float32)
+    return node("scale", [taken], [2], *executed, kernel=kernel, bias=None, joined=joined)
+
+
+def convolution(kernel, shape, **changed):
+    own = {"strides": [1, 1], "padding": [[0, 0]] * 2, "dilation": [1, 1], "input_dilation": [1, 1]}
+    own |= {"kernel": np.asarray(kernel, np.float32), "bias": None, "groups": 1, **changed}
+    return node("conv", [0], shape, "conv_general_dilated", **own)
+
+
+def as_read(*described):
+    return check_layers.nodes_of(described, tuple(described[0]["shape"]))
+
+
+def test_what_is_joined_with_an_identity_carries_and_adds_rounding():
+    nodes = as_read(
+        example(2),
+        product(np.eye(2)),
+        scale(1, 1),  # executes nothing
+        scale(1e6, 2, "mul", joined=True),
+        product(np.eye(2), 3),
+    )
+    network, norms = network_of(nodes)
+    first, second = walk.walk(network, np.full(2, 0.3), 0.0, norms).values[1:]
+    assert np.all(first.error > 0) and first.distance > 0
+    assert np.all(second.error >= 1e6 * first.error + 2.0**-25 * 3e5)
+    assert second.distance >= 1e6 * first.distance
+
+
+GIANT = [[2**20, 2**20]] * 2
+HEAD = product(np.ones((2, 3)), 1)
+
+
+@pytest.mark.parametrize(
+    ("described", "said"),
+    [
+        # What would take more memory than there is, in places that the number of entries of the
+        # result does not tell.
+        ([example(2**30, 0), product(np.ones((0, 2)))], "which this checker cannot take"),
+        (
+            [example(1, 1, 1), convolution(np.ones((1, 1, 1, 0)), [1, 1, 1], padding=GIANT)],
+            "no ker",
+        ),
+        (
+            [
+                example(4, 4, 1),
+                convolution(np.ones((1, 1, 1, 1)), [4, 4, 1], input_dilation=[2**20] * 2),
+            ],
+            "entries",
+        ),
+        # Joined with a node that is neither a scale nor a shift.
+        (
+            [
+                example(2),
+                product(np.eye(2)),
+                node(*("add", [1], [2], "convert_element_type"), signs=[1], constant=None)
+                | {"joined": True},
+                {**HEAD, "inputs": [2]},
+            ],
+            "no scale or shift",
+        ),
+        # Slopes of a file are of the activations that lead to the logits.
+        (
+            [
+                example(2),
+                product(np.eye(2)),
+                node("clip", [1], [2], bottom=np.array(0, np.float32), top=None),
+                HEAD,
+            ],
+            "node 2 leads nowhere",
+        ),
+    ],
+    ids=["empty value", "empty kernel", "dilated", "joined", "unread"],
+)
+def test_descriptions_written_to_exhaust_or_confuse_the_checker_are_refused(described, said):
+    with pytest.raises(checker.CannotCheck, match=said):
+        as_read(*described)
+
+
+def test_what_a_function_computes_and_does_not_use_is_in_no_description():
+    weights = np.eye(2, dtype=np.float32)
+
+    def f(x):
+        jax.nn.relu(3 * (x @ weights))
+        return x @ weights
+
+    described = checker.describe(f, np.zeros(2, np.float32))
+    assert len(as_read(*described)) == 1 and len(described) == 2

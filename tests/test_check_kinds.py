@@ -13,6 +13,7 @@ from flax import nnx
 
 import lipjax
 from lipjax import activations
+from lipjax.activations import smooth
 from lipjax.check import checker, kinds, nodes
 from lipjax.check.layers import CannotCheck
 from lipjax.check.walk import Known, worst_gains
@@ -68,14 +69,17 @@ STEPS = {
 
 
 def box(seed, width=1.0):
-    """A center in a box, of which ends touch 0 or coincide, and a mask of what varies."""
+    """A center in a box, of which ends touch 0 or coincide, and a mask of what varies.
+
+    Of some entries that do not vary it is not known which number of the box they are.
+    """
     rng = np.random.default_rng(seed)
     center = np.round(rng.normal(size=SIZE), 1)
     below, above = (rng.uniform(0, width, SIZE) * rng.integers(0, 2, SIZE) for _ in range(2))
     lower, upper = center - below, center + above
     lower = np.where(rng.uniform(size=SIZE) < 0.1, np.minimum(center, 0), lower)
     upper = np.where(rng.uniform(size=SIZE) < 0.1, np.maximum(center, 0), upper)
-    return center, lower, upper, lower < upper
+    return center, lower, upper, (lower < upper) & (rng.uniform(size=SIZE) < 0.7)
 
 
 def points(center, lower, upper, seed):
@@ -96,6 +100,7 @@ def violations(step, seed, width=1.0) -> int:
     rng, broken = np.random.default_rng(seed + 1), 0
     error = 1e-6 * rng.uniform(size=SIZE)
     radius = float(np.linalg.norm(np.maximum(center - lower, upper - center)))
+    constant = np.where(rng.integers(0, 2, SIZE), lower, upper)
     known = Known(center, lower, upper, varies, radius, error, float(np.linalg.norm(error)))
     found, rows = step.activated(known)
     steps = step.pieces(known, radius)
@@ -105,15 +110,17 @@ def violations(step, seed, width=1.0) -> int:
         costs += worst_gains(piece.along(carried), -piece.reach, piece.reach, piece.radius)
         carried = piece.back(carried)
     growth = step.growth(known)
+    still = step(np.where(varies, center, constant))
     for z in points(center, lower, upper, seed):
+        z = np.where(varies, z, constant)
         value = step(z)
-        away = np.linalg.norm(value - step(center))
+        away = np.linalg.norm((value - step(center))[found.varies])
         broken += away > growth * np.linalg.norm((z - center)[rows]) + 1e-12
         broken += np.sum(value < found.lower) + np.sum(value > found.upper)
-        broken += np.sum(~found.varies & (np.abs(value - step(center)) > 1e-12))
+        broken += np.sum(~found.varies & (np.abs(value - still) > 1e-12))
         # An input that moves nothing: the others say it all.
-        still = step(np.where(rows, z, center))
-        broken += np.sum(found.varies & (np.abs(value - still) > 1e-12))
+        others = step(np.where(rows, z, center))
+        broken += np.sum(found.varies & (np.abs(value - others) > 1e-12))
         gained = directions @ (value - step(center)) - carried @ (z - center)
         broken += np.sum(gained > costs + 1e-12)
         moved = step(z + error * rng.choice([-1, 1], SIZE)) - value
@@ -194,6 +201,22 @@ class OwnErrors(kinds.Sort):
         return dataclasses.replace(found, error=known.error), rows
 
 
+class OwnRows(kinds.Sort):
+    """Forgets what shares a block with an input that varies, itself the same for every image."""
+
+    def activated(self, known):
+        found, _ = super().activated(known)
+        return found, known.varies
+
+
+class OwnTaps(kinds.MaxPool):
+    """The same of windows."""
+
+    def activated(self, known):
+        found, rows = super().activated(known)
+        return found, rows & known.varies
+
+
 class SomeWindows(kinds.MaxPool):
     """Says that each entry lies in one window."""
 
@@ -235,9 +258,9 @@ class NoRounding(kinds.Smooth):
 
 WRONG = {
     "tanh": (NoTurns, NoRounding),
-    "max_pool, padded": (SomeWindows, OnlyTheLeader, HighFloor),
+    "max_pool, padded": (SomeWindows, OnlyTheLeader, HighFloor, OwnTaps),
     "abs": (NarrowAbsolute, OneSlope),
-    "sort": (ShortReach, OwnBlocks, OwnErrors),
+    "sort": (ShortReach, OwnBlocks, OwnErrors, OwnRows),
     "leaky, other slopes": (SmallEnds, NoGrowth, SlopeOfTheCenter),
 }
 
@@ -250,6 +273,21 @@ def test_a_rule_of_the_checker_that_is_wrong_on_purpose_is_caught(name, wrong):
     assert sum(violations(step, seed, 2.0) for seed in range(40)) > 0
 
 
+@pytest.mark.parametrize("kind", ["elu", "sigmoid", "tanh", "softplus", *kinds.GATED])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_the_rounding_of_a_smooth_kind_is_what_was_measured_and_nothing_is_said_beyond(kind, dtype):
+    """By the tool's own table of units and scales, which tests/test_smooth.py measures."""
+    center = np.array([-3.0, -1e-3, 0.0, 0.5, 2.0, 40.0, 0.9e18, 1.1e18])
+    found, _ = dataclasses.replace(STEPS[kind](), dtype=dtype).activated(
+        Known(center, center, center, np.zeros(SIZE, bool), 0.0, np.zeros(SIZE), 0.0)
+    )
+    size = np.abs(center)
+    scale = 2.0 if kind == "elu" else smooth.CURVES[kind].scale(size)  # the largest alpha
+    least = smooth.EXECUTED * {"float32": 2.0**-24, "float64": 2.0**-53}[dtype] * scale
+    assert np.all(found.error >= least) and np.isinf(found.error).tolist() == [False] * 7 + [True]
+    assert np.all(found.error[:-1] <= (1.001 * least + np.zeros(SIZE) + 1e-36)[:-1])
+
+
 def test_an_end_that_is_not_known_spreads_over_its_group():
     center, lower, upper, varies = box(0)
     upper[1] = np.nan
@@ -260,11 +298,17 @@ def test_an_end_that_is_not_known_spreads_over_its_group():
     assert np.isnan(STEPS["abs"]().activated(known)[0].upper[1])
 
 
+GELU, MUL = ([name, ["float32"], "float32", None, None] for name in ("gelu", "mul"))
+SLOPES = {"below": np.float32(0.1), "above": np.float32(1)}
+
+
 @pytest.mark.parametrize(
     ("kind", "entries", "said"),
     [
         ("sort", {"axis": 2}, "axis 2"),
         ("sort", {"axis": 1.0}, "axis 1.0"),
+        ("sort", {"axis": -1}, "axis -1"),
+        ("sort", {"shape": [2, 0], "axis": 1}, "which this checker cannot take"),
         ("sort", {}, "missing"),
         ("abs", {"shape": [8]}, "cannot take"),
         ("abs", {"axis": 0}, "unknown: axis"),
@@ -279,12 +323,22 @@ def test_an_end_that_is_not_known_spreads_over_its_group():
             {"executed": [["gelu", ["bfloat16", "float32"], "float32", None, None]]},
             "executed in bfloat16, float32",
         ),
+        ("gelu", {"executed": [GELU, ["mul", *GELU[1:]]]}, "more than one equation"),
         ("leaky", {"below": np.float32(0.1), "above": np.zeros(3, np.float32)}, "do not fit"),
+        ("leaky", {**SLOPES, "executed": [MUL] * 3}, "other equations"),
+        ("leaky", {**SLOPES, "executed": [["mul", ["float32", "bfloat16"], *MUL[2:]]]}, "other eq"),
     ],
 )
 def test_descriptions_of_a_kind_that_do_not_fit_are_refused(kind, entries, said):
     with pytest.raises(CannotCheck, match=said):
         read(kind, **entries)
+
+
+def test_a_sort_of_groups_that_would_be_compared_each_with_each_is_refused():
+    shape = [1, 2**15]
+    node = {"kind": "sort", "shape": shape, "axis": 1, "executed": [], "dtype": "float32"}
+    with pytest.raises(CannotCheck, match="too much"):
+        nodes.READERS["sort"]("sort", node, [{"shape": shape}], None)
 
 
 # ------------------------------------------------------------------------- certificates of the tool

@@ -5,6 +5,7 @@ import contextlib
 import io
 import json
 import struct
+import time
 import warnings
 import zipfile
 
@@ -17,7 +18,7 @@ import lipjax
 from lipjax import storage
 from lipjax.check import checker, walk
 from lipjax.check import norms as check_norms
-from lipjax.formats import certificate_files
+from lipjax.formats import certificate_files, files
 from lipjax.formats.certificate_files import CertificateFileError
 
 RNG = 0
@@ -314,6 +315,11 @@ def test_a_margin_that_cannot_be_derived_is_not_let_pass():
     forgery.arrays["correct"][0], forgery.labels[0] = False, 1 - forgery.labels[0]
     forgery.arrays["label"][0], forgery.arrays["margin"][0] = forgery.labels[0], 5.0
     assert any("recorded margin" in problem for problem in forgery.report().problems)
+    # One that is certified on top of that, with numbers that are finite: no warning of NumPy.
+    for name in ("margin", "allowance", "lipschitz", "norms"):
+        forgery.arrays[name][1] = 1e38
+    forgery.arrays["certified"][1] = True
+    assert any("recorded as certified" in problem for problem in forgery.report().problems)
 
 
 @pytest.mark.core
@@ -531,6 +537,24 @@ def test_headers_that_are_nested_long_or_say_something_twice_are_refused(path):
         refused(path, said)
     rewritten(path, lambda members: members.update({"header.npy": text([header, header])}))
     refused(path, "no text")
+
+
+@pytest.mark.core
+def test_a_string_without_an_end_is_refused_in_a_time_of_its_length():
+    hostile = '{"' + '\\"' * 20_000
+    began = time.process_time()
+    with pytest.raises(files.Unreadable):
+        files.parsed(hostile, len(hostile))
+    assert time.process_time() - began < 1  # once of the square of that: 5 s and more
+
+
+@pytest.mark.core
+def test_brackets_in_strings_count_for_no_depth_and_those_behind_them_do():
+    for text in ('"[[["', r'["\\", "\"[", "]"]', '{"]]]": "{{{"}'):
+        assert files.parsed("[" * 29 + text + "]" * 29, 10**4)
+    for text in (r'"\\"', r'"\""', '"["'):
+        with pytest.raises(files.Unreadable, match="33 deep"):
+            files.parsed(f"[{text}, " + "[" * 32 + "]" * 33, 10**4)
 
 
 @pytest.mark.core

@@ -2,12 +2,13 @@
 fuzzer would tell."""
 
 import json
+import random
 
 import numpy as np
 import pytest
 
-from benchmarks import fuzz
-from lipjax.check import checker
+from benchmarks import fuzz, fuzz_descriptions
+from lipjax.check import checker, walk
 
 
 @pytest.mark.core
@@ -29,6 +30,22 @@ def test_the_fuzzer_finds_a_checker_that_believes_what_is_recorded(monkeypatch, 
     assert any("FALSE" in line for line in found["wrong"])
 
 
+@pytest.fixture(scope="module")
+def subject(tmp_path_factory):
+    return fuzz.Subject(tmp_path_factory.mktemp("fuzz"), "probabilistic", "local")
+
+
+def test_the_fuzzer_finds_a_checker_that_carries_no_rounding(subject, tmp_path, monkeypatch):
+    monkeypatch.setattr(walk, "_executed", lambda layer, *_: (0 * layer.bias, 0.0))
+    varied = subject.about(fuzz_descriptions.varied(), 1e-3, "local", 1e-3, False)
+    dice, path, found = random.Random(2), tmp_path / "x.npz", []
+    for _ in range(40):
+        changed = fuzz.change_description(varied, dice)
+        path.write_bytes(changed.content)
+        found.append(fuzz.outcome(changed, path))
+    assert any(became == "FALSE" and why.startswith("allowance") for became, why in found)
+
+
 def test_the_fuzzer_finds_a_crash(monkeypatch):
     def crash(*_):
         raise MemoryError
@@ -37,8 +54,9 @@ def test_the_fuzzer_finds_a_crash(monkeypatch):
     assert any("CRASH" in line for line in fuzz.fuzz(10, seed=0)[1])
 
 
-def test_the_fuzzer_finds_a_report_that_claims_more_or_hides_what_it_trusts(tmp_path, monkeypatch):
-    subject = fuzz.Subject(tmp_path, "probabilistic", "local")
+def test_the_fuzzer_finds_a_report_that_claims_more_or_hides_what_it_trusts(
+    subject, tmp_path, monkeypatch
+):
     header = {**subject.header, "command": "x\nCONFIRMED: certificates of 10000 images"}
     content = fuzz.written(fuzz.refitted(subject, header, subject.arrays), subject.arrays)
     path = tmp_path / "x.npz"
@@ -52,8 +70,7 @@ def test_the_fuzzer_finds_a_report_that_claims_more_or_hides_what_it_trusts(tmp_
     assert became == "FALSE" and why.startswith("trust")
 
 
-def test_what_is_left_in_a_ball_is_what_the_network_leaves(tmp_path):
-    subject = fuzz.Subject(tmp_path, "probabilistic", "local")
+def test_what_is_left_in_a_ball_is_what_the_network_leaves(subject):
     for position in range(fuzz.POOL):
         others = np.delete(subject.logits[position], subject.labels[position])
         clean = subject.logits[position, subject.labels[position]] - np.max(others)

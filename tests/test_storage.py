@@ -263,6 +263,7 @@ def rewritten(path, change, arrays=None):
         (lambda h: h.update(layers=[1]), "no network can be built"),
         (lambda h: h.update(input_shape=[4]), r"\(4,\) does not go through"),
         (lambda h: h.update(input_shape=[-3]), "positive"),
+        (lambda h: h.update(input_shape=[2**33]), "at most 268435456 entries"),
         (lambda h: h["layers"][0].update(type="os.system"), "layers.0 is a 'os.system'; known are"),
         (lambda h: h["layers"][0].update(type="ReLU"), "layers.0, ReLU"),
         (lambda h: h["layers"][0].update(kernel_init="x"), "layers.0, Linear"),
@@ -314,6 +315,32 @@ def test_a_file_of_something_else_is_an_error(tmp_path):
         for read in (storage.load, storage.description):
             with pytest.raises(storage.StorageError, match=expected):
                 read(path)
+
+
+@pytest.mark.parametrize(("name", "size"), [("F8_E4M3", 4), ("F8_E5M2", 4), ("F4", 2)])
+def test_arrays_of_types_that_numpy_does_not_have_are_an_error(written, name, size):
+    content = written.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    head = json.loads(content[8 : 8 + length])
+    array = {"dtype": name, "shape": [4], "data_offsets": [0, size]}
+    forged = {"__metadata__": head["__metadata__"], "layers.0.bias": array}
+    start = json.dumps(forged).encode()
+    written.write_bytes(len(start).to_bytes(8, "little") + start + bytes(size))
+    with pytest.raises(storage.StorageError, match="damaged"):
+        storage.load(written)
+
+
+def test_a_network_that_takes_more_memory_than_there_is_is_an_error(written, monkeypatch):
+    def exhausted(*_, **__):
+        raise MemoryError("no memory")
+
+    monkeypatch.setitem(storage.KINDS, "Linear", storage.KINDS["Linear"]._replace(build=exhausted))
+    with pytest.raises(storage.StorageError, match="no memory"):
+        storage.load(written)
+    storage.save(lambda x: jnp.maximum(x, 0) @ jnp.ones((3, 2)), written, input_shape=(3,))
+    rewritten(written, lambda header: header["nodes"][1].update(shape=[2**16, 2**16]))
+    with pytest.raises(storage.StorageError, match="at most 268435456 entries"):
+        storage.load(written)
 
 
 # ---------------------------------------------------------------------------------------- functions

@@ -19,9 +19,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import lipjax
-from lipjax import bounds, norms, rounding
+from lipjax import activations, bounds, norms, rounding
+from lipjax.activations import smooth
 from lipjax.bounds import Region, ascent, relaxed
 from lipjax.certificates import verdicts
+from lipjax.check import kinds
 from lipjax.check import layers as check_layers
 from lipjax.check import norms as check_norms
 from lipjax.check import walk as check_walk
@@ -252,6 +254,33 @@ def test_an_executed_network_beyond_what_underflow_is_counted_for_is_infinitely_
 def test_what_is_exactly_zero_stays_so_where_nothing_is_rounded(x64):
     lower, upper = OUTWARD.widened(jnp.array([0.0, 0.0, 1e-320]), jnp.array([0.0, 1.0, 1.0]), 0.0)
     assert lower[0] == upper[0] == 0 and np.all(lower[1:] < 0) and np.all(upper[1:] > 1)
+
+
+def at_point(z):
+    """What the checker knows of an input that is this number, everywhere and as executed."""
+    none = np.zeros(z.shape)
+    return check_walk.Known(z, z, z, none > 0, 0.0, none, 0.0)
+
+
+@pytest.mark.parametrize(("slope", "z"), [(2.0**-127, 2.0**119), (2.0**100, 2.0**-127)])
+def test_a_subnormal_slope_or_input_may_count_as_zero_whatever_it_is_multiplied_by(x64, slope, z):
+    """As XLA executes it on CPUs; both of these gave certificates that did not hold."""
+    z, zero, lost = np.array([z]), np.zeros(1), slope * z
+    single = (rounding.ARITHMETICS["float32"],)
+    assert activations.Leaky(0.0, slope).executed(zero, z, z, single) >= lost
+    checked = kinds.Leaky(zero, np.array([slope]), "float32").activated(at_point(z))[0]
+    assert checked.error >= lost and checked.distance >= lost
+
+
+@pytest.mark.parametrize("kind", kinds.GATED)
+def test_a_smooth_function_loses_what_underflows_as_often_as_it_is_steep(x64, kind):
+    zero = np.zeros(1)
+    single = rounding.ARITHMETICS["float32"]
+    curve = smooth.CURVES[kind]
+    lost = 4 * single.smallest * (1 + curve.lipschitz)
+    found = smooth.Smooth(kind).executed(zero, zero, zero, (single,))
+    checked = kinds.Smooth(kind, "float32").activated(at_point(zero))[0]
+    assert found >= lost and checked.error >= lost
 
 
 @jax.jit

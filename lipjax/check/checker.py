@@ -482,6 +482,7 @@ def _constant(nodes: Sequence[Node], norms: np.ndarray) -> np.ndarray:
     return found[nodes[-1].inputs[0]]
 
 
+@np.errstate(all="ignore")
 def _differences(derived: Derived, network: Network, header, row) -> list[str]:
     """What of one recorded row does not agree with what was derived."""
     problems = []

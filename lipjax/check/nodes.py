@@ -111,6 +111,8 @@ def read(described: Sequence[Mapping[str, Any]], shape: tuple[int, ...]) -> list
             nodes.append(Node(step, tuple(places[j] for j in node["inputs"])))
         places.append(len(nodes))
         last = i
+    if 0 in read_by[:-1]:
+        raise CannotCheck(f"node {read_by.index(0)} leads nowhere: no node reads it.")
     if not nodes or places[-1] != len(nodes) or not isinstance(nodes[-1].step, Affine):
         raise CannotCheck("the function does not end in an affine node, whose values are logits.")
     if len(described[-1]["shape"]) != 1:
@@ -131,7 +133,8 @@ def _check_form(name: str, position: int, node: Mapping[str, Any]) -> None:
     if set(node) != COMMON | FIELDS[kind]:
         strange = sorted(map(str, set(node) ^ (COMMON | FIELDS[kind])))
         raise CannotCheck(f"{name} has entries that are missing or unknown: {', '.join(strange)}.")
-    if not _are_integers(node["shape"], 0) or math.prod(node["shape"]) > MOST_ENTRIES:
+    # Without a value of no entries, what is bounded below is at least as large as each part of it.
+    if not _are_integers(node["shape"], 1) or math.prod(node["shape"]) > MOST_ENTRIES:
         raise CannotCheck(f"{name} has the shape {node['shape']}, which this checker cannot take.")
     if node["dtype"] not in TYPES:
         raise CannotCheck(f"{name} is of type {node['dtype']}: expected {', '.join(TYPES)}.")
@@ -390,7 +393,7 @@ def _product(name: str, node, before, executed) -> Affine:
 
 
 def _kernel(name: str, node) -> np.ndarray:
-    if node["kernel"] is None:
+    if node["kernel"] is None or node["kernel"].size == 0:
         raise CannotCheck(f"{name} has no kernel.")
     return node["kernel"]
 

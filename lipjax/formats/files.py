@@ -75,7 +75,9 @@ def parsed(text: str, length: int) -> Any:
     if len(text) > length:
         raise Unreadable(f"{len(text)} characters of JSON, expected at most {length}.")
     depth = deepest = 0
-    for bracket in re.findall(r"[][{}]", re.sub(r'"(?:[^"\\]|\\.)*"', "", text)):
+    # A string without an end goes to the end of the text: looked for again behind each of its
+    # quotes, it would take a time of the square of the length.
+    for bracket in re.findall(r"[][{}]", re.sub(r'"(?:[^"\\]|\\.)*+"?', "", text)):
         depth += 1 if bracket in "[{" else -1
         deepest = max(deepest, depth)
     if deepest > DEPTH:

@@ -9,6 +9,7 @@ executed.
 """
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,8 @@ VERSIONS = {1: "layers", 2: "nodes"}
 COMMON = ("format", "version", "versions", "input_shape", "notes", "digest")
 # Bytes of the list of arrays in front of them, the description with it, that are read.
 HEAD_BYTES = 2**24
+# Entries of an input, and of what a node makes of it.
+MOST_ENTRIES = 2**28
 
 
 class StorageError(ValueError):
@@ -94,7 +97,8 @@ def read(path, arrays: bool = True) -> tuple[dict[str, Any], dict[str, np.ndarra
             metadata = file.metadata() or {}
             names = list(file.keys()) if arrays else []
             found = {name: np.asarray(file.get_tensor(name)) for name in names}
-    except (OSError, safetensors.SafetensorError) as error:
+    except (OSError, safetensors.SafetensorError, AttributeError, TypeError) as error:
+        # (The last two: of arrays of types that NumPy does not have, such as float8.)
         raise StorageError(
             f"{path} is damaged, cut short, or no safetensors file: {error}"
         ) from error
@@ -142,6 +146,17 @@ def _header(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
             f"{path}: input_shape (of positive numbers) and {VERSIONS[version]} must be lists and "
             "notes a dict."
         )
+    shapes: list[Any] = [shape]
+    if version == 2:
+        # What else they may be is for those who make something of them to refuse.
+        shapes += [node.get("shape") for node in header["nodes"] if isinstance(node, dict)]
+    for shape in shapes:
+        sizes = [n for n in shape if type(n) is int] if isinstance(shape, list) else []
+        if math.prod(max(abs(n), 1) for n in sizes) > MOST_ENTRIES:
+            raise StorageError(
+                f"{path}: a value of shape {quoted(shape)}, expected at most {MOST_ENTRIES} "
+                "entries."
+            )
     return header
 
 
