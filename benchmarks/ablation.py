@@ -1,17 +1,16 @@
 """Trains and certifies a grid of settings: what training with each bound is worth, by each bound.
 
     python -m benchmarks.ablation --modes=global,paper,local,linear --seeds=3
-    python -m benchmarks.ablation --modes=local,linear --activations=relu,clipped_maxmin
-    --stability=0,0.01 \\
-        -- --config.schedule.epochs=60
-    python -m benchmarks.ablation --configs=configs/baselines.py:gloro,configs/baselines.py:bcp
-    --seeds=3
+    python -m benchmarks.ablation --modes=local,linear --activations=relu,clipped_maxmin \\
+        --stability=0,0.01 -- --config.schedule.epochs=60
+    python -m benchmarks.ablation --seeds=3 \\
+        --configs=configs/baselines.py:gloro,configs/baselines.py:bcp
 
 Runs of one command in --out, one per combination and seed, kept and not repeated; prints and stores
 a Markdown table (table.md) and a picture (table.png): certified accuracy at the configuration's
-    epsilon by each of --bounds, beside clean
-and PGD accuracy, mean (range) over the seeds, and the mean of the median Lipschitz constants of the
-last bound. Every run certifies at tier probabilistic with delta 1e-6.
+epsilon by each of --bounds, beside clean and PGD accuracy, mean (range) over the seeds, and the
+mean of the median Lipschitz constants of the last bound. Every run certifies at tier probabilistic
+with delta 1e-6.
 """
 
 import argparse

@@ -1,15 +1,14 @@
 """Images a second that are certified, by tier, beside the power iteration that proves nothing, in
 one run.
 
-    python -m benchmarks.certify --network=conv6_dense2 --activation=clipped_relu --examples=32
-    --json python -m benchmarks.certify --workdir=runs/cifar10 --examples=128 --json
+    python -m benchmarks.certify --network=conv6_dense2 --activation=clipped_relu --json
+    python -m benchmarks.certify --workdir=runs/cifar10 --examples=128 --json
 
 Without --workdir: fresh weights, random images, their predictions as labels. One JSON line (or
 plain text): seconds an image of each tier and of `lipjax.estimate` with 20 and with 2000 iterations
-    (as many as the published evaluation has), each
-the median of --rounds rounds in turn, compilation apart; the smallest and largest ratio of each
-one's Lipschitz constants to those of the estimate with most iterations; certified shares; peak
-memory.
+(as many as the published evaluation has), each the median of --rounds rounds in turn, compilation
+apart; the smallest and largest ratio of each one's Lipschitz constants to those of the estimate
+with most iterations; certified shares; peak memory.
 """
 
 import argparse

@@ -8,7 +8,7 @@ A small net on digits, a checkpoint each epoch. Each round starts train.py in th
 waits for a random moment, from the start of the process to some seconds after its first epoch, and
 kills it (--fault=kill), tells it to stop (sigterm), or kills one of its processes (one). Then the
 run goes on to its end. One JSON line: rounds, in how many of them training had begun, epochs of
-    finished work that the next start did again (most; the last lines of metrics against where it
+finished work that the next start did again (most; the last lines of metrics against where it
 continued), seconds from start to the first new epoch (median), whether metrics and checkpoints at
 the end are those of the run never stopped, bit for bit.
 """

@@ -2,9 +2,8 @@
 may.
 
     python -m benchmarks.hunt [--nets=random_relu,digits_maxmin,...] [--workdirs=runs/a,runs/b]
-    [--examples=32]
-                              [--tiers=probabilistic,deterministic] [--mode=local] [--seed=0]
-                              [--json] [--quick]
+                              [--examples=32] [--tiers=probabilistic,deterministic]
+                              [--mode=local] [--seed=0] [--json] [--quick]
 
 Random networks, networks trained on scikit-learn's digits here and now, and runs of train.py. Radii
 are certified at each tier, and the certified images attacked on the whole ball (pixels may leave
@@ -23,9 +22,8 @@ are certified at each tier, and the certified images attacked on the whole ball 
 
 Each column counts the images whose certificate was broken. One Markdown row per network and tier;
 epsilon is each image's certified radius, of which the row says the median; *certified / found*
-compares it with the smallest perturbation that
-*boundary* and *smallest* have found: 1 would be a certificate that touches what is broken. delta is
-the failure probability of each row by itself.
+compares it with the smallest perturbation that *boundary* and *smallest* have found: 1 would be a
+certificate that touches what is broken. delta is the failure probability of each row by itself.
 
 A second table shows that the opposition bites: the same attacks on certifiers that are unsound
 (`benchmarks.unsound`) must find violations. Exit status 1 if a certificate was broken, or an
@@ -411,7 +409,7 @@ class PreciseNetwork:
 
         Boxes and radii by these norms, so they are at most those of any certificate, and so are the
         masks. `sampled`: boxes of what `MASK_SAMPLES` random points of the sphere reach instead,
-            for modes whose boxes are narrower.
+        for modes whose boxes are narrower.
         """
         if self.adds:
             return [None] * (sum(isinstance(step, check_layers.Affine) for step in self.steps) - 1)

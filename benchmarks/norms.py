@@ -9,8 +9,7 @@ output with probability 1/2. One Markdown row per layer and way:
   iteration of --steps steps (from below, so an inflation is not understated). Negative for an
   estimate: its deficit.
 - *ms*: median wall time of one example by itself, without compilation; the guess that a bound needs
-  is included. Of the
-  global bound: once per network.
+  is included. Of the global bound: once per network.
 - *GFlop*: what `deterministic` counts for one example with one attempt and nothing masked; a bound
   that costs more than the budget is computed with blocks as large as the budget allows, or falls
   back on the global one.

@@ -2,7 +2,7 @@
 step consumes.
 
     python -m benchmarks.pipeline [--records=<folder of python -m lipjax.data.records>]
-    [--workers=0,1,2] [--rounds=5]
+                                  [--workers=0,1,2] [--rounds=5]
 
 Without --records it makes synthetic 64x64 JPEGs in a temporary folder. One JSON line: medians over
 the rounds, and the seconds until the first batch, which include the start of the workers.

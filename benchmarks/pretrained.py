@@ -1,12 +1,17 @@
-"""Makes the files of a network that comes with lipjax from a run:
-`lipjax/pretrained/NAME.safetensors`, .json and .html.
+"""Makes the files of a network that comes with lipjax from a run, or renews the figures of one
+that is there: `lipjax/pretrained/NAME.safetensors`, .json and .html.
 
-    python train.py --config=digits --workdir=runs/digits && python certify.py --workdir=runs/digits
-    python -m benchmarks.pretrained digits-maxmin --workdir=runs/digits
+    python train.py --config=digits --workdir=runs/digits
+    python certify.py --workdir=runs/digits
+    python -m benchmarks.pretrained digits-maxmin --workdir=runs/digits \\
+        --command='python train.py --config=digits --workdir=runs/digits'
 
-The card takes its figures from the summaries of the run's certifications, and the page from the
-first of them: the run's `certification`, or the folders given by --certifications (move that folder
-    away before certifying at another radius).
+    lipjax certify --network=digits-maxmin --data=digits --epsilon=0.5 --workdir=runs/again
+    python -m benchmarks.pretrained digits-maxmin --certifications runs/again/certification
+
+The card takes its figures from the summaries of the certifications, and the page from the first of
+them: the run's `certification`, or the folders given by --certifications. Without a run the network
+stays as it is, to the byte.
 """
 
 import argparse
@@ -20,6 +25,7 @@ import numpy as np
 from lipjax import pretrained, storage
 from lipjax.cli import networks
 
+FOLDER = Path(pretrained.__file__).parent
 FACTS = (
     "tier",
     "failure_probability",
@@ -40,31 +46,25 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("name", help="of the network")
-    parser.add_argument("--workdir", type=Path, required=True, help="a certified run of train.py")
-    parser.add_argument("--command", required=True, help="the command of its training")
+    parser.add_argument("--workdir", type=Path, help="a certified run of train.py")
+    parser.add_argument("--command", help="with --workdir: the command of its training")
     parser.add_argument(
         "--certifications", nargs="*", type=Path, help="folders; default: that of the run"
     )
     options = parser.parse_args()
+    if (options.workdir is None) != (options.command is None):
+        parser.error("--workdir and --command go together.")
+    if options.workdir is None and not options.certifications:
+        parser.error("give --workdir, or the --certifications of the network that is there.")
 
-    run = networks.of_run(options.workdir)
-    # where they were says nothing elsewhere
-    run.config["data"] |= {"data_dir": "", "manual_dir": ""}
-    shape = run.test.images.shape[1:]
     certifications = options.certifications or [options.workdir / "certification"]
     summaries = [json.loads((folder / "summary.json").read_text()) for folder in certifications]
-    folder = Path(pretrained.__file__).parent
-    path = folder / f"{options.name}.safetensors"
-    storage.save(run.network, path, input_shape=shape, notes=networks.notes(run))
-    card = {
-        "name": options.name,
-        "data": run.test.name,
-        "input_shape": list(shape),
-        "classes": run.test.classes,
-        "parameters": sum(int(np.size(leaf)) for leaf in jax.tree.leaves(run.network)),
-        "command": options.command,
-        "seed": run.facts["training_seed"],
-        "epoch": run.facts["epoch"],
+    path = FOLDER / f"{options.name}.safetensors"
+    if options.workdir is None:
+        of_network = _known(options.name, [summary["run"] for summary in summaries])
+    else:
+        of_network = _stored(options.name, options.workdir, options.command, path)
+    card = of_network | {
         "versions": summaries[0]["run"]["versions"],
         "sha256": pretrained.sha256(path),
         "results": [
@@ -79,9 +79,40 @@ def main() -> None:
             for summary in summaries
         ],
     }
-    (folder / f"{options.name}.json").write_text(json.dumps(card, indent=2) + "\n")
-    shutil.copyfile(certifications[0] / "report.html", folder / f"{options.name}.html")
+    (FOLDER / f"{options.name}.json").write_text(json.dumps(card, indent=2) + "\n")
+    shutil.copyfile(certifications[0] / "report.html", FOLDER / f"{options.name}.html")
     print(f"{path}: {path.stat().st_size} bytes")
+
+
+def _known(name: str, runs: list[dict]) -> dict:
+    """What the card says of a network that is there.
+
+    Raises:
+        ValueError: certifications of another network.
+    """
+    others = {run["network"] for run in runs} - {name}
+    if others:
+        raise ValueError(f"certifications of {', '.join(sorted(others))}, expected {name}.")
+    return pretrained.card(name)
+
+
+def _stored(name: str, workdir: Path, command: str, path: Path) -> dict:
+    """What a card says of the network of a run, which is written to the file."""
+    run = networks.of_run(workdir)
+    # where they were says nothing elsewhere
+    run.config["data"] |= {"data_dir": "", "manual_dir": ""}
+    shape = run.test.images.shape[1:]
+    storage.save(run.network, path, input_shape=shape, notes=networks.notes(run))
+    return {
+        "name": name,
+        "data": run.test.name,
+        "input_shape": list(shape),
+        "classes": run.test.classes,
+        "parameters": sum(int(np.size(leaf)) for leaf in jax.tree.leaves(run.network)),
+        "command": command,
+        "seed": run.facts["training_seed"],
+        "epoch": run.facts["epoch"],
+    }
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """What a training step costs, as a ratio to the plain step (cross-entropy, no bound) of the same
 network, in one run.
 
-    python -m benchmarks.step --network=conv6_dense2 --activation=clipped_relu --mode=local
-    --iterations=2 --batch=256 --json
+    python -m benchmarks.step --network=conv6_dense2 --activation=clipped_relu --mode=local \\
+        --iterations=2 --batch=256 --json
 
 Random images, Adam, full epsilon. The plain step is taken twice: by the same means as the bound's
 (`plain_seconds`, what `ratio` refers to), and as JAX compiles it if nothing is done for it

@@ -25,7 +25,7 @@ from lipjax.activations import smooth
 from lipjax.bridges import onnx_out, onnx_rules, operations, torch_rules
 from lipjax.check.layers import CannotCheck, nodes_of
 from lipjax.formats import certificate_files
-from lipjax.graph import Activation
+from lipjax.graph import Activation, Rearrange
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "supported.md"
 IMAGE = (4, 4, 2)
@@ -60,13 +60,17 @@ def _conv(x, **options):
     return lax.conv_general_dilated(x[None], kernel, dimension_numbers=dimensions, **options)[0]
 
 
-def _window(x, start, reduce, padding="VALID"):
-    return lax.reduce_window(x, start, reduce, (2, 2, 1), (2, 2, 1), padding)
+def _window(x, start, reduce, stride=2):
+    return lax.reduce_window(x, start, reduce, (2, 2, 1), (stride, stride, 1), "VALID")
+
+
+def _around(x, mode):
+    return jnp.pad(x, ((1, 1), (1, 1), (0, 0)), mode=mode)
 
 
 LAYERS = (
     Layer("dense", lambda x: x.reshape(-1) @ _kernel(32, 5), "Gemm", "addmm"),
-    Layer("convolution, any stride, padding, dilation", _conv, "Conv", "convolution"),
+    Layer("convolution, any stride, dilation, zero padding", _conv, "Conv", "convolution"),
     Layer(
         "transposed convolution",
         lambda x: _conv(x, lhs_dilation=(2, 2), padding=((1, 2), (1, 2))),
@@ -79,6 +83,9 @@ LAYERS = (
     Layer("global mean", lambda x: jnp.mean(x, axis=(0, 1)), "GlobalAveragePool", "mean"),
     Layer("scale and shift, batch norm in inference", lambda x: 1.5 * x - 0.2, "Mul", "mul"),
     Layer("zero padding", lambda x: jnp.pad(x, ((1, 0), (0, 2), (0, 0))), "Pad", "constant_pad_nd"),
+    Layer("reflecting padding", lambda x: _around(x, "reflect"), "Pad", "reflection_pad2d"),
+    Layer("repeating padding", lambda x: _around(x, "edge"), "Pad", "replication_pad2d"),
+    Layer("circular padding", lambda x: _around(x, "wrap"), "Pad"),
     Layer(
         "reshape, transpose", lambda x: jnp.transpose(x, (2, 0, 1)).reshape(-1), "Reshape", "view"
     ),
@@ -97,7 +104,18 @@ LAYERS = (
     ),
     Layer("GroupSort", lambda x: lipjax.activations.GroupSort(2)(x)),
     Layer("sort", lambda x: jnp.sort(x.reshape(-1))),
-    Layer("max pooling", lambda x: _window(x, -jnp.inf, lax.max), "MaxPool", "max_pool2d"),
+    Layer(
+        "max pooling, windows apart",
+        lambda x: _window(x, -jnp.inf, lax.max),
+        "MaxPool",
+        "max_pool2d",
+    ),
+    Layer(
+        "max pooling, overlapping windows",
+        lambda x: _window(x, -jnp.inf, lax.max, stride=1),
+        "MaxPool",
+        "max_pool2d",
+    ),
     Layer("sigmoid", jax.nn.sigmoid, "Sigmoid", "sigmoid"),
     Layer("tanh", jnp.tanh, "Tanh", "tanh"),
     Layer("softplus", jax.nn.softplus, "Softplus", "softplus"),
@@ -140,13 +158,16 @@ def row(layer: Layer) -> list[str]:
     graph = bounds.graph_of(function, example)
     checked = _checker_reads(function, example)
     rules = [node.rule for node in graph.nodes if isinstance(node, Activation)]
+    rearranged = [node.copies for node in graph.nodes if isinstance(node, Rearrange)]
+    copies = max(rearranged, default=1)
+    linear = "exactly" if copies == 1 else f"times the root of {copies} copies"
     certified = "CPU" if any(isinstance(rule, smooth.Rounded) for rule in rules) else "any"
     written = all(
         onnx_out.rules.dispatch(type(rule)) is not onnx_out.rules.dispatch(object) for rule in rules
     )
     return [
         layer.name,
-        ", ".join(dict.fromkeys(rule.bounded for rule in rules)) or "exactly",
+        ", ".join(dict.fromkeys(rule.bounded for rule in rules)) or linear,
         certified,
         certified,
         _said(checked),
@@ -198,12 +219,15 @@ Made by `python -m benchmarks.supported` from the code; a test compares this pag
 
 {chr(10).join(lines)}
 
-*Bounded by*: linear layers exactly, by their own matrices; of an activation its Lipschitz constant,
-its box, and where known its slopes. *deterministic*, *probabilistic*: certificates, in the
-arithmetics in which the layer may be executed: "any" that lipjax knows, or "CPU", float32 and
-float64 on a CPU, where XLA's error in this function was measured. *checker*: `lipjax check` derives
-certificates with it again. A function that is not here is an error that names it and the line;
-[an activation of your own](your-model.md) is one file.
+*Bounded by*: linear layers exactly, by their own matrices; padding that copies pixels (with a
+convolution behind it too) by the root of how often it copies one; of an activation its Lipschitz
+constant, its box, and where known its slopes. The numbers of pooling and padding are those of a
+small example: windows that overlap further, and wider padding, have larger ones.
+*deterministic*, *probabilistic*: certificates, in the arithmetics in which the layer may be
+executed: "any" that lipjax knows, or "CPU", float32 and float64 on a CPU, where XLA's error in this
+function was measured. *checker*: `lipjax check` derives certificates with it again. A function that
+is not here is an error that names it and the line; [an activation of your own](your-model.md) is
+one file.
 
 A softmax at the end is left out: `certify` is then about the logits in front of it, whose order it
 keeps, and its statement says so; `certify_lipschitz` and `certify_range`, which are about values,

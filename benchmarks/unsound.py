@@ -3,10 +3,9 @@ it to certify.**
 
 Each makes one mistake that has been seen in published code, so that `benchmarks.hunt` can show that
 it would notice: an opposition that finds nothing is worth something only if it finds these. All
-    networks have the same architecture,
-``W2 relu(W1 x + b1) + b2`` with `SIZE` inputs, as many hidden units and two classes. (METHOD 7
-tells where the first three come from; the fourth is what a tool does that runs at a GPU's default
-precision.)
+networks have the same architecture, ``W2 relu(W1 x + b1) + b2`` with `SIZE` inputs, as many hidden
+units and two classes. (METHOD 7 tells where the first three come from; the fourth is what a tool
+does that runs at a GPU's default precision.)
 """
 
 import dataclasses

@@ -1,14 +1,13 @@
 """Other methods on the same nets, data and schedule: LMT, GloRo, BCP, orthogonal layers, and the
 paper's own.
 
-    python train.py --config=configs/baselines.py:gloro --workdir=runs/gloro && python certify.py
-    --workdir=runs/gloro python train.py --config=configs/baselines.py:bcp/cifar10_maxmin
-    --workdir=runs/bcp_cifar10
+    python train.py --config=configs/baselines.py:gloro --workdir=runs/gloro
+    python certify.py --workdir=runs/gloro
+    python train.py --config=configs/baselines.py:bcp/cifar10_maxmin --workdir=runs/bcp_cifar10
 
 The argument is a method of `METHODS` and, after a slash, the experiment whose other settings it
 takes (digits by default). Each is the method's bound, loss and activation in this code, not its
-authors' tuning: for comparisons on one footing.
-Measured on digits: benchmarks/README.md.
+authors' tuning: for comparisons on one footing. Measured on digits: benchmarks/README.md.
 """
 
 import importlib

@@ -1,7 +1,7 @@
 """The published MNIST experiment: 4C3F, clipped ReLU, GloRo loss, epsilon 1.58.
 
-    python train.py --config=configs/mnist.py --workdir=runs/mnist && python certify.py
-    --workdir=runs/mnist
+    python train.py --config=configs/mnist.py --workdir=runs/mnist
+    python certify.py --workdir=runs/mnist
 
 Published (Huang et al. 2021, power-iteration estimates, not measured here): clean 96.3, PGD 78.2,
 verified 55.8 %.

@@ -107,10 +107,11 @@ def load(path) -> nnx.Sequential | Program:
     """
     path = Path(path)
     header, arrays = network_files.read(path)
+    wide = jax.config.jax_enable_x64  # type: ignore[attr-defined]
     for name, array in arrays.items():
         if problem := _problem(name, array):
             raise StorageError(f"{path}: {name} {problem}.")
-        if array.dtype == np.float64 and not jax.config.jax_enable_x64:  # type: ignore[attr-defined]
+        if array.dtype == np.float64 and not wide:
             raise StorageError(
                 f"{path}: {name} is float64, which needs jax.config.update('jax_enable_x64', "
                 "True), or JAX_ENABLE_X64=1."

@@ -8,6 +8,7 @@ import pytest
 from absl import flags
 from conftest import ROOT, run_lipjax
 
+import lipjax.cli
 from lipjax import __version__
 from lipjax.cli import certify, common, entry, train
 
@@ -20,11 +21,24 @@ def test_help_names_every_command_and_every_exit_code(capsys):
     text = capsys.readouterr().out
     for name in entry.COMMANDS:
         assert f"\n  {name} " in text and f"lipjax {name}" in text
-    for code, meaning in common.EXIT_CODES.items():
+    for code, meaning in entry.EXIT_CODES.items():
         assert str(code) in text and meaning in text
     assert set(entry._RUN) == set(entry.COMMANDS)
     assert entry.main(["--version"]) == 0
     assert capsys.readouterr().out == f"lipjax {__version__}\n"
+
+
+def test_help_needs_nothing_but_the_library_and_other_commands_say_what_is_missing(
+    capsys, monkeypatch
+):
+    monkeypatch.setitem(sys.modules, "ml_collections", None)  # importing it raises
+    monkeypatch.delitem(sys.modules, "lipjax.cli.common")
+    monkeypatch.delattr(lipjax.cli, "common")
+    assert entry.main(["--help"]) == 0
+    assert "exit codes:" in capsys.readouterr().out
+    assert entry.main(["train", "--help"]) == 1
+    said = capsys.readouterr().err
+    assert "ml_collections is not installed" in said and 'pip install ".[scripts]"' in said
 
 
 @pytest.mark.parametrize("arguments", [[], ["trian"], ["Train"]])

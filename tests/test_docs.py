@@ -188,7 +188,7 @@ WITH_CODE = [
 
 
 @pytest.mark.parametrize("page", WITH_CODE, ids=name_of)
-def test_the_code_of_a_page_runs(page, tmp_path, monkeypatch):
+def test_the_code_of_a_page_runs_and_prints_its_tables(page, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     space = {"__name__": "page"}
     if page.name == "README.md":
@@ -203,6 +203,12 @@ def test_the_code_of_a_page_runs(page, tmp_path, monkeypatch):
         # Empty lines in front, so that a traceback has the page's line numbers.
         exec(compile("\n" * line + code, name_of(page), "exec"), space)
         ran += 1
+    said = capsys.readouterr().out
+    for line, info, text in fences(page):
+        if info == "text" and text.startswith("   node"):
+            width = text.index("where")  # where a line of the program is depends on its file
+            for row in text.splitlines():
+                assert row[:width].rstrip() in said, f"{name_of(page)}:{line}: {row}"
     if not ran:
         pytest.skip("every block needs torch, which is not installed")
 

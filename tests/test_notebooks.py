@@ -53,7 +53,7 @@ def test_the_larger_notebook_installs_what_the_scripts_need():
     lines = (ROOT / "requirements.txt").read_text().splitlines()
     needed = {re.match(r"[\w-]+", line)[0] for line in lines if re.match(r"\w", line)}
     # lipjax brings the first ones itself; Colab has TensorFlow.
-    own = {"jax", "flax", "numpy", "scipy", "safetensors", "tensorflow", "tensorflow-cpu"}
+    own = {"jax", "flax", "numpy", "scipy", "safetensors", "optax", "tensorflow", "tensorflow-cpu"}
     assert listed == needed - own
 
 

@@ -57,7 +57,9 @@ class Bound:
     Attributes:
         graph: of the function, its parameters included.
         lipschitz: scalar, Lipschitz constant on the ball around x, from the example to the input
-            of the last linear node: the product of `norms` in a sequence, sums where nodes add.
+            of the last linear node: the product of `norms` in a sequence, times the constants of
+            activations above 1 and the root of the copies where padding copies entries; sums where
+            nodes add.
         norms: one scalar per linear node but the last.
         regions: ``regions[i]`` is what is known of node i of the graph.
         vectors: last vectors of the power iterations, to start the next from. A dict with "local"

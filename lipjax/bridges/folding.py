@@ -9,8 +9,8 @@ for that, all of it stays.
 
 Exact means: in real numbers. The new kernels are rounded once to their own type, so the folded
 network computes other last bits than the one that it came from. It is the folded network that one
-certifies and runs. Its inputs are those of
-the given one: epsilon stays a radius on pixels in [0, 1].
+certifies and runs. Its inputs are those of the given one: epsilon stays a radius on pixels in
+[0, 1].
 """
 
 from collections.abc import Iterable, Sequence

@@ -49,8 +49,8 @@ def from_onnx(
         import onnx
     except ImportError as error:
         raise ImportError(
-            "from_onnx needs the package onnx: pip install 'lipjax[onnx]', or what "
-            "requirements/onnx.txt lists."
+            "from_onnx needs the package onnx: pip install onnx, or, in a checkout, pip install "
+            "'.[onnx]'."
         ) from error
     model = _loaded(onnx, file)
     reader = _Reader(onnx, model, layout, input_shape)

@@ -333,7 +333,8 @@ def held(array) -> np.ndarray:
     """As NumPy array of a type that JAX holds now: float64 becomes float32 where it has no 64
     bits."""
     array = np.asarray(array)
-    narrow = array.dtype == np.float64 and not jax.config.jax_enable_x64  # type: ignore[attr-defined]
+    wide = jax.config.jax_enable_x64  # type: ignore[attr-defined]
+    narrow = array.dtype == np.float64 and not wide
     return array.astype(np.float32) if narrow else array
 
 

@@ -2,8 +2,7 @@
 
 Part of `lipjax.check`; shares nothing with the bounds that it checks. A kind says what is known of
 its value, given that of its input (`activated`), and how it is relaxed (`pieces`, see
-`lipjax.check.slopes`). To add one: its class, what reads
-it, and a line in `READERS`.
+`lipjax.check.slopes`). To add one: its class, what reads it, and a line in `READERS`.
 """
 
 import dataclasses

@@ -127,10 +127,9 @@ def norm_by_chebyshev(matrix, delta: float, rng: np.random.Generator) -> tuple[f
     For ``A = M^T M`` with largest eigenvalue ``lambda = (1 + s) tau``, s > 0, and its unit
     eigenvector q, standard normal starts ``G = (g_1 .. g_m)`` and the Chebyshev polynomial T_k:
     ``||T_k(2 A / tau - I) G||_F >= T_k(1 + 2 s) ||q^T G||``, and ``||q^T G||^2`` is chi-squared
-    with m degrees of freedom: below t^2 with probability at most ``t^m / (2^{m/2} Gamma(m/2 +
-        1))``, which is delta for the t of `least_component`. So the norm R that is observed proves
-        ``T_k(1 + 2 s)
-    <= R / t``, for every tau, also one that depends on G.
+    with m degrees of freedom: below t^2 with probability at most
+    ``t^m / (2^{m/2} Gamma(m/2 + 1))``, which is delta for the t of `least_component`. So the norm R
+    that is observed proves ``T_k(1 + 2 s) <= R / t``, for every tau, also one that depends on G.
 
     Rounding: the recurrence in fact gives ``V_k = T_k(B) G + sum_j U_{k-1-j}(B) F_j``, ``B = 2 A /
     tau - I``, with the error F_j of its step j, whose norm is bounded here as it runs. As

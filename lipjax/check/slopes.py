@@ -193,9 +193,8 @@ def extremes(function, kinks, z, lower, upper) -> tuple[np.ndarray, np.ndarray]:
     kinks.
 
     On each linear part the chord's slope is monotone in its far end, so that the extremes are at
-    the kinks inside the
-    box, at its ends, or, in the limit, at z: there it is the slope between z and the nearest of the
-    other points.
+    the kinks inside the box, at its ends, or, in the limit, at z: there it is the slope between z
+    and the nearest of the other points.
     """
     points = [lower, upper, *(np.clip(kink, lower, upper) for kink in kinks)]
     slopes = [

@@ -1,8 +1,8 @@
-"""What the commands share: names of configurations, flags, errors and exit codes.
+"""What the commands share: names of configurations, flags, errors.
 
 A command is a module with `define_flags(values)`, `main(options)`, where `options` are the parsed
 flags, and `ERRORS`, the exceptions whose text says by itself what is wrong and what to do.
-Exit codes are in `EXIT_CODES`.
+Exit codes are in `lipjax.cli.entry.EXIT_CODES`.
 """
 
 import difflib
@@ -23,13 +23,6 @@ from lipjax.runtime import hosts
 
 CONFIGS = Path(lipjax.configs.__path__[-1])
 DEFAULT_CONFIG = "digits"
-
-EXIT_CODES = {
-    0: "done; for check: every verdict that was examined is confirmed",
-    1: "refused or failed, with a message; for check: a verdict is rejected",
-    2: "the command line is wrong; for check: the file cannot be checked",
-    130: "stopped by Ctrl-C",
-}
 
 
 class UsageError(ValueError):
@@ -172,7 +165,7 @@ def helptext(command: ModuleType, values: flags.FlagValues) -> str:
 
 def run(command: ModuleType) -> None:
     """Parses the flags in ``sys.argv``, runs the command and ends the process where it fails, by
-    `EXIT_CODES`.
+    `lipjax.cli.entry.EXIT_CODES`.
 
     Raises:
         SystemExit: on --help, a wrong command line, or what `command.ERRORS` names.

@@ -10,8 +10,8 @@
     lipjax models
     source <(lipjax completion bash)
 
-`lipjax <command> --help` says more. The commands need what requirements.txt lists: pip install
-"lipjax[scripts]".
+`lipjax <command> --help` says more. The commands need what requirements.txt lists: in a checkout,
+pip install ".[scripts]".
 """
 
 import argparse
@@ -34,9 +34,16 @@ COMMANDS = {
     "completion": "print a script that completes commands and flags in a shell",
 }
 
+EXIT_CODES = {
+    0: "done; for check: every verdict that was examined is confirmed",
+    1: "refused or failed, with a message; for check: a verdict is rejected",
+    2: "the command line is wrong; for check: the file cannot be checked",
+    130: "stopped by Ctrl-C",
+}
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command; returns the exit code, by `lipjax.cli.common.EXIT_CODES`."""
+    """The command; returns the exit code, by `EXIT_CODES`."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if not arguments:
         print(_help(), file=sys.stderr)
@@ -70,8 +77,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _help() -> str:
-    from lipjax.cli.common import EXIT_CODES
-
     lines = [f"  {name:11} {text}" for name, text in COMMANDS.items()]
     codes = [f"  {code:<11} {text}" for code, text in EXIT_CODES.items()]
     return "\n".join([str(__doc__), "commands:", *lines, "", "exit codes:", *codes])

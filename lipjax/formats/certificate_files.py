@@ -9,9 +9,8 @@ re-derives every verdict with other code.
 arrays. It finds damage and careless edits. It is no signature: it needs no key, so whoever edits
 the file can compute it again. Such an edit is only found by re-derivation, and only where it
 matters: a verdict, margin, norm, epsilon or hash that does not fit the network and the data is
-    found; the recorded seed, failure probability, command or versions, which no
-derivation leads back to, are taken on trust. If it matters who wrote a file, sign it with a tool
-made for that.
+found; the recorded seed, failure probability, command or versions, which no derivation leads back
+to, are taken on trust. If it matters who wrote a file, sign it with a tool made for that.
 
 This module imports nothing of the bounds, so that the checker can use it and stay independent.
 """

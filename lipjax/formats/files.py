@@ -208,7 +208,8 @@ class Npz:
         if dtype.kind == "b" and data.strip(b"\0\1"):
             raise Unreadable(f"{quoted(name)} has truth values that are neither 0 nor 1.")
         order = "F" if member.fortran else "C"
-        return np.frombuffer(data, dtype).reshape(member.shape, order=order).copy()  # type: ignore[call-overload]
+        entries = np.frombuffer(data, dtype)
+        return entries.reshape(member.shape, order=order).copy()  # type: ignore[call-overload]
 
 
 @contextlib.contextmanager

@@ -361,9 +361,10 @@ class _Reader:
         return self.moved([part], shape[1:], "reshape", new_sizes=shape[1:])
 
     def stack(self, column: Sequence[Value]) -> Value:
-        if all(isinstance(value, Known) for value in column):
-            roundings = max(value.roundings for value in column)  # type: ignore[union-attr]
-            return Known(jnp.stack([value.value for value in column]), roundings)  # type: ignore[union-attr]
+        known = [value for value in column if isinstance(value, Known)]
+        if len(known) == len(column):
+            roundings = max(value.roundings for value in known)
+            return Known(jnp.stack([value.value for value in known]), roundings)
         refs = [self.ref(value) for value in column]
         shape = self.shape(refs[0])
         rows = [self.moved([r], (1, *shape), "reshape", new_sizes=(1, *shape)) for r in refs]

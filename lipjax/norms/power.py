@@ -37,8 +37,7 @@ def power_iteration(
     Args:
         operator: the map W.
         start: first vector, of the input's shape; any scale. Where it is zero on all that the masks
-            keep (in
-            particular: everything is masked) the estimate is 0.
+            keep (in particular: everything is masked) the estimate is 0.
         iterations: products with ``W^T W``; 0 gives ``||W u||`` of the start itself.
         mask_in, mask_out: boolean, of the input's and the output's shape, or None for everything.
         products: "bfloat16": the products of the iteration, but for the half one that estimate and

@@ -36,7 +36,7 @@ def card(name: str) -> dict:
         ``versions`` that certified it; ``sha256`` of its file; ``results``: a list of
         certifications, each with tier, failure_probability, epsilon, split, number of examples,
         seed, arithmetic, clean_accuracy, pgd_accuracy, certified_accuracy by bound, and the
-        command.
+        command; and a note, where there is something that one has to know of it.
 
     Raises:
         ValueError: no network of that name comes with lipjax.
@@ -120,4 +120,5 @@ def described(result: dict) -> str:
         "(an upper bound), "
         f"certified {certified} "
         f"(tier {result['tier']}{failure}, {result['arithmetic']}, seed {result['seed']})"
+        + (f". {result['note']}" if "note" in result else "")
     )

@@ -404,8 +404,9 @@ def write_summary(path: Path, summary: dict) -> None:
 
 def write_arrays(path: Path, run: dict, arrays: dict[str, np.ndarray]) -> None:
     """Arrays as npz, with the run's facts as JSON in `run`."""
+    facts = np.array(json.dumps(_plain(run)))
     with replaced(path) as file:
-        np.savez_compressed(file, run=np.array(json.dumps(_plain(run))), **arrays)  # type: ignore[arg-type]
+        np.savez_compressed(file, run=facts, **arrays)  # type: ignore[arg-type]
 
 
 def hashes(path: Path) -> dict:
