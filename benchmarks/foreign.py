@@ -4,13 +4,13 @@
     python -m benchmarks.foreign --networks=mnist_mlp --images=50 --modes=local,tight,auto
     python -m benchmarks.foreign --networks=digits-maxmin,mnist-maxmin      # that come with lipjax
 
-It wants the files of SDP-CROWN's table (Chiu et al., ICML 2025, arXiv 2506.06665) in
-``../shared/external`` beside the checkout, and says so where they are absent. For each network,
-radius and mode: how many of all images are certified, the tier and its failure probability,
-milliseconds an image (of the second call, which compiles nothing), and the seconds by which the
-first call took longer. A mode is a name, or "tight:N" or "auto:N" with N gradient steps. An attack
-(`lipjax.attacks.pgd`) gives the other side; an image that is certified and broken would end the
-program.
+It wants the files of SDP-CROWN's table (Chiu et al., ICML 2025, arXiv 2506.06665), and networks of
+VNN-COMP 2021, in ``../shared/external`` beside the checkout, and says so where they are absent. For
+each network, radius and mode: how many of all images are certified, the tier and its failure
+probability, milliseconds an image (of the second call, which compiles nothing), and the seconds by
+which the first call took longer. A mode is a name, or "tight:N" or "auto:N" with N gradient steps.
+An attack (`lipjax.attacks.pgd`) gives the other side; an image that is certified and broken would
+end the program.
 """
 
 import argparse
@@ -32,13 +32,22 @@ FOLDER = Path(__file__).resolve().parents[2] / "shared" / "external"
 MEAN = np.array([125.3, 123.0, 113.9]) / 255
 DEVIATION = 0.225
 
-# By network: its images, radii, tier, and the modes that are affordable there.
+# What the ResNet of VNN-COMP 2021 takes instead.
+RESNET_MEAN = np.array([0.4914, 0.4822, 0.4465])
+RESNET_DEVIATION = np.array([0.2471, 0.2435, 0.2616])
+
+# By network: its images, radii, tier, and the modes that are affordable there. (For the networks of
+# VNN-COMP, which asks for l-infinity, there is no published l2 radius.)
 MODES = ("global", "local", "linear", "tight", "tight:10", "auto", "auto:100")
+CHEAP = ("global", "bcp", "paper", "local", "linear", "tight", "auto:10")
 SUBJECTS = {
     "mnist_mlp": ("mnist", (1.0,), "deterministic", (*MODES, "rows")),
     "mnist_convsmall": ("mnist", (0.3,), "probabilistic", MODES),
     "cifar10_cnn_a": ("cifar", (24 / 255,), "probabilistic", MODES),
     "mnist_6_100_nat": ("mnist", (0.05, 0.1, 0.15), "deterministic", (*MODES, "rows")),
+    "resnet_2b.onnx": ("cifar", (2 / 255, 8 / 255), "probabilistic", CHEAP),
+    "resnet2b": ("cifar", (8 / 255,), "probabilistic", ("local", "tight")),
+    "cifar10_small.onnx": ("cifar", (2 / 255, 8 / 255), "probabilistic", CHEAP),
 }
 
 # Networks that were trained with lipjax's bounds, and their data.
@@ -50,6 +59,13 @@ OWN = {
 
 def network_of(name: str) -> Callable:
     """The function of one image in [0, 1], its normalisation included."""
+    if name == "cifar10_small.onnx":
+        return lipjax.bridges.from_onnx(FOLDER / name)
+    if name.startswith("resnet"):
+        inner = lipjax.bridges.from_onnx(FOLDER / name) if name.endswith("onnx") else resnet(name)
+        return lambda x: inner(
+            (x - jnp.asarray(RESNET_MEAN, x.dtype)) / jnp.asarray(RESNET_DEVIATION, x.dtype)
+        )
     found = state_dict(FOLDER / f"{name}.pth")
     kernels = [key for key in found if key.endswith("weight")]
     layers = [
@@ -80,6 +96,35 @@ def network_of(name: str) -> Callable:
             if i < len(layers) - 1:
                 h = jax.nn.relu(h)
         return h
+
+    return network
+
+
+def resnet(name: str) -> Callable:
+    """Two residual blocks, the first with a convolution as its shortcut, from a state_dict."""
+    found = {key: jnp.asarray(value) for key, value in state_dict(FOLDER / f"{name}.pth").items()}
+
+    def convolution(x, layer: str, stride: int = 1):
+        kernel = found[f"{layer}.weight"].astype(x.dtype)
+        pads = [(kernel.shape[-1] // 2,) * 2] * 2
+        taps = jnp.transpose(kernel, (2, 3, 1, 0))
+        axes = ("NHWC", "HWIO", "NHWC")
+        y = jax.lax.conv_general_dilated(x[None], taps, (stride,) * 2, pads, dimension_numbers=axes)
+        return y[0] + found[f"{layer}.bias"].astype(x.dtype)
+
+    def dense(x, layer: str):
+        return found[f"{layer}.weight"].astype(x.dtype) @ x + found[f"{layer}.bias"].astype(x.dtype)
+
+    def block(x, layer: str, stride: int):
+        inner = jax.nn.relu(convolution(x, f"{layer}.conv1", stride))
+        beside = convolution(x, f"{layer}.shortcut.0", stride) if stride > 1 else x
+        return jax.nn.relu(convolution(inner, f"{layer}.conv2") + beside)
+
+    def network(x):
+        h = jax.nn.relu(convolution(x, "conv1", 2))
+        h = block(block(h, "layer1.0", 2), "layer1.1", 1)
+        h = jnp.transpose(h, (2, 0, 1)).reshape(-1)  # channels first, as PyTorch flattens them
+        return dense(jax.nn.relu(dense(h, "linear1")), "linear2")
 
     return network
 
