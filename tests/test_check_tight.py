@@ -12,6 +12,7 @@ from flax import nnx
 
 import lipjax
 from lipjax.check import checker, norms, onesided, walk
+from lipjax.check.kinds import Leaky
 from lipjax.check.layers import Activation, Affine, nodes_of
 from lipjax.formats import certificate_files
 
@@ -26,6 +27,8 @@ def net_of(kind, seed=1):
     rngs = nnx.Rngs(seed)
     bias = jax.nn.initializers.normal(0.3)
     act = functools.partial(make_activation, kind, 12, 0.6)
+    if kind == "leaky":
+        act = lambda: lambda z: jax.nn.leaky_relu(z, 0.2)  # noqa: E731
 
     def dense(n, m):
         return nnx.Linear(n, m, rngs=rngs, bias_init=bias)
@@ -43,7 +46,7 @@ def subject(kind):
     logits = np.asarray(jax.vmap(net)(x))
     labels = np.argmax(logits, axis=-1).astype(np.int32)
     labels[0] = (labels[0] + 1) % 4
-    return net, x, labels, 0.22 if kind == "relu" else 0.1
+    return net, x, labels, 0.1 if kind == "clipped_maxmin" else 0.22
 
 
 @functools.cache
@@ -90,6 +93,7 @@ WHICH = [
     ("relu", "probabilistic", "auto", STEPS),
     ("clipped_maxmin", "deterministic", "auto", STEPS),
     ("clipped_maxmin", "probabilistic", "tight"),
+    ("leaky", "deterministic", "tight"),
 ]
 
 
@@ -197,12 +201,14 @@ def test_any_slopes_give_the_checker_margins_that_hold(kind, monkeypatch):
     assert better >= 8  # the slopes have been used
 
 
-@pytest.mark.parametrize("kind", ["relu", "clipped_relu", "maxmin", "clipped_maxmin"])
+@pytest.mark.parametrize("kind", ["relu", "clipped_relu", "maxmin", "clipped_maxmin", "leaky"])
 def test_no_error_in_ball_and_box_is_above_the_checkers_cost(kind):
     pairs = kind.endswith("maxmin")
     top = 0.4 if kind.startswith("clipped") else np.inf
     bottom = -top if pairs else 0.0
     activation = Activation(pairs, (8,), np.asarray(top), np.asarray(bottom))
+    if kind == "leaky":
+        activation = Leaky(np.full(8, -0.3), np.linspace(0.2, 2, 8), "float32")
     rng = np.random.default_rng(4)
     near = 0
     for _ in range(60):

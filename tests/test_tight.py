@@ -1,7 +1,6 @@
 """One-sided errors: pieces against the functions, their maxima against brute force and exact
 rationals, margins against sampling and finite differences."""
 
-import dataclasses
 import functools
 import itertools
 from fractions import Fraction
@@ -16,18 +15,22 @@ from hypothesis import strategies as st
 
 import lipjax
 from lipjax import rounding
-from lipjax.activations import Clip
 from lipjax.bounds import margins, tight
 
 N = 6
-KINDS = ("relu", "clipped_relu", "maxmin", "clipped_maxmin", "abs")
+KINDS = ("relu", "clipped_relu", "maxmin", "clipped_maxmin", "abs", "leaky", "steep")
 # Few values, so that ends, centers and kinks often coincide.
 GRID = st.sampled_from([-1.0, -0.5, -0.3, 0.0, 0.2, 0.5, 0.7, 1.0])
 BOXES = st.lists(st.tuples(GRID, GRID, GRID), min_size=N, max_size=N)
 
 
 def function(kind):
-    return jnp.abs if kind == "abs" else cast64(make_activation(kind, N, threshold=0.5))
+    others = {
+        "abs": jnp.abs,
+        "leaky": lambda z: jax.nn.leaky_relu(z, 0.3),
+        "steep": lambda z: jnp.where(z > 0, 1.7 * z, -0.4 * z),
+    }
+    return others.get(kind) or cast64(make_activation(kind, N, threshold=0.5))
 
 
 @functools.cache
@@ -143,7 +146,8 @@ def exact_cost(pieces, w, slope, radius, scale):
             continue
         z, low, high = (Fraction(float(a[i])) for a in (pieces.center, pieces.lower, pieces.upper))
         kinks = [Fraction(float(k[i])) for k in pieces.kinks if np.isfinite(float(k[i]))]
-        slopes = [Fraction(float(p)) for p in pieces.rising][: len(kinks) + 1]
+        slopes = [Fraction(float(np.broadcast_to(p, N)[i])) for p in pieces.rising]
+        slopes = slopes[: len(kinks) + 1]
 
         def rise(t, z=z, kinks=kinks, slopes=slopes):
             ends = [min(z, t) - 1, *kinks, max(z, t) + 1]
@@ -164,7 +168,7 @@ def exact_cost(pieces, w, slope, radius, scale):
 
 @settings(max_examples=60)
 @given(
-    kind=st.sampled_from(("relu", "clipped_relu", "abs")),
+    kind=st.sampled_from(("relu", "clipped_relu", "abs", "leaky", "steep")),
     box=BOXES,
     seed=st.integers(0, 10**6),
     radius=st.sampled_from([1e-9, 0.1, 0.7, 1e3]),
@@ -273,41 +277,30 @@ def test_a_nan_spreads_to_the_margin_and_epsilon_zero_is_exact(x64):
     assert np.all(np.isfinite(compiled("tight")(net, x, 50.0, 0)))
 
 
-class Own(Clip):
-    """A rule of a user's: a clip that selects, or not, and says that it is steep."""
-
-    selecting = True
-    lipschitz = 10.0
-
-    @property
-    def selects(self):
-        return self.selecting
-
-
-class Rounds(Own):
-    selecting = False
-
-
-@pytest.mark.parametrize(("own", "one_sided"), [(Own, True), (Rounds, False)])
-def test_a_rule_that_rounds_is_not_one_sided_and_a_steep_one_leaves_over_more(x64, own, one_sided):
-    # No rule of lipjax's has pieces and rounds, or pieces and a constant above 1.
+@pytest.mark.parametrize("steep", [1.0, 10.0])
+def test_what_rounds_pays_for_its_center_and_a_steep_one_leaves_over_more(x64, steep):
     first, last = np.random.default_rng(0).normal(size=(2, 3, 3))
-    graph = lipjax.trace(lambda x: last @ jax.nn.relu(first @ x), jnp.zeros(3))
-    nodes = list(graph.nodes)
-    nodes[2] = dataclasses.replace(nodes[2], rule=own(None, None, rectifies=True))
-    graph = dataclasses.replace(graph, nodes=tuple(nodes))
     shares = []
+
+    def f(x):
+        h = first @ x
+        return last @ jnp.where(h > 0, steep * h, 0.3 * h)
 
     class Recording(rounding.Outward):
         def left_over(self, relative, g, length):
             shares.append(relative)
             return super().left_over(relative, g, length)
 
-    bound = outward_bound(graph, np.full(3, 0.2), 0.3, "local")
+    graph = lipjax.trace(f, jnp.zeros(3))
+    bound = outward_bound(graph, np.full(3, 0.2), 0.0, "local")
     (end,) = graph.nodes[-1].inputs
     parts = (graph, lambda operator, like: operator, Recording(), bound.regions, bound.norms, end)
     back = tight.OneSided(*parts)
-    back.gain(jnp.ones(3))
-    assert (2 in back.taken) == one_sided
-    # A row carried back through it is longer by up to 10, and so is what is rounded of it.
-    assert 8 * rounding.DOUBLE * 10**3 in shares
+    row = jnp.full(3, 1e12)
+    found = back.gain(row)
+    assert end in back.taken
+    # Nothing moves, but what is the center was rounded by that much.
+    rule, center = graph.nodes[end].rule, bound.regions[end].center
+    assert found >= jnp.sum(row * rule.evaluation_error(center)) > 0
+    # A row carried back through it is longer by that much, and so is what is rounded of it.
+    assert 8 * rounding.DOUBLE * steep**3 in shares

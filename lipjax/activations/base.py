@@ -172,7 +172,7 @@ class Rule:
         """The function piece by piece, in order of application; None: only `relaxations` are known.
 
         **Guarantee**: each is what `activations.Pieces` says, on the box; `free` only where all
-        inputs of a coordinate are `active`.
+        inputs of a coordinate are `active`. A kind that rounds has one step.
         """
         return None
 

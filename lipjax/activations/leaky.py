@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lipjax.activations.base import DOUBLE, FLOOR, Rule, hinge, ratio, relaxed, rule, varies
+from lipjax.activations.pieces import Pieces
 from lipjax.activations.slopes import Slopes
 from lipjax.graph import register_primitive
 from lipjax.graph.known import is_concrete
@@ -97,6 +98,12 @@ class Leaky(Rule):
         off = self.evaluation_error(after.center)
         box = (center, lower, upper)
         return (relaxed(low, high, fixed, *box, 1.0, radius, arithmetic, size=size, off=off),)
+
+    def pieces(self, center, lower, upper, arithmetic):
+        none = jnp.zeros_like(center)
+        slopes = self._slopes(center)
+        free = self.active(lower, upper)
+        return (Pieces(center, lower, upper, (none,), slopes, slopes, free, exact=none),)
 
     def jacobian(self, lower, upper, arithmetic):
         return (Slopes.between(*self._extremes(lower, upper), arithmetic),)

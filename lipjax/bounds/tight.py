@@ -177,11 +177,15 @@ class OneSided(Reverse):
         steps = self.pieces(i)
         node = self.graph.nodes[i]
         assert isinstance(node, Activation)
-        if steps is None or not node.rule.selects:  # its center would be off
+        if steps is None:
             return super()._through_activation(i, before, g)
         radius = self.ball(i)
         size = jnp.maximum(1.0, node.rule.lipschitz) ** 3
         total = jnp.zeros((), g.dtype)
+        if self.arithmetic is not rounding.EXACT and not node.rule.selects:
+            # Errors are those from the exact value of the center, and the region's was rounded.
+            off = node.rule.evaluation_error(self.regions[i].center)
+            total = self.arithmetic.up(jnp.sum(jnp.abs(g) * off), g.size)
         taken: list[jax.Array] = []
         for k, pieces in reversed(list(enumerate(steps))):
             w = pieces.weights(g)

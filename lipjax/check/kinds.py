@@ -168,6 +168,8 @@ class Leaky(Nonlinear):
         dtype: in which the products are rounded.
     """
 
+    kinks: ClassVar[tuple[float, ...]] = (0.0,)
+
     below: np.ndarray
     above: np.ndarray
     dtype: str
@@ -181,6 +183,10 @@ class Leaky(Nonlinear):
 
     def growth(self, known) -> float:
         return float(np.max(np.abs(self._sides(known)), initial=0.0))
+
+    def rise(self, start: np.ndarray, end: np.ndarray) -> np.ndarray:
+        down = np.minimum(end, 0.0) - np.minimum(start, 0.0)
+        return self.below * down + self.above * (np.maximum(end, 0.0) - np.maximum(start, 0.0))
 
     def _sides(self, known) -> tuple[np.ndarray, np.ndarray]:
         """The slopes at the lower and at the upper end."""

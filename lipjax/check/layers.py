@@ -87,6 +87,10 @@ class Nonlinear:
         """Lipschitz constant where the input is what is known of it."""
         return self.lipschitz
 
+    def rise(self, start: np.ndarray, end: np.ndarray) -> np.ndarray:
+        """How much the value changes; rounded only as much as it and its parts are long."""
+        return self(end) - self(start)  # type: ignore[operator]
+
     def off(self, value: np.ndarray) -> np.ndarray:
         """How far a value, computed at the center, can be from the exact one."""
         return np.zeros(value.shape)

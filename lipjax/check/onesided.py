@@ -202,11 +202,11 @@ def steps_of(activation: Any, before, after, rows: np.ndarray) -> list[Step] | N
         if not hasattr(activation, "kinks"):
             return None
         kinks = [np.broadcast_to(kink, before.center.shape) for kink in activation.kinks]
-        return [_elementwise(activation, kinks, before, rows)]
+        return [_elementwise(activation.rise, kinks, before, rows)]
     if not activation.pairs:
         ends = (activation.bottom, activation.top)
         kinks = [np.broadcast_to(end, activation.shape).reshape(-1) for end in ends]
-        return [_elementwise(activation, kinks, before, rows)]
+        return [_elementwise(activation.rise, kinks, before, rows)]
 
     # MaxMin: sorts the pairs, then cuts.
     def order(values):
@@ -217,8 +217,9 @@ def steps_of(activation: Any, before, after, rows: np.ndarray) -> list[Step] | N
     bottom = activation.joined(np.full(half, -np.inf), np.broadcast_to(activation.bottom, half))
     top = activation.joined(np.broadcast_to(activation.top, half), np.full(half, np.inf))
 
-    def clip(z):
-        return np.maximum(np.minimum(z, top), bottom)
+    def clipped(start, end):
+        start, end = (np.maximum(np.minimum(z, top), bottom) for z in (start, end))
+        return end - start
 
     known = (before.center, before.lower, before.upper)
     center, lower, upper = (order(end) for end in known)
@@ -227,7 +228,7 @@ def steps_of(activation: Any, before, after, rows: np.ndarray) -> list[Step] | N
     first = _pair(activation, center_halves, lower_halves, upper_halves, rows)
     if not np.any(np.isfinite(activation.top)) and not np.any(np.isfinite(activation.bottom)):
         return [first]
-    return [first, _elementwise(clip, [bottom, top], sorted_, after.varies)]
+    return [first, _elementwise(clipped, [bottom, top], sorted_, after.varies)]
 
 
 def sizes(walked) -> list[int]:
@@ -241,10 +242,10 @@ def sizes(walked) -> list[int]:
     return found
 
 
-def _elementwise(function, kinks, before, counts) -> Step:
+def _elementwise(rise_of, kinks, before, counts) -> Step:
     lower, upper = before.lower, before.upper
     points = np.sort([lower, *(np.clip(kink, lower, upper) for kink in kinks), upper], axis=0)
-    rise = np.array([function(point) for point in points]) - function(before.center)
+    rise = np.array([rise_of(before.center, point) for point in points])
     none = np.zeros(len(lower))
     return Step(
         points, rise, before.center, counts, none, 1.0, lambda g: g, lambda g, slopes: g * slopes

@@ -384,8 +384,9 @@ class _Reader:
             return value
         if isinstance(value, Test):
             raise TraceError(
-                f"{self.where}: a comparison is used for something else than jnp.where, such as a "
-                "mask or a branch; the result may jump inside the ball, so it has no bound."
+                f"{self.where}: a comparison is used for something else than "
+                "jnp.where(z > 0, a * z, b * z) with the very z that is compared, such as a mask "
+                "or a branch; the result may jump inside the ball, so it has no bound."
             )
         raise TraceError(f"{self.where}: a constant stands where a value of the example should.")
 
