@@ -12,6 +12,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import lipjax
+from lipjax.formats import certificate_files
 
 TIERS = lipjax.certificates.TIERS
 
@@ -417,3 +418,20 @@ def test_a_low_precision_network_pays_for_its_rounding_and_unknown_precisions_ar
     assert half.arithmetic == "bfloat16" and np.all(half.allowance > 1000 * single.allowance)
     with pytest.raises(TypeError, match=r"float16.*error model"):
         lipjax.certify(net(jnp.float16), x, None, 0.1)
+
+
+def test_a_certificate_prints_what_it_proves_and_saves_itself(tmp_path):
+    rngs = nnx.Rngs(0)
+    net = nnx.Sequential(nnx.Linear(3, 4, rngs=rngs), nnx.relu, nnx.Linear(4, 2, rngs=rngs))
+    x = np.random.default_rng(0).random((5, 3), np.float32)
+    found = lipjax.certify(net, x, None, 0.01, seed=7)
+    certified = int(np.sum(found.certified))
+    first, second = repr(found).splitlines()
+    assert f"5 of 5 images predicted right, {certified} certified at epsilon 0.01" in first
+    assert "tier probabilistic" in second and "1e-06" in second and "seed 7 (given)" in second
+    table = found.summary()
+    for text in (f"{certified} of 5", "mode", "local", "tier probabilistic", "neurons constant"):
+        assert text in table
+    found.save(tmp_path / "proof.npz", net, x, found.predicted)
+    header, arrays = certificate_files.load(tmp_path / "proof.npz")
+    assert header["seed"] == 7 and np.array_equal(arrays["certified"], found.certified)

@@ -18,7 +18,7 @@ from lipjax import bounds, rounding
 from lipjax.bounds import lipschitz
 from lipjax.bounds.two_points import TwoPointWalk
 from lipjax.certificates import batches, checks
-from lipjax.certificates.results import Proof
+from lipjax.certificates.results import Proof, said
 from lipjax.certificates.setup import agreed, global_norms_of, in_float64
 from lipjax.certificates.verdicts import view
 from lipjax.graph import Graph
@@ -57,19 +57,6 @@ class LipschitzCertificate(Proof):
             f"LipschitzCertificate({said(self)}; {count} regions, {outputs} outputs, "
             f"l2 to {self.output_norm}, mode {self.mode}:\n  {values})"
         )
-
-
-def said(certificate: Proof) -> str:
-    """The tier of a proof, and what it rests on, in words."""
-    executed = f"as executed in {certificate.arithmetic}"
-    if certificate.backend:
-        executed += " on a CPU, by XLA"
-    if certificate.tier == "deterministic":
-        return f"proved, tier deterministic, {executed}"
-    return (
-        f"proved, tier probabilistic, all together but for a probability of "
-        f"{certificate.failure_probability:g}, {executed}"
-    )
 
 
 def _spread(values: np.ndarray) -> str:

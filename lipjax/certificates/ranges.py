@@ -7,8 +7,8 @@ from collections.abc import Callable
 import numpy as np
 
 from lipjax.bounds import lipschitz
-from lipjax.certificates.lipschitz import RegionProof, said
-from lipjax.certificates.results import Proof
+from lipjax.certificates.lipschitz import RegionProof
+from lipjax.certificates.results import Proof, said
 from lipjax.norms.best import BUDGET
 
 

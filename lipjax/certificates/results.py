@@ -34,6 +34,19 @@ class Proof:
     backend: str = ""
 
 
+def said(certificate: Proof) -> str:
+    """The tier of a proof, and what it rests on, in words."""
+    executed = f"as executed in {certificate.arithmetic}"
+    if certificate.backend:
+        executed += " on a CPU, by XLA"
+    if certificate.tier == "deterministic":
+        return f"proved, tier deterministic, {executed}"
+    return (
+        f"proved, tier probabilistic, all together but for a probability of "
+        f"{certificate.failure_probability:g}, {executed}"
+    )
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Verdicts(Proof):
     """The fields that `Certificate`, which explains them, and `CertifiedRadius` share."""
@@ -46,6 +59,16 @@ class _Verdicts(Proof):
     norms: np.ndarray
     precision: str
     left_out: str = ""
+
+    def save(self, path, network, images, labels, **about: Any) -> None:
+        """Writes the certificate file, as `lipjax.formats.certificate_files.save`."""
+        certificate_files.save(path, self, network, images, labels, **about)
+
+    def _shown(self, what: str) -> str:
+        """Two lines: what was found, and what it rests on."""
+        drawn = "" if self.tier == "deterministic" else f", seed {self.seed} ({self.seed_from})"
+        right = f"{int(np.sum(self.correct))} of {len(self.correct)} images predicted right"
+        return f"{type(self).__name__}({right}, {what}, mode {self.mode}:\n  {said(self)}{drawn})"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -92,6 +115,28 @@ class Certificate(_Verdicts):
     slopes_of: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros((0, 2), np.int32))
     slopes: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros((0, 0), np.int8))
 
+    def __repr__(self) -> str:
+        return self._shown(f"{int(np.sum(self.certified))} certified at epsilon {self.epsilon:g}")
+
+    def summary(self) -> str:
+        """A table, row by row: what the images came to, and averages of the bounds."""
+        count = len(self.correct)
+        examined = np.isfinite(self.lipschitz)
+        rows = {
+            "images": str(count),
+            "predicted right": _share(self.correct),
+            f"certified at epsilon {self.epsilon:g}": _share(self.certified),
+            "bounded by mode": self.mode,
+            "Lipschitz bound, median": _median(self.lipschitz[examined]),
+            "margin of what is right, median": _median(self.margin[examined & self.correct]),
+            "taken off for rounding, at most": f"{np.max(self.allowance[examined], initial=0):.2g}",
+            "neurons constant on the ball": _percents(self.constant[examined]),
+            "neurons stable on the ball": _percents(self.stable[examined]),
+            "tier": said(self),
+        }
+        wide = max(map(len, rows))
+        return "\n".join(f"{name:{wide}}  {value}" for name, value in rows.items())
+
     @property
     def statement(self) -> str:
         """What is proved, in words."""
@@ -114,6 +159,10 @@ class CertifiedRadius(_Verdicts):
     def certified(self) -> np.ndarray:
         """``radius > 0``."""
         return self.radius > 0
+
+    def __repr__(self) -> str:
+        some = self.radius[self.radius > 0]
+        return self._shown(f"{len(some)} with a certified radius, median {_median(some)}")
 
     @property
     def epsilon(self) -> np.ndarray:
@@ -144,6 +193,22 @@ class Estimate:
     epsilon: float
     mode: str
     tier: str = "estimate"
+
+
+def _share(mask: np.ndarray) -> str:
+    count = len(mask)
+    return f"{int(np.sum(mask))} of {count}" + (f" ({np.mean(mask):.1%})" if count else "")
+
+
+def _median(values: np.ndarray) -> str:
+    return f"{np.median(values):.4g}" if len(values) else "none"
+
+
+def _percents(shares: np.ndarray) -> str:
+    """Of each activation, averaged over the images."""
+    if not shares.size:
+        return "none"
+    return "  ".join(f"{share:.0%}" for share in np.mean(shares, axis=0))
 
 
 def stored_slopes(slopes: dict[tuple[int, int], np.ndarray]) -> dict[str, Any]:
