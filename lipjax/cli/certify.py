@@ -34,6 +34,7 @@ from absl import flags, logging
 import lipjax
 from lipjax import pretrained, report
 from lipjax.certificates import batches
+from lipjax.certificates.setup import AUTO
 from lipjax.cli import common, networks
 from lipjax.data import sets
 from lipjax.formats import certificate_files
@@ -48,6 +49,9 @@ CURVE_POINTS = 6
 # Of the attack that looks for the nearest adversarial image of the few in the report's gallery.
 GALLERY_STEPS = 200
 GALLERY_RESTARTS = 4
+
+# Modes that improve slopes by gradient steps.
+STEPPING = ("tight", AUTO)
 
 # These say what is wrong and what to do.
 ERRORS = (sets.DataError, CheckpointError, ValueError, TypeError, OSError)
@@ -114,9 +118,18 @@ def define_flags(values: flags.FlagValues) -> None:
         "modes",
         ["global", "paper", "local"],
         "Bounds to certify with, side by side, some of global, bcp, paper, local, linear, rows, "
-        "tight; the last one named also makes the curve and the "
-        "certificate file. tight costs a reverse pass for each rival class; rows, one for each "
-        "neuron, pays on networks that were not trained for certificates.",
+        "tight, auto; the last one named also makes the curve and the certificate file. tight "
+        "costs a reverse pass for each rival class; rows, one for each neuron, pays on networks "
+        "that were not trained for certificates. auto takes for each image the cheapest that "
+        "decides it: local, tight, gradient steps on its slopes.",
+        **own,
+    )
+    flags.DEFINE_integer(
+        "steps",
+        None,
+        "Gradient steps of modes tight and auto, at most, for each image that is still open; "
+        "default 0 and 20.",
+        lower_bound=0,
         **own,
     )
     flags.DEFINE_enum(
@@ -274,12 +287,18 @@ def named(options) -> Path:
 def modes_of(options) -> list[str]:
     """The bounds of --modes, in the order in which they were named."""
     modes = list(dict.fromkeys(options.modes))
-    known = all(mode in lipjax.bounds.MODES for mode in modes)
-    if not modes or not known or len(modes) < len(options.modes):
+    known = (*lipjax.bounds.MODES, AUTO)
+    if not modes or not {*modes} <= {*known} or len(modes) < len(options.modes):
         raise ValueError(
-            f"modes must be some of {', '.join(lipjax.bounds.MODES)}, got "
-            f"{', '.join(options.modes)}."
+            f"modes must be some of {', '.join(known)}, got {', '.join(options.modes)}."
         )
+    if options.steps is not None and not {*modes} & {*STEPPING}:
+        raise ValueError(
+            f"--steps={options.steps} belongs to modes {' and '.join(STEPPING)}, and --modes names "
+            f"{', '.join(modes)}."
+        )
+    if jax.process_count() > 1 and (AUTO in modes or options.steps):
+        raise ValueError("gradient steps on slopes run in one process: leave out --hosts.")
     return modes
 
 
@@ -458,6 +477,7 @@ def certify_modes(task: Task, broken: np.ndarray) -> Verdicts:
                 mode=mode,
                 seed=draw_seed(task.seed, i),
                 examine=left & task.mine,
+                steps=task.options.steps if mode in STEPPING else None,
                 **task.arguments,
             )
         if task.drawn:
@@ -552,7 +572,7 @@ def trace_curve(task: Task, verdicts: Verdicts, broken: np.ndarray) -> Curve:
             task.given.network,
             task.images,
             task.labels,
-            mode=mode,
+            mode="tight" if mode == AUTO else mode,
             seed=draw_seed(task.seed, len(task.modes)),
             max_radius=8 * max(epsilon, 0.01),
             examine=task.mine,
