@@ -206,6 +206,9 @@ class Subject:
         with contextlib.suppress(Exception):
             network = certificate_files.network_hash(layers)
         found.header = self.header | {"network": network, "mode": mode, "epsilon": epsilon}
+        with contextlib.suppress(Exception):
+            if certificate_files.measured(layers):
+                found.header["backend"] = certificate_files.MEASURED
         found.header = refitted(found, found.header, found.arrays)
         found.content = written(found.header, found.arrays)
         return found

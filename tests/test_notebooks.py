@@ -64,6 +64,7 @@ def test_the_digits_notebook_runs():
     )
 
 
+@pytest.mark.slow
 def test_the_larger_notebook_trains_resumes_certifies_and_checks_on_a_slice_of_cifar10(
     shared, tmp_path
 ):
