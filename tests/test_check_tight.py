@@ -68,9 +68,7 @@ def checked(layers, x, labels, header, arrays):
     return checker.check(layers, x, labels, header, arrays, np.random.default_rng(0))
 
 
-@pytest.mark.parametrize(
-    "kind", ["relu", pytest.param("clipped_maxmin", marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("kind", ["relu", pytest.param("clipped_maxmin", marks=pytest.mark.slow)])
 def test_each_stage_decides_at_least_what_those_before_do(kind):
     local = certified(kind, "deterministic", "local")
     tight = certified(kind, "deterministic", "tight")

@@ -173,7 +173,16 @@ def pooled(x):
     return y.reshape(-1) @ np.linspace(-1, 1, 3 * y.size, dtype=np.float32).reshape(-1, 3)
 
 
+def smoothed(x):
+    """Every smooth function that there is."""
+    names = (jax.nn.sigmoid, jnp.tanh, jax.nn.softplus, jax.nn.soft_sign, jax.nn.silu)
+    names += (jax.nn.gelu, lambda z: jax.nn.gelu(z, approximate=False), jax.nn.hard_swish)
+    names += (lambda z: jax.nn.elu(z, 0.7), jax.nn.selu)
+    return jnp.concatenate([f(6 * x - 3) for f in names])
+
+
 FUNCTIONS = {
+    "smooth": (lambda: smoothed, (5,)),
     "own": (Own, SHAPE),
     "batched": (Batched, SHAPE),
     "plain": (lambda: plain, (3,)),

@@ -33,6 +33,7 @@ from lipjax.activations.groupsort import Sort
 from lipjax.activations.leaky import Leaky
 from lipjax.activations.maxmin import Pairs
 from lipjax.activations.pooling import MaxPool
+from lipjax.activations.smooth import Elu, Smooth
 from lipjax.formats import certificate_files
 from lipjax.formats.files import replaced
 from lipjax.graph import Activation, Add, Graph, Input, Linear, Node, Rearrange, trace
@@ -454,3 +455,43 @@ def _(rule: MaxPool, writer, x, shape):
         pads=[low for low, _ in rule.padding[space]] + [high for _, high in rule.padding[space]],
     )
     return writer.add("Transpose", pooled, perm=[0, *range(2, rank + 2), 1])
+
+
+# Of the smooth functions that are one operation of ONNX (opset 17).
+OPERATIONS = {
+    "sigmoid": "Sigmoid",
+    "tanh": "Tanh",
+    "softplus": "Softplus",
+    "softsign": "Softsign",
+    "hard_swish": "HardSwish",
+}
+
+
+@rules.register
+def _(rule: Smooth, writer, x, shape):
+    if rule.name in OPERATIONS:
+        return writer.add(OPERATIONS[rule.name], x)
+    if rule.name == "silu":
+        return writer.add("Mul", x, writer.add("Sigmoid", x))
+
+    def times(y, number):
+        return writer.add("Mul", y, writer.constant(np.asarray(number, writer.dtype)))
+
+    if rule.name == "gelu":
+        inner = writer.add("Erf", times(x, math.sqrt(0.5)))
+    elif rule.name == "gelu_tanh":
+        cube = writer.add("Mul", writer.add("Mul", x, x), x)
+        sum_ = writer.add("Add", x, times(cube, 0.044715))
+        inner = writer.add("Tanh", times(sum_, math.sqrt(2 / math.pi)))
+    else:
+        raise TypeError(f"the activation {rule.name} has no rule for ONNX.")
+    one = writer.constant(np.ones((), writer.dtype))
+    return writer.add("Mul", times(x, 0.5), writer.add("Add", inner, one))
+
+
+@rules.register
+def _(rule: Elu, writer, x, shape):
+    zero = writer.constant(np.zeros((), writer.dtype))
+    below = writer.add("Elu", writer.add("Min", x, zero), alpha=1.0)
+    alpha = writer.constant(np.asarray(rule.alpha, writer.dtype))
+    return writer.add("Add", writer.add("Max", x, zero), writer.add("Mul", below, alpha))
