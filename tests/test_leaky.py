@@ -144,6 +144,12 @@ def test_what_is_executed_is_within_what_the_rule_says(x64, name, dtype):
     huge = jnp.full(SIZE, 1e38)
     allowed = Leaky(10.0, 1.0).executed(0 * huge, huge, huge, (rounding.ARITHMETICS[dtype],))
     assert np.all(np.isinf(allowed))
+    # The narrower of two types overflows first, and the steeper side counts whatever its sign.
+    both = rounding.ARITHMETICS["float64"], rounding.ARITHMETICS[dtype]
+    assert np.all(np.isinf(Leaky(10.0, 1.0).executed(0 * huge, huge, huge, both)))
+    one = jnp.ones(SIZE)
+    for slopes in ((-3.0, 0.5), (0.5, -3.0)):
+        assert np.all(Leaky(*slopes).executed(one, -one, one, both[1:]) >= 3)
 
 
 def test_the_hinge_is_zero_off_the_kink_and_outputs_of_slope_one_are_stable():

@@ -188,6 +188,21 @@ def test_the_cost_rounded_outwards_is_at_least_the_exact_one(kind, box, seed, ra
         assert Fraction(cost) <= wanted * (1 + Fraction(1, 10**9)) + Fraction(size) / 10**9
 
 
+@settings(max_examples=40)
+@given(kind=st.sampled_from(KINDS), box=BOXES, seed=st.integers(0, 10**6))
+def test_sizes_cover_all_that_is_added_up_in_a_value(kind, box, seed):
+    """Of each piece that the values at its ends pass: its rise, the slope over the whole step."""
+    with jax.enable_x64(True):
+        _, steps = steps_of(kind, box)
+        rng = np.random.default_rng(seed)
+        for pieces in steps:
+            w, slope = rng.normal(size=(2, *pieces.center.shape))
+            found = np.asarray(pieces.sizes(jnp.asarray(w), jnp.asarray(slope)))
+            reach = np.maximum(pieces.upper - pieces.center, pieces.center - pieces.lower)
+            rises = sum(np.abs(p) * reach for p in pieces.rising)
+            assert np.all(found >= np.abs(w) * (rises + np.abs(slope) * reach) * (1 - 1e-12))
+
+
 # ------------------------------------------------------------------------------------------ margins
 
 
