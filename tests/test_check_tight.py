@@ -12,7 +12,7 @@ from flax import nnx
 
 import lipjax
 from lipjax.check import checker, norms, onesided, walk
-from lipjax.check.kinds import Leaky
+from lipjax.check.kinds import Leaky, Smooth
 from lipjax.check.layers import Activation, Affine, nodes_of
 from lipjax.formats import certificate_files
 
@@ -20,6 +20,7 @@ COUNT = 24
 INPUTS = 10
 STEPS = 15
 KINDS = ("relu", "clipped_maxmin")
+FUNCTIONS = {"leaky": lambda z: jax.nn.leaky_relu(z, 0.2), "tanh": jnp.tanh}
 
 
 def net_of(kind, seed=1):
@@ -27,8 +28,8 @@ def net_of(kind, seed=1):
     rngs = nnx.Rngs(seed)
     bias = jax.nn.initializers.normal(0.3)
     act = functools.partial(make_activation, kind, 12, 0.6)
-    if kind == "leaky":
-        act = lambda: lambda z: jax.nn.leaky_relu(z, 0.2)  # noqa: E731
+    if kind in FUNCTIONS:
+        act = functools.partial(FUNCTIONS.get, kind)
 
     def dense(n, m):
         return nnx.Linear(n, m, rngs=rngs, bias_init=bias)
@@ -46,7 +47,7 @@ def subject(kind):
     logits = np.asarray(jax.vmap(net)(x))
     labels = np.argmax(logits, axis=-1).astype(np.int32)
     labels[0] = (labels[0] + 1) % 4
-    return net, x, labels, 0.1 if kind == "clipped_maxmin" else 0.22
+    return net, x, labels, {"clipped_maxmin": 0.1, "tanh": 0.04}.get(kind, 0.22)
 
 
 @functools.cache
@@ -94,6 +95,7 @@ WHICH = [
     ("clipped_maxmin", "deterministic", "auto", STEPS),
     ("clipped_maxmin", "probabilistic", "tight"),
     ("leaky", "deterministic", "tight"),
+    ("tanh", "probabilistic", "tight"),
 ]
 
 
@@ -201,7 +203,10 @@ def test_any_slopes_give_the_checker_margins_that_hold(kind, monkeypatch):
     assert better >= 8  # the slopes have been used
 
 
-@pytest.mark.parametrize("kind", ["relu", "clipped_relu", "maxmin", "clipped_maxmin", "leaky"])
+CHECKED = ("relu", "clipped_relu", "maxmin", "clipped_maxmin", "leaky", "tanh", "gelu", "elu")
+
+
+@pytest.mark.parametrize("kind", CHECKED)
 def test_no_error_in_ball_and_box_is_above_the_checkers_cost(kind):
     pairs = kind.endswith("maxmin")
     top = 0.4 if kind.startswith("clipped") else np.inf
@@ -209,6 +214,8 @@ def test_no_error_in_ball_and_box_is_above_the_checkers_cost(kind):
     activation = Activation(pairs, (8,), np.asarray(top), np.asarray(bottom))
     if kind == "leaky":
         activation = Leaky(np.full(8, -0.3), np.linspace(0.2, 2, 8), "float32")
+    elif kind in ("tanh", "gelu", "elu"):
+        activation = Smooth(kind, "float32", np.full(8, 0.7))
     rng = np.random.default_rng(4)
     near = 0
     for _ in range(60):

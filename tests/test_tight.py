@@ -86,6 +86,48 @@ def test_an_activation_is_slopes_and_errors_by_its_pieces(kind, box, seed):
             points, center = jax.vmap(act)(points), act(center)
 
 
+SMOOTH = {
+    "tanh": jnp.tanh,
+    "sigmoid": jax.nn.sigmoid,
+    "softplus": jax.nn.softplus,
+    "gelu": jax.nn.gelu,
+    "silu": jax.nn.silu,
+    "hard_swish": jax.nn.hard_swish,
+    "elu": lambda z: jax.nn.elu(z, -0.5),
+}
+
+
+@pytest.mark.parametrize("name", SMOOTH)
+def test_smooth_functions_stay_between_their_pieces_and_errors_within_their_cost(x64, name):
+    graph = lipjax.trace(SMOOTH[name], jax.ShapeDtypeStruct((N,), jnp.float64))
+    rule = graph.nodes[-1].rule
+    near = 0
+    for seed in range(12):
+        rng = np.random.default_rng(seed)
+        center = rng.choice([-4.0, -1.3, -0.4, 0.0, 0.6, 2.5], N)
+        lower, upper = center - rng.uniform(0, 2, N), center + rng.uniform(0, 2, N)
+        lower[0] = upper[0] = center[0]  # one is still
+        (pieces,) = rule.pieces(*map(jnp.asarray, (center, lower, upper)), rounding.OUTWARD)
+        points = lower + rng.uniform(0, 1, (400, N)) * (upper - lower)
+        rises = np.asarray(SMOOTH[name](points) - SMOOTH[name](center))
+        above, below = (
+            np.asarray(jax.vmap(lambda t, p=pieces, s=s: p.rise(t, s))(jnp.asarray(points)))
+            for s in (pieces.rising, pieces.falling)
+        )
+        assert np.all(below - 1e-12 <= rises) and np.all(rises <= above + 1e-12)
+
+        radius = rng.uniform(0.1, 2.0)
+        w = np.where(np.asarray(pieces.free), rng.normal(size=N), 0.0)
+        slope = rng.uniform(-0.5, 1.2, N)
+        cost = tight.error_cost(pieces, *map(jnp.asarray, (w, slope, radius)), rounding.OUTWARD)
+        inside = np.linalg.norm(points - center, axis=1) <= radius
+        errors = (rises - slope * (points - center)) @ w
+        most = np.max(errors[inside], initial=0.0)
+        assert most <= cost
+        near += most > 0.3 * cost
+    assert near > 2
+
+
 @settings(max_examples=80)
 @given(
     kind=st.sampled_from(KINDS),

@@ -29,6 +29,7 @@ import jax
 import jax.numpy as jnp
 
 from lipjax.activations.base import DOUBLE, Rule, register, relaxed, rule, varies
+from lipjax.activations.pieces import Pieces
 from lipjax.activations.slopes import Slopes
 from lipjax.graph import register_primitive
 from lipjax.graph.known import is_concrete
@@ -205,6 +206,13 @@ class Rounded(Rule):
         off = self.evaluation_error(after.center)
         box = (center, lower, upper)
         return (relaxed(low, high, False, *box, 1.0, radius, arithmetic, size=size, off=off),)
+
+    def pieces(self, center, lower, upper, arithmetic):
+        # On each side of the center chords have slopes of that side alone.
+        left, right = self.slopes(lower, center), self.slopes(center, upper)
+        rising, falling = (left[0], right[1]), (left[1], right[0])
+        free, none = varies(lower, upper), jnp.zeros_like(center)
+        return (Pieces(center, lower, upper, (center,), rising, falling, free, none),)
 
     def jacobian(self, lower, upper, arithmetic):
         return (Slopes.between(*self.slopes(lower, upper), arithmetic),)

@@ -466,6 +466,12 @@ class Smooth(Nonlinear):
         room = 2.0**-44 * max(1.0, self.lipschitz)
         return np.min(parts, axis=0) - room, np.max(parts, axis=0) + room
 
+    def chords(self, known) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Smallest and largest slopes of chords from the center, to the left and to the right."""
+        left = dataclasses.replace(known, upper=known.center)
+        right = dataclasses.replace(known, lower=known.center)
+        return [self._slopes(left), self._slopes(right)]
+
     def growth(self, known) -> float:
         return float(np.max(np.abs(self._slopes(known)), initial=0.0))
 

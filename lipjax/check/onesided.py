@@ -35,7 +35,8 @@ class Step:
 
     Attributes:
         points: ``(ends, n)`` in rising order: of the box, and its kinks inside.
-        rise: ``(ends, n)``, of the function from the center to each.
+        rise: ``(ends, n)``, of the function from the center to each; or of a bound from above.
+        fall: the same of a bound from below, linear between the same points, 0 at the center.
         center: ``(n,)``, in the box.
         counts: where the ball bounds how far the coordinate moves; there the slope is free.
         fixed: the slope elsewhere.
@@ -46,6 +47,7 @@ class Step:
 
     points: np.ndarray
     rise: np.ndarray
+    fall: np.ndarray
     center: np.ndarray
     counts: np.ndarray
     fixed: np.ndarray
@@ -56,31 +58,33 @@ class Step:
     def cost(self, w: np.ndarray, slopes: np.ndarray, radius: float) -> np.ndarray:
         """Upper bounds of the largest ``<w, e>``, one a row."""
         away = self.points - self.center
-        alone = np.abs(self.rise - self.fixed * away).max(axis=0, initial=0.0)
+        both = np.concatenate([self.rise - self.fixed * away, self.fall - self.fixed * away])
+        alone = np.abs(both).max(axis=0, initial=0.0)
         spent = up(np.abs(w) @ np.where(self.counts, 0.0, alone), w.shape[1])
         w = w[:, self.counts]
         if w.shape[1] == 0 or not np.any(w):
             return spent
-        part = _Parabolas(
-            away[:, self.counts], self.rise[:, self.counts], w, slopes[:, self.counts], self.unit
-        )
+        free = self.counts
+        bounds = self.rise[:, free], self.fall[:, free]
+        part = _Parabolas(away[:, free], *bounds, w, slopes[:, free], self.unit)
         return up(spent + part.bound(max(float(radius), 2.0**-400)))
 
 
 class _Parabolas:
     """``w e(D) - scale (unit D)^2 / 2`` on the parts of a box, for each row and coordinate."""
 
-    def __init__(self, away, rise, w, slopes, unit):
+    def __init__(self, away, rise, fall, w, slopes, unit):
         self.away, self.w, self.unit = away, w, unit
+        # A row > 0 meets the bound from above, a row < 0 that from below.
+        reached = np.where(w > 0, rise[:, None], fall[:, None])
+        away = away[:, None]
         # At an end of a part, for each row: w times the error there.
-        self.errors = [w * (f - slopes * t) for f, t in zip(rise, away, strict=True)]
+        self.errors = w * (reached - slopes * away)
         length = np.diff(away, axis=0)
-        own = np.diff(rise, axis=0) / np.where(length > 0, length, 1.0)
-        self.pulls = [
-            w * (slope - slopes) * (gap > 0) for slope, gap in zip(own, length, strict=True)
-        ]
+        own = np.diff(reached, axis=0) / np.where(length > 0, length, 1.0)
+        self.pulls = w * (own - slopes) * (length > 0)
         steep = np.abs(own).max(axis=0) + np.abs(slopes)
-        self.sizes = np.abs(w) * (steep * np.abs(away).max(axis=0) + np.abs(rise).max(axis=0))
+        self.sizes = np.abs(w) * (steep * np.abs(away).max(axis=0) + np.abs(reached).max(axis=0))
 
     def most(self, scale: np.ndarray) -> np.ndarray:
         """Upper bounds of the largest values, ``(rows, n)``."""
@@ -135,16 +139,22 @@ def by_rule(spread: float, kept: float) -> Callable[..., np.ndarray]:
         norm = np.maximum(np.linalg.norm(w, axis=1, keepdims=True), 1e-80)
         half = np.maximum(radius * np.abs(w) / norm / spread, 1e-80)
 
+        middle = (step.rise + step.fall) / 2
+
         def chord(low, high):
             """Of the function, from its values at the ends of the parts."""
-            rises = [_at(step, end) for end in (low, high)]
+            rises = [_at(step, middle, end) for end in (low, high)]
             gap = high - low
             return np.where(gap > 0, (rises[1] - rises[0]) / np.where(gap > 0, gap, 1.0), local)
 
         length = np.diff(step.points, axis=0)
-        own = np.diff(step.rise, axis=0) / np.where(length > 0, length, 1.0)
-        least = np.where(length > 0, own, np.inf).min(axis=0)
-        most = np.where(length > 0, own, -np.inf).max(axis=0)
+        above, below = (
+            np.diff(rise, axis=0) / np.where(length > 0, length, 1.0)
+            for rise in (step.rise, step.fall)
+        )
+        own = (above + below) / 2
+        least = np.where(length > 0, np.minimum(above, below), np.inf).min(axis=0)
+        most = np.where(length > 0, np.maximum(above, below), -np.inf).max(axis=0)
         still = least > most
         least, most = np.where(still, 0.0, least), np.where(still, 0.0, most)
         here = (length > 0) & (step.points[:-1] <= z) & (z <= step.points[1:])
@@ -165,16 +175,16 @@ def by_rule(spread: float, kept: float) -> Callable[..., np.ndarray]:
 RULES = (by_rule(0.4, 0.8), by_rule(0.5, 1.0))
 
 
-def _at(step: Step, t: np.ndarray) -> np.ndarray:
-    """The rise from the center to t, a point of the box."""
+def _at(step: Step, rise: np.ndarray, t: np.ndarray) -> np.ndarray:
+    """The rise from the center to t, a point of the box, from that to the points."""
     total = np.zeros(np.broadcast_shapes(t.shape, step.center.shape))
     for first, last, low, high in zip(
-        step.points[:-1], step.points[1:], step.rise[:-1], step.rise[1:], strict=True
+        step.points[:-1], step.points[1:], rise[:-1], rise[1:], strict=True
     ):
         gap = last - first
         share = np.where(gap > 0, (np.clip(t, first, last) - first) / np.where(gap > 0, gap, 1), 0)
         total = total + share * (high - low)
-    return total + step.rise[0]
+    return total + rise[0]
 
 
 def from_file(slopes: Sequence[np.ndarray]) -> Callable[..., np.ndarray]:
@@ -198,6 +208,9 @@ def steps_of(activation: Any, before, after, rows: np.ndarray) -> list[Step] | N
         before, after: what is known of its input and of its value.
         rows: the inputs that the ball counts.
     """
+    if hasattr(activation, "chords"):
+        left, right = activation.chords(before)
+        return [_smooth(before, left, right, rows)]
     if not isinstance(activation, Activation):
         if not hasattr(activation, "kinks"):
             return None
@@ -246,9 +259,25 @@ def _elementwise(rise_of, kinks, before, counts) -> Step:
     lower, upper = before.lower, before.upper
     points = np.sort([lower, *(np.clip(kink, lower, upper) for kink in kinks), upper], axis=0)
     rise = np.array([rise_of(before.center, point) for point in points])
-    none = np.zeros(len(lower))
+    return _alone(points, rise, rise, before.center, counts)
+
+
+def _smooth(before, left, right, counts) -> Step:
+    """Between the smallest and the largest slopes of chords from the center, on either side."""
+    points = np.array([before.lower, before.center, before.upper])
+    none = np.zeros(len(before.center))
+    down, above = points[0] - points[1], points[2] - points[1]
+    rise = np.array([left[0] * down, none, right[1] * above])
+    fall = np.array([left[1] * down, none, right[0] * above])
+    return _alone(points, rise, fall, before.center, counts)
+
+
+def _alone(points, rise, fall, center, counts) -> Step:
+    """A step of coordinates each by itself."""
+    none = np.zeros(len(center))
     return Step(
-        points, rise, before.center, counts, none, 1.0, lambda g: g, lambda g, slopes: g * slopes
+        *(points, rise, fall, center, counts, none, 1.0),
+        *(lambda g: g, lambda g, slopes: g * slopes),
     )
 
 
@@ -278,4 +307,4 @@ def _pair(activation: Activation, center, lower, upper, rows: np.ndarray) -> Ste
         return np.concatenate([kept + turned, kept - turned], axis=-1).reshape(len(g), -1)
 
     rise = np.abs(points) - np.abs(t)
-    return Step(points, rise, t, row_a & row_b, sign, 1 / math.sqrt(2), met, back)
+    return Step(points, rise, rise, t, row_a & row_b, sign, 1 / math.sqrt(2), met, back)
