@@ -334,9 +334,16 @@ class _Reader:
                 f"{self.where}: a loop of {params['length']} rounds; 1 to {LONGEST_LOOP} are "
                 "written out."
             )
-        fixed, carried = params["num_consts"], params["num_carry"]
+        # JAX counts them in its parameters, by other names in each version. A stream, or what is
+        # stacked, has one axis more outside of the loop than in it.
+        body = params["jaxpr"]
+        inside = zip(equation.invars, body.jaxpr.invars, strict=True)
+        streamed = sum(_rank(outer) != _rank(inner) for outer, inner in inside)
+        returned = zip(equation.outvars, body.jaxpr.outvars, strict=True)
+        carried = sum(_rank(outer) == _rank(inner) for outer, inner in returned)
+        fixed = len(inputs) - streamed - carried
         consts, carry = inputs[:fixed], inputs[fixed : fixed + carried]
-        streams, body = inputs[fixed + carried :], params["jaxpr"]
+        streams = inputs[fixed + carried :]
         outputs: list[list[Value]] = []
         order = range(params["length"])
         for i in reversed(order) if params["reverse"] else order:
@@ -667,6 +674,10 @@ def _closed(inner: Jaxpr):
     from jax.extend.core import ClosedJaxpr
 
     return ClosedJaxpr(inner, ())
+
+
+def _rank(variable) -> int:
+    return len(variable.aval.shape)
 
 
 def _aval(variable) -> tuple:
