@@ -1,5 +1,6 @@
 """Networks read from ONNX files compute what onnxruntime computes from the file, or are refused."""
 
+import argparse
 import sys
 
 import jax
@@ -13,7 +14,9 @@ from onnx import TensorProto, helper, numpy_helper
 
 import lipjax
 from lipjax import bridges
+from lipjax.check import checker
 from lipjax.cli import networks
+from lipjax.formats import certificate_files
 
 IMAGE = (6, 7, 4)  # as lipjax takes it; the files have channels first
 RNG = np.random.default_rng(0)
@@ -645,5 +648,14 @@ def test_a_file_is_a_network_of_the_command_line(tmp_path):
     expected = net(images.reshape(3, 64))
     np.testing.assert_allclose(found.network(images), expected, atol=1e-6)
     np.testing.assert_allclose(found.network(images[0]), expected[0], atol=1e-6)
+    # The checker describes it on images as well, though the file's own nodes take vectors.
+    stored = str(tmp_path / "flat.safetensors")
+    lipjax.save(lambda x: net(x), stored, input_shape=(64,))
+    found = networks.of_network(stored, "digits", examples=3)
+    header = {"version": 3, "arithmetic": "float32"}
+    given = argparse.Namespace(workdir=None, network=stored)
+    described = checker._described(given, found.network, images, header)
+    expected = certificate_files.describe(found.network, images[0])
+    assert certificate_files.network_hash(described) == certificate_files.network_hash(expected)
     # Of colours nobody can tell in which order they stand.
     assert networks.on_images(net, (192,), (8, 8, 3)) is None

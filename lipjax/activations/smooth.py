@@ -180,11 +180,11 @@ class Rounded(Rule):
 
     def slopes(self, lower: jax.Array, upper: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Smallest and largest slope on the box, outwards."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} has no slopes.")
 
     def scale(self, size: jax.Array) -> Any:
         """Of what an executed value is off by `EXECUTED` units of roundoff at most."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} has no scale.")
 
     @property
     def counts_rounding(self) -> bool:

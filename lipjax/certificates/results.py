@@ -66,9 +66,14 @@ class _Verdicts(Proof):
 
     def _shown(self, what: str) -> str:
         """Two lines: what was found, and what it rests on."""
-        drawn = "" if self.tier == "deterministic" else f", seed {self.seed} ({self.seed_from})"
         right = f"{int(np.sum(self.correct))} of {len(self.correct)} images predicted right"
-        return f"{type(self).__name__}({right}, {what}, mode {self.mode}:\n  {said(self)}{drawn})"
+        return f"{type(self).__name__}({right}, {what}, mode {self.mode}:\n  {self._basis()})"
+
+    def _basis(self) -> str:
+        """The tier and what it rests on, the seed of its draws included."""
+        drawn = "" if self.tier == "deterministic" else f", seed {self.seed} ({self.seed_from})"
+        logits = f", about the logits in front of the {self.left_out}" if self.left_out else ""
+        return said(self) + drawn + logits
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -132,7 +137,7 @@ class Certificate(_Verdicts):
             "taken off for rounding, at most": f"{np.max(self.allowance[examined], initial=0):.2g}",
             "neurons constant on the ball": _percents(self.constant[examined]),
             "neurons stable on the ball": _percents(self.stable[examined]),
-            "tier": said(self),
+            "tier": self._basis(),
         }
         wide = max(map(len, rows))
         return "\n".join(f"{name:{wide}}  {value}" for name, value in rows.items())

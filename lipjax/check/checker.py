@@ -586,7 +586,8 @@ def _described(given, network, images: np.ndarray, header) -> list[dict[str, Any
 
     if given.workdir is None and given.network.endswith(".safetensors"):
         head, arrays = network_files.read(given.network)
-        if "nodes" in head:
+        # (A network of vectors that was certified on images is described anew.)
+        if "nodes" in head and tuple(head["input_shape"]) == images.shape[1:]:
             return network_files.joined(head["nodes"], arrays)
     if header["version"] < BY_NODES:
         try:

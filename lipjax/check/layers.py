@@ -77,11 +77,11 @@ class Nonlinear:
 
     def activated(self, known) -> Any:
         """What is known behind it (but for the radius), and which inputs can move an output."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} does not say what is known behind it.")
 
     def pieces(self, known, moving: float) -> list:
         """How it is relaxed (`lipjax.check.slopes.pieces`)."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} does not say how it is relaxed.")
 
     def growth(self, known) -> float:
         """Lipschitz constant where the input is what is known of it."""

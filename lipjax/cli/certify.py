@@ -332,7 +332,7 @@ class Task:
     Attributes:
         images, labels: ``(N, H, W, C)`` floats in [0, 1], ``(N,)``.
         workdir: for the results.
-        modes: from the loosest to the tightest.
+        modes: as they were named; the last one makes the curve and the certificate file.
         arguments: of each call of `lipjax.certify` and `lipjax.certified_radius`.
         seed, drawn: of all draws; whether it came from the operating system.
         mine: which images this process examines, boolean ``(N,)``.
