@@ -3,13 +3,14 @@ completion."""
 
 import subprocess
 import sys
+import types
 
 import pytest
 from absl import flags
 from conftest import ROOT, run_lipjax
 
 import lipjax.cli
-from lipjax import __version__
+from lipjax import __version__, bridges
 from lipjax.cli import certify, common, entry, train
 
 # ml_collections imports configurations by a method that Python means to remove.
@@ -140,6 +141,14 @@ def test_a_package_that_is_missing_is_named_with_what_installs_it(monkeypatch, c
         and "onnx" in text
         and text.startswith("lipjax export: ")
     )
+    command = types.SimpleNamespace(
+        define_flags=lambda values: None,
+        main=lambda options: bridges.from_onnx("net.onnx"),
+        ERRORS=(),
+    )
+    monkeypatch.setattr(sys, "argv", ["certify.py"])
+    with pytest.raises(SystemExit, match=r"^certify.py: from_onnx needs the package onnx"):
+        common.run(command)  # as the script does
     monkeypatch.setitem(sys.modules, "shtab", None)
     assert entry.main(["completion", "bash"]) == 1
     assert 'shtab is not installed: pip install ".[scripts]"' in capsys.readouterr().err

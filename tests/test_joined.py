@@ -13,6 +13,7 @@ import lipjax
 from lipjax import rounding
 from lipjax.bridges import fold
 from lipjax.check import checker
+from lipjax.check import layers as check_layers
 from lipjax.check import nodes as check_nodes
 from lipjax.check import walk as check_walk
 from lipjax.formats import certificate_files
@@ -156,9 +157,12 @@ def executed_error(graph, x):
 
 
 LARGE = jnp.asarray([[1e30, 2e30], [3e30, 1e30]])
+TINY = 2.0**-80
 FOLDED = {
     "in a row": lambda x: (x @ LARGE) * 1e-25 * 1e-25 * 1e20,
     "turned around": lambda x: jnp.flip((x @ LARGE) * 1e-25) * 1e-25 * 1e20,
+    "negated": lambda x: -((x @ LARGE) * 1e-25) * 1e-25 * 1e20,
+    "added": lambda x: (x @ LARGE * TINY + x[::-1] @ LARGE * TINY) * TINY * 2.0**60,
     "copied": lambda x: (jnp.broadcast_to((x @ LARGE) * 1e-25, (3, 2)) * 1e-25).reshape(-1) * 1e20,
     "overflow": lambda x: (x @ (1e-35 * LARGE * 1e-25)) * 1e25 * 1e25,
 }
@@ -172,13 +176,12 @@ def test_the_executed_error_covers_compilers_that_multiply_constants_first(case)
     assert np.all(np.abs(compiled - one_by_one) <= error)
     # As XLA does it today; a compiler may leave the order as it is.
     assert np.all(np.abs(one_by_one) <= error)
-    # The checker, of what is one node.
-    (*before, last) = check_nodes.read(described(trace(f, x).with_head()), x.shape)
-    if not before:
-        point, none = np.asarray(x, np.float64), np.zeros(2)
-        known = check_walk.Known(point, point, point, none > 0, 0.0, none, 0.0)
-        error, _ = check_walk._executed(last.step, known, 1e60, "float32")
-        assert np.all(np.abs(compiled - one_by_one) <= error)
+    # And the checker's own.
+    nodes = check_nodes.read(described(trace(f, x).with_head()), x.shape)
+    whole = [(0.0, 1e60) for node in nodes if isinstance(node.step, check_layers.Affine)]
+    network = check_walk.Network(nodes, whole, "float32")
+    derived = check_walk.derive(network, np.asarray(x), 0, 0.0, lambda matrix: whole[0])
+    assert np.all(np.abs(one_by_one) <= derived.rounding)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

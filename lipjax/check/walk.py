@@ -106,6 +106,8 @@ class Known:
         radius: ``||h(x') - center||_2`` over the coordinates that vary.
         error: per coordinate, how far the executed network's activation can be from h(x').
         distance: the same, as a distance in l2.
+        operand, factor: of the maps behind each other that made it and are no products of matrices:
+            bound of what they took, and of every product of their factors (`_executed`).
     """
 
     center: np.ndarray
@@ -115,6 +117,8 @@ class Known:
     radius: float
     error: np.ndarray
     distance: float
+    operand: float = 0.0
+    factor: float = 1.0
 
     def offset(self) -> np.ndarray:
         """How far h(x') can be from the center."""
@@ -211,6 +215,7 @@ def walk(
                 walked.kept[number] = _spread(node.step, [walked.kept[node.inputs[0]]])
         elif isinstance(node.step, Nonlinear):
             known, rows = activate(node.step, before)
+            known = dataclasses.replace(known, operand=0.0, factor=1.0)
             slack = node.step.off(known.center)
             # Lipschitz, also in what is not known of these
             still = before.offset() * ~before.varies
@@ -353,15 +358,15 @@ def transform(
     lower = np.minimum(np.maximum(around - reach, center - ball), center)
     upper = np.maximum(np.minimum(around + reach, center + ball), center)
     varies = layer.absolute @ inside > 0
-    error, distance = _executed(layer, known, whole, arithmetic)
-    return Known(center, lower, upper, varies, math.inf, error, distance), slack
+    executed = _executed(layer, known, whole, arithmetic)
+    return Known(center, lower, upper, varies, math.inf, *executed), slack
 
 
 def _executed(
     layer: Affine, known: Known, whole: float, arithmetic: str
-) -> tuple[np.ndarray, float]:
-    """How far the executed network can be behind this layer: the error carried through it, and its
-    own rounding.
+) -> tuple[np.ndarray, float, float, float]:
+    """How far the executed network can be behind this layer, the error carried through it and its
+    own rounding, per coordinate and as a distance; and `Known.operand` and `Known.factor`.
 
     An inner product of n terms of operands that are first rounded by u_in, summed with u_acc, and
     stored with u_out errs by at most g(n) of the sum of its terms' sizes; the sizes are those of
@@ -370,15 +375,19 @@ def _executed(
     """
     identity = layer.executed is not None and layer.executed.results == 0
     if identity and not layer.parts:  # (of parts the first alone may be one)
-        return known.error, known.distance  # the identity
+        return known.error, known.distance, known.operand, known.factor  # the identity
     n = layer.terms
+    nothing = np.full(len(layer.bias), np.inf), math.inf, 0.0, 1.0
     size = up(np.maximum(np.abs(known.lower), np.abs(known.upper)) + known.error)
     local = np.zeros(len(layer.bias))
-    operand, factor = 0.0, 1.0
+    operand, factor = known.operand, known.factor
     for k, part in enumerate(layer.parts or (layer,)):
         *_, smallest, largest = _units(part.executed, arithmetic)
-        # A compiler may multiply the factors of several parts first. Their product may underflow,
-        # or overflow, where no value does.
+        # A compiler may multiply the factors of several maps first, also of those in front of this
+        # layer. Their product may underflow, or overflow, where no value does. Only a product of
+        # matrices is no factor of those before.
+        if _is_product(part):
+            operand, factor = 0.0, 1.0
         lost = 4 * smallest * operand
         operand = max(operand, part.terms * float(np.max(size, initial=0.0)))
         factor = max(factor, 1.0) * part.largest
@@ -386,12 +395,19 @@ def _executed(
         # What the parts before have rounded off goes through this one.
         local = up((part.absolute @ local if k else 0.0) + own + lost, part.terms)
         size = up(size + local)
-        if not np.all(np.isfinite(size)) or (k and not factor < largest):
-            return np.full(len(local), np.inf), math.inf
+        if not np.all(np.isfinite(size)) or not factor < largest:
+            return nothing
     carried = np.minimum(layer.absolute @ known.error, layer.row_norms * known.distance)
     error = up(up(carried, n) + local)
     distance = np.minimum(up(whole * known.distance + up_norm(local)), up_norm(error))
-    return error, float(distance)
+    if len(layer.parts) < 2 and _is_product(layer):
+        operand, factor = 0.0, 1.0
+    return error, float(distance), operand, factor
+
+
+def _is_product(layer: Affine) -> bool:
+    """Is it known to be a product of matrices?"""
+    return layer.executed is not None and layer.executed.product
 
 
 def _own(layer: Affine, size: np.ndarray, arithmetic: str) -> tuple[np.ndarray, np.ndarray]:
@@ -444,6 +460,8 @@ def move(step: Move, taken: Sequence[Known]) -> Known:
         _spread(step, [known.radius for known in taken]),
         step(*(known.error for known in taken), filled=False),
         _spread(step, [known.distance for known in taken]),
+        max(known.operand for known in taken),
+        max(known.factor for known in taken),
     )
 
 
@@ -514,7 +532,8 @@ def add(
 
     carried, length = up(first.error + second.error), up(first.distance + second.distance)
     error, distance = _stored(lower, upper, carried, length, executed, arithmetic)
-    return Known(center, lower, upper, varies, float(radius), error, distance), slack
+    longest = max(first.operand, second.operand), max(first.factor, second.factor)
+    return Known(center, lower, upper, varies, float(radius), error, distance, *longest), slack
 
 
 def _stored(lower, upper, carried, length, executed, arithmetic) -> tuple[np.ndarray, float]:

@@ -180,6 +180,10 @@ def run(command: ModuleType) -> None:
         command.main(options)
     except command.ERRORS as error:
         hosts.give_up(f"{name}: {error}")
+    except ImportError as error:
+        if error.name is not None:  # else one of lipjax's own, which says what to install
+            raise
+        hosts.give_up(f"{name}: {error}")
     except KeyboardInterrupt:
         print(f"{name}: stopped", file=sys.stderr)
         raise SystemExit(130) from None

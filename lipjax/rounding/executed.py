@@ -65,8 +65,9 @@ FEW = 100.0
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """Scales behind each other. XLA multiplies factors that are constants of a program first, so
-    their product may underflow or overflow where no value of the program does.
+    """Scales behind each other, with sums and rearrangements between them. XLA multiplies factors
+    that are constants of a program first, so their product may underflow or overflow where no value
+    of the program does.
 
     Attributes:
         size: bound of the operands; 0 where there are none.
@@ -288,6 +289,8 @@ def forward_error(
                 total = jnp.minimum(moved, total)
         elif isinstance(node, Add):
             error, total = _sum_error(node, boxes[i], sources, lengths, arithmetics[i])
+            # a x + a y may be computed as a (x + y)
+            run = functools.reduce(_longer, (runs[j] for j in node.inputs))
         else:
             assert isinstance(node, Linear)
             (j,) = node.inputs
