@@ -222,7 +222,10 @@ def proven_norms(graph) -> list:
 
 def outward_bound(graph, x, epsilon, mode, arithmetic=rounding.OUTWARD):
     """The bound of a graph in float64 by proven norms, rounded outwards unless said otherwise."""
-    walk = bounds.Walk(graph, bounds.mode_of(mode), proven_norm, proven_norm, arithmetic=arithmetic)
+    norms = (proven_norm, proven_norm)
+    walk = bounds.Walk(
+        graph, bounds.mode_of(mode), *norms, arithmetic=arithmetic, stacked_norm=proven_norm
+    )
     return walk(jax.numpy.asarray(x, jax.numpy.float64), epsilon)
 
 

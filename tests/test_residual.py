@@ -21,6 +21,11 @@ from flax import nnx
 
 import lipjax
 from lipjax import bounds, rounding
+from lipjax.certificates import setup
+from lipjax.certificates.randomness import split_failure_probability
+from lipjax.check import checker
+from lipjax.check import walk as check_walk
+from lipjax.formats import certificate_files
 from lipjax.graph import Add, trace
 
 EPSILON = 0.2
@@ -147,6 +152,98 @@ def test_a_network_of_blocks_is_certified_and_not_broken():
     assert lipjax.attacks.pgd(
         net, x[rows], found.predicted[rows], 8 * EPSILON, clip=None
     ).broken.any()
+
+
+def shortcut(scale=1.0, seed=0):
+    """Two linear maps meet: of an activation, and of what was in front of it."""
+    rng = np.random.default_rng(seed)
+    first, inner, last = (jnp.asarray(rng.normal(size=(8, 8)) / 3, jnp.float32) for _ in range(3))
+    beside = jnp.asarray(scale * rng.normal(size=(8, 8)) / 3, jnp.float32)
+    head = jnp.asarray(rng.normal(size=(3, 8)), jnp.float32)
+
+    def network(x):
+        h = jax.nn.relu(first.astype(x.dtype) @ x)
+        inside = last.astype(x.dtype) @ jax.nn.relu(inner.astype(x.dtype) @ h)
+        return head.astype(x.dtype) @ jax.nn.relu(inside - beside.astype(x.dtype) @ h)
+
+    return network
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-3, 300.0])
+def test_the_radius_where_two_maps_meet_is_that_of_their_matrices_side_by_side(x64, scale):
+    network = shortcut(scale)
+    x = jnp.asarray(np.random.default_rng(0).uniform(0, 1, 8))
+    epsilon = 0.05
+    graph = cast64(trace(network, x.astype(jnp.float32)))
+    bound = outward_bound(graph, x, epsilon, "local")
+    ((place, node),) = ((i, n) for i, n in enumerate(graph.nodes) if isinstance(n, Add))
+    inputs = [bound.regions[graph.nodes[j].inputs[0]] for j in node.inputs]
+    matrices = [
+        np.asarray(graph.nodes[j].operator.materialized(x).kernel) * np.asarray(region.varies)
+        for j, region in zip(node.inputs, inputs, strict=True)
+    ]
+    radii = [float(region.radius) for region in inputs]
+    norms = [np.linalg.norm(m, 2) for m in matrices]
+    t = np.sqrt(norms[0] * radii[1] / (norms[1] * radii[0]))
+    length = np.hypot(radii[0], radii[1] / t)
+    side_by_side = np.linalg.norm(np.hstack([matrices[0], t * matrices[1]]), 2) * length
+    added = norms[0] * radii[0] + norms[1] * radii[1]
+    radius = float(bound.regions[place].radius)
+    assert radius <= side_by_side * (1 + 1e-6)
+    assert side_by_side <= added * (1 + 1e-9)
+    assert scale != 1 or side_by_side < 0.9 * added
+
+    steps = np.random.default_rng(1).normal(size=(4000, 8))
+    gradient = jax.jacobian(dataclasses.replace(graph, nodes=graph.nodes[: place + 1]))(x)
+    steps[0] = np.linalg.svd(gradient)[2][0]
+    steps *= epsilon / np.linalg.norm(steps, axis=1, keepdims=True)
+    points = jax.vmap(dataclasses.replace(graph, nodes=graph.nodes[: place + 1]))(x + steps)
+    moved = np.linalg.norm(points - bound.regions[place].center, axis=1)
+    assert np.max(moved) <= radius
+
+
+@pytest.mark.parametrize("tier", ["probabilistic", "deterministic"])
+def test_certificates_where_two_maps_meet_are_confirmed_and_rest_on_their_common_norm(
+    tier, tmp_path, monkeypatch
+):
+    network = shortcut()
+    x = np.random.default_rng(0).uniform(0, 1, (6, 8)).astype(np.float32)
+    labels = np.argmax(jax.vmap(network)(x), axis=1)
+    found = lipjax.certify(network, x, labels, 0.04, tier=tier, seed=0)
+    certificate_files.save(tmp_path / "x.npz", found, network, x, labels)
+    file = certificate_files.load(tmp_path / "x.npz")
+    described = certificate_files.describe(network, x[0])
+
+    def checked():
+        return checker.check(described, x, labels, *file, np.random.default_rng(0))
+
+    report = checked()
+    assert report.confirmed and report.certified == np.sum(found.certified) >= 1, report
+    monkeypatch.setattr(check_walk, "_side_by_side", lambda *arguments: None)
+    assert any("recorded margin" in problem for problem in checked().problems)
+
+
+def test_norms_of_maps_side_by_side_take_their_share_of_the_failure_probability():
+    x = np.full((2, 8), 0.5, np.float32)
+    assert set_up_of(shortcut(), x).options["failure_probability"] == split_failure_probability(
+        1e-6, 2, 5
+    )
+
+
+def set_up_of(network, x):
+    return setup.set_up(
+        network,
+        x,
+        None,
+        tier="probabilistic",
+        failure_probability=1e-6,
+        mode="local",
+        arithmetic=None,
+        budget=1e9,
+        seed=0,
+        batch_size=2,
+        examine=None,
+    )
 
 
 def test_blocks_that_change_the_shape_are_refused_and_may_end_a_network():

@@ -5,7 +5,7 @@ from lipjax.bounds.lipschitz import LipschitzEstimate, local_lipschitz
 from lipjax.bounds.margins import ascent, margin, worst_logits
 from lipjax.bounds.modes import MODES, Mode, mode_of
 from lipjax.bounds.regions import Bound, Region, check_epsilon
-from lipjax.bounds.walk import Walk
+from lipjax.bounds.walk import Walk, stacks
 
 __all__ = [
     "MODES",
@@ -23,6 +23,7 @@ __all__ = [
     "local_lipschitz",
     "margin",
     "mode_of",
+    "stacks",
     "vector_shapes",
     "worst_logits",
 ]

@@ -96,7 +96,7 @@ def set_up(
     examined = examined_rows(examine, len(images))
     options, facts = agreed(
         graph,
-        (len(images), len(graph.linear) - 1, attempts),
+        (len(images), len(graph.linear) - 1 + len(bounds.stacks(graph)), attempts),
         tier=tier,
         failure_probability=failure_probability,
         mode=mode,

@@ -20,7 +20,18 @@ RADIUS_ITERATIONS = 15
 STEPPED = 3
 
 
-def verdict(graph, x, label, epsilon, mode, arithmetics, global_norms, local_norm, global_norm):
+def verdict(
+    graph,
+    x,
+    label,
+    epsilon,
+    mode,
+    arithmetics,
+    global_norms,
+    local_norm,
+    global_norm,
+    stacked_norm=None,
+):
     """The verdict of one example, in float64, rounded outwards.
 
     A proof iff the norm functions bound from above.
@@ -31,12 +42,20 @@ def verdict(graph, x, label, epsilon, mode, arithmetics, global_norms, local_nor
         mode: name of the bound.
         arithmetics: how each equation of the graph rounds when the network is executed.
         global_norms: upper bounds of the linear nodes' whole norms, in order.
-        local_norm, global_norm: as `bounds.Walk` takes them.
+        local_norm, global_norm, stacked_norm: as `bounds.Walk` takes them.
 
     Returns:
         What `facts_of` returns.
     """
-    walk = bounds.Walk(graph, bounds.mode_of(mode), local_norm, global_norm, view, rounding.OUTWARD)
+    walk = bounds.Walk(
+        graph,
+        bounds.mode_of(mode),
+        local_norm,
+        global_norm,
+        view,
+        rounding.OUTWARD,
+        stacked_norm,
+    )
     bound = walk(x, epsilon)
     worst = bounds.worst_logits(bound, label, rounding.OUTWARD, view)
     return judged(bound, label, worst, *allowances(bound, arithmetics, global_norms))
@@ -146,8 +165,9 @@ def certify_batch(
     global_key, local_key = jax.random.split(key)
 
     def deterministic(k, operator, like, mask_in, mask_out):
+        known = global_norms[k] if k < first else math.inf
         sigma = best.norm_bound(
-            operator, like, mask_in, mask_out, global_bound=global_norms[k], budget=budget
+            operator, like, mask_in, mask_out, global_bound=known, budget=budget
         )
         return sigma, None
 
@@ -155,21 +175,38 @@ def certify_batch(
         sigma = chebyshev.inflated_norm_bound(
             operator, starts[k], failure_probability, like, mask_in, mask_out
         )
-        sigma = jnp.minimum(sigma, global_norms[k])
+        if k < first:
+            sigma = jnp.minimum(sigma, global_norms[k])
         sigma = jnp.minimum(sigma, closed.schur_bound(operator, like, mask_in, mask_out))
         return sigma, None
+
+    sizes = [math.prod(graph.nodes[node.inputs[0]].shape) for node in graph.linear_nodes[:-1]]
+    meeting = bounds.stacks(graph)
+    for i in meeting:
+        sources = [graph.nodes[j].inputs[0] for j in graph.nodes[i].inputs]
+        sizes.append(sum(math.prod(graph.nodes[j].shape) for j in sources))
+    first = len(sizes) - len(meeting)  # of those of maps side by side
 
     def norm_function(salt):
         if tier == "deterministic":
             return deterministic
-        sizes = [math.prod(graph.nodes[node.inputs[0]].shape) for node in graph.linear_nodes]
-        return functools.partial(probabilistic, chebyshev.starts(salt, sizes[:-1]))
+        return functools.partial(probabilistic, chebyshev.starts(salt, sizes))
 
     def one(x, label, epsilon, index):
         local_norm = norm_function(jax.random.fold_in(local_key, index))
         global_norm = norm_function(global_key)
+
+        def stacked_norm(k, *arguments):
+            return local_norm(first + k, *arguments)
+
         walk = bounds.Walk(
-            graph, bounds.mode_of(mode), local_norm, global_norm, view, rounding.OUTWARD
+            graph,
+            bounds.mode_of(mode),
+            local_norm,
+            global_norm,
+            view,
+            rounding.OUTWARD,
+            stacked_norm,
         )
         bound = walk(x, epsilon)
         worst = bounds.worst_logits(bound, label, rounding.OUTWARD, view)
@@ -237,7 +274,8 @@ def radius_batch(shared, columns, *, mode, arithmetics):
 
     def one(x, label):
         def robust(epsilon):
-            facts = verdict(graph, x, label, epsilon, mode, arithmetics, global_norms, norm, norm)
+            same = graph, x, label, epsilon, mode, arithmetics, global_norms
+            facts = verdict(*same, norm, norm, norm)
             return facts["ok"]
 
         def halve(_, bracket):

@@ -273,9 +273,11 @@ def check(
         return rejected(problems)
     delta = header["failure_probability"] or DETERMINISTIC_FILE_DELTA
     delta = min(max(delta, SMALLEST_DELTA), LARGEST_DELTA)
-    share = delta / (len(affine) * (len(chosen) + 1))
+    network = Network(nodes, [], header["arithmetic"])
+    bounded = len(affine) + len(network.meeting)
+    share = delta / (bounded * (len(chosen) + 1))
     norms = Norms(share, rng, patient=header["tier"] == "deterministic")
-    network = Network(nodes, [norms(layer.matrix) for layer in affine], header["arithmetic"])
+    network.whole.extend(norms(layer.matrix) for layer in affine)
     margins = np.full(len(chosen), -math.inf)
     slopes = {"linear": header["mode"] in ("linear", "rows"), "rows": header["mode"] == "rows"}
     kept = _slopes_by_row(header, arrays) if header["mode"] == "tight" else None

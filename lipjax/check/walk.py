@@ -11,6 +11,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+import scipy.sparse  # type: ignore[import-untyped]
 
 from lipjax.check import onesided, slopes
 from lipjax.check.layers import Activation, Add, Affine, Executed, Move, Node, Nonlinear
@@ -44,6 +45,18 @@ class Network:
     nodes: list[Node]
     whole: list[tuple[float, float]]
     arithmetic: str
+
+    @functools.cached_property
+    def meeting(self) -> frozenset[int]:
+        """The numbers of the sums of two affine layers' values."""
+        kinds = [None, *(node.step for node in self.nodes)]
+        return frozenset(
+            number
+            for number, node in enumerate(self.nodes, 1)
+            if isinstance(node.step, Add)
+            and len(node.inputs) == 2
+            and all(isinstance(kinds[taken], Affine) for taken in node.inputs)
+        )
 
     @functools.cached_property
     def followers(self) -> dict[int, tuple[list[Move], Nonlinear]]:
@@ -207,6 +220,8 @@ def walk(
         if isinstance(node.step, Add):
             known, slack = summed(node.step, taken, network.arithmetic)
             radius = known.radius
+            if (found := _side_by_side(network, number, walked, norms)) is not None:
+                radius = np.minimum(radius, up(found + up_norm(slack)))
         elif isinstance(node.step, Move):
             known = move(node.step, taken)
             slack, radius = np.zeros(known.center.shape), known.radius
@@ -248,6 +263,35 @@ def walk(
         )
         walked.slack.append(slack)
     return walked
+
+
+def _side_by_side(network: Network, number: int, walked: Walk, norms: Norms) -> float | None:
+    """The radius of a sum of two affine layers' values, but for its own slack, by the norm of their
+    matrices side by side, the second times the factor t by which it is at most the sum of both
+    radii; None of any other."""
+    if number not in network.meeting:
+        return None
+    numbers = network.nodes[number - 1].inputs
+    before = [walked.values[network.nodes[taken - 1].inputs[0]] for taken in numbers]
+    first, second = (known.radius for known in before)
+    a, b = (walked.norms[_place(network, taken)][1] for taken in numbers)
+    if not (min(a, b, first, second) > 0 and 1e-30 < (square := a * second / (b * first)) < 1e30):
+        return None
+    scale = math.sqrt(square)
+    matrices = []
+    for taken, known in zip(numbers, before, strict=True):
+        layer = network.nodes[taken - 1].step
+        assert isinstance(layer, Affine)  # `Network.meeting` sees to it
+        matrices.append(layer.matrix[:, known.varies])
+    _, upper = norms(scipy.sparse.hstack([matrices[0], matrices[1] * scale], format="csr"))
+    length = up_norm(np.array([first, second / scale]))
+    upper = up(upper, matrices[0].shape[0])  # also what the factor has rounded off the entries
+    return float(up(up(upper * length) + sum(up_norm(walked.slack[taken]) for taken in numbers)))
+
+
+def _place(network: Network, number: int) -> int:
+    """Of an affine layer among them, by its value's number."""
+    return sum(isinstance(node.step, Affine) for node in network.nodes[: number - 1])
 
 
 def _cut(known: Known, node: Node, walked: Walk, slack: np.ndarray) -> Known:

@@ -341,6 +341,37 @@ class Sum:
 
 
 @dataclasses.dataclass(frozen=True)
+class Stacked:
+    """``W_1 x_1 + W_2 x_2 + ..``, of flattened kernels one behind the other, and of inputs too.
+
+    Attributes:
+        parts: of each map `apply`, the shapes of its kernel and of its input.
+    """
+
+    parts: tuple[tuple[Callable, tuple[int, ...], tuple[int, ...]], ...]
+
+    def __call__(self, kernel: jax.Array, x: jax.Array) -> jax.Array:
+        shapes = zip(*((kernel_shape, shape) for _, kernel_shape, shape in self.parts), strict=True)
+        cut = []
+        for flat, each in zip((kernel, x), shapes, strict=True):
+            ends = list(itertools.accumulate(math.prod(shape) for shape in each))
+            pieces = jnp.split(flat, ends[:-1])
+            cut.append([piece.reshape(shape) for piece, shape in zip(pieces, each, strict=True)])
+        images = [part[0](k, v) for part, k, v in zip(self.parts, *cut, strict=True)]
+        return sum(images[1:], images[0])
+
+
+def stacked(operators: Sequence[LinearOperator], shapes: Sequence[tuple[int, ...]]):
+    """``[W_1 W_2 ..]``, on flattened inputs of these shapes one behind the other; no bias."""
+    parts = tuple(
+        (operator.apply, operator.kernel.shape, tuple(shape))
+        for operator, shape in zip(operators, shapes, strict=True)
+    )
+    kernels = [operator.kernel.reshape(-1) for operator in operators]
+    return LinearOperator(Stacked(parts), jnp.concatenate(kernels))
+
+
+@dataclasses.dataclass(frozen=True)
 class Reshaped:
     """Another map, its result in another shape.
 
