@@ -154,8 +154,9 @@ def test_a_network_of_blocks_is_certified_and_not_broken():
     ).broken.any()
 
 
-def shortcut(scale=1.0, seed=0):
-    """Two linear maps meet: of an activation, and of what was in front of it."""
+def shortcut(scale=1.0, seed=0, turned=False):
+    """Two linear maps meet: of an activation, and of what was in front of it; the first turned
+    around."""
     rng = np.random.default_rng(seed)
     first, inner, last = (jnp.asarray(rng.normal(size=(8, 8)) / 3, jnp.float32) for _ in range(3))
     beside = jnp.asarray(scale * rng.normal(size=(8, 8)) / 3, jnp.float32)
@@ -164,24 +165,28 @@ def shortcut(scale=1.0, seed=0):
     def network(x):
         h = jax.nn.relu(first.astype(x.dtype) @ x)
         inside = last.astype(x.dtype) @ jax.nn.relu(inner.astype(x.dtype) @ h)
+        inside = jnp.flip(inside) if turned else inside
         return head.astype(x.dtype) @ jax.nn.relu(inside - beside.astype(x.dtype) @ h)
 
     return network
 
 
+@pytest.mark.parametrize("turned", [False, True])
 @pytest.mark.parametrize("scale", [1.0, 1e-3, 300.0])
-def test_the_radius_where_two_maps_meet_is_that_of_their_matrices_side_by_side(x64, scale):
-    network = shortcut(scale)
+def test_the_radius_where_two_maps_meet_is_that_of_their_matrices_side_by_side(x64, scale, turned):
+    network = shortcut(scale, turned=turned)
     x = jnp.asarray(np.random.default_rng(0).uniform(0, 1, 8))
     epsilon = 0.05
     graph = cast64(trace(network, x.astype(jnp.float32)))
     bound = outward_bound(graph, x, epsilon, "local")
-    ((place, node),) = ((i, n) for i, n in enumerate(graph.nodes) if isinstance(n, Add))
-    inputs = [bound.regions[graph.nodes[j].inputs[0]] for j in node.inputs]
+    (place,) = (i for i, node in enumerate(graph.nodes) if isinstance(node, Add))
+    maps = [i for i in graph.linear if i < place][-2:]
+    inputs = [bound.regions[graph.nodes[j].inputs[0]] for j in maps]
     matrices = [
         np.asarray(graph.nodes[j].operator.materialized(x).kernel) * np.asarray(region.varies)
-        for j, region in zip(node.inputs, inputs, strict=True)
+        for j, region in zip(maps, inputs, strict=True)
     ]
+    matrices[0] = matrices[0][::-1] if turned else matrices[0]
     radii = [float(region.radius) for region in inputs]
     norms = [np.linalg.norm(m, 2) for m in matrices]
     t = np.sqrt(norms[0] * radii[1] / (norms[1] * radii[0]))
@@ -206,7 +211,7 @@ def test_the_radius_where_two_maps_meet_is_that_of_their_matrices_side_by_side(x
 def test_certificates_where_two_maps_meet_are_confirmed_and_rest_on_their_common_norm(
     tier, tmp_path, monkeypatch
 ):
-    network = shortcut()
+    network = shortcut(turned=tier == "probabilistic")
     x = np.random.default_rng(0).uniform(0, 1, (6, 8)).astype(np.float32)
     labels = np.argmax(jax.vmap(network)(x), axis=1)
     found = lipjax.certify(network, x, labels, 0.04, tier=tier, seed=0)

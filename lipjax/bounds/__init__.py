@@ -5,7 +5,7 @@ from lipjax.bounds.lipschitz import LipschitzEstimate, local_lipschitz
 from lipjax.bounds.margins import ascent, margin, worst_logits
 from lipjax.bounds.modes import MODES, Mode, mode_of
 from lipjax.bounds.regions import Bound, Region, check_epsilon
-from lipjax.bounds.walk import Walk, stacks
+from lipjax.bounds.walk import Walk, linear_before, stacks
 
 __all__ = [
     "MODES",
@@ -20,6 +20,7 @@ __all__ = [
     "check_epsilon",
     "graph_of",
     "initial_vectors",
+    "linear_before",
     "local_lipschitz",
     "margin",
     "mode_of",

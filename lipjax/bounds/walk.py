@@ -15,6 +15,7 @@ from lipjax.bounds.modes import Mode
 from lipjax.bounds.regions import Bound, Region, ball_region, half_diagonal
 from lipjax.graph import Activation, Add, Graph, Input, Linear, Rearrange
 from lipjax.graph.linear import LinearOperator, larger, safe_norm, smaller, stacked
+from lipjax.graph.nodes import moved
 
 # Keeps a factor away from 0 and infinity.
 SMALL = 1e-30
@@ -182,7 +183,7 @@ class Walk:
         radius = up(_sum([p.radius for p in parts]) + moved, terms + 1)
         places = stacks(self.graph) if self.stacked_norm is not None and self.mode.local else ()
         if i in places:
-            together = self._stacked_radius(places.index(i), node, before, found)
+            together = self._stacked_radius(places.index(i), node, found)
             radius = jnp.minimum(radius, up(together + moved, terms + 1))
         whole = up(_sum([known.whole_radius for known in before]) + moved, terms + 1)
         lipschitz = before[0].lipschitz
@@ -205,7 +206,7 @@ class Walk:
         upper = larger(upper, center)
         return Known(self._capped(Region(center, radius, lower, upper)), lipschitz, whole)
 
-    def _stacked_radius(self, k: int, node: Add, before: Sequence[Known], found: Found):
+    def _stacked_radius(self, k: int, node: Add, found: Found):
         """Of ``W_1 h_1 + W_2 h_2`` by the norm of ``[W_1, t W_2]``: the two changes are seldom in
         the worst directions of both.
 
@@ -213,15 +214,17 @@ class Walk:
         """
         assert self.stacked_norm is not None
         up = self.arithmetic.up
+        maps = [behind for j in node.inputs if (behind := linear_before(self.graph, j))]
         inputs = []
         views = []
-        for j in node.inputs:
+        for j, path in maps:
             layer = self.graph.nodes[j]
-            assert isinstance(layer, Linear)  # `stacks` sees to it
+            assert isinstance(layer, Linear)
             inputs.append(found.known[layer.inputs[0]].region)
-            views.append(self.view(layer.operator, inputs[-1].center))
+            operator = self.view(layer.operator, inputs[-1].center)
+            views.append(functools.reduce(moved, path, operator))
         first, second = (region.radius for region in inputs)
-        a, b = (found.norms[self.graph.linear.index(j)] for j in node.inputs)
+        a, b = (found.norms[self.graph.linear.index(j)] for j, _ in maps)
         t = jnp.clip(jnp.sqrt((a * second + SMALL) / (b * first + SMALL)), SMALL, 1 / SMALL)
         views[1] = dataclasses.replace(views[1], kernel=views[1].kernel * t)
         operator = stacked(views, [region.center.shape for region in inputs])
@@ -230,8 +233,8 @@ class Walk:
         sigma, _ = self.stacked_norm(k, operator, like, varies, None)
         length = up(safe_norm(jnp.stack([first, second / t])), 2)
         # That t rounds the entries counts less than a sum of so many terms.
-        sigma = up(sigma, before[0].region.center.size)
-        return up(sigma * length + before[0].moved + before[1].moved, 4)
+        sigma = up(sigma, math.prod(node.shape))
+        return up(sigma * length + sum(found.known[j].moved for j, _ in maps), 4)
 
     # -------------------------------------------------------------------------------- activations
 
@@ -408,14 +411,25 @@ def activation_behind(graph: Graph, i: int) -> tuple[list[Rearrange], Activation
 
 
 def stacks(graph: Graph) -> tuple[int, ...]:
-    """Positions of the sums of two Linear nodes."""
+    """Positions of the sums of two Linear nodes' values, perhaps rearranged."""
     return tuple(
         i
         for i, node in enumerate(graph.nodes)
         if isinstance(node, Add)
         and len(node.inputs) == 2
-        and all(isinstance(graph.nodes[j], Linear) for j in node.inputs)
+        and all(linear_before(graph, j) for j in node.inputs)
     )
+
+
+def linear_before(graph: Graph, i: int) -> tuple[int, list[Rearrange]] | None:
+    """The Linear node that node i is or rearranges, each entry at most once, and the way there."""
+    path: list[Rearrange] = []
+    node = graph.nodes[i]
+    while isinstance(node, Rearrange) and len(node.inputs) == 1 and node.copies == 1:
+        path.insert(0, node)
+        (i,) = node.inputs
+        node = graph.nodes[i]
+    return (i, path) if isinstance(node, Linear) else None
 
 
 def _sum(values: Sequence[jax.Array]) -> jax.Array:

@@ -183,7 +183,8 @@ def certify_batch(
     sizes = [math.prod(graph.nodes[node.inputs[0]].shape) for node in graph.linear_nodes[:-1]]
     meeting = bounds.stacks(graph)
     for i in meeting:
-        sources = [graph.nodes[j].inputs[0] for j in graph.nodes[i].inputs]
+        maps = [bounds.linear_before(graph, j)[0] for j in graph.nodes[i].inputs]
+        sources = [graph.nodes[j].inputs[0] for j in maps]
         sizes.append(sum(math.prod(graph.nodes[j].shape) for j in sources))
     first = len(sizes) - len(meeting)  # of those of maps side by side
 

@@ -167,6 +167,10 @@ class Move:
         moved = joined[self.index]
         return np.where(self.index < 0, self.fill, moved) if filled else moved
 
+    def rows(self, matrix):
+        """The rows of a sparse matrix in their places, zeros for the constants."""
+        return (self._back.T @ matrix).tocsr()
+
     @functools.cached_property
     def copies(self) -> int:
         """In how many places the most frequent entry stands."""

@@ -49,14 +49,26 @@ class Network:
     @functools.cached_property
     def meeting(self) -> frozenset[int]:
         """The numbers of the sums of two affine layers' values."""
-        kinds = [None, *(node.step for node in self.nodes)]
         return frozenset(
             number
             for number, node in enumerate(self.nodes, 1)
             if isinstance(node.step, Add)
             and len(node.inputs) == 2
-            and all(isinstance(kinds[taken], Affine) for taken in node.inputs)
+            and all(self.affine_before(taken) for taken in node.inputs)
         )
+
+    def affine_before(self, number: int) -> tuple[int, list[Move]] | None:
+        """The number of the affine layer's value that this one is or moves, each entry to at most
+        one place, and the moves, the last one first."""
+        path: list[Move] = []
+        while number > 0 and isinstance(step := self.nodes[number - 1].step, Move):
+            if len(step.sizes) != 1 or step.copies > 1:
+                return None
+            path.append(step)
+            (number,) = self.nodes[number - 1].inputs
+        if number > 0 and isinstance(self.nodes[number - 1].step, Affine):
+            return number, path
+        return None
 
     @functools.cached_property
     def followers(self) -> dict[int, tuple[list[Move], Nonlinear]]:
@@ -271,7 +283,8 @@ def _side_by_side(network: Network, number: int, walked: Walk, norms: Norms) -> 
     radii; None of any other."""
     if number not in network.meeting:
         return None
-    numbers = network.nodes[number - 1].inputs
+    found = [network.affine_before(taken) for taken in network.nodes[number - 1].inputs]
+    numbers, paths = zip(*(each for each in found if each is not None), strict=True)
     before = [walked.values[network.nodes[taken - 1].inputs[0]] for taken in numbers]
     first, second = (known.radius for known in before)
     a, b = (walked.norms[_place(network, taken)][1] for taken in numbers)
@@ -279,10 +292,13 @@ def _side_by_side(network: Network, number: int, walked: Walk, norms: Norms) -> 
         return None
     scale = math.sqrt(square)
     matrices = []
-    for taken, known in zip(numbers, before, strict=True):
+    for taken, path, known in zip(numbers, paths, before, strict=True):
         layer = network.nodes[taken - 1].step
-        assert isinstance(layer, Affine)  # `Network.meeting` sees to it
-        matrices.append(layer.matrix[:, known.varies])
+        assert isinstance(layer, Affine)
+        matrix = layer.matrix[:, known.varies]
+        for step in reversed(path):
+            matrix = step.rows(matrix)
+        matrices.append(matrix)
     _, upper = norms(scipy.sparse.hstack([matrices[0], matrices[1] * scale], format="csr"))
     length = up_norm(np.array([first, second / scale]))
     upper = up(upper, matrices[0].shape[0])  # also what the factor has rounded off the entries

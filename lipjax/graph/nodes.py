@@ -7,7 +7,7 @@ through `jit`, `grad` and `vmap`; what is static is compared by value.
 import dataclasses
 import functools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, dataclass_transform
 
 import jax
@@ -177,6 +177,29 @@ class Rearrange(Node):
             nothing = (_like(values[0], c, filling=0) for c in constants)
             values = (step(*values, *nothing),)
         return values[0]
+
+
+@dataclasses.dataclass(frozen=True)
+class Moved:
+    """``(kernel, x)`` to the image of x by another map, its entries moved; hashable."""
+
+    apply: Callable[[jax.Array, jax.Array], jax.Array]
+    steps: tuple[Step, ...]
+    constants: tuple[tuple[Any, ...], ...]
+
+    def __call__(self, kernel: jax.Array, x: jax.Array) -> jax.Array:
+        values = (self.apply(kernel, x),)
+        for step, constants in zip(self.steps, self.constants, strict=True):
+            values = (step(*values, *(_like(values[0], c) for c in constants)),)
+        return values[0]
+
+
+def moved(operator: LinearOperator, node: Rearrange) -> LinearOperator:
+    """The map and the rearrangement of its image, without what fills."""
+    constants = tuple(
+        tuple(c if isinstance(c, Positions) else 0.0 for c in each) for each in node.constants
+    )
+    return LinearOperator(Moved(operator.apply, node.steps, constants), operator.kernel)
 
 
 @_node("constant")
