@@ -375,6 +375,13 @@ def test_the_rounding_of_a_sum_is_in_the_allowance():
     ) * (1 - 1e-6)
 
 
+def test_the_rounding_of_a_sum_is_that_of_the_larger_end_of_its_box():
+    for lower, upper in ((-8.0, 1e-3), (-1e-3, 8.0)):
+        ends = np.array([lower]), np.array([upper])
+        error, distance = walk._stored(*ends, np.zeros(1), 0.0, None, "float32")
+        assert error[0] >= 2.0**-24 * 8 and distance >= 2.0**-24 * 8 * (1 - 1e-6)
+
+
 def cancelling(seed, depth=3, scale=30.0):
     """Affine layers with activations that are open everywhere, or sums, of weights that cancel.
 

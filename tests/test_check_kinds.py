@@ -288,6 +288,14 @@ def test_the_rounding_of_a_smooth_kind_is_what_was_measured_and_nothing_is_said_
     assert np.all(found.error[:-1] <= (1.001 * least + np.zeros(SIZE) + 1e-36)[:-1])
 
 
+@pytest.mark.parametrize("kind", [*kinds.PLAIN, *kinds.GATED])
+def test_slopes_at_a_point_have_room_for_their_own_rounding(kind):
+    z = np.linspace(-3, 3, SIZE)
+    known = Known(z, z, z, np.zeros(SIZE, bool), 0.0, np.zeros(SIZE), 0.0)
+    low, high = STEPS[kind]()._slopes(known)
+    assert np.all(high - low >= 2.0**-43)
+
+
 def test_an_end_that_is_not_known_spreads_over_its_group():
     center, lower, upper, varies = box(0)
     upper[1] = np.nan
