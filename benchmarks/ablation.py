@@ -26,6 +26,7 @@ from lipjax import bounds
 
 FIELDS = {
     "modes": "bound.mode",
+    "iterations": "bound.iterations",
     "activations": "model.activation",
     "losses": "bound.loss",
     "sparsity": "bound.sparsity",

@@ -3,11 +3,12 @@
 from lipjax.bounds.estimate import PRODUCTS, bound, graph_of, initial_vectors, vector_shapes
 from lipjax.bounds.lipschitz import LipschitzEstimate, local_lipschitz
 from lipjax.bounds.margins import ascent, margin, worst_logits
-from lipjax.bounds.modes import MODES, Mode, mode_of
+from lipjax.bounds.modes import CONTROLS, MODES, Mode, mode_of
 from lipjax.bounds.regions import Bound, Region, check_epsilon
 from lipjax.bounds.walk import Walk, linear_before, stacks
 
 __all__ = [
+    "CONTROLS",
     "MODES",
     "PRODUCTS",
     "Bound",

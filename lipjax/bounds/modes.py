@@ -17,6 +17,8 @@ class Mode:
         relaxed_margins: margins also by a reverse pass through slopes.
         relaxed_boxes: boxes also by one reverse pass for each neuron.
         one_sided: margins also by reverse passes with one-sided errors.
+        masks_off: nothing leaves the matrices, though each example has norms of its own: a control,
+            which tells what masks gain.
     """
 
     name: str
@@ -27,6 +29,7 @@ class Mode:
     relaxed_margins: bool = False
     relaxed_boxes: bool = False
     one_sided: bool = False
+    masks_off: bool = False
 
     @property
     def vectors(self) -> tuple[str, ...]:
@@ -56,12 +59,18 @@ MODES = {
 }
 
 
+# To train with, for comparison; nothing is certified by them.
+CONTROLS = {"unmasked": Mode("unmasked", masks_off=True)}
+
+
 def mode_of(name: str) -> Mode:
-    """The mode of that name.
+    """The mode, or the control, of that name.
 
     Raises:
         ValueError: there is none.
     """
+    if name in CONTROLS:
+        return CONTROLS[name]
     if name not in MODES:
         raise ValueError(f"mode must be one of {', '.join(MODES)}, got {name!r}.")
     return MODES[name]

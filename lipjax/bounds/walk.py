@@ -293,9 +293,11 @@ class Walk:
             sigma = self._whole_norm(operator, region.center, found)
             whole = up(sigma * before.whole_radius + moved)
         if mode.masked:
-            active = self._active_rows(behind, box)
+            masks = (
+                (None, None) if mode.masks_off else (region.varies, self._active_rows(behind, box))
+            )
             place = len(found.norms)
-            sigma, vector = self.local_norm(place, operator, region.center, region.varies, active)
+            sigma, vector = self.local_norm(place, operator, region.center, *masks)
             found.vectors["local"].append(vector)
         found.norms.append(sigma)
 
@@ -358,7 +360,8 @@ class Walk:
         if self.mode.as_paper and operator.kernel_row_norms is not None:
             row_norms = operator.kernel_row_norms
         else:
-            counted = varies if self.mode.local else jnp.ones(like.shape, bool)
+            masked = self.mode.local and not self.mode.masks_off
+            counted = varies if masked else jnp.ones(like.shape, bool)
             row_norms = operator.row_norms(counted)
         terms = like.size + operator.kernel.size
         by_ball = arithmetic.up(ball_radius * jnp.broadcast_to(row_norms, center.shape), terms)

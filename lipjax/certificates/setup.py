@@ -178,6 +178,8 @@ def _stages_of(mode: str, steps: int | None) -> tuple[str, tuple[int, ...]]:
         first = "local"
         stages = [0, steps]
     else:
+        if mode in bounds.CONTROLS:
+            raise ValueError(f"mode {mode!r} is a control to train with, and certifies nothing.")
         bounds.mode_of(mode)
         steps = 0 if steps is None else steps
         first = mode

@@ -91,8 +91,8 @@ FIELDS: dict[str, Field] = {
     # ---------------------------------------------------------------- bound and loss
     "bound.mode": Field(
         "local",
-        'or "tight", "rows", "linear", "paper", "bcp", "global"',
-        choices=tuple(bounds.MODES),
+        'or "tight", "rows", "linear", "paper", "bcp", "global"; control: "unmasked"',
+        choices=(*bounds.MODES, *bounds.CONTROLS),
     ),
     "bound.iterations": Field(2, "warm-started power iterations per step", least=1),
     "bound.loss": Field("bcp", 'or "gloro", "trades", "lmt", "emma"', choices=LOSSES),

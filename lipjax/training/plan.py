@@ -143,7 +143,9 @@ def products(mode: str, iterations: int, first: bool) -> int:
     row_norms = 0 if first else 2
     power = 2 * iterations + 1
     added = {"bcp": box, "paper": box + power}
-    added |= dict.fromkeys(("local", "linear", "rows", "tight"), box + row_norms + power)
+    added |= dict.fromkeys(
+        ("local", "linear", "rows", "tight", "unmasked"), box + row_norms + power
+    )
     return plain + added.get(mode, 0)
 
 
