@@ -13,7 +13,7 @@ from conftest import make_activation
 from flax import nnx
 
 import lipjax
-from lipjax.check import checker, walk
+from lipjax.check import checker, onesided, walk
 from lipjax.check import layers as check_layers
 from lipjax.check import norms as check_norms
 from lipjax.check.layers import Activation, Add, Affine, Node
@@ -272,7 +272,7 @@ def subjects():
     ids=lambda value: value if isinstance(value, str) else "",
 )
 @pytest.mark.parametrize("epsilon", [0.0, 0.05, 0.6])
-@pytest.mark.parametrize("by_rows", [False, True])
+@pytest.mark.parametrize("by_rows", [(), (None,), onesided.RULES[1:]])
 def test_every_value_of_a_graph_stays_in_its_region_and_every_margin_above_its_bound(
     name, nodes, size, epsilon, by_rows
 ):

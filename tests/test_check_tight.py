@@ -96,6 +96,8 @@ WHICH = [
     ("clipped_maxmin", "probabilistic", "tight"),
     ("leaky", "deterministic", "tight"),
     ("tanh", "probabilistic", "tight"),
+    ("relu", "deterministic", "tight_rows"),
+    ("clipped_maxmin", "probabilistic", "tight_rows", STEPS),
 ]
 
 
@@ -106,6 +108,14 @@ def test_certificates_of_mode_tight_are_confirmed(tmp_path, which):
     assert report.confirmed, report
     assert report.certified == np.sum(certificate.certified) > 0
     assert ("auto" in which) == (len(file[-1]["slopes"]) > 0)
+
+
+def test_a_margin_by_smaller_boxes_than_rows_prove_is_rejected(tmp_path, monkeypatch):
+    """Where the checker does not know what cuts the boxes, it derives less than is recorded."""
+    file = file_of(tmp_path, "relu", "deterministic", "tight_rows")
+    monkeypatch.setattr(checker, "ROWS", {})
+    report = checked(*file)
+    assert any("recorded margin" in problem for problem in report.problems), report
 
 
 @pytest.mark.parametrize("kind", KINDS)

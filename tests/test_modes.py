@@ -20,6 +20,7 @@ SAID = {
     "linear": (True, True, True, False, True, False, False),
     "rows": (True, True, True, False, True, True, False),
     "tight": (True, True, True, False, False, False, True),
+    "tight_rows": (True, True, True, False, False, True, True),
 }
 VECTORS = {"global": ("global",), "bcp": ("global",), "paper": ("global", "local")}
 
@@ -54,6 +55,6 @@ def test_the_control_without_masks_takes_whole_norms_and_certifies_nothing():
 
 def test_a_mode_that_does_not_exist_is_an_error_that_names_those_that_do():
     with pytest.raises(
-        ValueError, match="global, bcp, paper, local, linear, rows, tight, got 'locale'"
+        ValueError, match="global, bcp, paper, local, linear, rows, tight, tight_rows, got 'locale'"
     ):
         mode_of("locale")

@@ -1,6 +1,7 @@
 """One-sided errors: pieces against the functions, their maxima against brute force and exact
 rationals, margins against sampling and finite differences."""
 
+import dataclasses
 import functools
 import itertools
 from fractions import Fraction
@@ -16,6 +17,7 @@ from hypothesis import strategies as st
 import lipjax
 from lipjax import rounding
 from lipjax.bounds import margins, tight
+from lipjax.graph import trace
 
 N = 6
 KINDS = ("relu", "clipped_relu", "maxmin", "clipped_maxmin", "abs", "leaky", "steep")
@@ -278,6 +280,30 @@ def test_margins_hold_on_samples_and_are_at_most_those_of_local(x64, kind):
             moved = (logits - logits[:, 2:3]) - (net(x) - net(x)[2])
             assert np.all(np.max(np.asarray(moved), axis=0) <= found + 1e-9)
     assert smaller >= 9  # of 27: they are not only never worse
+
+
+@pytest.mark.parametrize("kind", ["relu", "clipped_relu", "maxmin", "clipped_maxmin"])
+def test_boxes_by_rows_with_one_sided_errors_hold_on_samples_and_are_smaller(x64, kind):
+    net, rng = cast64(tiny_net(kind, seed=4)), np.random.default_rng(0)
+    x = jnp.asarray(rng.uniform(0, 1, (6, 6, 2)))
+    for epsilon in (0.02, 0.2):
+        graph = trace(net, x)
+        found = outward_bound(graph, x, epsilon, "tight_rows")
+        local = outward_bound(graph, x, epsilon, "local")
+        steps = rng.normal(size=(600, 6, 6, 2))
+        gradient = jax.jacobian(net)(x)
+        steps[:4], steps[4:8] = gradient, -gradient
+        steps *= epsilon / np.linalg.norm(steps.reshape(600, -1), axis=1)[:, None, None, None]
+        for k, (region, other) in enumerate(zip(found.regions, local.regions, strict=True), 1):
+            points = jax.vmap(dataclasses.replace(graph, nodes=graph.nodes[:k]))(x + steps)
+            assert np.all(points >= region.lower) and np.all(points <= region.upper)
+            assert np.all(region.lower >= other.lower - 1e-9)
+            assert np.all(region.upper <= other.upper + 1e-9)
+        # Both ends by themselves: a convex function's error has one sign.
+        place = graph.linear[-2]
+        region = found.regions[place]
+        up, down = region.upper - region.center, region.center - region.lower
+        assert kind == "maxmin" or np.max(np.abs(up - down)) > 1e-3 * np.max(up)
 
 
 def test_gains_rounded_outwards_are_above_the_others_and_close(x64):

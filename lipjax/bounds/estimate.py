@@ -108,8 +108,9 @@ def bound(
         epsilon: l2 radius >= 0, in the units of x. At 0 every coordinate is constant and the norms
             are 0 (mode "global" knows no masks and is the same for all epsilon).
         mode: "global", "bcp", "paper", "local", "linear" (`lipjax.bounds.MODES`), each at most the
-            one before at convergence, "rows" or "tight", both at most "local". "linear" and "tight"
-            cost a reverse pass for each rival class, "rows" one more for each neuron.
+            one before at convergence, "rows" or "tight", both at most "local", or "tight_rows".
+            "linear" and "tight" cost a reverse pass for each rival class, "rows" one more for each
+            neuron, "tight_rows" two.
         iterations: power iterations per norm. 0: the norm of the image of the start vector.
             None: `WARM_ITERATIONS`, 10, with `vectors`, else `FRESH_ITERATIONS`, 50.
         vectors: start vectors, a dict as in `Bound.vectors`; None: random ones. Under `vmap` the

@@ -55,6 +55,8 @@ MODES = {
         Mode("rows", relaxed_margins=True, relaxed_boxes=True),
         # The regions of "local", and margins by one-sided errors (METHOD 8).
         Mode("tight", one_sided=True),
+        # And every box cut with what the neuron's own row says so, upwards and downwards.
+        Mode("tight_rows", relaxed_boxes=True, one_sided=True),
     )
 }
 

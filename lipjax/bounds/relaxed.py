@@ -223,7 +223,7 @@ class Reverse:
         return rows, cost
 
 
-def row_bounds(reverse: Reverse, node: Linear) -> jax.Array:
+def row_bounds(reverse: Reverse, node: Linear, sign: int = 1) -> jax.Array:
     """How far each output of a linear node can move, by its own row: of the output's shape.
 
     One reverse pass for every output, through all nodes in front. What the rounding of its own
@@ -232,6 +232,7 @@ def row_bounds(reverse: Reverse, node: Linear) -> jax.Array:
     Args:
         reverse: the pass from the node's input.
         node: whose rows.
+        sign: 1 upwards, -1 downwards; `Reverse` itself makes no difference.
     """
     like = reverse.regions[reverse.end].center
     transposed = reverse.view(node.operator, like).transpose(like)
@@ -240,6 +241,6 @@ def row_bounds(reverse: Reverse, node: Linear) -> jax.Array:
     def one(index):
         # Exact: every entry of the row is 0 or one entry of the kernel.
         row = transposed((jnp.arange(count) == index).astype(like.dtype).reshape(node.shape))
-        return reverse.gain(row)
+        return reverse.gain(sign * row)
 
     return jax.lax.map(one, jnp.arange(count), batch_size=ROWS).reshape(node.shape)

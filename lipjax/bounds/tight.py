@@ -63,6 +63,8 @@ class Choice:
 # Measured on networks that others trained (`python -m benchmarks.foreign`): the first is best on
 # most, the second where nearly all neurons are stable.
 CHOICES = (Choice(0.4, 0.75, 0.8), Choice(0.5, 0.75, 1.0))
+# For the boxes of neurons: there the second is the better one, and both together gain nothing.
+BOXES = CHOICES[1]
 # Rivals, the worst, for which the others than the first are tried.
 RETRIED = 3
 # Slopes that are kept are whole multiples of 1 / UNIT, from -128 to 127 of them: one byte each.

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from lipjax import rounding
-from lipjax.bounds import relaxed
+from lipjax.bounds import relaxed, tight
 from lipjax.bounds.modes import Mode
 from lipjax.bounds.regions import Bound, Region, ball_region, half_diagonal
 from lipjax.graph import Activation, Add, Graph, Input, Linear, Rearrange
@@ -221,8 +221,8 @@ class Walk:
             layer = self.graph.nodes[j]
             assert isinstance(layer, Linear)
             inputs.append(found.known[layer.inputs[0]].region)
-            operator = self.view(layer.operator, inputs[-1].center)
-            views.append(functools.reduce(moved, path, operator))
+            # Not as the matrix: each example's factor would make one of its own.
+            views.append(functools.reduce(moved, path, layer.operator))
         first, second = (region.radius for region in inputs)
         a, b = (found.norms[self.graph.linear.index(j)] for j, _ in maps)
         t = jnp.clip(jnp.sqrt((a * second + SMALL) / (b * first + SMALL)), SMALL, 1 / SMALL)
@@ -281,7 +281,7 @@ class Walk:
 
         own = None
         if mode.relaxed_boxes and found.norms and not last:
-            own = relaxed.row_bounds(self._reverse(node, found), node)
+            own = self._by_rows(node, found)
         ball_radius = region.radius if mode.local else before.whole_radius
         box = self._box(operator, before, center, ball_radius, slack, own)
         if last:
@@ -329,11 +329,17 @@ class Walk:
         found.vectors["global"].append(vector)
         return sigma
 
-    def _reverse(self, node: Linear, found: Found) -> relaxed.Reverse:
-        """The reverse pass from what is in front of a linear node."""
+    def _by_rows(self, node: Linear, found: Found) -> tuple[jax.Array, jax.Array]:
+        """How far each output of a linear node can move down and up, by reverse passes of its
+        row."""
         (end,) = node.inputs
         regions = [known.region for known in found.known]
-        return relaxed.Reverse(self.graph, self.view, self.arithmetic, regions, found.norms, end)
+        shared = (self.graph, self.view, self.arithmetic, regions, found.norms, end)
+        if not self.mode.one_sided:
+            reach = relaxed.row_bounds(relaxed.Reverse(*shared), node)
+            return reach, reach
+        reverse = tight.OneSided(*shared, by=tight.BOXES)
+        return relaxed.row_bounds(reverse, node, -1), relaxed.row_bounds(reverse, node)
 
     def _box(
         self, operator: LinearOperator, before: Known, center, ball_radius, slack, own
@@ -341,7 +347,7 @@ class Walk:
         """The box of a linear node's value, which always contains the center itself.
 
         Interval arithmetic, cut with the ball of the inputs that vary, and with `own`, how far each
-        output can move, if given.
+        output can move down and up, if given.
         """
         arithmetic = self.arithmetic
         region = before.region
@@ -365,11 +371,10 @@ class Walk:
             row_norms = operator.row_norms(counted)
         terms = like.size + operator.kernel.size
         by_ball = arithmetic.up(ball_radius * jnp.broadcast_to(row_norms, center.shape), terms)
-        if own is not None:
-            by_ball = jnp.minimum(by_ball, own)
+        down, up = (by_ball, by_ball) if own is None else (jnp.minimum(by_ball, o) for o in own)
 
-        lower = larger(middle - half_width, center - by_ball)
-        upper = smaller(middle + half_width, center + by_ball)
+        lower = larger(middle - half_width, center - down)
+        upper = smaller(middle + half_width, center + up)
         lower, upper = arithmetic.widened(lower, upper, slack)
         # Without these, rounding could leave the two intervals without a common point.
         lower = smaller(lower, center)

@@ -85,10 +85,10 @@ def certify(
         failure_probability: delta in (0, 1), of the whole call; of no meaning in tier
             "deterministic".
         mode: "global", "bcp", "paper", "local", "linear" or "rows", each at least as tight as the
-            one before ("rows": as "local"), or "tight", at least as tight as "local"; what they
-            cost says `bound`. "auto": each image by the cheapest that decides it, "local", then
-            "tight", then gradient steps; the certificate says "tight", since what "local" decides,
-            "tight" does.
+            one before ("rows": as "local"), or "tight" or "tight_rows", at least as tight as
+            "local"; what they cost says `bound`. "auto": each image by the cheapest that decides
+            it, "local", then "tight", then gradient steps; the certificate says "tight", since what
+            "local" decides, "tight" does.
         arithmetic: a name in `rounding.ARITHMETICS`: how the network will be executed. None: as
             this process's device executes it (`rounding.arithmetics_of`), e.g. float32 on a CPU,
             TF32 on a GPU at default precision.
@@ -104,9 +104,9 @@ def certify(
             not certified, with margin -inf, constant and stable 0 and allowance, lipschitz and
             norms inf: nothing is claimed. To save time on images that an attack has broken or that
             are misclassified; the verdicts of the rest are the same.
-        steps: modes "tight" and "auto": at most so many gradient steps on the slopes of the rivals
-            that are left undecided, of images that are right; each costs about as much as three
-            bounds of mode "tight". None: 0 in mode "tight", `setup.AUTO_STEPS` in mode "auto".
+        steps: modes "tight", "tight_rows" and "auto": at most so many gradient steps on the slopes
+            of the rivals that are left undecided, of images that are right; each costs about as
+            much as three bounds of mode "tight". None: `setup.AUTO_STEPS` in mode "auto", else 0.
 
     Raises:
         TypeError, ValueError: as the table and `bound` say, naming the value.

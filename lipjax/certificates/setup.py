@@ -184,10 +184,10 @@ def _stages_of(mode: str, steps: int | None) -> tuple[str, tuple[int, ...]]:
         steps = 0 if steps is None else steps
         first = mode
         stages = [steps]
-        if steps and mode != "tight":
+        if steps and not bounds.mode_of(mode).one_sided:
             raise ValueError(
-                f'steps improve the slopes of mode "tight" (or "{AUTO}"), got steps={steps} with '
-                f"mode {mode!r}."
+                f'steps improve the slopes of modes "tight" and "tight_rows" (or "{AUTO}"), '
+                f"got steps={steps} with mode {mode!r}."
             )
     if steps < 0:
         raise ValueError(f"steps must be >= 0 gradient steps, got {steps}.")

@@ -8,7 +8,7 @@ METHOD 3, in float64 with every rounding error turned outwards.
 import dataclasses
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import scipy.sparse  # type: ignore[import-untyped]
@@ -200,14 +200,14 @@ def derive(
     norms: Norms,
     *,
     linear: bool = False,
-    rows: bool = False,
+    rows: Sequence[Callable | None] = (),
     tight: Tight | None = None,
 ) -> Derived:
     """Bounds the margin of class `label` on the ball ``||x' - x||_2 <= epsilon`` around one example
     x.
 
-    `linear`: also through the slopes (`check_slopes`); the better of the two. `rows`: so each
-    neuron's box, too.
+    `linear`: also through the slopes (`check_slopes`); the better of the two. `rows`: rules for the
+    slopes by which each neuron's box is cut, too; None: errors as wide as `check_slopes` has them.
     """
     with np.errstate(all="ignore"):  # NaN and infinity are dealt with at the end
         walked = walk(network, x, epsilon, norms, rows)
@@ -215,10 +215,14 @@ def derive(
 
 
 def walk(
-    network: Network, x: np.ndarray, epsilon: float, norms: Norms, by_rows: bool = False
+    network: Network,
+    x: np.ndarray,
+    epsilon: float,
+    norms: Norms,
+    rows_by: Sequence[Callable | None] = (),
 ) -> Walk:
-    """Carries the ball up to the input of the last layer, in mode "local"; `by_rows`: in mode
-    "rows"."""
+    """Carries the ball up to the input of the last layer, in mode "local"; `rows_by`: with each
+    box cut by the neuron's row, as in `derive`."""
     x = x.astype(np.float64).reshape(-1)
     ends = [
         np.nextafter(x + side * epsilon, side * np.inf) if epsilon > 0 else x for side in (-1, 1)
@@ -255,8 +259,8 @@ def walk(
         else:
             whole = network.whole[len(walked.norms)]
             known, slack = transform(node.step, before, whole[1], network.arithmetic)
-            if by_rows and node.inputs[0] > 0:
-                known = _cut(known, node, walked, slack)
+            if rows_by and node.inputs[0] > 0:
+                known = _cut(known, node, walked, slack, rows_by)
             rows = known.varies
             if number in network.followers:
                 rows = _moving_rows(*network.followers[number], known)
@@ -310,7 +314,7 @@ def _place(network: Network, number: int) -> int:
     return sum(isinstance(node.step, Affine) for node in network.nodes[: number - 1])
 
 
-def _cut(known: Known, node: Node, walked: Walk, slack: np.ndarray) -> Known:
+def _cut(known: Known, node: Node, walked: Walk, slack: np.ndarray, rules) -> Known:
     """The box of an affine layer's outputs, cut with what the row of each says, upwards and
     downwards."""
     assert isinstance(node.step, Affine)
@@ -318,8 +322,11 @@ def _cut(known: Known, node: Node, walked: Walk, slack: np.ndarray) -> Known:
     directions = node.step.matrix.toarray() * walked.values[start].varies
     ends = []
     for sign, reach in ((-1, known.center - known.lower), (1, known.upper - known.center)):
-        none = np.full(len(slack), np.inf)
-        by_row = slopes.linear_gains(walked, start, sign * directions, none, worst_gains)
+        by_row = np.full(len(slack), np.inf)
+        for rule in rules:
+            by_row = slopes.linear_gains(
+                walked, start, sign * directions, by_row, worst_gains, rule
+            )
         ends.append(
             known.center
             + sign * np.minimum(reach, up(by_row + slack) + 4 * U * np.abs(known.center))

@@ -51,7 +51,7 @@ GALLERY_STEPS = 200
 GALLERY_RESTARTS = 4
 
 # Modes that improve slopes by gradient steps.
-STEPPING = ("tight", AUTO)
+STEPPING = ("tight", "tight_rows", AUTO)
 
 # These say what is wrong and what to do.
 ERRORS = (sets.DataError, CheckpointError, ValueError, TypeError, OSError)

@@ -69,7 +69,7 @@ FIELDS = (
     ),
     *("failure_probability", "seed", "seed_from", "arithmetic", "precision"),
 )
-MODES = ("global", "bcp", "paper", "local", "linear", "rows", "tight")
+MODES = ("global", "bcp", "paper", "local", "linear", "rows", "tight", "tight_rows")
 TIERS = ("probabilistic", "deterministic")
 # Functions whose rounding was measured, and the backend on which: XLA's for CPUs.
 SMOOTH = (

@@ -27,6 +27,8 @@ SAME_CONSTANT = {
     "slopes.",
     "tight": " The constant of “tight” is that of “local”: its margins are tighter, by the "
     "errors' signs.",
+    "tight_rows": " The constant of “tight_rows” is that of a walk by “local” in tighter boxes: "
+    "its margins are tighter than that says.",
     "rows": " The constant of “rows” is that of a walk by “local” in tighter boxes: its margins "
     "are tighter than that says.",
 }

@@ -91,7 +91,7 @@ FIELDS: dict[str, Field] = {
     # ---------------------------------------------------------------- bound and loss
     "bound.mode": Field(
         "local",
-        'or "tight", "rows", "linear", "paper", "bcp", "global"; control: "unmasked"',
+        'or "tight_rows", "tight", "rows", "linear", "paper", "bcp", "global"; control: "unmasked"',
         choices=(*bounds.MODES, *bounds.CONTROLS),
     ),
     "bound.iterations": Field(2, "warm-started power iterations per step", least=1),

@@ -144,7 +144,7 @@ def products(mode: str, iterations: int, first: bool) -> int:
     power = 2 * iterations + 1
     added = {"bcp": box, "paper": box + power}
     added |= dict.fromkeys(
-        ("local", "linear", "rows", "tight", "unmasked"), box + row_norms + power
+        ("local", "linear", "rows", "tight", "tight_rows", "unmasked"), box + row_norms + power
     )
     return plain + added.get(mode, 0)
 
