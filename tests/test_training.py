@@ -241,7 +241,8 @@ def test_every_baseline_is_a_configuration_whose_loss_can_be_taken(method):
         (
             "bound.mode",
             "lokal",
-            "bound.mode must be one of global, bcp, paper, local, linear, rows, tight, got 'lokal'",
+            "bound.mode must be one of global, bcp, paper, local, linear, rows, tight, tight_rows, "
+            "unmasked, got 'lokal'",
         ),
         (
             "bound.loss",
