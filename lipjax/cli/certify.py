@@ -294,7 +294,7 @@ def modes_of(options) -> list[str]:
         )
     if options.steps is not None and not {*modes} & {*STEPPING}:
         raise ValueError(
-            f"--steps={options.steps} belongs to modes {' and '.join(STEPPING)}, and --modes names "
+            f"--steps={options.steps} belongs to modes {', '.join(STEPPING)}, and --modes names "
             f"{', '.join(modes)}."
         )
     if jax.process_count() > 1 and (AUTO in modes or options.steps):
