@@ -127,8 +127,8 @@ def define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_integer(
         "steps",
         None,
-        "Gradient steps of modes tight, tight_rows and auto, at most, for each image that is still open; "
-        "default 0 and 20.",
+        "Gradient steps of modes tight, tight_rows and auto, at most, for each image that is still "
+        "open; default 20 for auto, else 0.",
         lower_bound=0,
         **own,
     )
