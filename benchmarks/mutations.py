@@ -45,6 +45,7 @@ ROOT = Path(__file__).resolve().parents[1]
 EQUIVALENT = Path(__file__).with_name("mutations_equivalent.json")
 # Seconds that a mutant has at least: Python and JAX have to start.
 LEAST_LIMIT = 60
+NO_TESTS = 5  # pytest's status where none was chosen
 LEFT_BEHIND = (
     ".*",
     "*.egg-info",
@@ -447,43 +448,38 @@ class Copy:
         took = time.monotonic() - began
         return status, [json.loads(line) for line in report.read_text().splitlines()], took
 
-    def baseline(self, guard: Guard, options: Sequence[str], slowest: float) -> dict:
-        """Of the code as it is: seconds of each test, those to leave out, the time limit."""
-        status, reports, _ = self.run(guard.tests, options, {"baseline": True}, None)
-        if status not in (0, 1) or not reports:
+    def baseline(self, file: str, options: Sequence[str]) -> dict:
+        """Of a file of tests, on the code as it is: seconds of each, and those that fail."""
+        status, reports, _ = self.run([file], options, {"baseline": True}, None)
+        if status not in (0, 1, NO_TESTS) or (status != NO_TESTS and not reports):
             said = (self.folder / "output.txt").read_text()
-            raise RuntimeError(f"the tests of {guard.path} do not run: {said}")
+            raise RuntimeError(f"the tests of {file} do not run: {said}")
         seconds: dict[str, float] = {}
         for line in reports:
             seconds[line["test"]] = seconds.get(line["test"], 0) + line["seconds"]
         failed = sorted({line["test"] for line in reports if line["failed"]})
-        slow = [test for test, took in seconds.items() if took > slowest]
-        total = sum(took for test, took in seconds.items() if test not in slow)
-        limit = LEAST_LIMIT + 10 * total
-        return {"seconds": seconds, "failed": failed, "slow": slow, "limit": limit}
+        return {"seconds": seconds, "failed": failed}
 
-    def passes(self, guard: Guard, options: Sequence[str], known: dict) -> None:
+    def passes(self, guard: Guard, options: Sequence[str], plan: dict) -> None:
         """Does the code as it is pass here and now what mutants have to? It compiles for them, too.
 
         Raises:
             RuntimeError: it does not, and mutants would be killed by whatever else is wrong.
         """
-        plan = {"seconds": known["seconds"], "without": [*known["failed"], *known["slow"]]}
         status, _, _ = self.run(guard.tests, ["-x", *options], plan, None)
         if status != 0:
             said = (self.folder / "output.txt").read_text()
             raise RuntimeError(f"the tests of {guard.path} fail without a mutant: {said}")
 
-    def verdict(self, mutant: Mutant, guard: Guard, options: Sequence[str], known: dict) -> dict:
+    def verdict(self, mutant: Mutant, guard: Guard, options: Sequence[str], plan: dict) -> dict:
         """Runs the tests on a mutant: ``result``, the test that killed it, seconds."""
         path = self.here / guard.path
         text = path.read_text()
-        plan = {"seconds": known["seconds"], "without": [*known["failed"], *known["slow"]]}
         try:
             path.write_text(mutant.applied(text))
             # Python tells a module that has changed by size and full seconds.
             Path(importlib.util.cache_from_source(path)).unlink(missing_ok=True)
-            status, reports, took = self.run(guard.tests, ["-x", *options], plan, known["limit"])
+            status, reports, took = self.run(guard.tests, ["-x", *options], plan, plan["limit"])
         finally:
             path.write_text(text)
             Path(importlib.util.cache_from_source(path)).unlink(missing_ok=True)
@@ -576,6 +572,15 @@ def pytest_runtest_logreport(report):
 # ----------------------------------------------------------------------------- the campaign
 
 
+def _plan(baselines: Sequence[dict], slowest: float) -> dict:
+    """Of several files' baselines: seconds of each test, those to leave out, the time limit."""
+    seconds = {test: took for found in baselines for test, took in found["seconds"].items()}
+    without = [test for found in baselines for test in found["failed"]]
+    without += [test for test, took in seconds.items() if took > slowest]
+    total = sum(took for test, took in seconds.items() if test not in without)
+    return {"seconds": seconds, "without": without, "limit": LEAST_LIMIT + 10 * total}
+
+
 def _digest(*parts) -> str:
     return hashlib.sha256("\0".join(map(str, parts)).encode()).hexdigest()[:16]
 
@@ -612,7 +617,8 @@ def campaign(root: Path, guards: dict[str, Guard], entries: list[dict], options)
                 "equivalent": len(everything) - len(chosen),
             }
             chosen = chosen[: options.sample or None]
-            results, name, tried = [], _digest(module, text, tests), False
+            results: list[tuple[Mutant, dict]] = []
+            plan = None
             for mutant in chosen:
                 which = _digest(module, mutant.applied(text))
                 before = known.get(("mutant", which))
@@ -621,14 +627,18 @@ def campaign(root: Path, guards: dict[str, Guard], entries: list[dict], options)
                     continue
                 if time.monotonic() > deadline:
                     continue
-                if ("baseline", name) not in known:
-                    note("baseline", name, copy.baseline(guard, extra, options.slowest))
-                    for test in known["baseline", name]["failed"]:
-                        print(f"left out, as it fails on the unchanged code: {test}", flush=True)
-                if not tried:
-                    copy.passes(guard, extra, known["baseline", name])
-                    tried = True
-                found = copy.verdict(mutant, guard, extra, known["baseline", name])
+                if plan is None:
+                    baselines = []
+                    for test, content in zip(guard.tests, files, strict=True):
+                        name = _digest(test, content, extra)
+                        if ("baseline", name) not in known:
+                            note("baseline", name, copy.baseline(test, extra))
+                            for failed in known["baseline", name]["failed"]:
+                                print(f"left out, as it fails without a mutant: {failed}")
+                        baselines.append(known["baseline", name])
+                    plan = _plan(baselines, options.slowest)
+                    copy.passes(guard, extra, plan)
+                found = copy.verdict(mutant, guard, extra, plan)
                 place = {
                     "module": module,
                     "line": mutant.line,
