@@ -27,7 +27,7 @@ NormFunction = Callable[..., tuple[jax.Array, Any]]
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["region", "lipschitz", "whole_radius", "masked_radius", "moved"],
+    data_fields=["region", "lipschitz", "whole_radius", "masked_radius"],
     meta_fields=["is_ball"],
 )
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +38,6 @@ class Known:
         region: of its value.
         lipschitz: from the example to it.
         whole_radius: its radius by the whole norms, for boxes "as in the paper".
-        moved: of a linear node: how far the computed center can be from the exact one.
         masked_radius: radius that holds once the activation behind is passed, whose dead rows it
             leaves out; None where it has no such.
         is_ball: is it the ball of the example, perhaps in another shape?
@@ -49,7 +48,6 @@ class Known:
     whole_radius: jax.Array
     masked_radius: jax.Array | None = None
     is_ball: bool = False
-    moved: jax.Array | float = 0.0
 
 
 @dataclasses.dataclass
@@ -206,35 +204,42 @@ class Walk:
         upper = larger(upper, center)
         return Known(self._capped(Region(center, radius, lower, upper)), lipschitz, whole)
 
-    def _stacked_radius(self, k: int, node: Add, found: Found):
-        """Of ``W_1 h_1 + W_2 h_2`` by the norm of ``[W_1, t W_2]``: the two changes are seldom in
-        the worst directions of both.
+    def _stacked_radius(self, k: int, node: Add, found: Found) -> jax.Array:
+        """Bound of how far ``W_1 h_1 + W_2 h_2`` can be from the sum of its computed parts, by the
+        norm of ``[W_1, t W_2]``; a scalar (METHOD 1).
 
-        By t, which may be any number, it is never more than the radii added up, but for rounding.
+        The two changes are seldom in the worst directions of both. Any t is sound; by this one it
+        is never more than the radii added up, but for rounding.
         """
         assert self.stacked_norm is not None
         up = self.arithmetic.up
         maps = [behind for j in node.inputs if (behind := linear_before(self.graph, j))]
         inputs = []
-        views = []
+        operators = []
+        off = []
         for j, path in maps:
             layer = self.graph.nodes[j]
             assert isinstance(layer, Linear)
-            inputs.append(found.known[layer.inputs[0]].region)
+            region = found.known[layer.inputs[0]].region
+            inputs.append(region)
             # Not as the matrix: each example's factor would make one of its own.
-            views.append(functools.reduce(moved, path, layer.operator))
+            operators.append(functools.reduce(moved, path, layer.operator))
+            # How far its center, which was computed by the view, is from the exact one.
+            computed = self.view(layer.operator, region.center)
+            slack = self.arithmetic.slack(computed, region.lower, region.upper)
+            off.append(self.arithmetic.norm(slack))
         first, second = (region.radius for region in inputs)
         a, b = (found.norms[self.graph.linear.index(j)] for j, _ in maps)
         t = jnp.clip(jnp.sqrt((a * second + SMALL) / (b * first + SMALL)), SMALL, 1 / SMALL)
-        views[1] = dataclasses.replace(views[1], kernel=views[1].kernel * t)
-        operator = stacked(views, [region.center.shape for region in inputs])
+        operators[1] = dataclasses.replace(operators[1], kernel=operators[1].kernel * t)
+        operator = stacked(operators, [region.center.shape for region in inputs])
         varies = jnp.concatenate([region.varies.reshape(-1) for region in inputs])
         like = jnp.zeros(varies.shape, first.dtype)
         sigma, _ = self.stacked_norm(k, operator, like, varies, None)
         length = up(safe_norm(jnp.stack([first, second / t])), 2)
         # That t rounds the entries counts less than a sum of so many terms.
         sigma = up(sigma, math.prod(node.shape))
-        return up(sigma * length + sum(found.known[j].moved for j, _ in maps), 4)
+        return up(sigma * length + off[0] + off[1], 4)
 
     # -------------------------------------------------------------------------------- activations
 
@@ -306,7 +311,7 @@ class Walk:
         if behind is not None:
             return Known(box, lipschitz, whole, masked_radius=radius)
         least = jnp.minimum(radius, box.radius) if mode.local else radius
-        return Known(dataclasses.replace(box, radius=least), lipschitz, whole, moved=moved)
+        return Known(dataclasses.replace(box, radius=least), lipschitz, whole)
 
     def _ball_through_linear(
         self, operator: LinearOperator, before: Known, center, moved, last: bool, found: Found

@@ -47,18 +47,17 @@ def verdict(
     Returns:
         What `facts_of` returns.
     """
-    walk = bounds.Walk(
-        graph,
-        bounds.mode_of(mode),
-        local_norm,
-        global_norm,
-        view,
-        rounding.OUTWARD,
-        stacked_norm,
-    )
-    bound = walk(x, epsilon)
+    bound = outward_walk(graph, mode, local_norm, global_norm, stacked_norm)(x, epsilon)
     worst = bounds.worst_logits(bound, label, rounding.OUTWARD, view)
     return judged(bound, label, worst, *allowances(bound, arithmetics, global_norms))
+
+
+def outward_walk(graph, mode, local_norm, global_norm, stacked_norm) -> bounds.Walk:
+    """The walk of a proof: rounded outwards. Sound iff the norm functions bound from above."""
+    norms = local_norm, global_norm
+    return bounds.Walk(
+        graph, bounds.mode_of(mode), *norms, view, rounding.OUTWARD, stacked_norm=stacked_norm
+    )
 
 
 def allowances(bound, arithmetics, global_norms):
@@ -200,16 +199,7 @@ def certify_batch(
         def stacked_norm(k, *arguments):
             return local_norm(first + k, *arguments)
 
-        walk = bounds.Walk(
-            graph,
-            bounds.mode_of(mode),
-            local_norm,
-            global_norm,
-            view,
-            rounding.OUTWARD,
-            stacked_norm,
-        )
-        bound = walk(x, epsilon)
+        bound = outward_walk(graph, mode, local_norm, global_norm, stacked_norm)(x, epsilon)
         worst = bounds.worst_logits(bound, label, rounding.OUTWARD, view)
         facts = judged(bound, label, worst, *allowances(bound, arithmetics, global_norms))
         if not keep:

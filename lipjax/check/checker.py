@@ -22,10 +22,10 @@ description: what `lipjax.graph` reads from the jaxpr, the kernels of linear map
 that round included; an error there misleads both. (Files of versions 1 and 2 describe an
 nnx.Sequential by its layers instead.) Nothing of its bounds: matrices (`lipjax.check.layers`,
 `check.nodes`), norms (`check.norms`), masks, margins and the rounding of the executed network
-(`check.walk`, `check.slopes`) are derived in other words, from METHOD 1 to 5 (docs/method.md), in
-float64 with every rounding error turned outwards. Modes "global", "bcp" and "paper" are at least as
-loose as "local", so one walk in mode "local" confirms the verdicts of all four, and carries those
-of modes "linear", "rows", "tight" and "tight_rows".
+(`check.walk`, `check.slopes`, `check.onesided`) are derived in other words, from METHOD 1 to 5 and
+8 (docs/method.md), in float64 with every rounding error turned outwards. Modes "global", "bcp" and
+"paper" are at least as loose as "local", so one walk in mode "local" confirms the verdicts of all
+four, and carries those of modes "linear", "rows", "tight" and "tight_rows".
 
 **What a confirmation says.** Each verdict "certified" follows for a second time, from the network
 and the images of the recorded hashes. Norms of matrices with a side of at most `check_norms.SMALL`
@@ -95,10 +95,11 @@ TOLERANCE = 1e-9
 ALLOWANCE_TOLERANCE = 0.02
 FLOAT64_ALLOWANCE_TOLERANCE = 0.5
 HUGE = 1e30
-# The rules of slopes by which modes cut the boxes of neurons. With mode "tight_rows" the margins
-# agree only up to this share of what was taken off: a box's last digit may tell which slope a rule
-# takes, and the checker's boxes are others. Verdicts follow from the derived margin alone.
+# The share of what was taken off up to which margins of mode "tight_rows" agree: a box's last digit
+# may tell which slope a rule takes, and the checker's boxes are others. A verdict is confirmed by
+# the derived margin alone.
 ROWS_TOLERANCE = 5e-3
+# The rules of slopes by which modes cut the boxes of neurons; None: errors of both signs.
 ROWS = {"rows": (None,), "tight_rows": (None, *onesided.RULES)}
 # Bytes of an array of an --images file, unpacked.
 MOST_IMAGE_BYTES = 2**33
@@ -212,8 +213,8 @@ def check(
     executed network); a recorded norm is not below the true norm inside the checker's own masks,
     which are at most the tool's; the recorded margin is not above the derived one, nor the recorded
     allowance for rounding below it. Differences are let pass in the recorded margin up to 1e-9 of
-    what was taken off it, 2 % of the allowance, and what the checker itself does not know of the
-    norms (about 0.1 % each where it uses the randomised bound), however large the logits are; where
+    what was taken off it (`ROWS_TOLERANCE` in mode "tight_rows"), 2 % of the allowance, and what the
+    checker itself does not know of the norms (about 0.1 % each where it uses the randomised bound), however large the logits are; where
     the network is executed in float64, in which two derivations differ by as much as the network
     itself, up to three allowances.
 

@@ -148,9 +148,7 @@ class Rearrange(Node):
     roundings: float = 0.0
 
     def __call__(self, *values: jax.Array) -> jax.Array:
-        for step, constants in zip(self.steps, self.constants, strict=True):
-            values = (step(*values, *(_like(values[0], c) for c in constants)),)
-        return values[0]
+        return _rearranged(self.steps, self.constants, values)
 
     @property
     def pure(self) -> bool:
@@ -181,17 +179,20 @@ class Rearrange(Node):
 
 @dataclasses.dataclass(frozen=True)
 class Moved:
-    """``(kernel, x)`` to the image of x by another map, its entries moved; hashable."""
+    """``(kernel, x)`` to the image of x by another map, its entries in other places. Hashable, as
+    all maps of `LinearOperator`, and so with nothing traced: 0 in the place of what fills.
+
+    Attributes:
+        apply: the other map.
+        steps, constants: of a `Rearrange`.
+    """
 
     apply: Callable[[jax.Array, jax.Array], jax.Array]
     steps: tuple[Step, ...]
     constants: tuple[tuple[Any, ...], ...]
 
     def __call__(self, kernel: jax.Array, x: jax.Array) -> jax.Array:
-        values = (self.apply(kernel, x),)
-        for step, constants in zip(self.steps, self.constants, strict=True):
-            values = (step(*values, *(_like(values[0], c) for c in constants)),)
-        return values[0]
+        return _rearranged(self.steps, self.constants, (self.apply(kernel, x),))
 
 
 def moved(operator: LinearOperator, node: Rearrange) -> LinearOperator:
@@ -371,6 +372,13 @@ def _reshaped(node: Node, shape: tuple[int, ...]):
         apply = Reshaped(operator.apply, node.shape, shape)
         operator = dataclasses.replace(operator, apply=apply, kernel_row_norms=None)
     return dataclasses.replace(node, operator=operator, shape=shape)
+
+
+def _rearranged(steps, constants, values: tuple[jax.Array, ...]) -> jax.Array:
+    """The steps of a `Rearrange`, one behind the other."""
+    for step, operands in zip(steps, constants, strict=True):
+        values = (step(*values, *(_like(values[0], c) for c in operands)),)
+    return values[0]
 
 
 def _like(value: jax.Array, constant, filling=None):
