@@ -213,9 +213,10 @@ def check(
     executed network); a recorded norm is not below the true norm inside the checker's own masks,
     which are at most the tool's; the recorded margin is not above the derived one, nor the recorded
     allowance for rounding below it. Differences are let pass in the recorded margin up to 1e-9 of
-    what was taken off it (`ROWS_TOLERANCE` in mode "tight_rows"), 2 % of the allowance, and what the
-    checker itself does not know of the norms (about 0.1 % each where it uses the randomised bound), however large the logits are; where
-    the network is executed in float64, in which two derivations differ by as much as the network
+    what was taken off it (`ROWS_TOLERANCE` in mode "tight_rows"), 2 % of the allowance, and what
+    the checker itself does not know of the norms (about 0.1 % each where it uses the randomised
+    bound), however large the logits are; where the network is executed in float64, in which two
+    derivations differ by as much as the network
     itself, up to three allowances.
 
     Args:
