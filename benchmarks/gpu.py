@@ -8,8 +8,10 @@ Parts, in this order, each of them with what is left of the minutes:
 - *executed*: networks executed on the device in float32, TF32 and bfloat16, eager and compiled,
   against the same function in float64 on the host: no logit may be further from it than the
   certificate allows;
-- *algorithms*: which convolution algorithms the compiled program calls. Winograd's and Fourier's
-  are no inner products, so the error model does not cover them (`lipjax.rounding`);
+- *algorithms*: which convolutions the compiled program calls, and by which of cuDNN's engines.
+  Winograd's and Fourier's are no inner products, so the error model does not cover them
+  (`lipjax.rounding`). cuDNN numbers its engines and does not say what they do: only a program
+  without such calls is inner products for certain;
 - *tests*: the core tests on the device; *hunt*: certificates attacked there (`benchmarks.hunt`);
 - *steps*: seconds of training steps by network and mode, their ratio to the plain step, memory, and
   what `lipjax plan` predicted (`benchmarks.step`);
@@ -25,10 +27,14 @@ import contextlib
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
 from pathlib import Path
+
+# Before JAX starts: the programs that this one starts want memory of the device, too.
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 import jax
 import jax.numpy as jnp
@@ -37,14 +43,15 @@ from flax import nnx
 
 import lipjax
 from lipjax import models
+from lipjax.cli.networks import notes, of_run
 
 ROOT = Path(__file__).resolve().parents[1]
 # Of the minutes: no part may take more than its share, so that every part is seen.
 SHARES = {
-    "executed": 0.15,
-    "algorithms": 0.1,
+    "executed": 0.25,
+    "algorithms": 0.05,
     "tests": 0.3,
-    "hunt": 0.25,
+    "hunt": 0.3,
     "steps": 0.5,
     "recipe": 1.0,
 }
@@ -57,18 +64,6 @@ STEP_FACTS = (
     *("compile_seconds", "planned_seconds", "device"),
 )
 
-# Algorithms of cuDNN's old interface, by their number in the compiled text.
-CUDNN = {
-    "0": "implicit GEMM",
-    "1": "implicit precomputed GEMM",
-    "2": "GEMM",
-    "3": "direct",
-    "4": "Fourier",
-    "5": "Fourier, tiled",
-    "6": "Winograd",
-    "7": "Winograd, not fused",
-}
-
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
@@ -79,6 +74,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--parts", default=",".join(SHARES))
     parser.add_argument("--data", default="cifar10", help="of the recipe: config.data.name")
     parser.add_argument("--config", default="configs/cifar10_maxmin.py", help="the recipe")
+    parser.add_argument(
+        "--set", action="append", default=[], help="of the recipe: FIELD=VALUE of its configuration"
+    )
     parser.add_argument("--small", action="store_true", help="a rehearsal on a CPU")
     options = parser.parse_args(arguments)
     unknown = {*options.parts.split(",")} - SHARES.keys()
@@ -185,7 +183,7 @@ def in_float64(network, points: np.ndarray) -> np.ndarray:
 
 
 def algorithms(options, limit: float) -> list[dict]:
-    """The custom calls of each compiled network, and the convolution algorithms that they name."""
+    """The custom calls of each compiled network, and the engines of convolutions that they name."""
     rows = []
     for name, network, shape in networks(options.small):
         for batch in (1, 256):
@@ -198,18 +196,14 @@ def algorithms(options, limit: float) -> list[dict]:
             text = jax.jit(run).lower(state, like).compile().as_text()
             (options.out / f"{name}_{batch}.hlo.txt").write_text(text[: 2**20])
             targets = sorted(set(re.findall(r'custom_call_target="([^"]+)"', text)))
-            numbers = sorted(set(re.findall(r'"algo_id":"?(\d+)"?', text)))
-            frontend = '"is_cudnn_frontend":true' in text
-            known = [CUDNN.get(number, number) for number in numbers]
-            doubtful = frontend or any("Winograd" in k or "Fourier" in k for k in known)
+            engines = sorted(set(re.findall(r'"algo_id":"?(\d+)"?', text)), key=int)
             rows.append(
                 {
                     "network": name,
                     "batch": batch,
                     "calls": ", ".join(targets) or "none",
-                    "algorithms": ", ".join(known) or "none named",
-                    "engines of cuDNN 9, not named": frontend,
-                    "inner products for certain": not doubtful,
+                    "engines of cuDNN": ", ".join(engines) or "none",
+                    "inner products for certain": not any("cudnn" in name for name in targets),
                 }
             )
     return rows
@@ -219,11 +213,10 @@ def algorithms(options, limit: float) -> list[dict]:
 
 
 def program(options, name: str, limit: float, *command: str) -> tuple[int | None, str]:
-    """Runs a program of the checkout up to a limit: status, None where the time was up, and text.
-
-    JAX's memory is not reserved ahead: this process holds some of the device, too.
-    """
-    told = os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", "PYTHONPATH": str(ROOT)}
+    """Runs a program of the checkout up to a limit: status, None where time was up, and text."""
+    told = os.environ | {
+        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    }
     if jax.default_backend() != "cpu":
         told |= {"JAX_PLATFORMS": "cuda,cpu"}
     log = options.out / f"{name}.log"
@@ -286,17 +279,20 @@ def steps(options, limit: float) -> list[dict]:
 def recipe(options, limit: float) -> list[dict]:
     """Trains until the time is up, but for a share, and certifies the best network so far."""
     workdir = options.out / "recipe"
-    config, more = options.config, [f"--config.data.name={options.data}"]
+    config, more = options.config, [f"data.name={options.data}", *options.set]
     if options.small:
-        config, more = "configs/digits.py", ["--config.schedule.epochs=3"]
-    given = [f"--config={config}", f"--workdir={workdir}", *more]
+        config, more = "configs/digits.py", ["schedule.epochs=3", "optimizer.decay_start=1.0"]
+    given = [f"--config={config}", f"--workdir={workdir}"]
+    given += [f"--config.{setting}" for setting in more]
     status, _ = program(options, "train", limit * (1 - CERTIFY), "train.py", *given)
     rows: list[dict] = [{"program": "train", "status": status}]
     metrics = workdir / "metrics.jsonl"
     if metrics.exists():
         last = json.loads(metrics.read_text().splitlines()[-1])
         rows[0] |= {k: v for k, v in last.items() if isinstance(v, int | float)}
-    flags = ["--examples=1000", "--nocurve", "--early", "--modes=global,local"]
+        shutil.copy(metrics, options.out / "recipe.jsonl")
+        keep(workdir, options.out / "recipe.safetensors")
+    flags = ["--examples=1000", "--nocurve", "--early", "--modes=local", "--arithmetic=float32"]
     if options.small:
         flags[0] = "--examples=50"
     status, text = program(
@@ -317,6 +313,13 @@ def recipe(options, limit: float) -> list[dict]:
         }
     )
     return rows
+
+
+def keep(workdir: Path, path: Path) -> None:
+    """Writes the network that a run selected."""
+    given = of_run(workdir, examples=1)
+    shape = given.test.images.shape[1:]
+    lipjax.save(given.network, path, input_shape=shape, notes=notes(given))
 
 
 PARTS = {

@@ -253,12 +253,9 @@ def lowered_flops(config, shape, classes, loss) -> float:
 
     images = jax.ShapeDtypeStruct((size, *shape), jnp.float32)
     labels = jax.ShapeDtypeStruct((size,), jnp.int32)
-    return (
-        jax.jit(jax.grad(total))
-        .lower(network, images, labels)
-        .cost_analysis()
-        .get("flops", math.nan)
-    )
+    # Of what is lowered XLA knows no costs on GPUs.
+    costs = jax.jit(jax.grad(total)).lower(network, images, labels).cost_analysis() or {}
+    return costs.get("flops", math.nan)
 
 
 def peak_memory() -> int:

@@ -74,6 +74,26 @@ def emma(bound: Bound, label: jax.Array) -> jax.Array:
     return cross_entropy(bound.logits + jax.lax.stop_gradient(share) * gain, label)
 
 
+def calibrated(bound: Bound, label: jax.Array, kappa, slope=4.0) -> jax.Array:
+    """As `bcp`, with the worst logits in units of distance: ``slope`` of them are the epsilon that
+    training ends with.
+
+    Growing weights raise a margin and the Lipschitz constant alike, and cross-entropy sees the
+    margin alone: how far beyond epsilon it pushes images depends on the size of the weights.
+    Divided by the largest gain of a rival it does not. After CLL (Losch et al. 2023, arXiv
+    2309.06166), which divides by the global constant: ``slope = log(1/p - 1)`` of its p.
+
+    Args:
+        kappa: as of `bcp`; the bound's epsilon is ``1 - kappa`` of the last one, as training has
+            it.
+    """
+    worst = worst_logits(bound, label)
+    gain = jnp.max(worst - bound.logits)
+    scale = slope * (1 - kappa) / jnp.where(gain > 0, gain, 1.0)
+    robust = cross_entropy(scale * worst, label)
+    return kappa * cross_entropy(bound.logits, label) + (1 - kappa) * robust
+
+
 def sparsity(bound: Bound) -> jax.Array:
     """The hinge that pushes neurons into their constant ranges, summed over the activations; >= 0.
 

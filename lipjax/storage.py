@@ -53,6 +53,7 @@ def save(
     input_shape: Sequence[int] | None = None,
     example=None,
     notes: Mapping[str, Any] | None = None,
+    narrow: bool = False,
 ) -> None:
     """Writes a network or a function to one safetensors file; a kill leaves the old file or the
     new, never a part.
@@ -65,6 +66,8 @@ def save(
         input_shape: of one image, ``(height, width, channels)``, or of what else f takes, float32.
         example: in its place one example, or its shape and type.
         notes: what JSON can hold, e.g. how the network was trained; `description` returns it.
+        narrow: round float32 parameters to float16, which halves the file. `load` widens them: it
+            returns another network than this one, which computes in float32. Certify that one.
 
     Raises:
         TypeError: neither shape nor example; an operation without a bound or a plain description;
@@ -89,6 +92,8 @@ def save(
     for name, array in arrays.items():
         if problem := _problem(name, array):
             raise ValueError(f"{name} {problem}.")
+    if narrow:
+        arrays = {name: _narrowed(name, array) for name, array in arrays.items()}
     network_files.write(path, parts, arrays, version=version, input_shape=shape, notes=notes)
 
 
@@ -97,8 +102,8 @@ def load(path) -> nnx.Sequential | Program:
 
     Returns:
         A network that was stored by its layers: the same layers with the same settings, every
-        parameter bit for bit. Any other function: one that takes an example, or a batch on the
-        first axis, and whose graph is the stored one.
+        parameter bit for bit, or, if stored narrow, as rounded. Any other function: one that takes
+        an example, or a batch on the first axis, and whose graph is the stored one.
 
     Raises:
         StorageError: not there, no such file, damaged, of a newer version, with layers, nodes or
@@ -107,6 +112,11 @@ def load(path) -> nnx.Sequential | Program:
     """
     path = Path(path)
     header, arrays = network_files.read(path)
+    # No parameter is float16 but for those that were stored narrow.
+    arrays = {
+        name: array.astype(np.float32) if array.dtype == np.float16 else array
+        for name, array in arrays.items()
+    }
     wide = jax.config.jax_enable_x64  # type: ignore[attr-defined]
     for name, array in arrays.items():
         if problem := _problem(name, array):
@@ -144,6 +154,15 @@ def description(path) -> dict[str, Any]:
     header, _ = network_files.read(path, arrays=False)
     found = {k: v for k, v in header.items() if k not in ("format", "version", "digest")}
     return {**found, "input_shape": tuple(found["input_shape"])}
+
+
+def _narrowed(name: str, array: np.ndarray) -> np.ndarray:
+    if array.dtype != np.float32:
+        return array
+    largest = np.max(np.abs(array), initial=0.0)
+    if largest > np.finfo(np.float16).max:
+        raise ValueError(f"{name} has an entry of size {largest:g}, too large for narrow=True.")
+    return array.astype(np.float16)
 
 
 def _positive(input_shape) -> tuple[int, ...]:

@@ -1,6 +1,7 @@
 """Work is never lost: what can fail is looked at first, what is proved is written at once, and a
 reader that goes away, a full disk or a missing home ends nothing."""
 
+import importlib
 import io
 import json
 import os
@@ -311,6 +312,16 @@ def test_a_run_of_a_version_that_lacked_a_field_goes_on_with_its_default(tmp_pat
     earlier["model"]["width"] = 7
     found = training.completed(earlier)
     assert found.bound.loss == "gloro" and found.model.width == 7
+
+
+@pytest.mark.parametrize("experiment", ["cifar10_maxmin", "mnist"])
+def test_the_network_of_a_stored_configuration_can_be_built(experiment):
+    """These experiments take the published thresholds and delete the field of the small nets."""
+    config = importlib.import_module(f"lipjax.configs.{experiment}").get_config()
+    found = training.completed(json.loads(json.dumps(config.to_dict())))
+    assert "threshold" not in found.model
+    shape = (28, 28, 1) if experiment == "mnist" else (32, 32, 3)
+    training.build_network(found, shape, 10)
 
 
 def lines(*robust):

@@ -47,6 +47,7 @@ def everything(net, x, epsilon, kappa, label, iterations=30):
         losses.stability(bound),
         losses.lmt(bound, label),
         losses.trades(bound, label, 0.7),
+        losses.calibrated(bound, label, kappa, 3.0),
     ]
     return jnp.stack(found), bound, lipjax.worst_logits(bound, label)
 
@@ -148,9 +149,11 @@ def test_losses_are_their_formulas(x64, activation):
     trades = naive_cross_entropy(logits, LABEL) + 0.7 * sum(
         p * np.log(p / q) for p, q in zip(clean, robust, strict=False)
     )
-    np.testing.assert_allclose(
-        found, [bcp, gloro, sparsity, naive_stability(net, bound), lmt, trades], rtol=1e-10
-    )
+    scaled = 3.0 * (1 - KAPPA) * worst / max(worst - logits)
+    calibrated = KAPPA * naive_cross_entropy(logits, LABEL)
+    calibrated += (1 - KAPPA) * naive_cross_entropy(scaled, LABEL)
+    expected = [bcp, gloro, sparsity, naive_stability(net, bound), lmt, trades, calibrated]
+    np.testing.assert_allclose(found, expected, rtol=1e-10)
 
 
 def test_kappa_goes_from_the_clean_to_the_worst_case_loss(x64):

@@ -547,3 +547,18 @@ def test_logits_with_more_than_one_axis_are_an_error():
         lipjax.bound(net, jnp.ones((6, 6, 2)), 0.1)
     with pytest.raises(ValueError, match="'locale'"):
         bounds.mode_of("locale")
+
+
+@pytest.mark.parametrize("mode, shared", [("global", True), ("local", False)])
+def test_shared_iterations_are_those_of_the_norms_that_examples_share(x64, mode, shared):
+    net, x = cast64(tiny_net("relu")), jnp.asarray(images(1)[0])
+
+    def norms(**counts):
+        return np.asarray(lipjax.bound(net, x, 0.15, mode=mode, key=KEY, **counts).norms)
+
+    few, many = norms(iterations=1), norms(iterations=60)
+    assert np.all(many[:-1] > few[:-1])
+    found = norms(iterations=1, shared_iterations=60)
+    np.testing.assert_array_equal(found, many if shared else few)
+    with pytest.raises(ValueError, match="got 1 and -1 shared"):
+        norms(iterations=1, shared_iterations=-1)

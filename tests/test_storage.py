@@ -87,6 +87,30 @@ def test_load_gives_the_same_network_bit_for_bit(tmp_path):
     assert np.array_equal(found(images), network(images))
 
 
+def test_a_network_stored_narrow_comes_back_in_float32_as_rounded(tmp_path):
+    network = dense()
+    wide, narrow = tmp_path / "wide.safetensors", tmp_path / "narrow.safetensors"
+    storage.save(network, wide, input_shape=(3,))
+    storage.save(network, narrow, input_shape=(3,), narrow=True)
+    assert narrow.stat().st_size < wide.stat().st_size
+    found = storage.load(narrow)
+    pairs = zip(jax.tree.leaves(nnx.state(found)), jax.tree.leaves(nnx.state(network)), strict=True)
+    for rounded, given in pairs:
+        assert rounded.dtype == given.dtype == jnp.float32
+        assert np.array_equal(rounded, np.asarray(given).astype(np.float16).astype(np.float32))
+    # Once rounded, nothing is rounded again.
+    storage.save(found, wide, input_shape=(3,), narrow=True)
+    assert equal(storage.load(wide), found)
+
+
+def test_parameters_too_large_for_a_narrow_file_are_an_error_and_write_nothing(tmp_path):
+    network, path = dense(), tmp_path / "network.safetensors"
+    network.layers[0].kernel[...] = network.layers[0].kernel[...].at[0, 0].set(7e4)
+    with pytest.raises(ValueError, match="an entry of size 70000, too large for narrow"):
+        storage.save(network, path, input_shape=(3,), narrow=True)
+    assert not path.exists()
+
+
 def test_a_stored_network_has_the_same_bounds(tmp_path):
     network, path, x = dense(), tmp_path / "network.safetensors", jnp.array([0.2, 0.5, 0.9])
     storage.save(network, path, input_shape=(3,))

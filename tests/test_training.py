@@ -247,7 +247,7 @@ def test_every_baseline_is_a_configuration_whose_loss_can_be_taken(method):
         (
             "bound.loss",
             "trade",
-            "bound.loss must be one of bcp, gloro, trades, lmt, emma, got 'trade'",
+            "bound.loss must be one of bcp, gloro, trades, lmt, emma, calibrated, got 'trade'",
         ),
         (
             "vectors.store",
@@ -330,6 +330,20 @@ def test_the_learning_rate_is_constant_then_falls_exponentially_to_its_final_val
     np.testing.assert_allclose(found, [1e-2, 1e-2, 1e-3, 1e-4, 1e-4], rtol=1e-5)
     config.optimizer.final_learning_rate = 1.0
     with pytest.raises(ValueError, match=r"final_learning_rate=1\.0"):
+        training.learning_rate(config, 5)
+
+
+def test_the_learning_rate_rises_linearly_and_falls_on_half_a_cosine():
+    config = digits.get_config()
+    config.schedule.epochs, config.optimizer.decay_start, config.optimizer.rise = 20, 8.0, 4.0
+    config.optimizer.learning_rate, config.optimizer.final_learning_rate = 1e-2, 1e-4
+    config.optimizer.decay = "cosine"
+    schedule = training.learning_rate(config, steps_per_epoch=5)
+    found = [float(schedule(step)) for step in (0, 9, 19, 39, 70, 100)]
+    middle = (1e-2 + 1e-4) / 2
+    np.testing.assert_allclose(found, [5e-4, 5e-3, 1e-2, 1e-2, middle, 1e-4], rtol=1e-5)
+    config.optimizer.rise = 9.0
+    with pytest.raises(ValueError, match=r"0 <= rise <= decay_start"):
         training.learning_rate(config, 5)
 
 

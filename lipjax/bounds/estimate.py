@@ -86,6 +86,7 @@ def bound(
     key: jax.Array | None = None,
     rivals: int | None = None,
     products: str = "float32",
+    shared_iterations: int | None = None,
 ) -> Bound:
     """Local Lipschitz bound of one example, **an estimate**: its norms come from below.
 
@@ -123,6 +124,8 @@ def bound(
         rivals: modes "linear", "rows" and "tight": how many rival classes get the reverse pass;
             None: all.
         products: of the power iterations, as `norms.power.power_iteration` takes it.
+        shared_iterations: of the "global" norms; None: as `iterations`. They are the same for all
+            examples of a batch, so that many of them cost little.
 
     Returns:
         A `Bound`.
@@ -136,8 +139,13 @@ def bound(
     check_epsilon(epsilon)
     if iterations is None:
         iterations = FRESH_ITERATIONS if vectors is None else WARM_ITERATIONS
-    if iterations < 0:
-        raise ValueError(f"iterations must be >= 0, got {iterations}.")
+    if shared_iterations is None:
+        shared_iterations = iterations
+    if min(iterations, shared_iterations) < 0:
+        raise ValueError(
+            f"iterations must be >= 0, got {iterations} and {shared_iterations} shared ones."
+        )
+    counts = {"local": iterations, "global": shared_iterations}
     x = jnp.asarray(x)
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise TypeError(f"x must be floating, with pixels in [0, 1], got {x.dtype}.")
@@ -161,7 +169,7 @@ def bound(
     def norm_function(name: str):
         def norm(k, operator, like, *masks):
             start = start_of(name, k, like)
-            sigma, vector = power.power_iteration(operator, start, iterations, *masks, products)
+            sigma, vector = power.power_iteration(operator, start, counts[name], *masks, products)
             return sigma if trainable else _not_trained_with(sigma), vector
 
         return norm

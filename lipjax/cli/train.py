@@ -265,6 +265,8 @@ def claim(workdir: Path, config, stack: contextlib.ExitStack) -> None:
     """Makes the workdir this run's own, until the stack is left."""
     if hosts.is_writer():
         defaults = training.default_config().to_dict()
+        # Before they had a number of their own, shared norms had that of the others.
+        defaults["bound"]["shared_iterations"] = config.bound.iterations
         open_workdir(workdir, config.to_dict(), volatile=VOLATILE, defaults=defaults)
         stack.enter_context(locked(workdir))
         with replaced(workdir / "command.txt", "w") as file:

@@ -16,7 +16,10 @@ from lipjax.data import sets
 from lipjax.training.vectors import VECTOR_TYPES
 
 # Names of losses in `lipjax.losses`.
-LOSSES = ("bcp", "gloro", "trades", "lmt", "emma")
+LOSSES = ("bcp", "gloro", "trades", "lmt", "emma", "calibrated")
+
+# Shapes of the fall of the learning rate.
+DECAYS = ("exponential", "cosine")
 
 # Where the vectors of the local power iterations are kept between steps: on the devices, or in the
 # host's memory (`vectors.VectorStore`).
@@ -87,7 +90,9 @@ FIELDS: dict[str, Field] = {
     # ---------------------------------------------------------------- Adam
     "optimizer.learning_rate": Field(5e-3),
     "optimizer.final_learning_rate": Field(1e-5, "at the last epoch"),
-    "optimizer.decay_start": Field(50.0, "epoch from which the learning rate falls exponentially"),
+    "optimizer.rise": Field(0.0, "epochs in which the learning rate rises from 0", least=0),
+    "optimizer.decay_start": Field(50.0, "epoch from which the learning rate falls"),
+    "optimizer.decay": Field("exponential", 'how it falls, or "cosine"', choices=DECAYS),
     # ---------------------------------------------------------------- bound and loss
     "bound.mode": Field(
         "local",
@@ -95,7 +100,11 @@ FIELDS: dict[str, Field] = {
         choices=(*bounds.MODES, *bounds.CONTROLS),
     ),
     "bound.iterations": Field(2, "warm-started power iterations per step", least=1),
-    "bound.loss": Field("bcp", 'or "gloro", "trades", "lmt", "emma"', choices=LOSSES),
+    "bound.shared_iterations": Field(
+        50, 'of whole norms, which all examples share: modes "global", "bcp", "paper"', least=1
+    ),
+    "bound.loss": Field("bcp", 'or "gloro", "trades", "lmt", "emma", "calibrated"', choices=LOSSES),
+    "bound.slope": Field(4.0, 'loss "calibrated": logits that a distance of epsilon is', least=0),
     "bound.trades": Field(1.0, 'loss "trades": weight of the term for robustness', least=0),
     "bound.sparsity": Field(0.0, "weight of the sparsity loss", least=0),
     "bound.stability": Field(0.0, 'weight of the stability loss, for mode "linear"', least=0),
@@ -153,7 +162,11 @@ def default_config() -> ml_collections.ConfigDict:
 
 def completed(stored: dict) -> ml_collections.ConfigDict:
     """The configuration that a run stored; a field that it lacks, since an earlier version wrote
-    it, has its default."""
+    it, has its default.
+
+    But for the fields of the network: what one lacks is another network's, or has the default of
+    `models.build`.
+    """
 
     def merged(default: dict, given: dict) -> dict:
         both = default | given
@@ -162,7 +175,10 @@ def completed(stored: dict) -> ml_collections.ConfigDict:
                 both[name] = merged(default[name], given[name])
         return both
 
-    return ml_collections.ConfigDict(merged(default_config().to_dict(), stored))
+    defaults = default_config().to_dict()
+    if "model" in stored:
+        del defaults["model"]
+    return ml_collections.ConfigDict(merged(defaults, stored))
 
 
 def check_config(config) -> None:

@@ -14,26 +14,35 @@ def ramp(step, steps_per_epoch: int, warmup: float, length: float):
 
 
 def learning_rate(config, steps_per_epoch: int) -> optax.Schedule:
-    """Constant until epoch `decay_start`, then exponential down to `final_learning_rate` at the
-    last epoch (docs/method.md, 6).
+    """Rises linearly over the first `optimizer.rise` epochs, is constant until epoch `decay_start`,
+    then falls to `final_learning_rate` at the last epoch: exponentially (docs/method.md, 6) or on
+    half a cosine.
+
+    With a rise, a `decay_start` at its end and the cosine it is the one-cycle policy (Smith and
+    Topin, 2019, arXiv 1708.07120).
 
     Raises:
         ValueError: rates or epochs out of order, with their values.
     """
-    rate = config.optimizer.learning_rate
-    final = config.optimizer.final_learning_rate
-    start = config.optimizer.decay_start
-    epochs = config.schedule.epochs
-    if not (0 < final <= rate and 0 <= start <= epochs):
+    optimizer, epochs = config.optimizer, config.schedule.epochs
+    rate, final = optimizer.learning_rate, optimizer.final_learning_rate
+    rise, start = optimizer.rise, optimizer.decay_start
+    if not (0 < final <= rate and 0 <= rise <= start <= epochs):
         raise ValueError(
-            "optimizer: expected 0 < final_learning_rate <= learning_rate and 0 <= decay_start <= "
-            f"schedule.epochs, got learning_rate={rate}, final_learning_rate={final}, "
-            f"decay_start={start}, epochs={epochs}."
+            "optimizer: expected 0 < final_learning_rate <= learning_rate and 0 <= rise <= "
+            f"decay_start <= schedule.epochs, got learning_rate={rate}, "
+            f"final_learning_rate={final}, rise={rise}, decay_start={start}, epochs={epochs}."
         )
 
     def schedule(step):
         epoch = jnp.asarray(step, jnp.float32) / steps_per_epoch
         progress = jnp.clip((epoch - start) / max(epochs - start, 1e-9), 0.0, 1.0)
-        return rate * (final / rate) ** progress
+        if optimizer.decay == "cosine":
+            fallen = final + (rate - final) * (1 + jnp.cos(jnp.pi * progress)) / 2
+        else:
+            fallen = rate * (final / rate) ** progress
+        # The first step is none of rate 0.
+        risen = (step + 1) / max(rise * steps_per_epoch, 1.0)
+        return fallen * jnp.minimum(risen, 1.0)
 
     return schedule

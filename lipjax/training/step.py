@@ -65,6 +65,7 @@ def example_loss(network, x, label, epsilon, kappa, vectors, config):
         vectors=vectors,
         mode=options.mode,
         iterations=options.iterations,
+        shared_iterations=options.shared_iterations,
         rivals=options.rivals or None,
         products=config.precision.power_iteration,
     )
@@ -81,6 +82,8 @@ def example_loss(network, x, label, epsilon, kappa, vectors, config):
 def _loss_of_bound(bound, label, kappa, options):
     if options.loss == "bcp":
         return losses.bcp(bound, label, kappa)
+    if options.loss == "calibrated":
+        return losses.calibrated(bound, label, kappa, options.slope)
     if options.loss == "trades":
         return losses.trades(bound, label, options.trades)
     if options.loss in LOSSES:

@@ -1,0 +1,21 @@
+"""CIFAR-10 in minutes on a GPU: 6C2F, MaxMin, BCP loss, epsilon 36/255, one cycle of 56 epochs.
+
+    python train.py --config=configs/cifar10_fast.py --workdir=runs/cifar10
+    python certify.py --workdir=runs/cifar10 --examples=1000 --modes=local --nocurve --early \\
+        --arithmetic=float32
+"""
+
+from lipjax.configs import cifar10_maxmin
+
+
+def get_config():
+    """As cifar10_maxmin.py, without thresholds and on a shorter schedule."""
+    config = cifar10_maxmin.get_config()
+    config.model.activation = "maxmin"
+    config.schedule.epochs, config.schedule.warmup, config.schedule.ramp = 56, 0.0, 22.0
+    config.optimizer.learning_rate, config.optimizer.final_learning_rate = 2e-3, 1e-5
+    config.optimizer.rise, config.optimizer.decay_start = 2.0, 22.0
+    config.optimizer.decay = "cosine"
+    config.evaluation.every = 8
+    config.vectors.dtype = "bfloat16"
+    return config
