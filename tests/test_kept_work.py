@@ -292,6 +292,18 @@ def test_certify_shows_progress_on_a_terminal_and_is_quiet_in_a_log(monkeypatch)
             assert shown == ""
 
 
+@pytest.mark.parametrize(
+    "asked, found, said", [(None, "tf32", True), (None, "float32", False), ("tf32", "tf32", False)]
+)
+def test_a_coarse_arithmetic_that_the_device_chose_is_said_with_its_price(
+    asked, found, said, capsys
+):
+    task = SimpleNamespace(options=SimpleNamespace(arithmetic=asked))
+    certify.hint_at_arithmetic(task, SimpleNamespace(arithmetic=found))
+    shown = capsys.readouterr().err
+    assert ("--arithmetic=float32" in shown) == said and ("tf32" in shown) == said
+
+
 # ------------------------------------------------------------------------------------------ train
 
 

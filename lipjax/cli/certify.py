@@ -206,6 +206,7 @@ def main(options: flags.FlagValues) -> None:
     for mode, certificate in verdicts.certificates.items():
         contradicted = certificate.certified & broken
         refuse_contradictions(mode, given.test.indices[contradicted])
+    hint_at_arithmetic(task, verdicts.tightest)
 
     # ------------------------------------------------------------------ what is proved is kept
     # At once: whatever fails from here on, it is on the disk.
@@ -457,6 +458,17 @@ def attack(task: Task, epsilon: float, rows: np.ndarray, restarts: int) -> np.nd
         )
         broken[rows] = found.broken
     return np.any(hosts.gather(broken), axis=0)
+
+
+def hint_at_arithmetic(task: Task, certificate: lipjax.Certificate) -> None:
+    """Says what a coarse arithmetic costs, where it was the device's choice."""
+    if task.options.arithmetic is None and certificate.arithmetic not in ("float32", "float64"):
+        say(
+            f"these certificates are about products in {certificate.arithmetic}, as JAX makes them "
+            "here unless it is told otherwise, and its rounding may take all of a margin. A "
+            'network that is executed under jax.default_matmul_precision("highest") is certified '
+            "by --arithmetic=float32."
+        )
 
 
 def certify_modes(task: Task, broken: np.ndarray) -> Verdicts:
