@@ -25,7 +25,7 @@ from lipjax import report, training
 from lipjax.bounds import vector_shapes
 from lipjax.configs import baselines, digits
 from lipjax.data import sets
-from lipjax.training import feeding
+from lipjax.training import feeding, step
 from lipjax.training.metrics import read_metrics
 
 SMALL = [
@@ -562,3 +562,36 @@ def test_on_cpu_so_many_examples_go_at_once_as_stay_in_the_cache():
     assert chosen((32, 32, 32), 256) == 32 and chosen((8, 8, 16), 64) == 64
     assert chosen((64, 64, 64), 256) == 16  # no fewer
     assert chosen((64, 64, 64), 7) == 7 and chosen((64, 64, 64), 26) == 13
+
+
+# ------------------------------------------------------------------------------------ shared norms
+
+
+@pytest.mark.parametrize("mode", ["global", "paper"])
+def test_iterations_of_shared_norms_go_on_where_those_before_the_parts_ended(mode):
+    """One more in the loss makes as many as the configuration says, for whatever image."""
+    config = digits.get_config()
+    config.bound.mode, config.bound.shared_iterations = mode, 7
+    network = training.build_network(config, (8, 8, 1), 10)
+    images = jax.random.uniform(jax.random.key(1), (2, 8, 8, 1))
+    starts = lipjax.bounds.initial_vectors(network, (8, 8, 1), mode)
+    shared = {"global": starts["global"]}
+    found = step._iterate_shared(config, network, images[0], shared)
+
+    def after(vectors, count):
+        bound = lipjax.bound(
+            network,
+            images[1],
+            0.1,
+            vectors={**starts, **vectors},
+            mode=mode,
+            iterations=1,
+            shared_iterations=count,
+        )
+        return bound.vectors["global"]
+
+    for one, all_ in zip(after(found, 1), after(shared, 7), strict=True):
+        np.testing.assert_allclose(one, all_, rtol=1e-4, atol=1e-5)
+    few = after(shared, 1)
+    assert any(not np.allclose(a, b, atol=1e-2) for a, b in zip(few, after(found, 1), strict=True))
+    assert step._iterate_shared(config, network, images[0], {}) == {}

@@ -65,7 +65,7 @@ def example_loss(network, x, label, epsilon, kappa, vectors, config):
         vectors=vectors,
         mode=options.mode,
         iterations=options.iterations,
-        shared_iterations=options.shared_iterations,
+        shared_iterations=1,  # the others came before: `_iterate_shared`
         rivals=options.rivals or None,
         products=config.precision.power_iteration,
     )
@@ -242,6 +242,7 @@ def _step(setting, state: State, images, labels, vector_rows):
     network = sharding.gather_parameters(state.network, setting.axes, setting.devices)
     # All parts of the batch begin with the same vectors of what the examples share.
     starts = global_starts(state.vectors, global_key, config.vectors.dtype)
+    starts = _iterate_shared(config, network, images[0], starts)
 
     # ---------------------------------------------------------------- gradient
     one_part = functools.partial(_add_part, setting, network, epsilon, kappa, starts, local_key)
@@ -263,6 +264,29 @@ def _step(setting, state: State, images, labels, vector_rows):
         "kappa": kappa,
     }
     return State(state.step + 1, network, optimizer, vectors, state.best), metrics
+
+
+def _iterate_shared(config, network, image, starts: dict) -> dict:
+    """All but the last of the iterations of the norms that all examples share: once for a step, and
+    not for each part of the batch. The last one is what is differentiated.
+
+    A whole norm does not depend on the image.
+    """
+    count = config.bound.shared_iterations - 1
+    if not starts or not count:
+        return starts
+    local = tuple(map(jnp.zeros, bounds.vector_shapes(network, image.shape)))
+    found = bounds.bound(
+        network,
+        image,
+        0.0,
+        vectors={**starts, "local": local},
+        mode=config.bound.mode,
+        iterations=0,
+        shared_iterations=count,
+        products=config.precision.power_iteration,
+    )
+    return {"global": jax.lax.stop_gradient(found.vectors["global"])}
 
 
 def _over_parts(one_part, totals, columns, parts: int):
