@@ -6,6 +6,9 @@ that is there: `lipjax/pretrained/NAME.safetensors`, .json and .html.
     python -m benchmarks.pretrained digits-maxmin --workdir=runs/digits \\
         --command='python train.py --config=digits --workdir=runs/digits'
 
+    python -m benchmarks.pretrained cifar10-maxmin --file=narrow.safetensors --data=cifar10 \\
+        --command='python train.py ...' --certifications runs/narrow
+
     lipjax certify --network=digits-maxmin --data=digits --epsilon=0.5 --workdir=runs/again
     python -m benchmarks.pretrained digits-maxmin --certifications runs/again/certification
 
@@ -47,21 +50,27 @@ def main() -> None:
     )
     parser.add_argument("name", help="of the network")
     parser.add_argument("--workdir", type=Path, help="a certified run of train.py")
-    parser.add_argument("--command", help="with --workdir: the command of its training")
+    parser.add_argument("--file", type=Path, help="in its place a file of lipjax.save, certified")
+    parser.add_argument("--data", help="with --file: the name of what it was trained on")
+    parser.add_argument("--command", help="with either: the command of its training")
     parser.add_argument(
         "--certifications", nargs="*", type=Path, help="folders; default: that of the run"
     )
     options = parser.parse_args()
-    if (options.workdir is None) != (options.command is None):
-        parser.error("--workdir and --command go together.")
+    new = options.workdir or options.file
+    if (new is None) != (options.command is None):
+        parser.error("--workdir or --file and --command go together.")
     if options.workdir is None and not options.certifications:
         parser.error("give --workdir, or the --certifications of the network that is there.")
 
     certifications = options.certifications or [options.workdir / "certification"]
     summaries = [json.loads((folder / "summary.json").read_text()) for folder in certifications]
     path = FOLDER / f"{options.name}.safetensors"
-    if options.workdir is None:
+    if new is None:
         of_network = _known(options.name, [summary["run"] for summary in summaries])
+    elif options.file:
+        shutil.copyfile(options.file, path)
+        of_network = _described(options.name, options.data, options.command, path)
     else:
         of_network = _stored(options.name, options.workdir, options.command, path)
     card = of_network | {
@@ -94,6 +103,23 @@ def _known(name: str, runs: list[dict]) -> dict:
     if others:
         raise ValueError(f"certifications of {', '.join(sorted(others))}, expected {name}.")
     return pretrained.card(name)
+
+
+def _described(name: str, data: str, command: str, path: Path) -> dict:
+    """What a card says of a network that a file describes."""
+    said = storage.description(path)
+    network = storage.load(path)
+    shape = said["input_shape"]
+    return {
+        "name": name,
+        "data": data,
+        "input_shape": list(shape),
+        "classes": jax.eval_shape(network, jax.ShapeDtypeStruct(shape, np.float32)).shape[-1],
+        "parameters": sum(int(np.size(leaf)) for leaf in jax.tree.leaves(network)),
+        "command": command,
+        "seed": said["notes"]["config"]["seed"],
+        "epoch": said["notes"]["epoch"],
+    }
 
 
 def _stored(name: str, workdir: Path, command: str, path: Path) -> dict:
