@@ -73,7 +73,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--parts", default=",".join(SHARES))
     parser.add_argument("--data", default="cifar10", help="of the recipe: config.data.name")
-    parser.add_argument("--config", default="configs/cifar10_maxmin.py", help="the recipe")
+    parser.add_argument("--config", default="configs/cifar10_fast.py", help="the recipe")
     parser.add_argument(
         "--set", action="append", default=[], help="of the recipe: FIELD=VALUE of its configuration"
     )
@@ -291,7 +291,6 @@ def recipe(options, limit: float) -> list[dict]:
         last = json.loads(metrics.read_text().splitlines()[-1])
         rows[0] |= {k: v for k, v in last.items() if isinstance(v, int | float)}
         shutil.copy(metrics, options.out / "recipe.jsonl")
-        keep(workdir, options.out / "recipe.safetensors")
     flags = ["--examples=1000", "--nocurve", "--early", "--modes=local", "--arithmetic=float32"]
     if options.small:
         flags[0] = "--examples=50"
@@ -300,6 +299,7 @@ def recipe(options, limit: float) -> list[dict]:
     )
     summary = workdir / "certification" / "summary.json"
     facts = json.loads(summary.read_text()) if summary.exists() else {}
+    keep(workdir, options.out / "recipe.safetensors")
     rows.append(
         {
             "program": "certify",
@@ -317,7 +317,7 @@ def recipe(options, limit: float) -> list[dict]:
 
 def keep(workdir: Path, path: Path) -> None:
     """Writes the network that a run selected."""
-    given = of_run(workdir, examples=1)
+    given = of_run(workdir, examples=1)  # of the images the shape is wanted
     shape = given.test.images.shape[1:]
     lipjax.save(given.network, path, input_shape=shape, notes=notes(given))
 

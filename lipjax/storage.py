@@ -66,14 +66,16 @@ def save(
         input_shape: of one image, ``(height, width, channels)``, or of what else f takes, float32.
         example: in its place one example, or its shape and type.
         notes: what JSON can hold, e.g. how the network was trained; `description` returns it.
-        narrow: round float32 parameters to float16, which halves the file. `load` widens them: it
-            returns another network than this one, which computes in float32. Certify that one.
+        narrow: of an nnx.Sequential alone, round float32 parameters to float16, which halves the
+            file. `load` widens them: it returns another network than this one, which computes in
+            float32. Certify that one.
 
     Raises:
         TypeError: neither shape nor example; an operation without a bound or a plain description;
             parameters that are computed anew at every call; notes that JSON cannot hold.
         ValueError: settings that are not stored; parameters that are not finite or of another type
-            than `DTYPES`; an input that f does not take.
+            than `DTYPES`; an input that f does not take; `narrow` of another function, or of
+            parameters that are too large for float16.
         OSError: the file cannot be written.
     """
     if example is None:
@@ -87,6 +89,11 @@ def save(
         _check_shape(f, shape)
         version = 1
     else:
+        if narrow:
+            raise ValueError(
+                "narrow=True is for an nnx.Sequential of lipjax's layers; this function is stored "
+                "by its graph, whose constants belong to it bit for bit."
+            )
         parts, arrays = network_files.split(_nodes(f, example))
         version = 2
     for name, array in arrays.items():
@@ -112,11 +119,11 @@ def load(path) -> nnx.Sequential | Program:
     """
     path = Path(path)
     header, arrays = network_files.read(path)
-    # No parameter is float16 but for those that were stored narrow.
-    arrays = {
-        name: array.astype(np.float32) if array.dtype == np.float16 else array
-        for name, array in arrays.items()
-    }
+    if header["version"] == 1:  # no parameter is float16 but for those that were stored narrow
+        arrays = {
+            name: array.astype(np.float32) if array.dtype == np.float16 else array
+            for name, array in arrays.items()
+        }
     wide = jax.config.jax_enable_x64  # type: ignore[attr-defined]
     for name, array in arrays.items():
         if problem := _problem(name, array):

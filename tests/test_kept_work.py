@@ -326,7 +326,25 @@ def test_a_run_of_a_version_that_lacked_a_field_goes_on_with_its_default(tmp_pat
     assert found.bound.loss == "gloro" and found.model.width == 7
 
 
-@pytest.mark.parametrize("experiment", ["cifar10_maxmin", "mnist"])
+def test_a_run_of_before_shared_iterations_goes_on_unless_they_change_it(tmp_path):
+    """They had the number of the others; a bound without shared norms never asked for it."""
+    config = training.default_config()
+    stored = json.loads(json.dumps(config.to_dict()))
+    del stored["bound"]["shared_iterations"]
+    for mode in ("local", "global"):
+        (folder := tmp_path / mode).mkdir()
+        config.bound.mode = stored["bound"]["mode"] = mode
+        (folder / "config.json").write_text(json.dumps(stored))
+    config.bound.mode = "local"
+    open_workdir(tmp_path / "local", config.to_dict(), defaults=train.former_defaults(config))
+    config.bound.mode = "global"
+    with pytest.raises(ConfigMismatch, match=r"bound\.shared_iterations: stored 2, now 50"):
+        open_workdir(tmp_path / "global", config.to_dict(), defaults=train.former_defaults(config))
+    config.bound.shared_iterations = 2
+    open_workdir(tmp_path / "global", config.to_dict(), defaults=train.former_defaults(config))
+
+
+@pytest.mark.parametrize("experiment", ["cifar10_maxmin", "cifar10_fast", "mnist"])
 def test_the_network_of_a_stored_configuration_can_be_built(experiment):
     """These experiments take the published thresholds and delete the field of the small nets."""
     config = importlib.import_module(f"lipjax.configs.{experiment}").get_config()

@@ -178,8 +178,10 @@ def test_operations_equal_a_count_by_hand():
     # 64 x 5: forwards, gradient, and 3 forwards, 3 backwards, 1 gradient of the power iteration; 5
     # x 10 as the plain step.
     assert planned(config).operations == 32 * 2 * (64 * 5 * (2 + 7) + 5 * 10 * 3)
-    config.bound.mode = "global"
-    assert planned(config).operations == 32 * 2 * (64 * 5 * 2 + 5 * 10 * 3)
+    # Whole norms are no example's: of each iteration one product forwards, one backwards.
+    config.bound.mode, config.bound.shared_iterations = "global", 7
+    whole = 2 * 64 * 5 * 2 * 7
+    assert planned(config).operations == 32 * 2 * (64 * 5 * 2 + 5 * 10 * 3) + whole
 
 
 def test_a_convolution_counts_each_entry_of_its_output_times_those_of_its_window():

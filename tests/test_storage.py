@@ -103,6 +103,30 @@ def test_a_network_stored_narrow_comes_back_in_float32_as_rounded(tmp_path):
     assert equal(storage.load(wide), found)
 
 
+def test_certificates_of_a_narrow_network_are_of_the_rounded_one_and_checked_from_its_file(
+    tmp_path, capsys
+):
+    network, path, file = dense(), tmp_path / "f.safetensors", tmp_path / "certificate.npz"
+    storage.save(network, path, input_shape=(3,), narrow=True)
+    found = storage.load(path)
+    images = np.random.default_rng(0).uniform(0, 1, (3, 3)).astype(np.float32)
+    np.savez(tmp_path / "images.npz", images=images, labels=np.argmax(found(images), axis=-1))
+    for given, status in ((found, 0), (network, 1)):
+        certificate = lipjax.certify(given, images, None, 1e-4, tier="deterministic")
+        assert certificate.certified.any()
+        certificate_files.save(file, certificate, given, images, certificate.predicted)
+        arguments = [str(file), f"--images={tmp_path / 'images.npz'}", f"--network={path}"]
+        assert checker.main(arguments) == status
+        said = capsys.readouterr().out
+        assert ("CONFIRMED" if status == 0 else "about the network") in said
+
+
+def test_a_function_is_not_stored_narrow(tmp_path):
+    with pytest.raises(ValueError, match=r"narrow=True is for an nnx\.Sequential"):
+        storage.save(Branches(), tmp_path / "f.safetensors", input_shape=(4, 4, 2), narrow=True)
+    assert not any(tmp_path.iterdir())
+
+
 def test_parameters_too_large_for_a_narrow_file_are_an_error_and_write_nothing(tmp_path):
     network, path = dense(), tmp_path / "network.safetensors"
     network.layers[0].kernel[...] = network.layers[0].kernel[...].at[0, 0].set(7e4)

@@ -31,7 +31,7 @@ from absl import flags, logging
 from flax import nnx
 from jax.sharding import PartitionSpec
 
-from lipjax import training
+from lipjax import bounds, training
 from lipjax.cli import common
 from lipjax.cli import plan as plan_command
 from lipjax.data import sets
@@ -264,15 +264,25 @@ def prepare(config, train: sets.Dataset, mesh) -> Parts:
 def claim(workdir: Path, config, stack: contextlib.ExitStack) -> None:
     """Makes the workdir this run's own, until the stack is left."""
     if hosts.is_writer():
-        defaults = training.default_config().to_dict()
-        # Before they had a number of their own, shared norms had that of the others.
-        defaults["bound"]["shared_iterations"] = config.bound.iterations
+        defaults = former_defaults(config)
         open_workdir(workdir, config.to_dict(), volatile=VOLATILE, defaults=defaults)
         stack.enter_context(locked(workdir))
         with replaced(workdir / "command.txt", "w") as file:
             file.write(common.line("train", sys.argv[1:]) + "\n")
     hosts.wait("workdir")
     say(f"{workdir}: {config.model.name} on {config.data.name}, seed {config.seed}")
+
+
+def former_defaults(config) -> dict[str, Any]:
+    """What a run meant by the fields that were not there when it began."""
+    defaults = training.default_config().to_dict()
+    # Shared norms had the iterations of the others; where there are none, no number matters.
+    shared = "global" in bounds.mode_of(config.bound.mode).vectors
+    options = config.bound
+    defaults["bound"]["shared_iterations"] = (
+        options.iterations if shared else options.shared_iterations
+    )
+    return defaults
 
 
 def restore(parts: Parts, checkpoints: Checkpoints) -> Position | None:

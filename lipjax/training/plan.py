@@ -136,7 +136,7 @@ def products(mode: str, iterations: int, first: bool) -> int:
     gradient: middle and half-width of the box, the row norms (only a kernel gradient: masks have
     none), and the power iteration, without one but for the last half. In front of the first layer
     the box is the same for all examples and costs nothing. Reverse passes of the modes "linear",
-    "rows" and "tight" are not counted.
+    "rows" and "tight" are not counted, and norms that all examples share are no example's.
     """
     plain = 2 if first else 3
     box = 0 if first else 6
@@ -326,6 +326,11 @@ def _time(config, sizes: Sizes, network, devices: int, device: Device):
     launched = 0
     if device.platform != "cpu":
         launched = batch // (config.examples_at_once or batch) * sum(n for n, _, _ in layers)
+    if "global" in bounds.mode_of(mode).vectors:
+        # Whole norms: on each device once a step, of one example, all layers but the last.
+        shared = 2 * config.bound.shared_iterations
+        operations += devices * shared * sum(each for _, each, _ in layers[:-1])
+        launched += shared * (len(layers) - 1) if device.platform != "cpu" else 0
     seconds = _step_seconds(device, operations / devices, traffic / devices, launched)
     return operations, seconds
 

@@ -270,19 +270,17 @@ def _iterate_shared(config, network, image, starts: dict) -> dict:
     """All but the last of the iterations of the norms that all examples share: once for a step, and
     not for each part of the batch. The last one is what is differentiated.
 
-    A whole norm does not depend on the image.
+    Whole norms do not depend on the image, and all modes that have them have the same.
     """
     count = config.bound.shared_iterations - 1
     if not starts or not count:
         return starts
-    local = tuple(map(jnp.zeros, bounds.vector_shapes(network, image.shape)))
     found = bounds.bound(
         network,
         image,
         0.0,
-        vectors={**starts, "local": local},
-        mode=config.bound.mode,
-        iterations=0,
+        vectors=starts,
+        mode="global",
         shared_iterations=count,
         products=config.precision.power_iteration,
     )
