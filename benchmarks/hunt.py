@@ -545,7 +545,7 @@ def unsound_rows(options: argparse.Namespace) -> Iterator[dict]:
             **row,
             "tiers": tiers,
             "seconds": round(time.monotonic() - started, 1),
-            "alarm": not any(row[name] for name in OPPONENTS) or any(tiers.values()),
+            "alarm": not any(row[name] for name in (*OPPONENTS, "precise")) or any(tiers.values()),
         }
 
 

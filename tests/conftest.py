@@ -58,6 +58,9 @@ def pytest_configure(config):
         "jax_compilation_cache_dir": folder,
         "jax_persistent_cache_min_compile_time_secs": 0,
     }
+    if os.environ["JAX_PLATFORMS"] != "cpu":
+        # GPUs and TPUs round products of float32 to fewer bits, which tests of float32 are not for.
+        settings["jax_default_matmul_precision"] = "highest"
     for name, value in settings.items():
         jax.config.update(name, value)
         os.environ[name.upper()] = str(value)

@@ -863,24 +863,42 @@ def test_the_allowance_for_rounding_is_that_of_a_naive_recursion(arithmetic):
         "bfloat16": (2**-8, 2**-22, 2**-8),
     }[arithmetic]
     error, distance = np.zeros(x.size), 0.0
-    affine = [node for node in network.nodes if isinstance(node.step, check_layers.Affine)]
-    for node, terms in zip(affine, (18, 64, 54, 12), strict=True):
+    affine = [
+        (number, node)
+        for number, node in enumerate(network.nodes, 1)
+        if isinstance(node.step, check_layers.Affine)
+    ]
+    head, whole = network.nodes[-1].step, network.whole[-1][1]
+    logits, _ = walk.transform(head, values[network.nodes[-1].inputs[0]], whole, arithmetic)
+    for (number, node), terms in zip(affine, (18, 64, 54, 12), strict=True):
         layer, region = node.step, values[node.inputs[0]]
+        behind = logits if layer is head else values[number]
         matrix = np.abs(layer.matrix.toarray())
         u, v, w = (Fraction(float(unit)) for unit in (u_in, u_acc, u_out))
-        g = float((1 + u) ** 2 * (1 + (terms + 2) * v / (1 - (terms + 2) * v)) * (1 + w) ** 3 - 1)
+        before, added = (1 + u) ** 2 * (1 + w) ** 3 - 1, (terms + 2) * v / (1 - (terms + 2) * v)
         size = np.maximum(np.abs(region.lower), np.abs(region.upper)) + error
-        local = g * (matrix @ size + np.abs(layer.bias))
-        error = np.minimum(matrix @ error, np.linalg.norm(matrix, axis=1) * distance) + local
+        total = matrix @ size + np.abs(layer.bias)
+        passed = np.minimum(matrix @ error, np.linalg.norm(matrix, axis=1) * distance)
+        reached = np.maximum(np.abs(behind.lower), np.abs(behind.upper)) + passed
+        some = (total + np.minimum(total, reached)) / 2
+        local = float(before + (1 + before) * (v + added * (1 + 2 * v) * before)) * total
+        local += float((1 + before) * added * (1 + 2 * v)) * some
+        if layer is head:
+            rows = np.abs(layer.matrix.toarray() - layer.matrix.toarray()[0])
+            through = np.minimum(rows @ error, np.linalg.norm(rows, axis=1) * distance)
+            differences = through + local + local[0]
+        error = passed + local
         sigma = np.linalg.norm(layer.matrix.toarray(), 2)
         distance = min(sigma * distance + np.linalg.norm(local), np.linalg.norm(error))
-        if node is not affine[-1]:
+        if layer is not head:
             shape = {144: (6, 6, 4), 54: (3, 3, 6), 12: (12,)}[error.size]
             a, b = np.split(error.reshape(shape), 2, axis=-1)
             error = np.concatenate([np.maximum(a, b)] * 2, axis=-1).reshape(-1)
-    assert np.all(derived.rounding >= error * (1 - 1e-9)) and np.all(
-        derived.rounding <= error * (1 + 1e-6)
-    )
+    assert np.all(derived.rounding >= error * (1 - 1e-9))
+    assert np.all(derived.rounding <= error * (1 + 1e-6))
+    rivals = slice(1, None)
+    assert np.all(derived.differences[rivals] >= differences[rivals] * (1 - 1e-9))
+    assert np.all(derived.differences[rivals] <= differences[rivals] * (1 + 1e-6))
 
 
 @pytest.mark.parametrize("steps", [0, 1, 4, walk.BISECTION_STEPS])
@@ -1010,5 +1028,5 @@ def test_a_mean_whose_sum_overflows_certifies_nothing():
     layer = check_layers.nodes_of(described, (32, 32, 1))[0].step
     values = np.full(1024, 1e37)
     known = walk.Known(values, values, values, np.zeros(1024, bool), 0.0, np.zeros(1024), 0.0)
-    error, *_ = walk._executed(layer, known, 1.0, "float32")
+    error, *_ = walk._executed(layer, known, (values[:1], values[:1]), 1.0, "float32")
     assert np.all(np.isinf(error))

@@ -295,8 +295,8 @@ def test_every_value_of_a_graph_stays_in_its_region_and_every_margin_above_its_b
     for label in range(len(logits)):
         local = walk.derive(network, x, label, epsilon, norms)
         linear = walk.derive(network, x, label, epsilon, norms, linear=True, rows=by_rows)
-        # What the executed network's rounding can do to either of the two logits.
-        lost = linear.rounding + linear.rounding[label]
+        # What the executed network's rounding can do to the difference of the two logits.
+        lost = linear.differences
         real = np.delete(np.min(logits[label] - logits, axis=1) - lost, label)
         assert local.margin <= linear.margin + 1e-9 and linear.margin <= np.min(real)
         if epsilon == 0:

@@ -354,10 +354,51 @@ def test_an_activation_without_a_rounding_rule_cannot_be_certified():
 
 def test_the_model_is_data():
     for arithmetic in rounding.ARITHMETICS.values():
-        few, many = (rounding.executed.relative([arithmetic], terms) for terms in (1, 1000))
-        assert few < many
+        few, many = (rounding.executed.shares([arithmetic], terms) for terms in (1, 1000))
+        assert few[0] < many[0] and few[1] < many[1]
         with pytest.raises(dataclasses.FrozenInstanceError):
             arithmetic.name = "other"
+
+
+def allowed_for_a_sum(terms: list[Fraction]) -> Fraction:
+    """What the error model allows for a sum of terms that are added up in float32."""
+    of_sizes, of_sums = rounding.executed.shares([rounding.ARITHMETICS["float32"]], len(terms))
+    sizes, total = sum(abs(t) for t in terms), abs(sum(terms))
+    sums = rounding.executed.partial_sum(jnp.float64(sizes), jnp.float64(total))
+    return Fraction(of_sizes) * sizes + Fraction(of_sums) * Fraction(float(sums))
+
+
+def test_no_order_of_a_sum_errs_by_more_than_allowed_and_one_nearly_does():
+    """Each addition rounds up by nearly half a unit of the partial sum, which is the largest that
+    these terms have; then they cancel."""
+    many = 4000
+    terms = [1.0, *[2.0**-24 * (1 + 2.0**-10)] * many, -1.0]
+    exact = [Fraction(float(np.float32(t))) for t in terms]
+    with jax.enable_x64(True):
+        allowed = allowed_for_a_sum(exact)
+    found = np.float32(0)
+    for term in terms:
+        found = np.float32(found + np.float32(term))
+    off = abs(Fraction(float(found)) - sum(exact))
+    assert 0.97 * allowed < off <= allowed
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_sums_in_random_and_sorted_orders_err_by_less_than_allowed(seed):
+    rng = np.random.default_rng(seed)
+    terms = (rng.normal(size=300) * 10.0 ** rng.uniform(-3, 3, 300)).astype(np.float32)
+    with jax.enable_x64(True):
+        allowed = allowed_for_a_sum([Fraction(float(t)) for t in terms])
+    exact = sum(Fraction(float(t)) for t in terms)
+    orders = [rng.permutation(terms), np.sort(terms), np.sort(terms)[::-1]]
+    orders.append(terms[np.argsort(-np.abs(terms))])
+    for ordered in orders:
+        # One after the other, and in pairs.
+        assert abs(Fraction(float(np.add.accumulate(ordered)[-1])) - exact) <= allowed
+        while len(ordered) > 1:
+            rest = ordered[len(ordered) // 2 * 2 :]
+            ordered = np.concatenate([ordered[0:-1:2][: len(ordered) // 2] + ordered[1::2], rest])
+        assert abs(Fraction(float(ordered[0])) - exact) <= allowed
 
 
 @pytest.mark.parametrize("roundings", [1, 10, 100])
@@ -368,4 +409,4 @@ def test_parameters_that_are_computed_twice_may_be_off_to_both_sides(roundings):
     certified, executed = (1 - unit) ** roundings, (1 + unit) ** roundings
     away = executed * (1 + unit) / certified - 1
     arithmetic = rounding.ARITHMETICS["float32"]
-    assert Fraction(rounding.executed.relative([arithmetic], 1, float(roundings))) >= away
+    assert Fraction(rounding.executed.shares([arithmetic], 1, float(roundings))[0]) >= away

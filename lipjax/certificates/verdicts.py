@@ -49,7 +49,7 @@ def verdict(
     """
     bound = outward_walk(graph, mode, local_norm, global_norm, stacked_norm)(x, epsilon)
     worst = bounds.worst_logits(bound, label, rounding.OUTWARD, view)
-    return judged(bound, label, worst, *allowances(bound, arithmetics, global_norms))
+    return judged(bound, label, worst, *allowances(bound, label, arithmetics, global_norms))
 
 
 def outward_walk(graph, mode, local_norm, global_norm, stacked_norm) -> bounds.Walk:
@@ -60,23 +60,24 @@ def outward_walk(graph, mode, local_norm, global_norm, stacked_norm) -> bounds.W
     )
 
 
-def allowances(bound, arithmetics, global_norms):
+def allowances(bound, label, arithmetics, global_norms):
     """What rounding can do to each logit: of the network's execution, and of the logits here.
 
     Args:
         bound: of one example, rounded outwards.
-        arithmetics, global_norms: as in `verdict`.
+        label, arithmetics, global_norms: as in `verdict`.
 
     Returns:
-        Two arrays ``(classes,)``: how far a logit as executed can be from the exact one, anywhere
-        in the ball, and how far the one that is computed here can be.
+        Two arrays ``(classes,)``: how far the difference of a logit as executed to the label's can
+        be from the exact one, anywhere in the ball, and how far the logit that is computed here can
+        be.
     """
     outward = rounding.OUTWARD
     x = bound.input.center
     epsilon = bound.input.radius
     boxes = [outward.widened(x - epsilon, x + epsilon, 0.0)]
     boxes += [(region.lower, region.upper) for region in bound.regions[1:]]
-    executed = rounding.forward_error(bound.graph, boxes, arithmetics, global_norms, view)
+    executed = rounding.forward_error(bound.graph, boxes, arithmetics, global_norms, view, label)
 
     head = bound.graph.linear_nodes[-1]
     lower, upper = boxes[head.inputs[0]]
@@ -201,7 +202,7 @@ def certify_batch(
 
         bound = outward_walk(graph, mode, local_norm, global_norm, stacked_norm)(x, epsilon)
         worst = bounds.worst_logits(bound, label, rounding.OUTWARD, view)
-        facts = judged(bound, label, worst, *allowances(bound, arithmetics, global_norms))
+        facts = judged(bound, label, worst, *allowances(bound, label, arithmetics, global_norms))
         if not keep:
             return facts, None
         return facts, (dataclasses.replace(bound, graph=None, vectors=None), worst)
@@ -228,7 +229,7 @@ def tightened_batch(shared, columns, *, arithmetics, steps=0):
 
     def one(label, bound, worst):
         bound = dataclasses.replace(bound, graph=graph, mode="tight")
-        executed, own = allowances(bound, arithmetics, global_norms)
+        executed, own = allowances(bound, label, arithmetics, global_norms)
         if not steps:
             worst = bounds.margins.tightened(bound, label, worst, rounding.OUTWARD, view)
             return {**judged(bound, label, worst, executed, own), "worst": worst}

@@ -531,13 +531,13 @@ def _differences(derived: Derived, network: Network, header, row) -> list[str]:
     spare = (TOLERANCE + 2 * width) * derived.taken + sums
     if header["mode"] == "tight_rows":
         spare += ROWS_TOLERANCE * derived.taken
-    spare += float(np.sum(2 * own[pair] + 2 * share * derived.rounding[pair]))
+    spare += float(np.sum(2 * own[pair])) + 2 * share * derived.differences[derived.rival]
     # Where nothing can be derived, no number is below it.
     if row["margin"] > derived.margin + (spare if math.isfinite(derived.margin) else 0.0):
         problems.append(
             f"recorded margin {row['margin']:.9g} is above the derived one, {derived.margin:.9g}."
         )
-    needed = derived.rounding[row["label"]] + np.min(np.delete(derived.rounding, row["label"]))
+    needed = np.min(np.delete(derived.differences, row["label"]))
     if row["certified"] and not row["allowance"] >= (1 - share) * needed - sums:
         problems.append(
             f"recorded allowance {row['allowance']:.4g}, but rounding can take {needed:.4g} off "

@@ -104,6 +104,7 @@ class Derived:
         logits: ``(classes,)``, as the checker computes them.
         rounding: ``(classes,)``, how far an executed logit can be from the exact one anywhere in
             the ball.
+        differences: ``(classes,)``, the same of its difference to the label's.
         margin: certified iff correct and this is positive; -infinity where the derivation met NaN
             or overflow.
         taken: what was taken off the clean margin to the rival that decides.
@@ -113,6 +114,7 @@ class Derived:
 
     logits: np.ndarray
     rounding: np.ndarray
+    differences: np.ndarray
     margin: float
     taken: float
     rival: int
@@ -349,7 +351,8 @@ def _margin(
     if linear:
         gain = slopes.linear_gains(walked, start, directions, gain, worst_gains)
 
-    allowed = slack[rivals] + slack[label] + logits.error[rivals] + logits.error[label]
+    off = _of_differences(head, known, (logits.lower, logits.upper), label, network.arithmetic)
+    allowed = slack[rivals] + slack[label] + off[rivals]
 
     def margins_of(gain):
         taken = gain + allowed
@@ -367,11 +370,11 @@ def _margin(
     taken, margins = margins_of(gain)
     worst = int(np.argmin(margins))
     found = np.array(walked.norms).reshape(-1, 2)
-    everything = (logits.center, logits.lower, logits.upper, logits.error, gain, margins, found)
+    everything = (logits.center, logits.lower, logits.upper, allowed, gain, margins, found)
     finite = all(np.all(np.isfinite(part)) for part in everything)
     margin = float(margins[worst]) if finite else -math.inf
     return Derived(
-        logits.center, logits.error, margin, float(taken[worst]), int(rivals[worst]), found
+        logits.center, logits.error, off, margin, float(taken[worst]), int(rivals[worst]), found
     )
 
 
@@ -425,27 +428,72 @@ def transform(
     lower = np.minimum(np.maximum(around - reach, center - ball), center)
     upper = np.maximum(np.minimum(around + reach, center + ball), center)
     varies = layer.absolute @ inside > 0
-    executed = _executed(layer, known, whole, arithmetic)
+    executed = _executed(layer, known, (lower, upper), whole, arithmetic)
     return Known(center, lower, upper, varies, math.inf, *executed), slack
 
 
 def _executed(
-    layer: Affine, known: Known, whole: float, arithmetic: str
+    layer: Affine,
+    known: Known,
+    behind: tuple[np.ndarray, np.ndarray],
+    whole: float,
+    arithmetic: str,
 ) -> tuple[np.ndarray, float, float, float]:
     """How far the executed network can be behind this layer, the error carried through it and its
     own rounding, per coordinate and as a distance; and `Known.operand` and `Known.factor`.
 
-    An inner product of n terms of operands that are first rounded by u_in, summed with u_acc, and
-    stored with u_out errs by at most g(n) of the sum of its terms' sizes; the sizes are those of
-    the executed activation, |h| + error. Results below the smallest number may be flushed to zero.
-    Infinity where a sum could overflow.
+    Args:
+        behind: box of the layer's exact value.
     """
-    identity = layer.executed is not None and layer.executed.results == 0
-    if identity and not layer.parts:  # (of parts the first alone may be one)
-        return known.error, known.distance, known.operand, known.factor  # the identity
-    n = layer.terms
-    nothing = np.full(len(layer.bias), np.inf), math.inf, 0.0, 1.0
+    if _is_identity(layer):
+        return known.error, known.distance, known.operand, known.factor
+    local, operand, factor = _rounded_off(layer, known, behind, arithmetic)
+    error = up(up(_through(layer, known), layer.terms) + local)
+    distance = np.minimum(up(whole * known.distance + up_norm(local)), up_norm(error))
+    return error, float(distance), operand, factor
+
+
+def _is_identity(layer: Affine) -> bool:
+    """Does nothing stand there in the program? (Of parts the first alone may be so.)"""
+    return layer.executed is not None and layer.executed.results == 0 and not layer.parts
+
+
+def _through(layer: Affine, known: Known) -> np.ndarray:
+    """What becomes of the error in front of a layer, per output, but for rounding here."""
+    return np.minimum(layer.absolute @ known.error, layer.row_norms * known.distance)
+
+
+def _of_differences(
+    head: Affine, known: Known, behind: tuple[np.ndarray, np.ndarray], label: int, arithmetic: str
+) -> np.ndarray:
+    """How far the difference of each logit to the label's can be from the exact one: what is wrong
+    in front of the last layer goes through the difference of two of its rows."""
+    rows = head.matrix.toarray()
+    # Of a difference of two numbers the last bit is off.
+    rows = up(np.abs(rows - rows[label]))
+    lengths = np.array([up_norm(row) for row in rows])
+    passed = up(np.minimum(rows @ known.error, lengths * known.distance), rows.shape[1])
+    if _is_identity(head):
+        return passed
+    local, *_ = _rounded_off(head, known, behind, arithmetic)
+    return up(passed + local + local[label])
+
+
+def _rounded_off(
+    layer: Affine, known: Known, behind: tuple[np.ndarray, np.ndarray], arithmetic: str
+) -> tuple[np.ndarray, float, float]:
+    """What the executed layer itself rounds off, per output; `Known.operand` and `Known.factor`.
+
+    The sizes are those of the executed activation, |h| + error. Results below the smallest number
+    may be flushed to zero. Infinity where a sum could overflow.
+    """
+    nothing = np.full(len(layer.bias), np.inf), 0.0, 1.0
     size = up(np.maximum(np.abs(known.lower), np.abs(known.upper)) + known.error)
+    # Of the sum that one product makes it is known how large it can be.
+    reached = np.full(len(layer.bias), np.inf)
+    if len(layer.parts) < 2:
+        passed = up(_through(layer, known), layer.terms)
+        reached = up(np.maximum(np.abs(behind[0]), np.abs(behind[1])) + passed)
     local = np.zeros(len(layer.bias))
     operand, factor = known.operand, known.factor
     for k, part in enumerate(layer.parts or (layer,)):
@@ -458,18 +506,15 @@ def _executed(
         lost = 4 * smallest * operand
         operand = max(operand, part.terms * float(np.max(size, initial=0.0)))
         factor = max(factor, 1.0) * part.largest
-        own, size = _own(part, size, arithmetic)
+        own, size = _own(part, size, reached, arithmetic)
         # What the parts before have rounded off goes through this one.
         local = up((part.absolute @ local if k else 0.0) + own + lost, part.terms)
         size = up(size + local)
         if not np.all(np.isfinite(size)) or not factor < largest:
             return nothing
-    carried = np.minimum(layer.absolute @ known.error, layer.row_norms * known.distance)
-    error = up(up(carried, n) + local)
-    distance = np.minimum(up(whole * known.distance + up_norm(local)), up_norm(error))
     if len(layer.parts) < 2 and _is_product(layer):
         operand, factor = 0.0, 1.0
-    return error, float(distance), operand, factor
+    return local, operand, factor
 
 
 def _is_product(layer: Affine) -> bool:
@@ -477,17 +522,30 @@ def _is_product(layer: Affine) -> bool:
     return layer.executed is not None and layer.executed.product
 
 
-def _own(layer: Affine, size: np.ndarray, arithmetic: str) -> tuple[np.ndarray, np.ndarray]:
+def _own(
+    layer: Affine, size: np.ndarray, reached: np.ndarray, arithmetic: str
+) -> tuple[np.ndarray, np.ndarray]:
     """What a map itself rounds off, of executed inputs of these sizes, and the sizes of its values;
-    infinity where a sum could overflow."""
+    infinity where a sum could overflow.
+
+    Operands are first rounded by u_in, then n terms are summed with u_acc, then results stored with
+    u_out. Each of at most n + 1 additions errs by u_acc of its result, which is a sum of some of
+    the terms: at most that of all positive ones or that of all negative ones. The larger of these
+    is half of ``total`` (the sum of the terms' sizes) and of the size of the whole sum together.
+
+    Args:
+        reached: bound of the size of that sum, on these inputs.
+    """
     u_in, u_acc, u_out, smallest, largest = _units(layer.executed, arithmetic)
     n, results = layer.terms, 3 if layer.executed is None else layer.executed.results
-    # (1 + u_in)^2 (1 + gamma) (1 + u_out)^results - 1, in which nothing cancels
-    growth = 2 * math.log1p(u_in) + math.log1p(gamma(n + 2, u_acc)) + results * math.log1p(u_out)
-    growth = up(math.expm1(growth))
     total = up(layer.absolute @ size + np.abs(layer.bias), n)
+    # (1 + u_in)^2 (1 + u_out)^results - 1, in which nothing cancels
+    stored = up(math.expm1(2 * math.log1p(u_in) + results * math.log1p(u_out)))
+    some = up((total + np.minimum(reached, total)) / 2)  # of the terms, added up
+    sums = gamma(n + 2, u_acc) * (1 + 2 * u_acc) * up(some + stored * total)
+    off = stored * total + (1 + stored) * up(u_acc * total + sums)
     flushed = (n + 2) * smallest * (1 + layer.largest + np.max(size, initial=0.0))
-    local = up(growth * total + flushed)
+    local = up(up(off) + flushed)
     # A mean is added up before it is divided: so many of the largest input must not overflow
     # either.
     added = n * np.max(size, initial=0.0)

@@ -211,8 +211,19 @@ def least_precise(arithmetics: Sequence[Sequence[Arithmetic]]) -> str:
     return max(found, key=lambda a: (a.output, a.input, a.accumulate)).name
 
 
-def relative(arithmetics: Sequence[Arithmetic], terms: int, roundings: float = 0.0) -> float:
-    """A linear node errs by at most this share of ``|W| |x| + |b|``.
+def shares(
+    arithmetics: Sequence[Arithmetic], terms: int, roundings: float = 0.0
+) -> tuple[float, float]:
+    """A linear node errs by at most the first share of ``|W| |x| + |b|`` and the second of the
+    largest partial sum of its terms.
+
+    A sum of n terms makes n - 1 additions, in whatever order, and each errs by at most u of its
+    result, which is a sum of some of the terms. So all of them together err by ``gamma(n)`` of the
+    largest such sum M; where terms of both signs cancel, that is little more than half of the sum
+    of their sizes T. The terms themselves, with what was rounded before they are added (a of them)
+    or after, are off by a share of T. With ``t`` the terms and u the unit of the additions::
+
+        |computed - exact| <= a T + (1 + a) (u T + gamma (1 + 2 u) (M + a T))
 
     Args:
         arithmetics: of its equations: the product first, then what is added or scaled.
@@ -225,8 +236,24 @@ def relative(arithmetics: Sequence[Arithmetic], terms: int, roundings: float = 0
     logarithm = 2 * math.log1p(first.input)
     # Twice: the parameters that are certified err as those of the program do.
     logarithm += (len(arithmetics) + 2 + 2 * roundings) * math.log1p(output)
-    logarithm += math.log1p(gamma(terms + 2, first.accumulate))
-    return math.expm1(logarithm * (1 + 1e-14)) * (1 + 1e-14)
+    of_terms = math.expm1(logarithm * (1 + 1e-14)) * (1 + 1e-14)
+    unit = first.accumulate
+    added = gamma(terms + 2, unit) * (1 + 2 * unit)
+    of_sizes = of_terms + (1 + of_terms) * (unit + added * of_terms)
+    return of_sizes * (1 + 1e-14), (1 + of_terms) * added * (1 + 1e-14)
+
+
+def partial_sum(sizes: jax.Array, total: jax.Array) -> jax.Array:
+    """A bound of the sum of any of the terms of an inner product.
+
+    It is at most the sum of the positive ones or of the negative ones, P or N; ``P + N`` is the sum
+    of their sizes and ``|P - N|`` the size of their sum, so the larger is half of both together.
+
+    Args:
+        sizes: a bound of the sum of the terms' sizes.
+        total: of the size of their sum.
+    """
+    return (sizes + jnp.minimum(sizes, total)) / 2
 
 
 def forward_error(
@@ -235,15 +262,18 @@ def forward_error(
     arithmetics: Sequence[Sequence[Arithmetic]],
     global_norms: Sequence[jax.Array],
     view: Callable = lambda operator, like: operator,
+    label: jax.Array | None = None,
 ) -> jax.Array:
     """How far each output of the function as executed can be from the real-number function,
     anywhere in the ball.
 
     Carried forward: e, a bound of ``|computed - exact|`` for each coordinate, and rho, a bound of
-    its l2 norm. At a linear node, with ``m = max(|lower|, |upper|)`` of the exact value in front,
+    its l2 norm. At a linear node, with m and m' the largest sizes of the exact values in front of
+    it and behind it,
 
-        local = relative(n) (|W| (m + e) + |b|) + underflow,
-        e' = min(|W| e, ||row_i(W)|| rho) + local,    rho' = min(||W|| rho + ||local||, ||e'||).
+        c = min(|W| e, ||row_i(W)|| rho),    T = |W| (m + e) + |b|,    M = (T + min(T, m' + c)) / 2,
+        local = shares(n) . (T, M) + underflow,
+        e' = c + local,    rho' = min(||W|| rho + ||local||, ||e'||).
 
     Of a node with parts, local is carried from part to part, each of which adds its own by the
     sizes of its own operands, and what is lost where factors are multiplied first (`Run`). At a sum
@@ -257,10 +287,13 @@ def forward_error(
         arithmetics: as `arithmetics_of` returns them.
         global_norms: proven upper bounds of the whole norms, one per linear node.
         view: of the walk.
+        label: of a function that ends in a linear node: a class, ``()``; None: see below.
 
     Returns:
         Of the shape of the last node, float64; infinity where a number may overflow, or is
-        above `LARGEST`.
+        above `LARGEST`. With a label of each class how far its difference to the label's logit can
+        be, 0 for the label: an error in front of the last node goes through the difference of two
+        of its rows, which is shorter than both together.
     """
     errors: list[jax.Array] = []
     totals: list[jax.Array] = []
@@ -294,9 +327,12 @@ def forward_error(
         else:
             assert isinstance(node, Linear)
             (j,) = node.inputs
-            error, total, run = _linear_error(
-                node, boxes[j], errors[j], totals[j], runs[j], arithmetics[i], norm_of[i], view
-            )
+            known = boxes[j], errors[j], totals[j], runs[j]
+            local, fits, run = _local_error(node, *known, boxes[i], arithmetics[i], view)
+            error, total = _carried(node, errors[j], totals[j], local, norm_of[i], view)
+            if label is not None and i == len(graph.nodes) - 1:
+                error = _of_differences(node, errors[j], totals[j], local, label, view)
+            error = jnp.where(fits, error, jnp.inf)
         runs.append(run)
         errors.append(error)
         totals.append(total)
@@ -308,16 +344,27 @@ def _longer(first: Run, second: Run) -> Run:
     return Run(size, jnp.maximum(first.factor, second.factor))
 
 
-def _linear_error(node: Linear, box, error, total, run: Run, arithmetics, whole, view):
+def _local_error(node: Linear, box, error, total, run: Run, behind, arithmetics, view):
+    """What a linear node itself rounds off, with all of its parts, per output; where nothing can
+    overflow; and the run of scales that it is in.
+
+    Args:
+        box, error, total, run: of the value in front of it.
+        behind: box of its exact value.
+    """
     if not arithmetics:  # the identity that stands behind a function without a last linear node
-        return error, total, run
+        return jnp.zeros(node.shape), jnp.ones(node.shape, bool), run
     lower, upper = box
     operator = view(node.operator, lower)
     size = jnp.maximum(jnp.abs(lower), jnp.abs(upper)) + error
     first, *steps = node.parts or (node,)
     assert isinstance(first, Linear)
     used = len(first.executed)
-    local, magnitude, fits = _own_error(first, size, arithmetics[:used], view)
+    reached = None
+    if not steps:
+        passed = _through(operator, error, total)
+        reached = OUTWARD.up(jnp.maximum(*map(jnp.abs, behind)) + passed, lower.size)
+    local, magnitude, fits = _own_error(first, size, reached, arithmetics[:used], view)
     # What of one operation underflows in the largest operand of a run.
     smallest = 4 * max(a.smallest for a in arithmetics)
     largest = min(LARGEST, *(a.largest for a in arithmetics))
@@ -332,22 +379,50 @@ def _linear_error(node: Linear, box, error, total, run: Run, arithmetics, whole,
         used += len(part.executed)
         step = _as_linear(part)
         reached = OUTWARD.up(magnitude + local, lower.size)
-        more, magnitude, fits_too = _own_error(step, reached, equations, view)
+        more, magnitude, fits_too = _own_error(step, reached, None, equations, view)
         more = more + smallest * run.size
         local = OUTWARD.up(step.operator.absolute(local) + more, lower.size)
         run = run.extended(step.operator, reached)
         fits &= fits_too
-    rows = operator.row_norms(jnp.ones(lower.shape, bool))
-    carried = jnp.minimum(operator.absolute(error), rows * total)
-    grown = OUTWARD.up(carried + local, lower.size)
-    length = OUTWARD.up(whole * total + OUTWARD.norm(local), lower.size)
-    length = jnp.minimum(length, OUTWARD.norm(grown))
+    grown = OUTWARD.up(_through(operator, error, total) + local, lower.size)
     fits &= (OUTWARD.up(magnitude + grown, lower.size) < largest) & (run.factor < largest)
-    return jnp.where(fits, grown, jnp.inf), length, run
+    return local, fits, run
 
 
-def _own_error(node: Linear, size, arithmetics, view):
-    """What a linear node itself rounds off, of an executed input with ``|x| <= size``.
+def _through(operator: LinearOperator, error, total) -> jax.Array:
+    """What becomes of an error behind a linear map, per output."""
+    rows = operator.row_norms(jnp.ones(error.shape, bool))
+    return jnp.minimum(operator.absolute(error), rows * total)
+
+
+def _carried(node: Linear, error, total, local, whole, view):
+    """The error behind a linear node, per output and as a length."""
+    if not node.executed:
+        return error, total
+    passed = _through(view(node.operator, error), error, total)
+    grown = OUTWARD.up(passed + local, error.size)
+    length = OUTWARD.up(whole * total + OUTWARD.norm(local), error.size)
+    return grown, jnp.minimum(length, OUTWARD.norm(grown))
+
+
+def _of_differences(node: Linear, error, total, local, label, view) -> jax.Array:
+    """The error of each output less that of the label's."""
+    transposed = view(node.operator, error).transpose(error)
+    basis = jnp.eye(node.size, dtype=error.dtype).reshape(node.size, *node.shape)
+    rows = jax.vmap(transposed)(basis).reshape(node.size, -1)
+    rows = jnp.abs(rows - rows[label])
+    lengths = jax.vmap(OUTWARD.length)(rows)
+    passed = jnp.minimum(rows @ error.reshape(-1), lengths * total)
+    own = local.reshape(-1)
+    grown = OUTWARD.up(passed + own + own[label], error.size)
+    return jnp.where(jnp.arange(node.size) == label, 0.0, grown).reshape(node.shape)
+
+
+def _own_error(node: Linear, size, reached, arithmetics, view):
+    """What one map rounds off, of an executed input with ``|x| <= size``.
+
+    Args:
+        reached: bound of the size of its exact value on that input, bias included; None: not known.
 
     Returns:
         The bound, a bound of its exact value on that input, and whether neither overflows.
@@ -361,7 +436,9 @@ def _own_error(node: Linear, size, arithmetics, view):
     smallest = max(a.smallest for a in arithmetics)
     largest_entry = jnp.max(jnp.abs(operator.kernel))
     underflow = smallest * (terms + 2) * (1 + largest_entry + jnp.max(size))
-    local = relative(arithmetics, terms, node.roundings) * magnitude + underflow
+    of_sizes, of_sums = shares(arithmetics, terms, node.roundings)
+    sums = partial_sum(magnitude, magnitude if reached is None else reached)
+    local = of_sizes * magnitude + of_sums * sums + underflow
     largest = min(LARGEST, *(a.largest for a in arithmetics))  # of what FLOOR covers
     fits = OUTWARD.up(magnitude + local, size.size) < largest
     if isinstance(node.operator.apply, Sum):
