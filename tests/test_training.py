@@ -595,3 +595,23 @@ def test_iterations_of_shared_norms_go_on_where_those_before_the_parts_ended(mod
     few = after(shared, 1)
     assert any(not np.allclose(a, b, atol=1e-2) for a, b in zip(few, after(found, 1), strict=True))
     assert step._iterate_shared(config, network, images[0], {}) == {}
+
+
+def test_training_begins_with_the_weights_of_a_file_and_refuses_those_of_another_network(tmp_path):
+    config = training.default_config()
+    config.seed, config.start = 1, str(tmp_path / "first.safetensors")
+    trained = lipjax.models.build(
+        "small_conv", input_shape=(8, 8, 1), activation="maxmin", rngs=nnx.Rngs(7)
+    )
+    lipjax.save(trained, config.start, input_shape=(8, 8, 1))
+    with pytest.raises(ValueError, match=r"start: .*first.safetensors holds another network.*None"):
+        training.first_network(config, (8, 8, 1), 10)
+
+    config.model.activation = "maxmin"
+    begun = training.first_network(config, (8, 8, 1), 10)
+    fresh = training.build_network(config, (8, 8, 1), 10)
+    x = np.random.default_rng(0).random((3, 8, 8, 1), np.float32)
+    assert np.array_equal(begun(x), trained(x)) and not np.array_equal(begun(x), fresh(x))
+    # The activations are those of the configuration; the weights alone are the file's.
+    config.model.activation = "relu"
+    assert isinstance(training.first_network(config, (8, 8, 1), 10).layers[1], lipjax.ReLU)

@@ -231,7 +231,7 @@ def prepare(config, train: sets.Dataset, mesh) -> Parts:
     input_shape = train.images.shape[1:]
     steps_per_epoch = feeding.steps_per_epoch(config, len(train.labels))
     store = training.VectorStore(config, len(train.labels), mesh, feeding.MAX_STEPS)
-    network = training.build_network(config, input_shape, train.classes)
+    network = training.first_network(config, input_shape, train.classes)
     rate = training.learning_rate(config, steps_per_epoch)
     transform = optax.adam(rate)
     create = functools.partial(

@@ -8,6 +8,7 @@ from lipjax.training.config import (
     check_config,
     completed,
     default_config,
+    first_network,
     load_data,
 )
 from lipjax.training.evaluation import evaluate, selected_network
@@ -42,6 +43,7 @@ __all__ = [
     "evaluate",
     "example_loss",
     "examples_at_once",
+    "first_network",
     "initial_state",
     "learning_rate",
     "load_data",

@@ -8,10 +8,11 @@ import dataclasses
 import math
 from typing import Any
 
+import jax
 import ml_collections
 from flax import nnx
 
-from lipjax import bounds, models
+from lipjax import bounds, models, storage
 from lipjax.data import sets
 from lipjax.training.vectors import VECTOR_TYPES
 
@@ -52,6 +53,9 @@ class Field:
 
 FIELDS: dict[str, Field] = {
     "seed": Field(0, "of everything that is random", least=0),
+    "start": Field(
+        "", "a file of lipjax.save whose weights training begins with; empty: fresh ones"
+    ),
     "batch_size": Field(64, "examples of a step, on all devices together", least=1),
     "examples_at_once": Field(0, "of a batch, to save memory; 0: by the devices", least=0),
     # ---------------------------------------------------------------- data
@@ -241,6 +245,33 @@ def load_data(config) -> sets.Splits:
         test_examples=config.data.test_examples or None,
         image_size=config.data.get("image_size") or None,  # runs of before it was there have none
     )
+
+
+def first_network(config, input_shape, classes: int) -> nnx.Sequential:
+    """The network that training begins with: `build_network`, with the weights of `config.start`
+    where that names a file.
+
+    Raises:
+        ValueError: as `build_network`; a file of another network.
+        storage.StorageError: as `lipjax.load`.
+    """
+    network = build_network(config, input_shape, classes)
+    if not config.start:
+        return network
+    wanted, structure = jax.tree_util.tree_flatten_with_path(network)
+    names = [jax.tree_util.keystr(path) for path, _ in wanted]
+    loaded = jax.tree_util.tree_leaves_with_path(storage.load(config.start))
+    given = {jax.tree_util.keystr(path): leaf for path, leaf in loaded}
+    here = {name: leaf.shape for name, (_, leaf) in zip(names, wanted, strict=True)}
+    there = {name: leaf.shape for name, leaf in given.items()}
+    for name in sorted(here.keys() | there.keys()):
+        if here.get(name) != there.get(name):
+            raise ValueError(
+                f"start: {config.start} holds another network than the {config.model.name} of this "
+                f"configuration: {name} is {there.get(name)} there and {here.get(name)} here "
+                "(None: there is none). Give the model.* fields with which it was trained."
+            )
+    return jax.tree.unflatten(structure, [given[name] for name in names])
 
 
 def build_network(config, input_shape, classes: int) -> nnx.Sequential:
