@@ -14,7 +14,6 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
 from lipjax.activations import ClippedMaxMin, ClippedReLU, MaxMin, ReLU
@@ -206,57 +205,7 @@ def small_residual(
     return nnx.Sequential(*layers)
 
 
-def deep_conv(
-    *,
-    activation: str = "maxmin",
-    classes: int = 10,
-    input_shape: Sequence[int] = (32, 32, 3),
-    width: int = 128,
-    depth: int = 8,
-    dense: int = 160,
-    threshold: float = 1.0,
-    orthogonal: bool = False,
-    rngs: nnx.Rngs,
-) -> nnx.Sequential:
-    """A 4x4 convolution of stride 2, `depth` 3x3 convolutions that begin near the identity, a 4x4
-    one of stride 4 with twice the channels, one hidden dense layer.
-
-    The linear residual blocks ``x + conv(x)`` of LiResNet (Hu et al., NeurIPS 2023) with sum and
-    convolution in one kernel: the same functions, each with one norm in the place of
-    ``1 + ||conv||``, and, as Adam sees coordinates alone, the same training.
-
-    Args:
-        width: channels of the 3x3 convolutions; MaxMin takes pairs, so even.
-        depth: how many of them.
-        dense, threshold, orthogonal: as those of `small_conv`.
-
-    Raises:
-        ValueError: what `build` says.
-    """
-    inside = _Conv(width, 3, 1)
-    convs = [_Conv(width, 4, 2), *[inside] * depth, _Conv(2 * width, 4, 4, 0)]
-    count = len(convs) + 1
-    pairs = [(threshold, -threshold)] * count
-    network = _build(
-        convs,
-        [dense],
-        activation,
-        [threshold] * count,
-        pairs,
-        classes,
-        input_shape,
-        orthogonal,
-        rngs,
-    )
-    for layer in network.layers:
-        if isinstance(layer, nnx.Conv) and layer.kernel.shape == (3, 3, width, width):
-            identity = jnp.zeros((3, 3, width, width)).at[1, 1].set(jnp.eye(width))
-            layer.kernel[...] = identity + layer.kernel[...] / depth
-    return network
-
-
 NETWORKS = {
-    "deep_conv": deep_conv,
     "conv4_dense3": conv4_dense3,
     "conv6_dense2": conv6_dense2,
     "conv8_dense2": conv8_dense2,
