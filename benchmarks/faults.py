@@ -88,6 +88,9 @@ def main(arguments: list[str] | None = None) -> None:
 def start(workdir, epochs, processes, folder):
     flags = [
         "--config=configs/mnist_small.py",
+        "--config.model.activation=clipped_maxmin",
+        "--config.bound.mode=local",
+        "--config.bound.loss=bcp",
         "--config.data.name=digits",
         "--config.data.train_examples=128",
         "--config.model.widths=(4,)",

@@ -20,6 +20,9 @@ from lipjax.training.metrics import read_metrics
 
 SMALL = [
     "--config=configs/mnist_small.py",
+    "--config.model.activation=clipped_maxmin",
+    "--config.bound.mode=local",
+    "--config.bound.loss=bcp",
     "--config.data.name=digits",
     "--config.data.train_examples=100",
     "--config.model.widths=(4,)",
