@@ -41,8 +41,10 @@ def net_of(kind, seed=1):
     def dense(n, m):
         return nnx.Linear(n, m, rngs=rngs, bias_init=bias)
 
+    # Stages of comparators take long to compile: one of these, and other kinds behind it.
+    rest = lipjax.ReLU if kind in ("sort", "pool") else act
     return nnx.Sequential(
-        dense(INPUTS, 12), act(), dense(12, 12), act(), dense(12, 12), act(), dense(12, 4)
+        dense(INPUTS, 12), act(), dense(12, 12), rest(), dense(12, 12), rest(), dense(12, 4)
     )
 
 
@@ -58,9 +60,7 @@ def subject(kind):
         net,
         x,
         labels,
-        {"clipped_maxmin": 0.1, "clipped_relu": 0.3, "tanh": 0.04, "sort": 0.06, "pool": 0.06}.get(
-            kind, 0.22
-        ),
+        {"clipped_maxmin": 0.1, "clipped_relu": 0.3, "tanh": 0.04, "pool": 0.18}.get(kind, 0.22),
     )
 
 
@@ -113,13 +113,15 @@ WHICH = [
     ("relu", "deterministic", "tight_rows"),
     ("clipped_relu", "probabilistic", "tight_rows", STEPS),
     ("sort", "deterministic", "auto", STEPS),
-    ("sort", "probabilistic", "tight_rows"),
     ("pool", "deterministic", "auto", STEPS),
-    ("pool", "deterministic", "tight_rows"),
+]
+DEAR = [
+    pytest.param(("sort", "probabilistic", "tight_rows"), marks=pytest.mark.slow),
+    pytest.param(("pool", "deterministic", "tight_rows"), marks=pytest.mark.slow),
 ]
 
 
-@pytest.mark.parametrize("which", WHICH, ids=lambda which: "-".join(map(str, which)))
+@pytest.mark.parametrize("which", [*WHICH, *DEAR], ids=lambda which: "-".join(map(str, which)))
 def test_certificates_of_mode_tight_are_confirmed(tmp_path, which):
     file = file_of(tmp_path, *which)
     report, certificate = checked(*file), certified(*which)
@@ -161,7 +163,7 @@ def test_no_attack_is_below_a_margin_and_no_certified_image_is_broken(kind):
             step = step - 0.3 * epsilon * gradient / np.maximum(size, 1e-12)
 
 
-@pytest.mark.parametrize("which", [WHICH[1], WHICH[8], WHICH[10]], ids=lambda which: which[0])
+@pytest.mark.parametrize("which", [WHICH[1], *WHICH[-2:]], ids=lambda which: which[0])
 def test_a_margin_that_is_too_large_is_rejected_and_so_is_one_whose_slopes_are_gone(
     tmp_path, which
 ):
