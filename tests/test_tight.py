@@ -186,8 +186,8 @@ def test_no_error_in_ball_and_box_is_above_its_cost(kind, box, seed, radius):
 
 COMPARED = {
     "sort": lipjax.activations.Sort(0),
-    # Entries are in up to two windows; the first and the last hold what pads.
-    "pool": lipjax.activations.MaxPool((N,), (4,), (2,), ((1, 1),), (1,)),
+    # Entries are in up to three windows; the first and the last hold what pads.
+    "pool": lipjax.activations.MaxPool((N,), (3,), (1,), ((1, 1),), (1,)),
 }
 
 
@@ -218,10 +218,15 @@ def test_what_comparators_say_of_a_row_holds_in_ball_and_box_for_any_slopes(x64,
             np.where(still, center, center + side * rng.uniform(0, width, N)) for side in (-1, 1)
         )
         g = rng.normal(size=rule(center).shape)
+        g = np.abs(g) if seed % 2 else g
         radius = rng.choice([0.02, 0.2, 0.6])
         row, cost = carried(center, lower, upper, g, radius, rng.uniform(-1, 1.2, 4 * N))
         moves = rng.normal(size=(2000, N))
         moves *= radius * rng.uniform(0, 2, (2000, 1)) / np.linalg.norm(moves, axis=1)[:, None]
+        # One entry alone moves all of its windows; and groups of entries all at once.
+        moves[: 2 * N] = radius * np.concatenate([np.eye(N), -np.eye(N)])
+        signs = np.array(list(itertools.product([-1, 0, 1], repeat=N)))[1:]
+        moves[2 * N :][: len(signs)] = radius * signs / np.sqrt(N)
         points = np.clip(center + moves, lower, upper)
         counted = np.asarray(rule.active(jnp.asarray(lower), jnp.asarray(upper)))
         points = points[np.linalg.norm((points - center)[:, counted], axis=1) <= radius]
