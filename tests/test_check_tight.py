@@ -261,7 +261,7 @@ def test_no_error_in_ball_and_box_is_above_the_checkers_cost(kind):
     activation = COMPARED.get(kind, activation)
     rng = np.random.default_rng(4)
     near = 0
-    for _ in range(60):
+    for number in range(60):
         z = rng.choice([-0.6, -0.4, -0.1, 0.0, 0.2, 0.4, 0.9], 8)
         lower, upper = z - rng.uniform(0, 0.6, 8), z + rng.uniform(0, 0.6, 8)
         if kind in COMPARED:  # constants count for less in a comparator
@@ -273,10 +273,14 @@ def test_no_error_in_ball_and_box_is_above_the_checkers_cost(kind):
         radius = rng.uniform(0.05, 1.0)
         moves = rng.normal(size=(3000, 8))
         moves *= radius * rng.uniform(0, 1.3, (3000, 1)) / np.linalg.norm(moves, axis=1)[:, None]
+        # Single entries move all of their windows, groups of entries all at once.
+        moves[:16] = radius * np.concatenate([np.eye(8), -np.eye(8)])
+        moves[16:1016] = radius / np.sqrt(8) * rng.integers(-1, 2, (1000, 8))
         points = np.clip(z + moves, lower, upper)
         points = points[np.linalg.norm((points - z)[:, rows], axis=1) <= radius]
         # All steps together: what the row says of the value is what it says of the input, and cost.
         g = rng.normal(size=(1, len(after.center))) * after.varies
+        g = np.abs(g) if kind in COMPARED and number % 2 else g
         change = np.array([activation(p) for p in points]) - activation(z)
         row, spent = g, 0.0
         for step in reversed(steps):
