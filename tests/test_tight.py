@@ -4,6 +4,7 @@ rationals, margins against sampling and finite differences."""
 import dataclasses
 import functools
 import itertools
+import sys
 from fractions import Fraction
 
 import jax
@@ -19,6 +20,7 @@ from lipjax import rounding
 from lipjax.bounds import margins, tight
 from lipjax.graph import trace
 
+groupsort = sys.modules["lipjax.activations.groupsort"]  # (the package calls a function so)
 N = 6
 KINDS = ("relu", "clipped_relu", "maxmin", "clipped_maxmin", "abs", "leaky", "steep")
 # Few values, so that ends, centers and kinks often coincide.
@@ -180,6 +182,71 @@ def test_no_error_in_ball_and_box_is_above_its_cost(kind, box, seed, radius):
             rises = jax.vmap(lambda t, p=pieces: p.rise(t, p.rising))(pieces.center + step)
             errors = (rises - slope * step) @ w
             assert np.max(np.asarray(errors), initial=0.0) <= cost + 1e-12
+
+
+COMPARED = {
+    "sort": lipjax.activations.Sort(0),
+    # Entries are in up to three windows; the first and the last hold what pads.
+    "pool": lipjax.activations.MaxPool((N,), (3,), (1,), ((1, 1),), (1,)),
+}
+
+
+@pytest.mark.parametrize("kind", COMPARED)
+def test_what_comparators_say_of_a_row_holds_in_ball_and_box_for_any_slopes(x64, kind):
+    """The value's change is what the row in front says of the input's, and the cost of stages."""
+    rule = COMPARED[kind]
+
+    @jax.jit
+    def carried(center, lower, upper, g, radius, given):
+        steps = rule.pieces(center, lower, upper, rounding.OUTWARD)
+        total = 0.0
+        for pieces in reversed(steps):
+            shape = pieces.center.shape
+            slope = jnp.where(pieces.free, given[: pieces.center.size].reshape(shape), pieces.exact)
+            w = pieces.weights(g)
+            total += tight.error_cost(pieces, w, slope, radius, rounding.OUTWARD)
+            g = pieces.transposed(slope, g)
+        return g, total
+
+    near = 0
+    for seed in range(60):
+        rng = np.random.default_rng(seed)
+        center = rng.choice([-0.5, -0.2, 0.0, 0.1, 0.4], N)
+        width = rng.choice([0.1, 0.5])
+        still = rng.uniform(size=N) < 0.25
+        lower, upper = (
+            np.where(still, center, center + side * rng.uniform(0, width, N)) for side in (-1, 1)
+        )
+        g = rng.normal(size=rule(center).shape)
+        g = np.abs(g) if seed % 2 else g
+        radius = rng.choice([0.02, 0.2, 0.6])
+        row, cost = carried(center, lower, upper, g, radius, rng.uniform(-1, 1.2, 4 * N))
+        moves = rng.normal(size=(2000, N))
+        moves *= radius * rng.uniform(0, 2, (2000, 1)) / np.linalg.norm(moves, axis=1)[:, None]
+        # One entry alone moves all of its windows; and groups of entries all at once.
+        moves[: 2 * N] = radius * np.concatenate([np.eye(N), -np.eye(N)])
+        signs = np.array(list(itertools.product([-1, 0, 1], repeat=N)))[1:]
+        moves[2 * N :][: len(signs)] = radius * signs / np.sqrt(N)
+        points = np.clip(center + moves, lower, upper)
+        counted = np.asarray(rule.active(jnp.asarray(lower), jnp.asarray(upper)))
+        points = points[np.linalg.norm((points - center)[:, counted], axis=1) <= radius]
+        values = np.asarray(jax.vmap(rule)(points)) - np.asarray(rule(jnp.asarray(center)))
+        errors = values @ g - (points - center) @ np.asarray(row)
+        assert np.max(errors) <= cost + 1e-12
+        near += np.max(errors) > 0.5 * cost
+    assert near > 6
+
+
+@pytest.mark.parametrize("size", [2, 3, 5, 8])
+def test_comparators_sort_whatever_a_block_holds(size):
+    """By the 0-1 principle (Knuth, TAOCP 3, 5.3.4): what sorts zeros and ones sorts all."""
+    for held in range(1, size + 1):
+        z = np.array(list(itertools.product([0, 1], repeat=held)))
+        for merged, distance in groupsort.stages(size):
+            (starts,) = np.nonzero(groupsort.comparators(np.arange(held), merged, distance))
+            for i in (i for i in starts if i + distance < held):
+                z[:, [i, i + distance]] = np.sort(z[:, [i, i + distance]], axis=1)
+        assert np.all(np.diff(z, axis=1) >= 0)
 
 
 def exact_cost(pieces, w, slope, radius, scale):

@@ -4,8 +4,15 @@ On a box the sorted order of a group may be known in part. Entries in the order 
 into *blocks*: every entry of one block is <= every entry of the next, for every z of the box.
 A block of one entry is passed on as it is. A block of two is a pair as in MaxMin. In a larger one
 all is error.
+
+One-sided errors need less: a block of k entries is sorted by a network of comparators (Batcher,
+*Sorting networks and their applications*, AFIPS 1968), each of which is a pair as in MaxMin. The
+stages are steps one after the other, each 1-Lipschitz, so that the ball is that of the input, on
+boxes that are interval images of the stage before. Networks begin where their block begins: all
+blocks of two are in the first stage, and share its ball.
 """
 
+import dataclasses
 import math
 
 import jax
@@ -13,10 +20,14 @@ import jax.numpy as jnp
 from flax import nnx
 
 from lipjax.activations.base import Relaxation, Rule, hinge, ratio, rule, varies
+from lipjax.activations.pieces import Compared, Entries, compared
 from lipjax.activations.slopes import SortSlopes
 from lipjax.graph import register_primitive
 from lipjax.graph.linear import larger
 from lipjax.graph.trace import Ref
+
+# Longer groups have no one-sided errors: six stages take long enough to compile.
+LONGEST = 8
 
 
 def groupsort(z: jax.Array, size: int) -> jax.Array:
@@ -110,6 +121,27 @@ class Sort(Rule):
         ball = arithmetic.up(jnp.max(width) * radius)
         length = jnp.minimum(arithmetic.length(reach), ball)
         return (SortRelaxation(slope, width, reach, length, False, order, single, first, self),)
+
+    def pieces(self, center, lower, upper, arithmetic):
+        size = lower.shape[self.axis]
+        if size > LONGEST:
+            return None
+        order, lower, upper = self._ordered(center, lower, upper)
+        begins, _ = self._cuts(lower, upper)
+        place = jax.lax.broadcasted_iota(jnp.int32, lower.shape, self.axis)
+        start = jax.lax.cummax(jnp.where(begins, place, 0), axis=self.axis)
+
+        center = jnp.take_along_axis(center, order, axis=self.axis)
+        # What can change has weight 1, a constant none.
+        entries = Entries(center, lower, upper, varies(lower, upper).astype(lower.dtype))
+        steps: list[SortPieces] = []
+        for merged, distance in stages(size):
+            same = jnp.roll(start, -distance, self.axis) == start
+            first = comparators(place - start, merged, distance) & same
+            first = first & (place < size - distance)  # what was rolled in is of the other end
+            fields, entries = compared(entries, first, self.axis, distance, arithmetic)
+            steps.append(SortPieces(**fields, order=None if steps else order))
+        return tuple(steps)
 
     def jacobian(self, lower, upper, arithmetic):
         order, lower, upper = self._ordered((lower + upper) / 2, lower, upper)
@@ -207,6 +239,48 @@ class SortRelaxation(Relaxation):
         second = self.sort._previous(self.first)
         alone = ~(self.single | self.first | second)
         return jnp.where(self.first, difference, jnp.where(alone, g, 0.0))
+
+
+@rule(
+    *("center", "lower", "upper", "kinks", "rising", "falling", "free", "exact"),
+    *("first", "length", "order"),
+)
+class SortPieces(Compared):
+    """A stage of the networks that sort the blocks.
+
+    Attributes:
+        order: of the first stage: where the entries come from, sorted by the center.
+    """
+
+    order: jax.Array | None = dataclasses.field(kw_only=True)
+
+    def transposed(self, slope: jax.Array, g: jax.Array) -> jax.Array:
+        row = super().transposed(slope, g)
+        if self.order is None:
+            return row
+        return jnp.take_along_axis(row, jnp.argsort(self.order, axis=self.axis), axis=self.axis)
+
+
+def stages(size: int) -> list[tuple[int, int]]:
+    """Of Batcher's merge exchange for `size` entries: half the length that is merged, and the
+    distance of the entries that are compared."""
+    found = []
+    merged = 1
+    while merged < size:
+        distance = merged
+        while distance:
+            found.append((merged, distance))
+            distance //= 2
+        merged *= 2
+    return found
+
+
+def comparators(place: jax.Array, merged: int, distance: int) -> jax.Array:
+    """Does a comparator of a stage begin at a place? Those that end behind the last entry do
+    nothing, as if there were infinities."""
+    from_there = place - distance % merged
+    begins = (from_there >= 0) & (from_there % (2 * distance) < distance)
+    return begins & (place // (2 * merged) == (place + distance) // (2 * merged))
 
 
 @register_primitive("sort")

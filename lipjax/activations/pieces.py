@@ -1,8 +1,9 @@
 """An activation piece by piece, as a row meets it that is carried back (`lipjax.bounds.tight`)."""
 
+import dataclasses
 import itertools
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -41,7 +42,7 @@ class Pieces:
     paired: bool = False
 
     @property
-    def unit(self) -> float:
+    def unit(self) -> float | jax.Array:
         """Length in the ball of a step of 1 in t."""
         return 1 / math.sqrt(2) if self.paired else 1.0
 
@@ -141,3 +142,108 @@ class Pieces:
             total = total + jnp.where(here, own, 0.0)
             count = count + here
         return total / jnp.maximum(count, 1)
+
+
+class Entries(NamedTuple):
+    """Entries on their way through stages of comparators, in the rising order of their centers.
+
+    Attributes:
+        center, lower, upper: of one shape.
+        weight: of that shape: the sum of ``D^2 / weight`` over the entries is at most the square of
+            the ball's radius; 0 of an entry that is constant.
+    """
+
+    center: jax.Array
+    lower: jax.Array
+    upper: jax.Array
+    weight: jax.Array
+
+
+@rule(
+    *("center", "lower", "upper", "kinks", "rising", "falling", "free", "exact"),
+    *("first", "length"),
+)
+class Compared(Pieces):
+    """A stage of comparators: of entries i and ``i + distance`` along an axis the larger goes
+    behind.
+
+    As of a pair of MaxMin, the coordinate is ``t = z[i + distance] - z[i]``, the function ``|t|``;
+    all that is said of a comparator stands at its first entry. By Cauchy
+    ``t^2 <= (c + d) (D_i^2 / c + D_j^2 / d)``, c and d the weights of the two (`Entries`): the unit
+    is ``1 / sqrt(c + d)``. Neither output moves by more than the larger of what the inputs do, nor
+    the two together in l2, so ``max(c, d)`` is a weight of both outputs. (Of one constant and
+    another entry too: then the two outputs together move by at most what the other one does.)
+
+    Attributes:
+        first: the first entries of comparators; all others but their partners pass as they are.
+        length: the unit.
+        axis, distance: of the comparators.
+    """
+
+    first: jax.Array = dataclasses.field(kw_only=True)
+    length: jax.Array = dataclasses.field(kw_only=True)
+    axis: int = dataclasses.field(kw_only=True)
+    distance: int = dataclasses.field(kw_only=True)
+
+    @property
+    def unit(self) -> float | jax.Array:
+        return self.length
+
+    def weights(self, g: jax.Array) -> jax.Array:
+        return jnp.where(self.free, (self._behind(g) - g) / 2, 0.0)
+
+    def transposed(self, slope: jax.Array, g: jax.Array) -> jax.Array:
+        kept = (self._behind(g) + g) / 2
+        turned = slope * (self._behind(g) - g) / 2
+        second = jnp.roll(self.first, self.distance, self.axis)
+        row = jnp.where(second, jnp.roll(kept + turned, self.distance, self.axis), g)
+        return jnp.where(self.first, kept - turned, row)
+
+    def _behind(self, x: jax.Array) -> jax.Array:
+        """At the first entry of a comparator, its second."""
+        return jnp.roll(x, -self.distance, self.axis)
+
+
+def compared(
+    entries: Entries, first: jax.Array, axis: int, distance: int, arithmetic
+) -> tuple[dict[str, Any], Entries]:
+    """The fields of a stage of comparators (`Compared`), and the entries behind it.
+
+    Args:
+        entries: in front of it.
+        first: mask of the first entries of comparators; no entry is in two.
+        axis, distance: of the comparators.
+        arithmetic: turns rounding to the safe side.
+    """
+    behind = Entries(*(jnp.roll(x, -distance, axis) for x in entries))
+    none = jnp.zeros_like(entries.center)
+    # The centers are in order, so that no comparator changes them.
+    t = jnp.where(first, behind.center - entries.center, none)
+    least = jnp.where(first, behind.lower - entries.upper, none)
+    most = jnp.where(first, behind.upper - entries.lower, none)
+    least, most = arithmetic.widened(least, most, 0.0)
+    both = jnp.where(first, entries.weight + behind.weight, none)
+    free = both > 0
+    # (The rounding of the unit is in what `Pieces.sizes` counts.)
+    length = jnp.sqrt(1 / jnp.where(free, both, 1.0))
+    names = ("center", "lower", "upper", "kinks", "rising", "falling", "free", "exact")
+    slopes = (-1.0, 1.0)
+    values = (t, least, most, (none,), slopes, slopes, free, none + 1)
+    fields = dict(zip(names, values, strict=True))
+    fields.update(first=first, length=length, axis=axis, distance=distance)
+
+    second = jnp.roll(first, distance, axis)
+    before = Entries(*(jnp.roll(x, distance, axis) for x in entries))
+
+    def passed(name, at_first, at_second):
+        own = getattr(entries, name)
+        found = jnp.where(second, at_second(own, getattr(before, name)), own)
+        return jnp.where(first, at_first(own, getattr(behind, name)), found)
+
+    after = Entries(
+        entries.center,
+        passed("lower", smaller, larger),
+        passed("upper", smaller, larger),
+        passed("weight", larger, larger),
+    )
+    return fields, after

@@ -7,8 +7,16 @@ that holds i. Windows that do not overlap make it 1-Lipschitz, overlapping ones 
 
 On a box only the *candidates* of a window count: entries whose upper end is above the *floor*, the
 largest lower end in the window. The value is ``max(floor, its candidates)`` everywhere on the box.
+
+One-sided errors come from a tournament: the candidates are compared two by two, the larger ones
+again, and so on; each comparison is a pair as in MaxMin of which one output is dropped. If no
+candidate has the floor, an entry that is constant has it, and takes part. An entry that is a
+candidate in c windows stands in c tournaments, in each with weight c (`Compared`): the sum of
+``d_i^2 / c`` over all of them is that of ``d_i^2``, so that the ball is the one in front even where
+windows overlap.
 """
 
+import dataclasses
 import itertools
 import math
 from fractions import Fraction
@@ -18,6 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lipjax.activations.base import Relaxation, Rule, ratio, rule
+from lipjax.activations.pieces import Compared, Entries, compared
 from lipjax.graph import register_primitive
 from lipjax.graph.linear import larger
 from lipjax.graph.trace import Ref
@@ -171,6 +180,39 @@ class MaxPool(Rule):
         length = jnp.minimum(arithmetic.length(reach), ball)
         return (PoolRelaxation(weights, unit, reach, length, False, self),)
 
+    def pieces(self, center, lower, upper, arithmetic):
+        count = math.prod(self.window)
+        if count == 1:  # nothing is compared
+            return None
+        candidate, floor = self._candidates(lower, upper)
+        low, high, z = (self._taps(end, -jnp.inf) for end in (lower, upper, center))
+        # The floor takes part where no candidate has it: then it is one, and the first, constant.
+        has_it = low >= floor
+        place = jax.lax.broadcasted_iota(jnp.int32, z.shape, 0)
+        first = place == jnp.argmax(has_it, axis=0)
+        plays = candidate | (first & ~jnp.any(candidate & has_it, axis=0))
+        counts = self._taps(self._untaps(candidate.astype(z.dtype)), 0.0)
+
+        order = jnp.argsort(jnp.where(plays, z, -jnp.inf), axis=0)
+
+        def ordered(x):
+            return jnp.take_along_axis(x, order, axis=0)
+
+        taken = (jnp.where(plays, x, 0.0) for x in (z, low, high))
+        entries = Entries(*map(ordered, taken), ordered(jnp.where(candidate, counts, 0.0)))
+        plays = ordered(plays)
+        steps: list[PoolPieces] = []
+        distance = 1
+        while distance < count:
+            # Counted from the end, where the leader at the center is.
+            second = (count - 1 - place) % (2 * distance) == distance
+            fields, entries = compared(entries, second & plays, 0, distance, arithmetic)
+            last = 2 * distance >= count
+            fields.update(order=None if steps else order, pool=self, last=last)
+            steps.append(PoolPieces(**fields))
+            distance *= 2
+        return tuple(steps)
+
     def rounding(self, error):
         return jnp.max(self._taps(error, 0.0), axis=0)  # no maximum moves further than the entries
 
@@ -198,6 +240,39 @@ class PoolRelaxation(Relaxation):
 
     def error_weights(self, g: jax.Array) -> jax.Array:
         return g
+
+
+@rule(
+    *("center", "lower", "upper", "kinks", "rising", "falling", "free", "exact"),
+    *("first", "length", "order"),
+)
+class PoolPieces(Compared):
+    """A stage of the tournaments of all windows, on arrays ``(taps, *outputs)``.
+
+    Attributes:
+        order: of the first stage: which taps the entries are, sorted by the center.
+        pool: the rule.
+        last: is it the last stage? Behind it only the winner counts, the last entry.
+    """
+
+    order: jax.Array | None = dataclasses.field(kw_only=True)
+    pool: MaxPool = dataclasses.field(kw_only=True)
+    last: bool = dataclasses.field(kw_only=True)
+
+    def weights(self, g: jax.Array) -> jax.Array:
+        return super().weights(self._entries(g))
+
+    def transposed(self, slope: jax.Array, g: jax.Array) -> jax.Array:
+        row = super().transposed(slope, self._entries(g))
+        if self.order is None:
+            return row
+        row = jnp.take_along_axis(row, jnp.argsort(self.order, axis=0), axis=0)
+        return self.pool._untaps(row)
+
+    def _entries(self, g: jax.Array) -> jax.Array:
+        if not self.last:
+            return g
+        return jnp.zeros(self.center.shape, g.dtype).at[-1].set(g)
 
 
 def _pooled(reader, ref: Ref, window, strides, padding, dilation, dtype):

@@ -16,10 +16,13 @@ import scipy.special  # type: ignore[import-untyped]
 
 from lipjax.check.layers import CannotCheck, Nonlinear
 from lipjax.check.norms import TINY, U, up, up_norm
+from lipjax.check.onesided import Rows
 from lipjax.check.slopes import Piece, between, elementwise, extremes
 
 # Entries of the windows of a pooling, and numbers that describe them.
 MOST = 2**28
+# Longer groups are not sorted by comparators.
+LONGEST = 8
 # Of results that are rounded entry by entry, by their type: unit roundoff, what underflow can take,
 # and the largest number.
 UNITS = {
@@ -157,6 +160,56 @@ class Sort(Nonlinear):
             return found
 
         return [Piece(met, back, reach.reshape(-1), radius)]
+
+    def compared(self, known) -> Rows | None:
+        """Each block sorted by the network of `sorting`, which begins where the block does."""
+        size = self.places.shape[1]
+        if not 1 < size <= LONGEST:
+            return None
+        number, _, _, order = self._blocks(known)
+        places = np.take_along_axis(self.places, order, axis=1)
+        # Of each entry, how many of its block are in front of it.
+        own = np.sum(np.tril(number[:, :, None] == number[:, None, :], -1), axis=2)
+        stages = []
+        for distance, starts in sorting(size):
+            first = np.isin(own, starts)
+            first[:, size - distance :] = False
+            first[:, : size - distance] &= number[:, distance:] == number[:, : size - distance]
+            stages.append((distance, first))
+
+        def left(g):
+            found = np.empty((len(g), self.places.size))
+            found[:, places] = g
+            return found
+
+        center, lower, upper = (end[places] for end in (known.center, known.lower, known.upper))
+        weight = (lower != upper).astype(np.float64)
+        maps = (lambda g: g[:, self.places]), left
+        return Rows(center, lower, upper, weight, stages, self.places, *maps)
+
+
+def sorting(size: int) -> list[tuple[int, list[int]]]:
+    """Odd-even merging (Batcher 1968): stages that sort any number of entries up to `size`, of each
+    the distance of the two that are compared and where the first of them stand."""
+    stages: dict[tuple[int, int], list[int]] = {}
+
+    def merge(start: int, length: int, step: int, half: int):
+        """Two sorted halves, of those entries that are `step` apart."""
+        if 2 * step == length:
+            stages.setdefault((half, step), []).append(start)
+            return
+        merge(start, length, 2 * step, half)
+        merge(start + step, length, 2 * step, half)
+        firsts = range(start + step, start + length - step, 2 * step)
+        stages.setdefault((half, step), []).extend(firsts)
+
+    half = 1
+    while half < size:
+        for start in range(0, size, 2 * half):
+            merge(start, 2 * half, 1, half)
+        half *= 2
+    # Merges rise, and in each the distances fall.
+    return [(key[1], stages[key]) for key in sorted(stages, key=lambda key: (key[0], -key[1]))]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -347,6 +400,52 @@ class MaxPool(Nonlinear):
         entries = (weights.reshape(-1), (self.places.reshape(-1), np.repeat(row, z.shape[1])))
         back = scipy.sparse.csr_array(entries, shape=(self.size + 1, len(z)))
         return [Piece(lambda g: g, lambda g: (back @ g.T).T[:, : self.size], reach, radius)]
+
+    def compared(self, known) -> Rows | None:
+        """A tournament of each window's candidates; the winner is the last entry. If none of them
+        has the floor, one entry has that is constant, and takes part."""
+        count = self.places.shape[1]
+        if count == 1:
+            return None
+        candidate, floor = self._candidates(known)
+        low, high, z = (self._held(end) for end in (known.lower, known.upper, known.center))
+        row = np.arange(len(z))
+        has_it = low >= floor[:, None]
+        plays = candidate.copy()
+        still = ~np.any(candidate & has_it, axis=1)
+        plays[row[still], np.argmax(has_it, axis=1)[still]] = True
+        windows = np.bincount(self.places[candidate], minlength=self.size + 1)
+        weight = np.where(candidate, windows[self.places], 0).astype(np.float64)
+
+        order = np.argsort(np.where(plays, z, -np.inf), axis=1, kind="stable")
+
+        def ordered(x):
+            return np.take_along_axis(x, order, axis=1)
+
+        z, low, high = (ordered(np.where(plays, x, 0.0)) for x in (z, low, high))
+        plays = ordered(plays)
+        behind = count - 1 - np.arange(count)  # how many entries are
+        stages = []
+        distance = 1
+        while distance < count:
+            stages.append((distance, (behind % (2 * distance) == distance) & plays))
+            distance *= 2
+
+        def entered(g):
+            found = np.zeros((len(g), *z.shape))
+            found[:, :, -1] = g
+            return found
+
+        sources = ordered(self.places).reshape(-1)
+        columns = np.arange(sources.size)
+        shape = (self.size + 1, sources.size)
+        back = scipy.sparse.csr_array((np.ones(sources.size), (sources, columns)), shape=shape)
+
+        def left(g):
+            return (back @ g.reshape(len(g), -1).T).T[:, : self.size]
+
+        places = np.arange(z.size).reshape(count, len(z)).T  # a tap of all windows, then the next
+        return Rows(z, low, high, ordered(weight), stages, places, entered, left)
 
 
 # Of smooth functions as XLA executes them on CPUs, in float32 or float64: units of roundoff.

@@ -9,6 +9,12 @@ row w on the errors, ``||D|| <= r`` over the coordinates that count, a box, and 
 f is linear between the ends of the box and its kinks inside, so the inner maximum is the largest of
 those of a few parabolas. The scale is looked for by golden section. Slopes come from a rule or from
 the file; neither has to be trusted.
+
+Where entries of a row are sorted, or their maximum is taken, comparators do it stage by stage
+(`Rows`). An entry of weight c in k rows moves so that the sum of ``D^2 / c`` over all k is at most
+``k D^2 / c``: with c = k the ball is that of the input. A comparator of weights c and d meets
+``t = D_j - D_i`` with ``t^2 <= (c + d) (D_i^2 / c + D_j^2 / d)``, and both of its outputs have
+weight ``max(c, d)``, as the two together move no further than its inputs.
 """
 
 import dataclasses
@@ -40,7 +46,7 @@ class Step:
         center: ``(n,)``, in the box.
         counts: where the ball bounds how far the coordinate moves; there the slope is free.
         fixed: the slope elsewhere.
-        unit: length in the ball of a step of 1.
+        unit: length in the ball of a step of 1, of all or of each.
         met: rows on the values to rows on the errors.
         back: those rows, and slopes, to the rows in front.
     """
@@ -51,7 +57,7 @@ class Step:
     center: np.ndarray
     counts: np.ndarray
     fixed: np.ndarray
-    unit: float
+    unit: float | np.ndarray
     met: Callable[[np.ndarray], np.ndarray]
     back: Callable[[np.ndarray, np.ndarray], np.ndarray]
 
@@ -66,8 +72,33 @@ class Step:
             return spent
         free = self.counts
         bounds = self.rise[:, free], self.fall[:, free]
-        part = _Parabolas(away[:, free], *bounds, w, slopes[:, free], self.unit)
+        unit = np.broadcast_to(self.unit, free.shape)[free]
+        part = _Parabolas(away[:, free], *bounds, w, slopes[:, free], unit)
         return up(spent + part.bound(max(float(radius), 2.0**-400)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """Rows of entries in the rising order of their centers, and what is compared in them.
+
+    Attributes:
+        center, lower, upper: ``(rows, size)``.
+        weight: the same, as the module's text has them; 0 of an entry that is one number.
+        stages: of each the distance of the entries that are compared, and which are the first of
+            two. Entries of the value stand as they do behind the last stage.
+        places: ``(rows, size)``, the numbers of the entries in the order of slopes.
+        entered: rows on the value, ``(k, outputs)``, to ``(k, rows, size)``.
+        left: those in front of the first stage to rows on the input.
+    """
+
+    center: np.ndarray
+    lower: np.ndarray
+    upper: np.ndarray
+    weight: np.ndarray
+    stages: Sequence[tuple[int, np.ndarray]]
+    places: np.ndarray
+    entered: Callable[[np.ndarray], np.ndarray]
+    left: Callable[[np.ndarray], np.ndarray]
 
 
 class _Parabolas:
@@ -208,6 +239,9 @@ def steps_of(activation: Any, before, after, rows: np.ndarray) -> list[Step] | N
         before, after: what is known of its input and of its value.
         rows: the inputs that the ball counts.
     """
+    if hasattr(activation, "compared"):
+        found = activation.compared(before)
+        return None if found is None else _comparators(found)
     if hasattr(activation, "chords"):
         left, right = activation.chords(before)
         return [_smooth(before, left, right, rows)]
@@ -308,3 +342,59 @@ def _pair(activation: Activation, center, lower, upper, rows: np.ndarray) -> Ste
 
     rise = np.abs(points) - np.abs(t)
     return Step(points, rise, rise, t, row_a & row_b, sign, 1 / math.sqrt(2), met, back)
+
+
+def _comparators(rows: Rows) -> list[Step]:
+    """Stages of comparators; of each, what is known of it stands at its first entry."""
+    lower, upper, weight = rows.lower.copy(), rows.upper.copy(), rows.weight.copy()
+    found = []
+    for number, (distance, first) in enumerate(rows.stages):
+        row, i = np.nonzero(first)
+        one, other = (row, i), (row, i + distance)
+        t = rows.center[other] - rows.center[one]
+        least, most = lower[other] - upper[one], upper[other] - lower[one]
+        room = 8 * U * np.maximum(np.abs(least), np.abs(most))
+        least, most = np.minimum(least - room, t), np.maximum(most + room, t)
+        points = np.zeros((3, rows.places.size))
+        points[:, rows.places[one]] = np.sort([least, np.clip(0.0, least, most), most], axis=0)
+        center, both = np.zeros((2, rows.places.size))
+        center[rows.places[one]] = t
+        both[rows.places[one]] = weight[one] + weight[other]
+        rise = np.abs(points) - np.abs(center)
+        counts = both > 0
+        unit = np.sqrt(1 / np.where(counts, both, 1.0)) * (1 - 8 * U)
+        last = number == len(rows.stages) - 1
+        maps = _carried(rows, one, other, number == 0, last)
+        ones = np.ones(center.shape)
+        found.append(Step(points, rise, rise, center, counts, ones, unit, *maps))
+        for ends in (lower, upper):
+            ends[one], ends[other] = (
+                np.minimum(ends[one], ends[other]),
+                np.maximum(ends[one], ends[other]),
+            )
+        weight[one] = weight[other] = np.maximum(weight[one], weight[other])
+    return found
+
+
+def _carried(rows: Rows, one, other, first: bool, last: bool) -> tuple[Callable, Callable]:
+    """`Step.met` and `Step.back` of a stage: sums are kept, differences meet ``|t|``."""
+
+    def entries(g):
+        return rows.entered(g) if last else g.reshape(len(g), *rows.places.shape)
+
+    def met(g):
+        g = entries(g)
+        w = np.zeros((len(g), rows.places.size))
+        w[:, rows.places[one]] = (g[:, *other] - g[:, *one]) / 2
+        return w
+
+    def back(g, slopes):
+        g = entries(g)
+        kept = (g[:, *other] + g[:, *one]) / 2
+        turned = slopes[:, rows.places[one]] * (g[:, *other] - g[:, *one]) / 2
+        row = g.copy()
+        row[:, *one] = kept - turned
+        row[:, *other] = kept + turned
+        return rows.left(row) if first else row.reshape(len(row), -1)
+
+    return met, back
