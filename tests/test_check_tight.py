@@ -153,6 +153,21 @@ def test_a_stage_begins_only_where_it_is_expected_to_end_in_time(costs, passes, 
     assert stages.affordable(costs, passes, seconds) is allowed
 
 
+@pytest.mark.parametrize(
+    "mode, steps, seconds, said",
+    [
+        ("tight", 0, 1.0, "seconds_per_image limits the stages of mode"),
+        ("auto", 0, 0.0, "must be > 0, or None, got 0.0"),
+        ("auto", 0, float("nan"), "must be > 0, or None, got nan"),
+        ("local", 3, None, "steps improve the slopes"),
+        ("auto", -1, None, "steps must be >= 0"),
+    ],
+)
+def test_stages_that_make_no_sense_are_errors(mode, steps, seconds, said):
+    with pytest.raises(ValueError, match=said):
+        stages.planned(mode, steps, seconds)
+
+
 def test_passes_are_counted_as_they_are_made(monkeypatch, x64):
     """Two hidden layers of 3 and 2, 5 classes: every row that is to be carried back says so, and is
     left there."""
