@@ -121,6 +121,7 @@ GUARDS = {
         _guard("norms/best", "deterministic underflow certificates"),
         _guard("certificates/randomness", "seeds certificates"),
         _guard("certificates/setup", "seeds executed certificates check_tight"),
+        _guard("certificates/stages", "check_tight seeds"),
         _guard("certificates/verdicts", "seeds executed underflow certificates check_tight"),
         _guard("certificates/batches", "certificates devices"),
         _guard("certificates/checks", "executed certificates"),

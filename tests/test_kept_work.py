@@ -106,6 +106,11 @@ NETWORK = ("--network=digits-maxmin", "--data=digits", "--epsilon=0.5")
 REFUSED = {
     ("--modes=lokal", *NETWORK): r"modes must be some of global, .*, auto, got lokal",
     ("--steps=3", *NETWORK): r"--steps=3 belongs to modes tight, tight_rows, auto",
+    (
+        "--seconds_per_image=1",
+        *NETWORK,
+    ): r"--seconds_per_image=1\.0 must be > 0 and belongs to mode",
+    ("--seconds_per_image=0", "--modes=auto", *NETWORK): "--seconds_per_image=0",
     ("--failure_probability=2", *NETWORK): r"failure_probability must lie in \(0, 1\), got 2\.0",
     ("--network=digit-maxmin", *NETWORK[1:]): r"Did you mean 'digits-maxmin'",
     ("--network=no/such.safetensors", *NETWORK[1:]): r"no/such\.safetensors is not there",

@@ -13,6 +13,7 @@ from flax import nnx
 
 import lipjax
 from lipjax import norms
+from lipjax.bounds import relaxed
 from lipjax.certificates import batches, prover, randomness, setup, verdicts
 from lipjax.check import checker
 from lipjax.formats import certificate_files
@@ -238,19 +239,23 @@ def draws(monkeypatch):
 
     monkeypatch.setattr(norms.chebyshev, "inflated_norm_bound", record)
     monkeypatch.setattr(batches, "compiled", eager)
+    monkeypatch.setattr(batches, "compile_for", lambda *_: None)
     # So that what was recorded is what counts.
     monkeypatch.setattr(setup, "global_norms_of", lambda graph: (jnp.asarray(1e90),) * 3)
     monkeypatch.setattr(norms.closed, "schur_bound", lambda *_: jnp.asarray(1e90))
+    monkeypatch.setattr(relaxed.Reverse, "gain", lambda *_: jnp.asarray(1e90))
     return found
 
 
 @pytest.mark.parametrize(
-    "mode, kinds", [("paper", "both"), ("global", "global"), ("local", "local")]
+    "mode, kinds",
+    [("paper", "both"), ("global", "global"), ("local", "local"), ("auto", "local anew")],
 )
 def test_no_draw_is_used_twice_and_their_shares_are_within_the_failure_probability(
     draws, mode, kinds
 ):
-    """Three images, two layers with norms; whatever the batches, and independent of them."""
+    """Three images, two layers with norms; whatever the batches, and independent of them. At this
+    radius nothing is decided early."""
     keys = {}
     for size in (3, 2):
         draws.clear()
@@ -258,16 +263,18 @@ def test_no_draw_is_used_twice_and_their_shares_are_within_the_failure_probabili
             small_net(),
             images(),
             None,
-            1e-3,
+            3.0,
             mode=mode,
             failure_probability=0.3,
             seed=1,
             batch_size=size,
+            **({"seconds_per_image": np.inf, "steps": 0} if mode == "auto" else {}),
         )
         jax.effects_barrier()
         keys[size] = {key for key, _ in draws}
         # One for each layer and image, and one for each layer that all images share.
-        assert len(keys[size]) == 2 * {"both": 3 + 1, "global": 1, "local": 3}[kinds]
+        counts = {"both": 3 + 1, "global": 1, "local": 3, "local anew": 3 + 3}
+        assert len(keys[size]) == 2 * counts[kinds]
         (share,) = {share for _, share in draws}
         assert len(keys[size]) * Fraction(share) <= Fraction(0.3)
     assert keys[3] == keys[2]

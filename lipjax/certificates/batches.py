@@ -45,6 +45,12 @@ def compiled(function, *static: str, optimize: bool = True):
     return jax.jit(function, static_argnames=static, compiler_options=options or None)
 
 
+def compile_for(run: Any, *arguments) -> None:
+    """Compiles a program of `compiled`, a `functools.partial` with its first arguments, so that
+    its next call on arrays of these shapes only runs."""
+    run.func.lower(*run.args, *arguments, **run.keywords).compile()
+
+
 def batched(run, size, *columns, context=contextlib.nullcontext) -> dict[str, Any]:
     """Runs ``run(columns)`` in batches of `size` rows; NumPy out, in order.
 

@@ -22,9 +22,11 @@ from lipjax.certificates.results import (
     Certificate,
     CertifiedRadius,
     Estimate,
+    StageRun,
     stored_slopes,
 )
-from lipjax.certificates.setup import AUTO, candidates, decided, set_up, unexamined
+from lipjax.certificates.setup import candidates, decided, set_up, unexamined
+from lipjax.certificates.stages import AUTO, DEAREST
 from lipjax.norms.best import BUDGET
 
 # certified_radius tries these shares of the radius that the estimate gives, largest first.
@@ -46,6 +48,7 @@ def certify(
     batch_size: int = 64,
     examine: np.ndarray | None = None,
     steps: int | None = None,
+    seconds_per_image: float | None = None,
 ) -> Certificate:
     """Proves, image by image, that no l2 change of norm <= epsilon changes a (right) prediction.
 
@@ -87,8 +90,9 @@ def certify(
         mode: "global", "bcp", "paper", "local", "linear" or "rows", each at least as tight as the
             one before ("rows": as "local"), or "tight" or "tight_rows", at least as tight as
             "local"; what they cost says `bound`. "auto": each image by the cheapest that decides
-            it, "local", then "tight", then gradient steps; the certificate says "tight", since what
-            "local" decides, "tight" does.
+            it, "local", then "tight", then gradient steps, and with `seconds_per_image` at last
+            "tight_rows"; the certificate says "tight", since what "local" decides, "tight" does, or
+            "tight_rows" if that has certified an image. How many each stage has: its `stages`.
         arithmetic: a name in `rounding.ARITHMETICS`: how the network will be executed. None: as
             this process's device executes it (`rounding.arithmetics_of`), e.g. float32 on a CPU,
             TF32 on a GPU at default precision.
@@ -106,7 +110,15 @@ def certify(
             are misclassified; the verdicts of the rest are the same.
         steps: modes "tight", "tight_rows" and "auto": at most so many gradient steps on the slopes
             of the rivals that are left undecided, of images that are right; each costs about as
-            much as three bounds of mode "tight". None: `setup.AUTO_STEPS` in mode "auto", else 0.
+            much as three bounds of mode "tight". None: `stages.AUTO_STEPS` in mode "auto", else 0.
+        seconds_per_image: mode "auto": the seconds that may have gone into an image for another
+            stage to begin; infinity: all stages, None: all but "tight_rows". Of the images of a
+            batch that are still undecided it counts what the stages before have taken, and what
+            the next is expected to take, by the reverse passes that it makes; compiling is not
+            counted. A stage that has begun ends on all of them. So a finite budget makes it depend
+            on the machine, its load and batch_size *which stages were run*, and what is certified;
+            the verdicts of a stage do not, and each is a proof. In tier "probabilistic" the norms
+            of "tight_rows" are drawn anew, and failure_probability is split over both, run or not.
 
     Raises:
         TypeError, ValueError: as the table and `bound` say, naming the value.
@@ -125,23 +137,29 @@ def certify(
         batch_size=batch_size,
         examine=examine,
         steps=steps,
+        seconds_per_image=seconds_per_image,
     )
     rows = setup.examined
     radii = np.full(len(rows), float(epsilon))
     slopes: dict[tuple[int, int], np.ndarray] = {}
+    stages: tuple[StageRun, ...] = ()
     if len(rows) == len(setup.images):
-        found, slopes = decided(setup, rows, radii)
+        found, slopes, stages = decided(setup, rows, radii)
     else:
         found = unexamined(setup)
         if len(rows):
-            examined, slopes = decided(setup, rows, radii)
+            examined, slopes, stages = decided(setup, rows, radii)
             for name, column in found.items():
                 column[rows] = examined[name]
     certified = found.pop("ok")
+    if mode == AUTO:
+        dearest = any(run.name == DEAREST and len(run.certified) for run in stages)
+        mode = DEAREST if dearest else "tight"
     return Certificate(
         certified=certified,
         epsilon=float(epsilon),
-        mode="tight" if mode == AUTO else mode,
+        mode=mode,
+        stages=stages,
         **stored_slopes(slopes),
         **setup.facts,
         **found,
@@ -208,7 +226,7 @@ def certified_radius(
         if not len(rows):
             break
         trial = candidate[rows] * portion
-        found, _ = decided(setup, rows, trial, attempt)
+        found, *_ = decided(setup, rows, trial, attempt)
         found["radius"] = trial
         for name, column in kept.items():
             column[rows[found["ok"]]] = found[name][found["ok"]]

@@ -21,14 +21,16 @@ def split_failure_probability(
     fewer are used where images are not examined. Each has draws of its own
     (`verdicts.certify_batch`: the key is that of the seed, the attempt, the image's place in the
     call, the layer), and fails with probability at most the share given everything that was drawn
-    before: an attempt's radius may depend on how the one before ended. The probability that any of
+    before: an attempt's radius may depend on how the one before ended, and whether there is one
+    on anything at all, the time that is left too. The probability that any of
     them fails is at most the sum of theirs.
 
     Args:
         failure_probability: of the whole call.
         images: of the whole call, examined or not.
         layers: whose norms are bounded.
-        attempts: at most so many radii are tried for an image.
+        attempts: at most so many times the norms of an image are drawn: radii that are tried, or
+            stages that walk anew.
     """
     count = max(1, layers) * (images + 1) * attempts
     # The next number below, so that no rounding brings the sum above the whole.

@@ -77,6 +77,25 @@ class _Verdicts(Proof):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class StageRun:
+    """What one stage of mode "auto", or of gradient steps, came to.
+
+    Attributes:
+        name: "local", "tight", "steps" or "tight_rows".
+        passes: rows that it carries back through the network for an image, at most; a gradient
+            counts as two (`certificates.stages`).
+        images, certified: positions of those that it was tried on, and that it certified.
+        seconds: of all these images together, on this machine, without compiling.
+    """
+
+    name: str
+    passes: int
+    images: np.ndarray
+    certified: np.ndarray
+    seconds: float
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Certificate(_Verdicts):
     """Per-example verdicts of one call of `certify`, NumPy arrays of shape ``(N,)`` unless said.
 
@@ -111,6 +130,8 @@ class Certificate(_Verdicts):
         slopes_of: ``(n, 2)``, image and rival class of each row of `slopes`.
         slopes: ``(n, slopes)``, int8 (`bounds.tight.flattened`): the slopes that verdicts of mode
             "tight" rest on where gradient steps found them.
+        stages: what each stage came to, the cheapest first, where there were several; not part of
+            a file.
     """
 
     certified: np.ndarray
@@ -119,6 +140,7 @@ class Certificate(_Verdicts):
     epsilon: float
     slopes_of: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros((0, 2), np.int32))
     slopes: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros((0, 0), np.int8))
+    stages: tuple[StageRun, ...] = ()
 
     def __repr__(self) -> str:
         return self._shown(f"{int(np.sum(self.certified))} certified at epsilon {self.epsilon:g}")
@@ -132,6 +154,7 @@ class Certificate(_Verdicts):
             "predicted right": _share(self.correct),
             f"certified at epsilon {self.epsilon:g}": _share(self.certified),
             "bounded by mode": self.mode,
+            **({"certified by stage": self.by_stage} if self.stages else {}),
             "Lipschitz bound, median": _median(self.lipschitz[examined]),
             "margin of what is right, median": _median(self.margin[examined & self.correct]),
             "taken off for rounding, at most": f"{np.max(self.allowance[examined], initial=0):.2g}",
@@ -141,6 +164,13 @@ class Certificate(_Verdicts):
         }
         wide = max(map(len, rows))
         return "\n".join(f"{name:{wide}}  {value}" for name, value in rows.items())
+
+    @property
+    def by_stage(self) -> str:
+        """How many images each stage has certified, of those that it was tried on."""
+        return ", ".join(
+            f"{run.name} {len(run.certified)} of {len(run.images)}" for run in self.stages
+        )
 
     @property
     def statement(self) -> str:

@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+import time
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -21,15 +23,17 @@ from lipjax.certificates.checks import (
     predict,
 )
 from lipjax.certificates.randomness import checked_seed, drawn_seed, split_failure_probability
+from lipjax.certificates.results import StageRun
+from lipjax.certificates.stages import Stage, affordable, planned
 from lipjax.graph import Activation, Graph
 from lipjax.graph.joining import rejoined
 from lipjax.norms.best import global_norm_bound
 
-# The mode that decides each image by the cheapest bound that does, and its gradient steps.
-AUTO = "auto"
-AUTO_STEPS = 20
-# Images at once in the stages behind the first pass, which few images reach.
+# Images at once in the stages behind the first one, which few images reach.
 STAGE_BATCH = 16
+# The branch of the call's draws from which a stage behind the first one draws. `certify_batch`
+# splits its key into branches 0 and 1, so none of the draws are the same.
+ANEW = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,8 +47,9 @@ class Setup:
         global_norms: proven upper bounds of the linear nodes' whole norms, in order.
         key: of all draws of the call.
         options: static arguments of `verdicts.certify_batch`.
-        stages: what follows on images that are right and undecided: for each stage, in mode
-            "tight", at most so many gradient steps.
+        stages: the first is tried on every image, the others on those that are right and still
+            undecided.
+        seconds: an image may take before another stage begins; None: any time.
         batch_size: images at once.
         optimize: is there enough work for LLVM's optimizer to pay?
         facts: what a certificate says of its proof.
@@ -57,7 +62,8 @@ class Setup:
     global_norms: tuple[jax.Array, ...]
     key: jax.Array
     options: dict[str, Any]
-    stages: tuple[int, ...]
+    stages: tuple[Stage, ...]
+    seconds: float | None
     batch_size: int
     optimize: bool
     facts: dict[str, Any]
@@ -78,17 +84,20 @@ def set_up(
     examine: np.ndarray | None,
     attempts: int = 1,
     steps: int | None = 0,
+    seconds_per_image: float | None = None,
 ) -> Setup:
     """Checks the arguments of `certify` and prepares what its images share.
 
     Args:
         attempts: at most so many radii are tried for an image.
-        steps: as in `certify`.
+        steps, seconds_per_image: as in `certify`.
 
     Raises:
         TypeError, ValueError: as `certify`.
     """
-    mode, stages = _stages_of(mode, steps)
+    stages = planned(mode, steps, seconds_per_image)
+    # A stage that walks anew draws its own norms, whether it comes to it or not.
+    attempts += sum(bool(stage.mode) for stage in stages[1:])
     images = checked_images(images)
     graph = certifiable(network, images, tier, failure_probability, arithmetic)
     with as_executed(arithmetic):
@@ -99,7 +108,7 @@ def set_up(
         (len(images), len(graph.linear) - 1 + len(bounds.stacks(graph)), attempts),
         tier=tier,
         failure_probability=failure_probability,
-        mode=mode,
+        mode=stages[0].mode,
         arithmetic=arithmetic,
         budget=budget,
         seed=seed,
@@ -116,6 +125,7 @@ def set_up(
             key=jax.random.key(facts["seed"], impl="threefry2x32"),
             options=options,
             stages=stages,
+            seconds=seconds_per_image,
             batch_size=min(batch_size, len(images)),
             optimize=images.size > batches.FEW_PIXELS,
             facts={**facts, "precision": "float64", "left_out": graph.left_out},
@@ -171,29 +181,6 @@ def agreed(
     return options, facts
 
 
-def _stages_of(mode: str, steps: int | None) -> tuple[str, tuple[int, ...]]:
-    """The mode of the first pass over all images, and the stages behind it."""
-    if mode == AUTO:
-        steps = AUTO_STEPS if steps is None else steps
-        first = "local"
-        stages = [0, steps]
-    else:
-        if mode in bounds.CONTROLS:
-            raise ValueError(f"mode {mode!r} is a control to train with, and certifies nothing.")
-        bounds.mode_of(mode)
-        steps = 0 if steps is None else steps
-        first = mode
-        stages = [steps]
-        if steps and not bounds.mode_of(mode).one_sided:
-            raise ValueError(
-                f'steps improve the slopes of modes "tight" and "tight_rows" (or "{AUTO}"), '
-                f"got steps={steps} with mode {mode!r}."
-            )
-    if steps < 0:
-        raise ValueError(f"steps must be >= 0 gradient steps, got {steps}.")
-    return first, tuple(n for k, n in enumerate(stages) if n or (k == 0 and mode == AUTO))
-
-
 def seed_of(tier: str, seed: int | None) -> tuple[int, str]:
     """The seed that is used, and where it is from."""
     if seed is not None:
@@ -225,9 +212,38 @@ def in_float64(graph: Graph) -> Graph:
 # ------------------------------------------------------------------------------ what it decides
 
 
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """Images that are decided together, and what is known of them so far.
+
+    Attributes:
+        columns: images, labels, radii, and places in the whole call.
+        found: verdicts, one column each, which become better in place.
+        kept, worst: bounds and worst-case logits of the last walk, on which gradient steps go on.
+    """
+
+    columns: tuple[np.ndarray, ...]
+    found: dict[str, np.ndarray]
+    kept: Any
+    worst: np.ndarray
+
+    @property
+    def undecided(self) -> np.ndarray:
+        """Rows that are right, and of which there is a margin."""
+        found = self.found
+        return np.flatnonzero(found["correct"] & ~found["ok"] & np.isfinite(found["margin"]))
+
+    def parts(self, rows: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Rows a few at a time, and the same filled up, for one shape."""
+        size = min(STAGE_BATCH, len(self.worst))
+        for start in range(0, len(rows), size):
+            some = rows[start : start + size]
+            yield some, np.resize(some, size)
+
+
 def decided(
     setup: Setup, rows: np.ndarray, radii: np.ndarray, attempt: int | None = None
-) -> tuple[dict[str, Any], dict[tuple[int, int], np.ndarray]]:
+) -> tuple[dict[str, Any], dict[tuple[int, int], np.ndarray], tuple[StageRun, ...]]:
     """`verdicts.verdict` of images, each at its own radius, by the norms of the tier.
 
     Args:
@@ -235,65 +251,131 @@ def decided(
         attempt: of a radius; each draws anew.
 
     Returns:
-        The verdicts, and the slopes that some of them rest on, by row and rival.
+        The verdicts, the slopes that some of them rest on, by row and rival, and what each stage
+        came to, if there are several.
     """
     slopes: dict[tuple[int, int], np.ndarray] = {}
     with batches.exact():
         key = setup.key if attempt is None else jax.random.fold_in(setup.key, attempt)
-        shared = (setup.graph, setup.global_norms, key)
-        options = {**setup.options, "keep": bool(setup.stages)}
-        first = _program(setup, verdicts.certify_batch, shared, options)
 
         def run(columns):
-            found, kept = first(columns)
-            found = {name: np.array(column) for name, column in found.items()}
-            if kept is not None:
-                kept = kept[0], np.array(kept[1])
-            _, labels, _, places = columns
-            for steps in setup.stages:
-                _improve(setup, found, *kept, labels, places, steps, slopes)
-            return found
+            batch, seconds = _walked(setup, columns, key, setup.stages[0].mode, setup.stages[1:])
+            if setup.stages[1:]:
+                _in_stages(setup, batch, seconds, slopes)
+            return batch.found
 
         columns = (setup.labels[rows], normal(radii), rows)
         found = _batched(setup, run, setup.images[rows], *columns)
-    return found, slopes
+    return found, slopes, _runs(setup, rows, found)
 
 
-def _improve(setup: Setup, found, kept, worst, labels, places, steps, slopes) -> None:
-    """One stage on the images of a batch that are right and undecided.
+def _in_stages(setup: Setup, batch: Batch, seconds: float, slopes) -> None:
+    """The stages behind the first one, each on all images of the batch that are undecided, as far
+    as the time goes. `seconds`: of the first."""
+    found = batch.found
+    count = len(batch.worst)
+    # By stage, the seconds that went into each image, and the stage that certified it, -1 for none.
+    found["spent"] = np.zeros((count, len(setup.stages)))
+    found["spent"][:, 0] = seconds / count
+    found["by"] = np.where(found["ok"], 0, -1)
+    for k, stage in enumerate(setup.stages[1:], 1):
+        rows = batch.undecided
+        if not len(rows):
+            return
+        # All that are undecided have been through the same stages.
+        spent = found["spent"][rows[0]]
+        costs = [
+            (before.passes(setup.graph), spent[i]) for i, before in enumerate(setup.stages[:k])
+        ]
+        if not affordable(costs, stage.passes(setup.graph), setup.seconds):
+            return
+        tried = _anew if stage.mode else _improve
+        found["spent"][rows, k] = tried(setup, batch, rows, stage, slopes) / len(rows)
+        found["by"][rows[found["ok"][rows]]] = k
 
-    It starts from their regions and norms, as they were proved in the first pass, and draws
-    nothing: so it takes nothing of the failure probability, however it depends on what was drawn.
+
+def _walked(setup: Setup, columns, key, mode: str, keep) -> tuple[Batch, float]:
+    """A batch, decided by a walk in this mode, and seconds; `keep`: with what was found on it."""
+    options = {**setup.options, "mode": mode, "keep": bool(keep)}
+    shared = (setup.graph, setup.global_norms, key)
+    run = _program(setup, verdicts.certify_batch, shared, options)
+    (found, kept), seconds = _timed(setup, run, columns)
+    bound, worst = (None, np.zeros(0)) if kept is None else kept
+    found = {name: np.array(column) for name, column in found.items()}
+    return Batch(columns, found, bound, np.array(worst)), seconds
+
+
+def _anew(setup: Setup, batch: Batch, rows: np.ndarray, stage: Stage, slopes) -> float:
+    """A stage that walks anew, with draws of its own, and seconds.
+
+    Of what it does not certify nothing is taken: the verdicts of those stay what others find too.
+    """
+    key = jax.random.fold_in(setup.key, ANEW)
+    seconds = 0.0
+    for some, padded in batch.parts(rows):
+        columns = tuple(column[padded] for column in batch.columns)
+        again, more = _walked(setup, columns, key, stage.mode, stage.steps)
+        seconds += more
+        left = again.undecided
+        left = left[left < len(some)]
+        if stage.steps and len(left):
+            seconds += _improve(setup, again, left, stage, slopes)
+        use = np.flatnonzero(again.found["ok"][: len(some)])
+        for name, column in again.found.items():
+            batch.found[name][some[use]] = column[use]
+    return seconds
+
+
+def _improve(setup: Setup, batch: Batch, rows: np.ndarray, stage: Stage, slopes) -> float:
+    """A stage that starts from regions and norms as they were proved before, and seconds.
+
+    It draws nothing: so it takes nothing of the failure probability, however it depends on what was
+    drawn.
 
     Args:
-        found: verdicts of the batch, which become better.
-        kept, worst: its bounds and worst-case logits, which become better too.
-        labels, places: of its images, and their positions in the whole call.
-        steps: gradient steps at most.
+        rows: of the batch, which are right and undecided.
         slopes: where those are put that a positive verdict rests on, by place and rival.
     """
-    undecided = np.flatnonzero(found["correct"] & ~found["ok"] & np.isfinite(found["margin"]))
-    options = {"arithmetics": setup.options["arithmetics"], "steps": steps}
+    found = batch.found
+    _, labels, _, places = batch.columns
+    options = {"arithmetics": setup.options["arithmetics"], "steps": stage.steps}
     shared = (setup.graph, setup.global_norms)
     run = _program(setup, verdicts.tightened_batch, shared, options)
-    size = min(STAGE_BATCH, len(labels))
-    for start in range(0, len(undecided), size):
-        # The last few are filled up, for one shape.
-        some = undecided[start : start + size]
-        padded = np.resize(some, size)
-        columns = (labels[padded], _rows_of(kept, padded), worst[padded])
-        better = {
-            name: column[: len(some)] for name, column in jax.device_get(run(columns)).items()
-        }
+    seconds = 0.0
+    for some, padded in batch.parts(rows):
+        columns = (labels[padded], _rows_of(batch.kept, padded), batch.worst[padded])
+        out, more = _timed(setup, run, columns)
+        seconds += more
+        better = {name: column[: len(some)] for name, column in jax.device_get(out).items()}
         # Without a verdict the slopes are not kept, and so their margin is not said either.
-        use = better["ok"] if steps else better["margin"] > found["margin"][some]
-        worst[some[use]] = better["worst"][use]
+        use = better["ok"] if stage.steps else better["margin"] > found["margin"][some]
+        batch.worst[some[use]] = better["worst"][use]
         for name in ("ok", "margin", "allowance"):
             found[name][some[use]] = better[name][use]
-        for i in np.flatnonzero(use) if steps else ():
+        for i in np.flatnonzero(use) if stage.steps else ():
             for rival, used in zip(better["rivals"][i], better["slopes"][i], strict=True):
                 if rival >= 0:
                     slopes[int(places[some[i]]), int(rival)] = used
+    return seconds
+
+
+def _runs(setup: Setup, rows: np.ndarray, found: dict[str, Any]) -> tuple[StageRun, ...]:
+    """What each stage came to, from two columns that are taken off."""
+    if not setup.stages[1:]:
+        return ()
+    spent = found.pop("spent")
+    by = found.pop("by")
+    return tuple(
+        StageRun(
+            name=stage.name,
+            passes=stage.passes(setup.graph),
+            images=rows[spent[:, k] > 0],
+            certified=rows[by == k],
+            seconds=float(np.sum(spent[:, k])),
+        )
+        for k, stage in enumerate(setup.stages)
+        if np.any(spent[:, k] > 0)
+    )
 
 
 @jax.jit
@@ -339,6 +421,15 @@ def unexamined(setup: Setup) -> dict[str, Any]:
 def _program(setup: Setup, function, shared, options):
     compiled = batches.compiled(function, *options, optimize=setup.optimize)
     return functools.partial(compiled, shared, **options)
+
+
+def _timed(setup: Setup, run, columns):
+    """What a program of `_program` returns, and the seconds it takes, compiled if it is a stage."""
+    if setup.stages[1:]:
+        batches.compile_for(run, columns)
+    start = time.monotonic()
+    found = jax.block_until_ready(run(columns))
+    return found, time.monotonic() - start
 
 
 def _batched(setup: Setup, run, images, *columns):

@@ -205,7 +205,9 @@ def certify_batch(
         facts = judged(bound, label, worst, *allowances(bound, label, arithmetics, global_norms))
         if not keep:
             return facts, None
-        return facts, (dataclasses.replace(bound, graph=None, vectors=None), worst)
+        # In one mode: what follows is the same program, whichever it was.
+        kept = dataclasses.replace(bound, graph=None, vectors=None, mode="tight")
+        return facts, (kept, worst)
 
     return jax.vmap(one)(*columns)
 
@@ -215,8 +217,8 @@ def tightened_batch(shared, columns, *, arithmetics, steps=0):
 
     Args:
         shared: graph and global norms.
-        columns: labels, and what was kept: bounds in mode "local" or "tight", which have the same
-            regions, and worst-case logits.
+        columns: labels, and what was kept: bounds of a walk in mode "local", "tight" (which have
+            the same regions) or "tight_rows", and worst-case logits.
         arithmetics: as in `verdict`.
         steps: at most so many gradient steps on the slopes of the worst `STEPPED` rivals.
 

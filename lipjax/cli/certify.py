@@ -34,7 +34,7 @@ from absl import flags, logging
 import lipjax
 from lipjax import pretrained, report
 from lipjax.certificates import batches
-from lipjax.certificates.setup import AUTO
+from lipjax.certificates.stages import AUTO
 from lipjax.cli import common, networks
 from lipjax.data import sets
 from lipjax.formats import certificate_files
@@ -121,7 +121,8 @@ def define_flags(values: flags.FlagValues) -> None:
         "tight, auto; the last one named also makes the curve and the certificate file. tight "
         "costs a reverse pass for each rival class; rows, one for each neuron, pays on networks "
         "that were not trained for certificates. auto takes for each image the cheapest that "
-        "decides it: local, tight, gradient steps on its slopes.",
+        "decides it: local, tight, gradient steps on its slopes; within --seconds_per_image also "
+        "tight_rows.",
         **own,
     )
     flags.DEFINE_integer(
@@ -130,6 +131,14 @@ def define_flags(values: flags.FlagValues) -> None:
         "Gradient steps of modes tight, tight_rows and auto, at most, for each image that is still "
         "open; default 20 for auto, else 0.",
         lower_bound=0,
+        **own,
+    )
+    flags.DEFINE_float(
+        "seconds_per_image",
+        None,
+        "Mode auto: seconds that may have gone into an image for another stage to begin, the last "
+        "of which is tight_rows; compiling is not counted. What is certified depends on the "
+        "machine, then; inf runs all stages.",
         **own,
     )
     flags.DEFINE_enum(
@@ -297,6 +306,12 @@ def modes_of(options) -> list[str]:
         raise ValueError(
             f"--steps={options.steps} belongs to modes {', '.join(STEPPING)}, and --modes names "
             f"{', '.join(modes)}."
+        )
+    seconds = options.seconds_per_image
+    if seconds is not None and not (AUTO in modes and seconds > 0):
+        raise ValueError(
+            f"--seconds_per_image={seconds} must be > 0 and belongs to mode {AUTO}, and --modes "
+            f"names {', '.join(modes)}."
         )
     if jax.process_count() > 1 and (AUTO in modes or options.steps):
         raise ValueError("gradient steps on slopes run in one process: leave out --hosts.")
@@ -490,8 +505,11 @@ def certify_modes(task: Task, broken: np.ndarray) -> Verdicts:
                 seed=draw_seed(task.seed, i),
                 examine=left & task.mine,
                 steps=task.options.steps if mode in STEPPING else None,
+                seconds_per_image=task.options.seconds_per_image if mode == AUTO else None,
                 **task.arguments,
             )
+        if certificate.stages:
+            say(f"certified by stage: {certificate.by_stage}")
         if task.drawn:
             certificate = dataclasses.replace(certificate, seed_from="system")
         certificate = together(certificate)
