@@ -20,7 +20,7 @@ from lipjax.certificates import batches
 from lipjax.cli import certify, common, networks, train
 from lipjax.data import sets
 from lipjax.formats import certificate_files
-from lipjax.runtime import cpu
+from lipjax.runtime import cpu, kept
 from lipjax.training import metrics
 from lipjax.training.checkpoints import ConfigMismatch, open_workdir
 
@@ -71,7 +71,8 @@ def test_closed_streams_lead_nowhere_and_characters_that_a_locale_lacks_are_esca
 
 
 def test_without_a_home_or_where_it_cannot_be_written_nothing_is_kept(monkeypatch, tmp_path):
-    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
+    for name in ("JAX_COMPILATION_CACHE_DIR", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
     changed = []
     monkeypatch.setattr(jax.config, "update", lambda name, value: changed.append(value))
 
@@ -86,6 +87,77 @@ def test_without_a_home_or_where_it_cannot_be_written_nothing_is_kept(monkeypatc
     monkeypatch.setattr(Path, "home", lambda: tmp_path)
     cpu.keep_compiled()
     assert changed[0].startswith(str(tmp_path / ".cache" / "lipjax"))
+    for given, base in ((tmp_path / "xdg", tmp_path / "xdg"), ("relative", tmp_path / ".cache")):
+        monkeypatch.setenv("XDG_CACHE_HOME", str(given))
+        cpu.keep_compiled()
+        assert changed[-1].startswith(str(base / "lipjax"))
+
+
+@pytest.fixture
+def no_cache(monkeypatch, tmp_path):
+    """JAX as it is where nobody has named a folder; returns the one that lipjax uses then."""
+    before = jax.config.jax_compilation_cache_dir
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(kept, "SECONDS", 0.0)
+    jax.config.update("jax_compilation_cache_dir", None)
+    kept.reset_cache()
+    yield tmp_path / "lipjax"
+    jax.config.update("jax_compilation_cache_dir", before)
+    jax.config.update("jax_enable_compilation_cache", True)
+    kept.reset_cache()
+
+
+def compile_something(number: int) -> None:
+    """A program of its own for each number."""
+    jax.jit(lambda x: x + number)(np.float32(1))
+
+
+def programs(folder: Path) -> int:
+    return sum(path.is_file() for path in folder.rglob("*-cache"))
+
+
+def test_programs_of_a_certificate_are_kept_and_jax_is_afterwards_as_it_was(no_cache, tmp_path):
+    run = batches.compiled(lambda x: x * 3, optimize=False)
+    with kept.kept():  # as of another thread
+        run(np.float32(1))
+    found = programs(no_cache)
+    assert found >= 1 and jax.config.jax_compilation_cache_dir is None
+    compile_something(1)
+    assert programs(no_cache) == found
+
+    # Whoever names a folder later has it used, by certificates too.
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path / "own"))
+    compile_something(2)
+    with kept.kept():
+        compile_something(3)
+    assert jax.config.jax_compilation_cache_dir == str(tmp_path / "own")
+    assert programs(no_cache) == found and programs(tmp_path / "own") == 2
+
+
+def test_nothing_is_kept_where_jax_keeps_nothing_or_there_is_no_folder(no_cache, monkeypatch):
+    jax.config.update("jax_enable_compilation_cache", False)
+    with kept.kept():
+        compile_something(4)
+    assert jax.config.jax_compilation_cache_dir is None and not no_cache.exists()
+
+    jax.config.update("jax_enable_compilation_cache", True)
+    monkeypatch.setattr(kept, "folder", lambda: None)
+    with pytest.raises(ZeroDivisionError), kept.kept():
+        compile_something(5)
+        raise ZeroDivisionError
+    assert jax.config.jax_compilation_cache_dir is None and kept._inside == 0
+
+
+def test_no_more_is_kept_than_the_limit_the_newest_programs_of_all(monkeypatch, tmp_path):
+    monkeypatch.setattr(kept, "LIMIT", 250)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "other"))
+    folder = kept.folder()
+    for i in range(4):
+        (folder / f"{i}-cache").write_bytes(bytes(100))
+        os.utime(folder / f"{i}-cache", (i, i))
+    kept._prepared.cache_clear()  # as another process begins
+    assert kept.folder() == folder
+    assert sorted(path.name for path in folder.iterdir()) == ["2-cache", "3-cache"]
 
 
 # ------------------------------------------------------------------------ before anything is loaded

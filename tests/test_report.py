@@ -369,6 +369,9 @@ def test_curve_and_histograms_draw_what_is_stored(tmp_path):
         and charts.rounded(0.3, decimal.ROUND_FLOOR) == "0.3"
     )
     assert charts.rounded(1e-7) == "1e−07"
+    for low, high, ticks in ((0, 1, [0, 0.2, 0.4, 0.6, 0.8, 1]), (-3.1, 0.2, [-3, -2, -1, 0])):
+        assert charts.Axis(low, high, 0, 1).ticks() == pytest.approx(ticks)
+    assert len(charts.Axis(3.0, 3.0000001, 0, 1).ticks()) in range(2, 7)
     low, high = charts.span(5.0, 5.0)
     counts, edges = charts.histogram(np.array([5.0, 5.0, np.inf]), low, high, 7)
     assert sum(counts) == 2 and edges[0] < 5 < edges[-1]
@@ -472,6 +475,113 @@ def test_a_page_built_again_is_the_same_and_files_of_two_runs_are_refused(tmp_pa
         ReportError, match="has no files: an earlier version wrote it, certify again"
     ):
         report.build(certification_of)
+
+
+# ------------------------------------------------------------------------- of one in memory
+
+
+def in_memory(**change):
+    """A made-up certificate of six images, by a network of one activation; network, images and
+    labels."""
+    network = nnx.Sequential(
+        lipjax.Flatten(),
+        nnx.Linear(12, 5, rngs=nnx.Rngs(0)),
+        lipjax.ReLU(),
+        nnx.Linear(5, 3, rngs=nnx.Rngs(1)),
+    )
+    images = np.random.default_rng(0).random((6, 4, 3, 1)).astype(np.float32)
+    labels = np.array([0, 1, 2, 0, 1, 1])
+    margin = np.array([0.75, 0.25, 0.5, -0.5, -np.inf, -2.0])
+    fields = dict(
+        certified=margin > 0,
+        predicted=np.array([0, 1, 2, 0, 1, 2]),
+        correct=np.array([True] * 5 + [False]),
+        margin=margin,
+        allowance=np.full(6, 1e-6),
+        lipschitz=np.array([2.0, 3.0, 4.0, 5.0, np.inf, 7.0]),
+        norms=np.ones((6, 1)),
+        constant=np.array([[0.2], [0.4], [0.0], [0.2], [0.0], [0.2]]),
+        stable=np.array([[0.4], [0.2], [0.6], [0.0], [0.0], [0.3]]),
+        epsilon=0.25,
+        mode="local",
+        tier="probabilistic",
+        failure_probability=1e-6,
+        seed=9,
+        seed_from="given",
+        arithmetic="float32",
+        precision="float64",
+    )
+    return lipjax.Certificate(**{**fields, **change}), network, images, labels
+
+
+def test_the_page_of_a_certificate_in_memory_says_what_it_holds_and_what_is_not_known(tmp_path):
+    certificate, network, images, labels = in_memory()
+    path = tmp_path / "page.html"
+    evil = "<script>alert(1)</script>"
+    certificate.report(path, network, images, labels, title=evil, data={"name": "mine"})
+    text = path.read_text()
+    page = Page(text)
+    asks_for_nothing(page, text)
+    assert page.text.count(evil) == 2 and [p.name for p in tmp_path.iterdir()] == ["page.html"]
+
+    wanted = {
+        **{"verdicts.proved": 3, "verdicts.undecided": 2, "verdicts.wrong": 1},
+        **{"clean_accuracy": 5 / 6, "modes.local.certified_accuracy": 3 / 6},
+        **{"modes.local.median_lipschitz": 4.0, "margins.median": 0.375},
+        # Of the five images that were examined.
+        **{"modes.local.constant_share.0": 0.2, "modes.local.stable_share.0": 0.3},
+    }
+    for label, right, proved in ((0, 1, 1 / 2), (1, 2 / 3, 1 / 3), (2, 1, 1)):
+        wanted[f"class.{label}.images"] = np.sum(labels == label)
+        wanted |= {f"class.{label}.clean": right, f"class.{label}.certified": proved}
+    for i, row in enumerate((0, 2, 1, 3, 4, 5)):
+        wanted[f"gallery.{i}.radius"] = 0.25 if certificate.certified[row] else 0.0
+    found = {key: value for key, (value, _) in page.numbers.items()}
+    assert found == pytest.approx(wanted)
+
+    assert "50.00 % of 6 given images of mine are proved safe" in page.text
+    assert page.text.count("no attack was run") == 2 and "lipjax.certified_radius" in page.text
+    assert not re.search(r"PGD|adversarial image is|\b(nan|inf|None)\b|--nocurve", page.text)
+    for words in ("seed 9, given", "probabilistic", "1 · ReLU, 5", "executed in float32"):
+        assert words in page.text
+    files = lipjax.formats.certificate_files
+    assert files.data_hash(images, labels) in text
+    assert files.network_hash(files.describe(network, images[0], arithmetic="float32")) in text
+
+
+def test_the_page_of_a_certificate_alone_leaves_out_what_needs_network_images_or_labels(tmp_path):
+    certificate, _, images, _ = in_memory(tier="deterministic", failure_probability=0.0)
+    certificate.report(tmp_path / "page.html")
+    page = Page((tmp_path / "page.html").read_text())
+    assert not [key for key in page.numbers if key.startswith(("class.", "gallery."))]
+    assert page.numbers["verdicts.wrong"][0] == 1 and "not given to this page" in page.text
+    assert "labels of what was predicted wrong were not given" in page.text
+    certificate.report(tmp_path / "page.html", images=images)
+    page = Page((tmp_path / "page.html").read_text())
+    assert page.text.count("class not given") == 1 and "class -1" not in page.text
+    certificate.report(tmp_path / "page.html", images=images.reshape(6, 12))  # no pictures
+    assert "<img" not in (tmp_path / "page.html").read_text()
+
+
+def test_a_page_of_another_network_images_or_labels_is_refused_and_the_old_one_stays(tmp_path):
+    certificate, network, images, labels = in_memory()
+    deeper = nnx.Sequential(*network.layers, lipjax.ReLU())
+    (tmp_path / "page.html").write_text("old")
+    for given, said in (
+        ((network, images, labels[::-1]), "pass the labels that certify was given"),
+        ((network, images[:5], labels), "of 6 images, got 5"),
+        ((None, None, labels[:5]), r"of 6 images, got labels \(5,\)"),
+        ((deeper, images, labels), "has 2 activations, and the certificate is of one with 1"),
+        ((network,), "give the images too"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            certificate.report(tmp_path / "page.html", *given)
+    with pytest.raises(TypeError, match=r"lipjax\.certify returns, got a dict"):
+        report.write(tmp_path / "page.html", {})
+    assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("page.html", "old")]
+    # A folder that is not there is known before anything is traced.
+    with pytest.raises(OSError, match="nowhere"):
+        certificate.report(tmp_path / "nowhere" / "page.html", lambda x: 1 / 0, images, labels)
 
 
 # -------------------------------------------------------------------------------------- the browser

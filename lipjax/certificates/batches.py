@@ -10,6 +10,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from lipjax.runtime import kept
+
 # Pixels in all images up to which compiling without LLVM's optimizer is the quicker way (two CPU
 # cores: 1500 digits or 130 MNIST images).
 FEW_PIXELS = 100_000
@@ -32,7 +34,7 @@ def watched(watcher: Callable[[int, int], None]) -> Iterator[None]:
 
 @functools.cache
 def compiled(function, *static: str, optimize: bool = True):
-    """`function` under `jit`.
+    """`function` under `jit`; once compiled it is kept on disk (`lipjax.runtime.kept`).
 
     On CPU, LLVM's optimizer takes most of the time and gains little if there is little work; and
     XLA's older way to emit fused loops, which is gone from jaxlib 0.11 on, takes half as long.
@@ -42,7 +44,14 @@ def compiled(function, *static: str, optimize: bool = True):
         options["xla_backend_optimization_level"] = 1 if optimize else 0
         if not optimize and jax.lib.__version__.startswith("0.10."):
             options["xla_cpu_use_fusion_emitters"] = False
-    return jax.jit(function, static_argnames=static, compiler_options=options or None)
+    program = jax.jit(function, static_argnames=static, compiler_options=options or None)
+
+    @functools.wraps(function)
+    def run(*arguments, **fixed):
+        with kept.kept():
+            return program(*arguments, **fixed)
+
+    return run
 
 
 def compile_for(run: Any, *arguments) -> None:

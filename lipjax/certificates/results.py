@@ -177,6 +177,13 @@ class Certificate(_Verdicts):
         """What is proved, in words."""
         return certificate_files.statement(vars(self))
 
+    def report(self, path, network=None, images=None, labels=None, **about: Any) -> None:
+        """Writes the certificate as a page for people, as `lipjax.report.write`."""
+        # Here, since the page stands above what it is about, and only this call needs it.
+        from lipjax import report
+
+        report.write(path, self, network, images, labels, **about)
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CertifiedRadius(_Verdicts):

@@ -1,5 +1,6 @@
 """The page of a certification: what was proved, in pictures and tables."""
 
+from lipjax.report.of_certificate import write
 from lipjax.report.page import NAME, ReportError, activation_layers, build
 from lipjax.report.pictures import GROUPS, SHOWN, gallery, proved_radii, select
 from lipjax.report.reproduction import check_command
@@ -15,4 +16,5 @@ __all__ = [
     "gallery",
     "proved_radii",
     "select",
+    "write",
 ]

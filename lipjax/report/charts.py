@@ -62,12 +62,15 @@ class Axis:
         return self.start + (value - self.low) / (self.high - self.low) * (self.end - self.start)
 
     def ticks(self, count: int = 5) -> list[float]:
-        """Round values in the range."""
-        from matplotlib.ticker import MaxNLocator
-
-        values = MaxNLocator(count, steps=[1, 2, 2.5, 5, 10]).tick_values(self.low, self.high)
-        slack = 1e-9 * (self.high - self.low)
-        return [float(v) + 0.0 for v in values if self.low - slack <= v <= self.high + slack]
+        """Round values in the range, at most `count` steps of one size."""
+        # (Matplotlib has this too, but the page is also made where that is not installed.)
+        apart = (self.high - self.low) / count
+        unit = 10.0 ** math.floor(math.log10(apart))
+        step = unit * next(factor for factor in (1, 2, 2.5, 5, 10) if factor * unit >= apart)
+        slack = 1e-9
+        first = math.ceil(self.low / step - slack)
+        last = math.floor(self.high / step + slack)
+        return [number * step for number in range(first, last + 1)]
 
 
 def axes(

@@ -1,5 +1,6 @@
 """Sections of the page with charts: accuracy against epsilon, radii, constants, neurons."""
 
+import math
 from decimal import ROUND_CEILING, ROUND_FLOOR
 from xml.etree.ElementTree import Element
 
@@ -8,6 +9,7 @@ import numpy as np
 from lipjax.report import charts
 from lipjax.report.charts import element, rounded
 from lipjax.report.parts import (
+    attacked,
     bound_of,
     epsilon_of,
     legend,
@@ -83,10 +85,10 @@ def curve(summary, columns) -> Element:
 
 
 def radii(run, columns) -> Element:
-    """A histogram of the certified radii."""
+    """A histogram of the certified radii; where there are none, of the margins."""
     title = "Certified radii"
     if "certified_radius" not in columns:
-        return section(title, note("Radii were not computed in this run (certify.py --nocurve)."))
+        return _margins(run, columns)
     found = columns["certified_radius"]
     epsilon = run["epsilon"]
     positive = found[found > 0]
@@ -135,6 +137,55 @@ def radii(run, columns) -> Element:
         note(
             f"Each radius is proved ({proof_of(run)}, seed {run['seed']}, {bound_of(run)}); the "
             "true one may be larger, as the attacks below show."
+        ),
+    )
+
+
+def _margins(run, columns) -> Element:
+    """A histogram of the margins at epsilon, of the images that are predicted right."""
+    title = f"Margins at ε = {epsilon_of(run)}"
+    why = (
+        "Radii were not computed in this run (certify.py --nocurve)."
+        if attacked(columns)
+        else "Radii are not known; lipjax.certified_radius proves them."
+    )
+    margins = columns[f"margin_{run['curve_mode']}"]
+    right = columns["predicted"] == columns["label"]
+    found = margins[right & np.isfinite(margins)]
+    if not len(found):
+        return section(title, note("No margin is known. ", why))
+
+    # Zero is an edge, so that the bars behind it are what is certified.
+    low = min(float(np.min(found)), 0.0)
+    high = max(float(np.max(found)), 0.0)
+    width = (high - low or 1.0) / 24
+    edges = np.arange(math.floor(low / width), math.floor(high / width) + 2) * width
+    counts, _ = np.histogram(np.clip(found, edges[0], edges[-1]), edges)
+    x, y = charts.axes(
+        (float(edges[0]), float(edges[-1])), (0.0, 1.08 * max(1, int(np.max(counts))))
+    )
+    names = ["proved" if left >= 0 else "below" for left in edges[:-1]]
+
+    def hint(left, right, count):
+        return f"{count} images with a margin from {left:.3g} to {right:.3g}"
+
+    above = int(np.sum(found > 0))
+    median = float(np.median(found))
+    shown = rounded(median, ROUND_FLOOR)
+    marks = [charts.bars(x, y, edges, counts, names, hint), charts.marker(x, y, 0.0, "0")]
+    said = f"Histogram of {len(found)} margins, {above} above 0; their median is {shown}."
+    return section(
+        title,
+        charts.chart(said, x, y, "margin: logit of the label minus the largest", "images", marks),
+        legend(
+            swatch("proved", f"above 0, certified: {above} images"),
+            swatch("below", f"not certified: {len(found) - above}"),
+            element("li", "Median ", number(median, shown, "margins.median")),
+        ),
+        note(
+            "The label’s logit minus the largest that another class can have anywhere in the ball, "
+            f"a proved lower bound ({proof_of(run)}, seed {run['seed']}, by “{run['curve_mode']}” "
+            f"alone), of what is predicted right. {why}"
         ),
     )
 
@@ -228,7 +279,8 @@ def neurons(summary) -> Element:
     bars = []
     rows = []
     for i, layer in enumerate(layers):
-        name = f"{i + 1} · {layer['kind']}, {'×'.join(map(str, layer['shape']))}"
+        shape = f", {'×'.join(map(str, layer['shape']))}" if layer["shape"] else ""
+        name = f"{i + 1} · {layer['kind']}{shape}"
         constant, stable = (summary["modes"][modes[0]][f"{kind}_share"][i] for kind in kinds)
         shares = (
             ("proved", "constant", constant),

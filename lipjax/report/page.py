@@ -2,9 +2,10 @@
 
 One file that asks for nothing from anywhere: no script, no font, no style sheet, images inline, and
 a content security policy that says so. Everything on it comes from the folder that certify.py
-writes (summary.json, examples.npz, gallery.npz), so that `build` can make it again from there; a
-number on the page is the stored one, rounded for reading, with the exact one beside it in a
-``data`` element.
+writes (summary.json, examples.npz, gallery.npz), so that `build` can make it again from there, or
+from a certificate in memory (`lipjax.report.of_certificate`), of which less is known; a number on
+the page is the stored one, rounded for reading, with the exact one beside it in a ``data``
+element.
 """
 
 import json
@@ -13,14 +14,14 @@ import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
-from xml.etree.ElementTree import tostring
+from xml.etree.ElementTree import Element, tostring
 
 import numpy as np
 
 from lipjax.formats.files import replaced
 from lipjax.report import figures, pictures, reproduction, results
 from lipjax.report.charts import element
-from lipjax.report.parts import epsilon_of
+from lipjax.report.parts import attacked, epsilon_of
 
 NAME = "report.html"
 
@@ -40,9 +41,10 @@ FIELDS = (
     "files",
 )
 
-_FOOTER = (
-    "“Certified” is said of what is proved alone. Accuracies under attack are upper bounds: a "
-    "stronger attack may lower them, but never below the certified one."
+_FOOTER = "“Certified” is said of what is proved alone."
+_OF_ATTACKS = (
+    " Accuracies under attack are upper bounds: a stronger attack may lower them, but never below "
+    "the certified one."
 )
 
 
@@ -129,17 +131,19 @@ def page(
     """The page, a function of what is stored.
 
     Args:
-        summary: content of summary.json.
-        columns: arrays of examples.npz.
-        examples: arrays of gallery.npz.
+        summary: content of summary.json; of a certificate in memory "commands" is None.
+        columns: arrays of examples.npz; without "broken_by_pgd" no attack was run.
+        examples: arrays of gallery.npz; then "group", "row" and "image" alone, or {}.
     """
     run = summary["run"]
     mode = run["curve_mode"]
     certified = columns[f"certified_{mode}"]
+    of_data = f"{run['data']}, " if run["data"] else ""
+    title = run.get("title") or f"{of_data}ε = {epsilon_of(run)}: certification report"
     head = element(
         "head",
         element("meta", charset="utf-8"),
-        element("title", f"{run['data']}, ε = {epsilon_of(run)}: certification report"),
+        element("title", title),
         element("meta", name="viewport", content="width=device-width, initial-scale=1"),
         element("meta", name="color-scheme", content="light dark"),
         # Whatever text slipped through: the browser loads and runs nothing.
@@ -158,21 +162,29 @@ def page(
             "main",
             results.verdicts(columns, certified),
             results.accuracies(summary, columns),
-            element(
-                "div", figures.curve(summary, columns), figures.radii(run, columns), class_="pair"
-            ),
-            element(
-                "div", figures.lipschitz(summary, columns), figures.neurons(summary), class_="pair"
-            ),
-            pictures.section_of_images(run, columns, examples),
+            *_charts(summary, columns),
+            pictures.section_of_images(run, columns, examples) if examples else None,
             results.classes(summary, columns, certified),
             reproduction.commands(summary),
             reproduction.configuration(summary),
         ),
-        element("footer", _FOOTER),
+        element("footer", _FOOTER, _OF_ATTACKS if attacked(columns) else None),
     )
     return (
         "<!DOCTYPE html>\n"
         + tostring(element("html", head, body, lang="en"), encoding="unicode", method="html")
         + "\n"
     )
+
+
+def _charts(summary, columns) -> list[Element]:
+    """The sections with charts, two beside each other."""
+    radii = figures.radii(summary["run"], columns)
+    constants = figures.lipschitz(summary, columns)
+    neurons = figures.neurons(summary)
+    if not attacked(columns):
+        return [element("div", radii, constants, class_="pair"), neurons]
+    return [
+        element("div", figures.curve(summary, columns), radii, class_="pair"),
+        element("div", constants, neurons, class_="pair"),
+    ]

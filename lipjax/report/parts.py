@@ -35,6 +35,17 @@ def bound_of(run) -> str:
     return f"the bound “{run['curve_mode']}”" + (" or a looser one" if run["early"] else "")
 
 
+def attacked(columns) -> bool:
+    """Whether an attack was run; a certificate alone says nothing of one."""
+    return "broken_by_pgd" in columns
+
+
+def images_of(run, count: int) -> str:
+    """The images in words: "360 test images of digits", "8 given images"."""
+    name = f" of {run['data']}" if run["data"] else ""
+    return f"{count} {run['split']} image{'s' if count > 1 else ''}{name}"
+
+
 def section(title: str, *children, class_: str = "card") -> Element:
     """A card of the page."""
     return element("section", element("h2", title), *children, class_=class_)

@@ -11,6 +11,7 @@ import numpy as np
 
 from lipjax.report.charts import element, rounded
 from lipjax.report.parts import (
+    attacked,
     bound_of,
     epsilon_of,
     legend,
@@ -44,12 +45,12 @@ def select(
 
     Args:
         columns: per-image results as in examples.npz. Without "certified_radius" margins take the
-            place of radii.
+            place of radii; "broken_by_pgd" may be left out.
         mode: whose verdicts count.
         modes: all of the run.
     """
     certified = columns[f"certified_{mode}"]
-    broken = columns["broken_by_pgd"]
+    broken = columns["broken_by_pgd"] if attacked(columns) else np.zeros(len(certified), bool)
     right = columns["predicted"] == columns["label"]
     if "certified_radius" in columns:
         strength = columns["certified_radius"]
@@ -117,11 +118,12 @@ def proved_radii(columns: Mapping[str, np.ndarray], run: Mapping[str, Any]) -> n
 
 
 def section_of_images(run, columns, examples) -> Element:
-    """The gallery: for each image what is proved of it, and what an attack has found."""
+    """The gallery: for each image what is proved of it, and what an attack, if it was run, has
+    found."""
     names = GROUPS if "certified_radius" in columns else GROUPS_WITHOUT_RADII
     groups = examples["group"].tolist()
     rows = examples["row"]
-    distances = examples["distance"]
+    distances = examples.get("distance", np.full(len(rows), np.nan))
     proved = proved_radii(columns, run)[rows]
     known = [*proved.tolist(), *distances[np.isfinite(distances)].tolist(), run["epsilon"]]
     scale = 1.06 * max(known) or 1.0
@@ -131,36 +133,42 @@ def section_of_images(run, columns, examples) -> Element:
         cards = [_card(run, columns, examples, i, float(proved[i]), scale) for i in members]
         if cards:
             children += [element("h3", name), element("div", cards, class_="cards")]
+    title = "Images"
+    words = (
+        "The true radius of an image is the distance to the nearest image of another class. "
+        "The certified radius is a lower bound (≥): nothing nearer can change the class, that "
+        "is proved."
+    )
+    key = [swatch("proved", "proved: the class stays")]
+    basis = f"Certified: {proof_of(run)}, seed {run['seed']}, {bound_of(run)}. "
+    if attacked(columns):
+        title += ", and the nearest adversarial ones that were found"
+        words += (
+            " The distance of the adversarial image that an attack found is an upper bound (≤). "
+            "What lies between is open."
+        )
+        key.append(swatch("undecided", "open"))
+        key.append(swatch("attacked", "an adversarial image is here"))
+        basis += (
+            "Attack: gradients with decoupled direction and norm, "
+            f"{run['gallery_steps']} steps, {run['gallery_restarts']} starts, pixels kept in "
+            f"[0, 1], seed {run['seed']}. Pixels are shown in 8 bits; gallery.npz holds them as "
+            "they are."
+        )
+    else:
+        words += " What lies beyond is open: no adversarial images were looked for."
+        basis += "Pixels are shown in 8 bits."
+    key.append(swatch("tick", f"ε = {epsilon_of(run)}, of which the badge speaks"))
     return section(
-        "Images, and the nearest adversarial ones that were found",
-        element(
-            "p",
-            "The true radius of an image is the distance to the nearest image of another class. "
-            "The certified radius is a lower bound (≥): nothing nearer can change the class, that "
-            "is proved. The distance of the adversarial image that an attack found is an upper "
-            "bound (≤). What lies between is open.",
-        ),
-        legend(
-            swatch("proved", "proved: the class stays"),
-            swatch("undecided", "open"),
-            swatch("attacked", "an adversarial image is here"),
-            swatch("tick", f"ε = {epsilon_of(run)}, of which the badge speaks"),
-        ),
-        children,
-        note(
-            f"Certified: {proof_of(run)}, seed {run['seed']}, {bound_of(run)}. Attack: gradients "
-            f"with decoupled direction and norm, {run['gallery_steps']} steps, "
-            f"{run['gallery_restarts']} starts, pixels kept in [0, 1], seed {run['seed']}. Pixels "
-            "are shown in 8 bits; gallery.npz holds them as they are."
-        ),
-        class_="card wide",
+        title, element("p", words), legend(*key), children, note(basis), class_="card wide"
     )
 
 
 def _card(run, columns, examples, i: int, radius: float, scale: float) -> Element:
     """One image of the gallery; `radius` is proved of it, and `scale` is where bars end."""
     row = int(examples["row"][i])
-    distance = float(examples["distance"][i])
+    searched = "distance" in examples
+    distance = float(examples["distance"][i]) if searched else np.inf
     index, label, predicted = (int(columns[name][row]) for name in ("index", "label", "predicted"))
     certified = bool(columns[f"certified_{run['curve_mode']}"][row])
     found = np.isfinite(distance) and distance > 0
@@ -170,19 +178,20 @@ def _card(run, columns, examples, i: int, radius: float, scale: float) -> Elemen
     elif certified:
         status = "proved"
         word = "certified"
-    elif columns["broken_by_pgd"][row]:
+    elif attacked(columns) and columns["broken_by_pgd"][row]:
         status = "attacked"
         word = "broken"
     else:
         status = "undecided"
         word = "undecided"
 
+    above = None
     if found:
         shown = number(distance, rounded(distance, ROUND_CEILING), f"gallery.{i}.distance")
         above = element("li", "≤ ", shown, f", there it is {int(examples['became'][i])}")
     elif predicted != label:
         above = element("li", f"= 0: predicted as {predicted} without any change")
-    else:
+    elif searched:
         above = element("li", "no adversarial image was found at any distance")
     below = ", nothing is certified"
     if radius or certified:
@@ -196,12 +205,15 @@ def _card(run, columns, examples, i: int, radius: float, scale: float) -> Elemen
         said += f", adversarial at {rounded(distance, ROUND_CEILING)}"
     said += f"; ε is {epsilon_of(run)}."
     bar = _bracket(radius, distance if found else None, run["epsilon"], scale)
-    name = element("strong", f"#{index} · class {label}")
+    of_class = f"class {label if label >= 0 else 'not given'}"
+    name = element("strong", f"#{index} · {of_class}")
     badge = element("span", word, class_=f"badge {status}")
     return element(
         "article",
         element("p", name, badge, class_="title"),
-        element("div", _pictures(run, examples, i, index, label, found), class_="pictures"),
+        element(
+            "div", _pictures(run, examples, i, f"{index}, {of_class}", found), class_="pictures"
+        ),
         element("div", bar, class_="bracket", role="img", aria_label=said),
         element("ul", lines, class_="plain"),
         class_="example",
@@ -224,13 +236,13 @@ def _bracket(radius: float, distance: float | None, epsilon: float, scale: float
     return [*bar, element("span", class_="tick", style=f"left:{at(epsilon)}")]
 
 
-def _pictures(run, examples, i: int, index: int, label: int, found) -> list[Element]:
+def _pictures(run, examples, i: int, name: str, found) -> list[Element]:
     """The image, and where there is one the adversarial image and their difference."""
     image = examples["image"][i]
-    adversarial = examples["adversarial"][i]
-    pictures = [_picture(image, f"{run['split']} image {index}, class {label}", "image")]
+    pictures = [_picture(image, f"{run['split']} image {name}", "image")]
     if not found:
         return pictures
+    adversarial = examples["adversarial"][i]
     difference = adversarial.astype(np.float64) - image
     largest = float(np.max(np.abs(difference)))
     grey = 0.5 + difference / (2 * largest)

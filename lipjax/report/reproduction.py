@@ -20,19 +20,13 @@ HASHES = {
 
 def commands(summary) -> Element:
     """Commands, versions and hashes."""
+    if summary["commands"] is None:
+        return _in_python(summary)
     run = summary["run"]
     told = summary["commands"]
     train = told["train"] or "# not recorded; the configuration below is that of the training"
     check = ["# check the certificates with other code", *told["check"]]
     lines = ["# train", train, "# certify", told["certify"], *check]
-    versions = [*map(list, run["versions"].items()), ["device", run["device"]]]
-    hashes = [
-        _defined(
-            name,
-            *(element("dd", f"{of} ", element("code", facts[key])) for key, of in HASHES.items()),
-        )
-        for name, facts in summary["files"].items()
-    ]
     return section(
         "Reproduce and check",
         element("pre", element("code", "\n".join(lines)), tabindex="0"),
@@ -41,13 +35,9 @@ def commands(summary) -> Element:
             "The checker derives every verdict of a certificate file once more from the network "
             "and the images, and exits with 0 if it confirms them.",
         ),
-        element(
-            "div",
-            table("Versions and device", ["of", "version"], versions),
-            class_="narrow",
-        ),
+        _versions(run, "Versions and device"),
         element("h3", "Certificate files"),
-        element("dl", hashes, class_="hashes"),
+        _hashes(summary),
         note(
             f"Data: fingerprint {run['data_fingerprint']} of the certified split. Hashes find "
             f"damage; they are no signature. It took {run['seconds']:g} s to certify."
@@ -56,8 +46,49 @@ def commands(summary) -> Element:
     )
 
 
-def configuration(summary) -> Element:
-    """Every field of the training's configuration."""
+def _in_python(summary) -> Element:
+    """The same of a certificate that was made in Python, and is in no file."""
+    hashed = summary["files"]
+    return section(
+        "Check it",
+        element(
+            "p",
+            "This page is of a certificate in memory: certificate.save(…) writes the file from "
+            "which `lipjax check`, or lipjax.check in Python, derives every verdict once more with "
+            "other code.",
+        ),
+        _versions(summary["run"], "Versions and device where this page was made"),
+        element("h3", "Hashes") if hashed else None,
+        _hashes(summary) if hashed else None,
+        note(
+            "They are those that a certificate file of the same network and images has; they are "
+            "no signature."
+            if hashed
+            else "Without the network and the images there are no hashes of them."
+        ),
+        class_="card wide",
+    )
+
+
+def _versions(run, caption: str) -> Element:
+    versions = [*map(list, run["versions"].items()), ["device", run["device"]]]
+    return element("div", table(caption, ["of", "version"], versions), class_="narrow")
+
+
+def _hashes(summary) -> Element:
+    """Of each file, the hashes that are known."""
+    entries = []
+    for name, facts in summary["files"].items():
+        known = [(of, facts[key]) for key, of in HASHES.items() if key in facts]
+        lines = [element("dd", f"{of} ", element("code", value)) for of, value in known]
+        entries.append(_defined(name, *lines))
+    return element("dl", entries, class_="hashes")
+
+
+def configuration(summary) -> Element | None:
+    """Every field of the training's configuration; None where none is known."""
+    if not summary["config"]:
+        return None
     entries = []
     for name, value in _leaves(summary["config"]):
         shown = value if isinstance(value, str) and value else json.dumps(value)

@@ -8,8 +8,10 @@ import numpy as np
 from lipjax.formats.certificate_files import statement
 from lipjax.report.charts import element
 from lipjax.report.parts import (
+    attacked,
     bound_of,
     epsilon_of,
+    images_of,
     note,
     number,
     percent,
@@ -20,10 +22,18 @@ from lipjax.report.parts import (
     table,
 )
 
+# What a page says of a seed that belongs to certificates alone.
+_SEEDS_FROM = {
+    "system": "certificates, from the operating system",
+    "given": "certificates, given",
+    "unused": "unused: nothing was drawn",
+}
+
 
 def header(summary, certified: np.ndarray) -> Element:
     """What is proved in one sentence, the facts behind it, and the statement of the certificate."""
     run = summary["run"]
+    title = f"{run['title']} · " if run.get("title") else ""
     facts = [
         element("div", element("dt", name), element("dd", text))
         for name, text in _facts(summary, len(certified)).items()
@@ -37,7 +47,7 @@ def header(summary, certified: np.ndarray) -> Element:
     warning = element("strong", "Note on the data: ")
     return element(
         "header",
-        element("p", f"lipjax · certification report · {proof_of(run)}", class_="kicker"),
+        element("p", f"{title}lipjax · certification report · {proof_of(run)}", class_="kicker"),
         element("h1", _headline(summary, certified)),
         element("dl", facts, class_="facts"),
         element("blockquote", said[:1].upper() + said[1:]),
@@ -53,16 +63,16 @@ def _headline(summary, certified: np.ndarray) -> list:
     epsilon = epsilon_of(run)
     accuracy = summary["modes"][mode]["certified_accuracy"]
     share = percent(accuracy, f"modes.{mode}.certified_accuracy")
-    images = f"{run['split']} image{'s' if count > 1 else ''} of {run['data']}"
+    images = images_of(run, count)
     if not np.any(certified):
         return [
-            f"Nothing is proved of the {count} {images} at ε = {epsilon} (",
+            f"Nothing is proved of the {images} at ε = {epsilon} (",
             share,
             " certified).",
         ]
     return [
         share,
-        f" of {count} {images} {'are' if count > 1 else 'is'} proved safe: no change of ℓ2 norm up "
+        f" of {images} {'are' if count > 1 else 'is'} proved safe: no change of ℓ2 norm up "
         f"to {epsilon} makes the network answer anything but the right class.",
     ]
 
@@ -73,9 +83,14 @@ def _facts(summary, count: int) -> dict[str, str]:
     if run["tier"] == "probabilistic":
         delta = f"{run['failure_probability']:g}, of all certificates of this run together"
     model = summary["config"].get("model", {})
-    network = f"{os.path.basename(run.get('network', 'network'))}, training not recorded"
+    name = os.path.basename(run.get("network", "network"))
+    network = f"{name}, training not recorded" if name else "not given to this page"
     if model:
         network = f"{model['name']}, epoch {run['epoch']}, trained with {run['trained_with']}"
+    seeds = f"{run['seed']} ({_SEEDS_FROM.get(run.get('seed_from'), 'certificates')})"
+    if "training_seed" in run:
+        seeds = f"{run['seed']} (certificates, attacks), {run['training_seed']} (training)"
+    data = f"{run['data'] or 'not named'}, {run['split']} split"
     return {
         "ε": f"{run['epsilon']!r} (ℓ2, pixels in [0, 1])",
         "tier": run["tier"],
@@ -83,28 +98,28 @@ def _facts(summary, count: int) -> dict[str, str]:
         "bound": bound_of(run),
         "arithmetic": f"executed in {run['arithmetic']}; proved in {run['precision']}, rounding "
         "counted",
-        "data": f"{run['data']}, {run['split']} split, {count} image{'s' if count > 1 else ''}",
+        "data": f"{data}, {count} image{'s' if count > 1 else ''}",
         "network": network,
-        "seeds": f"{run['seed']} (certificates, attacks), {run['training_seed']} (training)",
+        "seeds": seeds,
     }
 
 
 def verdicts(columns, certified: np.ndarray) -> Element:
-    """How many images are certified, undecided, broken by PGD, misclassified."""
+    """How many images are certified, undecided, broken by PGD if it was run, misclassified."""
     right = columns["predicted"] == columns["label"]
-    broken = columns["broken_by_pgd"]
-    undecided = right & ~broken & ~certified
-    parts = [
-        ("proved", "certified", "right, and proved to stay so", certified),
-        ("undecided", "undecided", "right, not certified, and PGD did not break it", undecided),
-        (
-            "attacked",
-            "broken",
-            "right, and PGD found an image within ε that is not",
-            right & broken,
-        ),
-        ("wrong", "misclassified", "wrong without any attack", ~right),
-    ]
+    open_ = right & ~certified
+    parts = [("proved", "certified", "right, and proved to stay so", certified)]
+    if attacked(columns):
+        broken = columns["broken_by_pgd"]
+        words = "right, not certified, and PGD did not break it"
+        parts.append(("undecided", "undecided", words, open_ & ~broken))
+        words = "right, and PGD found an image within ε that is not"
+        parts.append(("attacked", "broken", words, right & broken))
+    else:
+        words = "right, not certified; no attack was run"
+        parts.append(("undecided", "undecided", words, open_))
+    parts.append(("wrong", "misclassified", "wrong without any attack", ~right))
+
     counts = [int(np.sum(mask)) for *_, mask in parts]
     bar = []
     entries = []
@@ -123,15 +138,26 @@ def verdicts(columns, certified: np.ndarray) -> Element:
 
 
 def accuracies(summary, columns) -> Element:
-    """Clean, under PGD, and certified by each bound."""
+    """Clean, under PGD if it was run, and certified by each bound."""
     run = summary["run"]
     count = len(columns["label"])
     seed = str(summary["run"]["seed"])
     clean = percent(summary["clean_accuracy"], "clean_accuracy")
-    attacked = percent(summary["pgd_accuracy"], "pgd_accuracy")
-    attack = f"{run['pgd_steps']} steps, {run['pgd_restarts']} restarts, ε = {epsilon_of(run)}"
-    upper = f"measured, an upper bound of the robust accuracy: {attack}"
-    rows: list[list] = [["clean", clean, "measured", "–"], ["under PGD", attacked, upper, seed]]
+    rows: list[list] = [["clean", clean, "measured", "–"]]
+    if attacked(columns):
+        attack = f"{run['pgd_steps']} steps, {run['pgd_restarts']} restarts, ε = {epsilon_of(run)}"
+        upper = f"measured, an upper bound of the robust accuracy: {attack}"
+        rows.append(["under PGD", percent(summary["pgd_accuracy"], "pgd_accuracy"), upper, seed])
+        between = (
+            "The robust accuracy lies between the certified one and that under PGD. δ is of all "
+            "certificates together."
+        )
+    else:
+        rows.append(["under attack", "–", "not known: no attack was run", "–"])
+        between = (
+            "The robust accuracy lies between the certified one and the clean one; an attack would "
+            "show how far below the clean one. δ is of all certificates together."
+        )
     for i, (mode, row) in enumerate(summary["modes"].items()):
         looser = " or looser" if run["early"] and i else ""
         share = percent(row["certified_accuracy"], f"modes.{mode}.certified_accuracy")
@@ -139,29 +165,29 @@ def accuracies(summary, columns) -> Element:
         if row["examined"] != count:
             proof += f"; {row['examined']} images examined"
         rows.append([f"certified, {mode}{looser}", share, proof, seed])
+    trained = f", training seed {run['training_seed']}" if "training_seed" in run else ""
     return section(
         "Accuracies",
         table(
-            f"Shares of the {count} {run['split']} images, training seed {run['training_seed']}",
+            f"Shares of the {count} {run['split']} images{trained}",
             ["accuracy", "share", "what it is", "seed"],
             rows,
         ),
-        note(
-            "The robust accuracy lies between the certified one and that under PGD. δ is of all "
-            "certificates together."
-        ),
+        note(between),
     )
 
 
 def classes(summary, columns, certified: np.ndarray) -> Element:
-    """The three accuracies, class by class."""
+    """The accuracies, class by class."""
     run = summary["run"]
+    title = "Class by class"
     labels = columns["label"]
-    masks = {
-        "clean": columns["predicted"] == labels,
-        "pgd": ~columns["broken_by_pgd"],
-        "certified": certified,
-    }
+    if np.any(labels < 0):
+        return section(title, note("The labels of what was predicted wrong were not given."))
+    masks = {"clean": columns["predicted"] == labels}
+    if attacked(columns):
+        masks["pgd"] = ~columns["broken_by_pgd"]
+    masks["certified"] = certified
     rows = []
     for label in np.unique(labels).tolist():
         mine = labels == label
@@ -174,14 +200,14 @@ def classes(summary, columns, certified: np.ndarray) -> Element:
             row.append(element("td", shown, class_=f"meter {name}", style=style))
         rows.append(row)
     total = summary["classes"]
-    absent = total - len(rows)
+    absent = total - len(rows) if total else 0
     remark = note(f"{absent} of {total} classes have no image among those certified.")
     return section(
-        "Class by class",
+        title,
         table(
             f"By the images’ label; certified: {proof_of(run)}, {bound_of(run)}, "
             f"ε = {epsilon_of(run)}, seed {run['seed']}",
-            ["class", "images", "clean", "PGD", "certified"],
+            ["class", "images", *("PGD" if name == "pgd" else name for name in masks)],
             rows,
             "long",
         ),

@@ -16,15 +16,14 @@ import functools
 import itertools
 import math
 import os
-import platform
-import zlib
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
+
+from lipjax.runtime import kept
 
 # Entries of a kernel per output up to which its gradient is one matrix product: more would take
 # memory.
@@ -58,27 +57,15 @@ def keep_compiled() -> None:
     """Keeps compiled programs on disk from now on, so that the next start of a script need not
     compile them again.
 
-    In ``~/.cache/lipjax``, or where the environment's JAX_COMPILATION_CACHE_DIR says;
+    In `kept.folder`, or where the environment's JAX_COMPILATION_CACHE_DIR says;
     JAX_ENABLE_COMPILATION_CACHE=false turns it off. Where there is no home, or it cannot be
     written, nothing is kept.
     """
     if os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         return
-    # One folder for each kind of processor: homes are shared, and a program may use instructions
-    # that another lacks.
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        features = next(line for line in lines if line.startswith(("flags", "Features")))
-    except (OSError, StopIteration):
-        features = platform.processor()
-    folder = f"{platform.machine()}-{zlib.crc32(features.encode()):08x}"
-    try:
-        cache = Path.home() / ".cache" / "lipjax" / folder
-        cache.mkdir(parents=True, exist_ok=True)
-    except (OSError, RuntimeError):  # not writable; no home
-        return
-    if os.access(cache, os.W_OK):
-        jax.config.update("jax_compilation_cache_dir", str(cache))
+    folder = kept.folder()
+    if folder is not None:
+        jax.config.update("jax_compilation_cache_dir", str(folder))
 
 
 def _evaluate(jaxpr: Jaxpr, consts: Sequence, *arguments) -> list:
