@@ -51,13 +51,15 @@ def compiled(function, *static: str, optimize: bool = True):
         with kept.kept():
             return program(*arguments, **fixed)
 
+    run.lower = program.lower  # type: ignore[attr-defined]
     return run
 
 
 def compile_for(run: Any, *arguments) -> None:
     """Compiles a program of `compiled`, a `functools.partial` with its first arguments, so that
     its next call on arrays of these shapes only runs."""
-    run.func.lower(*run.args, *arguments, **run.keywords).compile()
+    with kept.kept():
+        run.func.lower(*run.args, *arguments, **run.keywords).compile()
 
 
 def batched(run, size, *columns, context=contextlib.nullcontext) -> dict[str, Any]:

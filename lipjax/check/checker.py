@@ -96,10 +96,10 @@ TOLERANCE = 1e-9
 ALLOWANCE_TOLERANCE = 0.02
 FLOAT64_ALLOWANCE_TOLERANCE = 0.5
 HUGE = 1e30
-# The share of what was taken off up to which margins of mode "tight_rows" agree: a box's last digit
-# may tell which slope a rule takes, and the checker's boxes are others. A verdict is confirmed by
-# the derived margin alone.
-ROWS_TOLERANCE = 5e-3
+# The share of what was taken off up to which margins of modes "tight" and "tight_rows" agree: a
+# box's last digit may tell which slope a rule takes, and the checker's boxes are others. A verdict
+# is confirmed by the derived margin alone.
+SLOPES_TOLERANCE = 5e-3
 # The rules of slopes by which modes cut the boxes of neurons; None: errors of both signs.
 ROWS = {"rows": (None,), "tight_rows": (None, *onesided.RULES)}
 # Bytes of an array of an --images file, unpacked.
@@ -214,7 +214,7 @@ def check(
     executed network); a recorded norm is not below the true norm inside the checker's own masks,
     which are at most the tool's; the recorded margin is not above the derived one, nor the recorded
     allowance for rounding below it. Differences are let pass in the recorded margin up to 1e-9 of
-    what was taken off it (`ROWS_TOLERANCE` in mode "tight_rows"), 2 % of the allowance, and what
+    what was taken off it (`SLOPES_TOLERANCE` in the modes "tight"), 2 % of the allowance, and what
     the checker itself does not know of the norms (about 0.1 % each where it uses the randomised
     bound), however large the logits are; where the network is executed in float64, in which two
     derivations differ by as much as the network
@@ -534,8 +534,8 @@ def _differences(derived: Derived, network: Network, header, row) -> list[str]:
         )
     pair = [row["label"], derived.rival]
     spare = (TOLERANCE + 2 * width) * derived.taken + sums
-    if header["mode"] == "tight_rows":
-        spare += ROWS_TOLERANCE * derived.taken
+    if header["mode"].startswith("tight"):
+        spare += SLOPES_TOLERANCE * derived.taken
     spare += float(np.sum(2 * own[pair])) + 2 * share * derived.differences[derived.rival]
     # Where nothing can be derived, no number is below it.
     if row["margin"] > derived.margin + (spare if math.isfinite(derived.margin) else 0.0):
