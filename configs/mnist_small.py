@@ -1,11 +1,13 @@
 """MNIST on a laptop: a small net, MaxMin, EMMA loss, bound global, epsilon 1.58 and 0.5.
 
     python train.py --config=configs/mnist_small.py --workdir=runs/mnist
-    python certify.py --workdir=runs/mnist --examples=500 --modes=local --early
-    python certify.py --workdir=runs/mnist --examples=500 --modes=local --early --nocurve \\
-        --epsilon=0.5
+    python certify.py --workdir=runs/mnist --examples=500
+    python certify.py --workdir=runs/mnist --examples=500 --nocurve --epsilon=0.5
 
-MEASURED
+Measured, which is `lipjax.load("mnist-maxmin")` (seed 0, first 500 images of the test set's fixed
+shuffle, bound local, tier probabilistic with delta 1e-6, float32, PGD of 100 steps and 5 restarts):
+clean 93.6 %; at epsilon 1.58 PGD 61.6, certified 42.8 %; at 0.5 PGD 89.2, certified 87.0 %.
+Training takes seven minutes on two busy CPU cores.
 
 Downloads MNIST through TFDS, or takes the four original archives from --config.data.manual_dir.
 """
