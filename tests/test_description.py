@@ -327,7 +327,7 @@ def test_every_value_stays_in_its_region_and_every_margin_above_its_bound(name, 
     for label in range(len(logits)):
         local = walk.derive(network, x, label, epsilon, norms)
         linear = walk.derive(network, x, label, epsilon, norms, linear=True, rows=by_rows)
-        lost = linear.rounding + linear.rounding[label]
+        lost = linear.differences
         real = np.delete(np.min(logits[label] - logits, axis=1) - lost, label)
         assert local.margin <= linear.margin + 1e-9 and linear.margin <= np.min(real)
         if epsilon == 0:
