@@ -30,6 +30,8 @@ class Trap:
 
     Attributes:
         claims: ``(network, images, labels, epsilon) -> (COPIES,)`` booleans.
+        of_real_numbers: it is the real-number function that has another class in the ball; where
+            the device rounds as the certifier believes, no attack on the executed one can find it.
     """
 
     name: str
@@ -38,6 +40,7 @@ class Trap:
     labels: np.ndarray
     epsilon: float
     claims: Callable[..., np.ndarray]
+    of_real_numbers: bool = False
 
 
 def traps(seed: int = 0) -> list[Trap]:
@@ -98,7 +101,13 @@ def traps(seed: int = 0) -> list[Trap]:
         ),
         Trap("ties count", plateau, on, zeros + 1, 0.3, takes_a_tie_for_a_win),
         Trap(
-            "TF32", cancelling, pixels.astype(np.float32), zeros + 1, 1e-3, forgets_that_tf32_rounds
+            "TF32",
+            cancelling,
+            pixels.astype(np.float32),
+            zeros + 1,
+            1e-3,
+            forgets_that_tf32_rounds,
+            of_real_numbers=True,
         ),
     ]
 

@@ -608,13 +608,14 @@ def test_training_begins_with_the_weights_of_a_file_and_refuses_those_of_another
     )
     lipjax.save(trained, config.start, input_shape=(8, 8, 1))
     with pytest.raises(ValueError, match=r"start: .*first.safetensors holds another network.*None"):
-        training.first_network(config, (8, 8, 1), 10)
+        training.first_network(config, training.build_network(config, (8, 8, 1), 10))
 
     config.model.activation = "maxmin"
-    begun = training.first_network(config, (8, 8, 1), 10)
     fresh = training.build_network(config, (8, 8, 1), 10)
+    begun = training.first_network(config, fresh)
     x = np.random.default_rng(0).random((3, 8, 8, 1), np.float32)
     assert np.array_equal(begun(x), trained(x)) and not np.array_equal(begun(x), fresh(x))
     # The activations are those of the configuration; the weights alone are the file's.
     config.model.activation = "relu"
-    assert isinstance(training.first_network(config, (8, 8, 1), 10).layers[1], lipjax.ReLU)
+    relu = training.build_network(config, (8, 8, 1), 10)
+    assert isinstance(training.first_network(config, relu).layers[1], lipjax.ReLU)

@@ -231,7 +231,7 @@ def prepare(config, train: sets.Dataset, mesh) -> Parts:
     input_shape = train.images.shape[1:]
     steps_per_epoch = feeding.steps_per_epoch(config, len(train.labels))
     store = training.VectorStore(config, len(train.labels), mesh, feeding.MAX_STEPS)
-    network = training.first_network(config, input_shape, train.classes)
+    network = training.build_network(config, input_shape, train.classes)
     rate = training.learning_rate(config, steps_per_epoch)
     transform = optax.adam(rate)
     create = functools.partial(
@@ -307,7 +307,9 @@ def begin(parts: Parts) -> Position:
     """The position before the first step."""
     # Compiled with its shardings, so that no device ever holds more than its share of the vectors.
     create = jax.jit(parts.create, out_shardings=parts.shardings)
-    state = create(jax.tree.map(np.asarray, parts.network))
+    # Not when a run goes on: the file of its start may be gone by then.
+    network = training.first_network(parts.config, parts.network)
+    state = create(jax.tree.map(np.asarray, network))
     return Position(state, 0, 0, dict.fromkeys(training.METRICS, 0.0))
 
 

@@ -247,31 +247,29 @@ def load_data(config) -> sets.Splits:
     )
 
 
-def first_network(config, input_shape, classes: int) -> nnx.Sequential:
-    """The network that training begins with: `build_network`, with the weights of `config.start`
-    where that names a file.
+def first_network(config, network: nnx.Module) -> nnx.Module:
+    """The network that training begins with: `network`, as `build_network` returns it, or one like
+    it with the weights of the file that `config.start` names.
 
     Raises:
-        ValueError: as `build_network`; a file of another network.
+        ValueError: a file of another network, with the first parameter that differs.
         storage.StorageError: as `lipjax.load`.
     """
-    network = build_network(config, input_shape, classes)
     if not config.start:
         return network
     wanted, structure = jax.tree_util.tree_flatten_with_path(network)
-    names = [jax.tree_util.keystr(path) for path, _ in wanted]
+    here = {jax.tree_util.keystr(path): leaf for path, leaf in wanted}
     loaded = jax.tree_util.tree_leaves_with_path(storage.load(config.start))
-    given = {jax.tree_util.keystr(path): leaf for path, leaf in loaded}
-    here = {name: leaf.shape for name, (_, leaf) in zip(names, wanted, strict=True)}
-    there = {name: leaf.shape for name, leaf in given.items()}
-    for name in sorted(here.keys() | there.keys()):
-        if here.get(name) != there.get(name):
+    there = {jax.tree_util.keystr(path): leaf for path, leaf in loaded}
+    for name in sorted({*here, *there}):
+        shapes = [found[name].shape if name in found else None for found in (there, here)]
+        if shapes[0] != shapes[1]:
             raise ValueError(
                 f"start: {config.start} holds another network than the {config.model.name} of this "
-                f"configuration: {name} is {there.get(name)} there and {here.get(name)} here "
-                "(None: there is none). Give the model.* fields with which it was trained."
+                f"configuration: {name} is {shapes[0]} there and {shapes[1]} here (None: there is "
+                "none). Give the model.* fields with which it was trained."
             )
-    return jax.tree.unflatten(structure, [given[name] for name in names])
+    return jax.tree.unflatten(structure, [there[name] for name in here])
 
 
 def build_network(config, input_shape, classes: int) -> nnx.Sequential:
