@@ -238,8 +238,9 @@ WHICH = [
     ("sort", "deterministic", "auto", STEPS),
     ("relu", "probabilistic", "auto", STEPS, np.inf),
 ]
+POOL = pytest.param(("pool", "deterministic", "auto", STEPS), marks=pytest.mark.slow)
 DEAR = [
-    pytest.param(("pool", "deterministic", "auto", STEPS), marks=pytest.mark.slow),
+    POOL,
     pytest.param(("sort", "probabilistic", "tight_rows"), marks=pytest.mark.slow),
     pytest.param(("pool", "deterministic", "tight_rows"), marks=pytest.mark.slow),
 ]
@@ -297,7 +298,7 @@ def test_no_attack_is_below_a_margin_and_no_certified_image_is_broken(kind):
             step = step - 0.3 * epsilon * gradient / np.maximum(size, 1e-12)
 
 
-@pytest.mark.parametrize("which", [WHICH[1], *WHICH[-2:]], ids=lambda which: which[0])
+@pytest.mark.parametrize("which", [WHICH[1], WHICH[-2], POOL], ids=lambda which: which[0])
 def test_a_margin_that_is_too_large_is_rejected_and_so_is_one_whose_slopes_are_gone(
     tmp_path, which
 ):
@@ -312,6 +313,17 @@ def test_a_margin_that_is_too_large_is_rejected_and_so_is_one_whose_slopes_are_g
     without = {**arrays, **certificate_files.NO_SLOPES}
     report = checked(*rest, {**header, "slopes": 0}, without)
     assert any("recorded as certified" in problem for problem in report.problems), report
+
+
+def test_a_margin_that_is_too_large_for_the_smaller_boxes_is_rejected(tmp_path):
+    """Of the images that the last stage decided: of others these boxes may prove far more."""
+    *rest, header, arrays = file_of(tmp_path, *WHICH[-1])
+    rows = certified(*WHICH[-1]).stages[-1].certified
+    with_more = {**arrays, "margin": arrays["margin"].copy()}
+    with_more["margin"][rows] += 0.2
+    report = checked(*rest, header, with_more)
+    for row in rows:
+        assert any(f"row {row})" in problem and "margin" in problem for problem in report.problems)
 
 
 def test_a_file_of_slopes_that_fit_nothing_is_refused(tmp_path):
