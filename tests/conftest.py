@@ -227,7 +227,7 @@ def outward_bound(graph, x, epsilon, mode, arithmetic=rounding.OUTWARD):
     """The bound of a graph in float64 by proven norms, rounded outwards unless said otherwise."""
     norms = (proven_norm, proven_norm)
     walk = bounds.Walk(
-        graph, bounds.mode_of(mode), *norms, arithmetic=arithmetic, stacked_norm=proven_norm
+        graph, bounds.mode_of(mode), *norms, arithmetic=arithmetic, joint_norm=proven_norm
     )
     return walk(jax.numpy.asarray(x, jax.numpy.float64), epsilon)
 

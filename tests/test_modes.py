@@ -19,8 +19,8 @@ SAID = {
     "local": (True, True, True, False, False, False, False),
     "linear": (True, True, True, False, True, False, False),
     "rows": (True, True, True, False, True, True, False),
-    "tight": (True, True, True, False, False, False, True),
-    "tight_rows": (True, True, True, False, False, True, True),
+    "tight": (True, True, True, False, True, False, True),
+    "tight_rows": (True, True, True, False, True, True, True),
 }
 VECTORS = {"global": ("global",), "bcp": ("global",), "paper": ("global", "local")}
 

@@ -4,6 +4,7 @@ network is executed."""
 import dataclasses
 import functools
 import operator
+from fractions import Fraction
 
 import jax
 import jax.numpy as jnp
@@ -21,12 +22,14 @@ from flax import nnx
 
 import lipjax
 from lipjax import bounds, rounding
+from lipjax.bounds import walk
 from lipjax.certificates import setup
 from lipjax.certificates.randomness import split_failure_probability
 from lipjax.check import checker
 from lipjax.check import walk as check_walk
 from lipjax.formats import certificate_files
 from lipjax.graph import Add, trace
+from lipjax.graph.linear import LinearOperator
 
 EPSILON = 0.2
 
@@ -207,11 +210,65 @@ def test_the_radius_where_two_maps_meet_is_that_of_their_matrices_side_by_side(x
     assert np.max(moved) <= radius
 
 
+def in_a_row(seed=0):
+    """A linear map of another one's value, turned around, with nothing bent between them."""
+    rng = np.random.default_rng(seed)
+    first, inner, last = (jnp.asarray(rng.normal(size=(8, 8)) / 3, jnp.float32) for _ in range(3))
+    head = jnp.asarray(rng.normal(size=(3, 8)), jnp.float32)
+
+    def network(x):
+        h = jax.nn.relu(first.astype(x.dtype) @ x)
+        inside = jnp.flip(inner.astype(x.dtype) @ h)
+        return head.astype(x.dtype) @ jax.nn.relu(last.astype(x.dtype) @ inside)
+
+    return network
+
+
+@pytest.mark.parametrize("mode", ["local", "tight"])
+def test_the_radius_behind_two_maps_in_a_row_is_that_of_their_product(x64, mode):
+    network = in_a_row()
+    x = jnp.asarray(np.random.default_rng(0).uniform(0, 1, 8))
+    epsilon = 0.05
+    graph = cast64(trace(network, x.astype(jnp.float32)))
+    bound = outward_bound(graph, x, epsilon, mode)
+    inner, last = graph.linear[1:3]
+    region = bound.regions[graph.nodes[inner].inputs[0]]
+    first, second = (
+        np.asarray(graph.nodes[i].operator.materialized(x).kernel) for i in (inner, last)
+    )
+    active = np.asarray(bound.regions[last].upper) > 0
+    product = (second @ first[::-1])[active][:, np.asarray(region.varies)]
+    expected = np.linalg.norm(product, 2) * float(region.radius)
+    radius = float(bound.radii[2])
+    np.testing.assert_allclose(radius, expected, rtol=1e-6)
+    assert expected < 0.85 * float(bound.norms[2]) * float(bound.regions[inner].radius)
+
+    steps = np.random.default_rng(1).normal(size=(4000, 8))
+    gradient = jax.jacobian(dataclasses.replace(graph, nodes=graph.nodes[: last + 1]))(x)
+    steps[0] = np.linalg.svd(gradient)[2][0]
+    steps *= epsilon / np.linalg.norm(steps, axis=1, keepdims=True)
+    points = jax.vmap(dataclasses.replace(graph, nodes=graph.nodes[: last + 1]))(x + steps)
+    moved = np.linalg.norm((points - bound.regions[last].center)[:, active], axis=1)
+    assert np.max(moved) <= radius
+
+
+def test_a_product_of_maps_pays_for_the_rounding_of_its_entries(x64):
+    rng = np.random.default_rng(0)
+    columns, rows = rng.normal(size=(2, 40))
+    first = LinearOperator.from_matrix(jnp.asarray(columns[:, None]), (1,), (40,))
+    second = LinearOperator.from_matrix(jnp.asarray(rows[None]), (40,), (1,))
+    composed, off = walk.product(first, second, jnp.zeros(1), rounding.OUTWARD)
+    exact = sum(a * b for a, b in zip(map(Fraction, columns), map(Fraction, rows), strict=True))
+    error = abs(exact - Fraction(float(composed.kernel[0, 0])))
+    assert 0 < error <= Fraction(float(off)) < Fraction(1, 2**40)
+
+
+@pytest.mark.parametrize("made", [shortcut, in_a_row])
 @pytest.mark.parametrize("tier", ["probabilistic", "deterministic"])
 def test_certificates_where_two_maps_meet_are_confirmed_and_rest_on_their_common_norm(
-    tier, tmp_path, monkeypatch
+    made, tier, tmp_path, monkeypatch
 ):
-    network = shortcut(turned=tier == "probabilistic")
+    network = made(turned=tier == "probabilistic") if made is shortcut else made()
     x = np.random.default_rng(0).uniform(0, 1, (6, 8)).astype(np.float32)
     labels = np.argmax(jax.vmap(network)(x), axis=1)
     found = lipjax.certify(network, x, labels, 0.04, tier=tier, seed=0)
@@ -225,14 +282,15 @@ def test_certificates_where_two_maps_meet_are_confirmed_and_rest_on_their_common
     report = checked()
     assert report.confirmed and report.certified == np.sum(found.certified) >= 1, report
     monkeypatch.setattr(check_walk, "_side_by_side", lambda *arguments: None)
+    monkeypatch.setattr(check_walk, "_chained", lambda *arguments: np.inf)
     assert any("recorded margin" in problem for problem in checked().problems)
 
 
-def test_norms_of_maps_side_by_side_take_their_share_of_the_failure_probability():
+def test_norms_of_two_maps_as_one_take_their_share_of_the_failure_probability():
     x = np.full((2, 8), 0.5, np.float32)
-    assert set_up_of(shortcut(), x).options["failure_probability"] == split_failure_probability(
-        1e-6, 2, 5
-    )
+    for network, norms in ((shortcut(), 5), (in_a_row(), 4)):
+        found = set_up_of(network, x).options["failure_probability"]
+        assert found == split_failure_probability(1e-6, 2, norms)
 
 
 def set_up_of(network, x):

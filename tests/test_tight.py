@@ -249,37 +249,50 @@ def test_comparators_sort_whatever_a_block_holds(size):
         assert np.all(np.diff(z, axis=1) >= 0)
 
 
-def exact_cost(pieces, w, slope, radius, scale):
-    """The right-hand side of METHOD 8 in rationals, pieces of exact numbers, not paired."""
+def exact_cost(pieces, w, slope, radius, scale, weight=1):
+    """The right-hand side of METHOD 8 in rationals, pieces of exact numbers, not paired.
+
+    Args:
+        weight: whole, of each coordinate: one over the square of its unit.
+    """
     total = scale * radius**2 / 2
-    for i in range(N):
-        if w[i] == 0:
+    z, lower, upper, weight, *kinks = (
+        np.broadcast_to(end, np.shape(w)).reshape(-1)
+        for end in (pieces.center, pieces.lower, pieces.upper, weight, *pieces.kinks)
+    )
+    rising = [np.broadcast_to(p, np.shape(w)).reshape(-1) for p in pieces.rising]
+    for i, (own, taken) in enumerate(zip(w.reshape(-1), slope.reshape(-1), strict=True)):
+        if own == 0:
             continue
-        z, low, high = (Fraction(float(a[i])) for a in (pieces.center, pieces.lower, pieces.upper))
-        kinks = [Fraction(float(k[i])) for k in pieces.kinks if np.isfinite(float(k[i]))]
-        slopes = [Fraction(float(np.broadcast_to(p, N)[i])) for p in pieces.rising]
-        slopes = slopes[: len(kinks) + 1]
-
-        def rise(t, z=z, kinks=kinks, slopes=slopes):
-            ends = [min(z, t) - 1, *kinks, max(z, t) + 1]
-            total = Fraction(0)
-            for start, end, p in zip(ends[:-1], ends[1:], slopes, strict=True):
-                total += p * (min(max(t, start), end) - min(max(z, start), end))
-            return total
-
-        best = Fraction(0)
-        cuts = sorted({low, high, *(k for k in kinks if low < k < high)})
-        for start, end in itertools.pairwise(cuts):
-            p = (rise(end) - rise(start)) / (end - start)
-            step = min(max(w[i] * (p - slope[i]) / scale, start - z), end - z)
-            best = max(best, w[i] * (rise(z + step) - slope[i] * step) - scale * step**2 / 2)
-        total += best
+        some = [Fraction(float(k[i])) for k in kinks if np.isfinite(k[i])]
+        slopes = [Fraction(float(p[i])) for p in rising][: len(some) + 1]
+        ends = (Fraction(float(end[i])) for end in (z, lower, upper))
+        total += exact_largest(*ends, some, slopes, own, taken, scale / int(weight[i]))
     return total
+
+
+def exact_largest(z, low, high, kinks, slopes, w, slope, scale):
+    """The largest ``w e(t) - scale t^2 / 2`` over one coordinate's box."""
+
+    def rise(t):
+        ends = [min(z, t) - 1, *kinks, max(z, t) + 1]
+        total = Fraction(0)
+        for start, end, p in zip(ends[:-1], ends[1:], slopes, strict=True):
+            total += p * (min(max(t, start), end) - min(max(z, start), end))
+        return total
+
+    best = Fraction(0)
+    cuts = sorted({low, high, *(k for k in kinks if low < k < high)})
+    for start, end in itertools.pairwise(cuts):
+        p = (rise(end) - rise(start)) / (end - start)
+        step = min(max(w * (p - slope) / scale, start - z), end - z)
+        best = max(best, w * (rise(z + step) - slope * step) - scale * step**2 / 2)
+    return best
 
 
 @settings(max_examples=60)
 @given(
-    kind=st.sampled_from(("relu", "clipped_relu", "abs", "leaky", "steep")),
+    kind=st.sampled_from(("relu", "clipped_relu", "abs", "leaky", "steep", *COMPARED)),
     box=BOXES,
     seed=st.integers(0, 10**6),
     radius=st.sampled_from([1e-9, 0.1, 0.7, 1e3]),
@@ -287,16 +300,24 @@ def exact_cost(pieces, w, slope, radius, scale):
 )
 def test_the_cost_rounded_outwards_is_at_least_the_exact_one(kind, box, seed, radius, size):
     with jax.enable_x64(True):
-        _, (pieces,) = steps_of(kind, box, rounding.OUTWARD)
+        if kind in COMPARED:
+            lower, center, upper = (jnp.asarray(end) for end in np.sort(np.array(box), axis=1).T)
+            stages = COMPARED[kind].pieces(center, lower, upper, rounding.OUTWARD)
+        else:
+            _, stages = steps_of(kind, box, rounding.OUTWARD)
         rng = np.random.default_rng(seed)
-        w = jnp.where(pieces.free, jnp.asarray(size * rng.normal(size=N)), 0.0)
-        slope = jnp.asarray(rng.uniform(-0.5, 1.5, N))
-        cost = float(tight.error_cost(pieces, w, slope, radius, rounding.OUTWARD))
-        scale = Fraction(float(tight.best_scale(pieces, w, slope, jnp.asarray(radius))))
-        rows = [[Fraction(float(v)) for v in row] for row in (w, slope)]
-        wanted = exact_cost(pieces, *rows, Fraction(radius), scale)
-        assert Fraction(cost) >= wanted
-        assert Fraction(cost) <= wanted * (1 + Fraction(1, 10**9)) + Fraction(size) / 10**9
+        for pieces in stages:
+            shape = pieces.center.shape
+            w = jnp.where(pieces.free, jnp.asarray(size * rng.normal(size=shape)), 0.0)
+            slope = jnp.asarray(rng.uniform(-0.5, 1.5, shape))
+            cost = float(tight.error_cost(pieces, w, slope, radius, rounding.OUTWARD))
+            scale = Fraction(float(tight.best_scale(pieces, w, slope, jnp.asarray(radius))))
+            exact = np.vectorize(lambda v: Fraction(float(v)), otypes=[object])
+            # Of comparators the sum of two numbers of windows.
+            weight = np.round(1 / np.square(np.asarray(pieces.unit, float)))
+            wanted = exact_cost(pieces, exact(w), exact(slope), Fraction(radius), scale, weight)
+            assert Fraction(cost) >= wanted
+            assert Fraction(cost) <= wanted * (1 + Fraction(1, 10**9)) + Fraction(size) / 10**9
 
 
 @settings(max_examples=40)
@@ -328,15 +349,16 @@ def compiled(mode):
 
 
 @pytest.mark.parametrize("kind", ["relu", "clipped_relu", "maxmin", "clipped_maxmin"])
-def test_margins_hold_on_samples_and_are_at_most_those_of_local(x64, kind):
+def test_margins_hold_on_samples_and_are_at_most_those_of_local_and_linear(x64, kind):
     net, rng = cast64(tiny_net(kind, seed=4)), np.random.default_rng(0)
     smaller = 0
     for x in jnp.asarray(rng.uniform(0, 1, (3, 6, 6, 2))):
         for epsilon in (0.01, 0.1, 0.4):
-            found, local = (
-                np.asarray(compiled(mode)(net, x, epsilon, 2)) for mode in ("tight", "local")
+            found, local, linear = (
+                np.asarray(compiled(mode)(net, x, epsilon, 2))
+                for mode in ("tight", "local", "linear")
             )
-            assert np.all(found <= local + 1e-12) and found[2] == 0
+            assert np.all(found <= np.minimum(local, linear) + 1e-12) and found[2] == 0
             smaller += np.sum(found < 0.9 * local)
             steps = rng.normal(size=(400, 6, 6, 2))
             # The worst direction to first order, and random ones.
@@ -392,7 +414,7 @@ def test_any_slopes_give_margins_that_hold_and_their_gradient_is_that_of_differe
     row = margins.directions(bound.graph, bound.penultimate, 1)[0]
     (end,) = bound.graph.nodes[-1].inputs
     parts = (bound.graph, lambda operator, like: operator, rounding.EXACT)
-    parts = (*parts, bound.regions, bound.norms, end)
+    parts = (*parts, bound.regions, bound.radii, end)
 
     def gain(slopes):
         return tight.OneSided(*parts, given=slopes).gain(row)
@@ -444,7 +466,7 @@ def test_what_rounds_pays_for_its_center_and_a_steep_one_leaves_over_more(x64, s
     graph = lipjax.trace(f, jnp.zeros(3))
     bound = outward_bound(graph, np.full(3, 0.2), 0.0, "local")
     (end,) = graph.nodes[-1].inputs
-    parts = (graph, lambda operator, like: operator, Recording(), bound.regions, bound.norms, end)
+    parts = (graph, lambda operator, like: operator, Recording(), bound.regions, bound.radii, end)
     back = tight.OneSided(*parts)
     row = jnp.full(3, 1e12)
     found = back.gain(row)

@@ -5,7 +5,7 @@ from lipjax.bounds.lipschitz import LipschitzEstimate, local_lipschitz
 from lipjax.bounds.margins import ascent, margin, worst_logits
 from lipjax.bounds.modes import CONTROLS, MODES, Mode, mode_of
 from lipjax.bounds.regions import Bound, Region, check_epsilon
-from lipjax.bounds.walk import Walk, linear_before, stacks
+from lipjax.bounds.walk import Walk, joined_sizes, joints
 
 __all__ = [
     "CONTROLS",
@@ -21,11 +21,11 @@ __all__ = [
     "check_epsilon",
     "graph_of",
     "initial_vectors",
-    "linear_before",
+    "joined_sizes",
+    "joints",
     "local_lipschitz",
     "margin",
     "mode_of",
-    "stacks",
     "vector_shapes",
     "worst_logits",
 ]

@@ -106,14 +106,15 @@ def passes(
     rivals = bound.logits.shape[0] - 1
     if bound.rivals is not None:
         rivals = min(bound.rivals, rivals)
+    found: list[tuple[relaxed.Reverse, int]] = []
     if mode.relaxed_margins:
-        return [(reverse_of(bound, arithmetic, view), rivals)]
-    if not mode.one_sided:
-        return []
-    # Another choice of slopes only where it can change the verdict.
-    counts = [rivals, *(min(tight.RETRIED, rivals) for _ in tight.CHOICES[1:])]
-    made = (tight.one_sided(bound, arithmetic, view, by=by) for by in tight.CHOICES)
-    return list(zip(made, counts, strict=True))
+        found.append((reverse_of(bound, arithmetic, view), rivals))
+    if mode.one_sided:
+        # Another choice of slopes only where it can change the verdict.
+        counts = [rivals, *(min(tight.RETRIED, rivals) for _ in tight.CHOICES[1:])]
+        made = (tight.one_sided(bound, arithmetic, view, by=by) for by in tight.CHOICES)
+        found += zip(made, counts, strict=True)
+    return found
 
 
 def reverse_of(
@@ -123,7 +124,7 @@ def reverse_of(
 ) -> relaxed.Reverse:
     """The pass that propagates rows back from what is in front of the last node."""
     (end,) = bound.graph.nodes[-1].inputs
-    return relaxed.Reverse(bound.graph, view, arithmetic, bound.regions, bound.norms, end)
+    return relaxed.Reverse(bound.graph, view, arithmetic, bound.regions, bound.radii, end)
 
 
 def worst_logits(

@@ -16,7 +16,8 @@ class Mode:
         as_paper: rows and masks no better than those of the paper's code.
         relaxed_margins: margins also by a reverse pass through slopes.
         relaxed_boxes: boxes also by one reverse pass for each neuron.
-        one_sided: margins also by reverse passes with one-sided errors.
+        one_sided: margins also by reverse passes with one-sided errors, and so are the boxes of
+            `relaxed_boxes`.
         masks_off: nothing leaves the matrices, though each example has norms of its own: a control,
             which tells what masks gain.
     """
@@ -53,10 +54,10 @@ MODES = {
         Mode("linear", relaxed_margins=True),
         # In addition every box is cut with what the neuron's own row says.
         Mode("rows", relaxed_margins=True, relaxed_boxes=True),
-        # The regions of "local", and margins by one-sided errors (METHOD 8).
-        Mode("tight", one_sided=True),
+        # The margins of "linear", and those by one-sided errors (METHOD 8).
+        Mode("tight", relaxed_margins=True, one_sided=True),
         # And every box cut with what the neuron's own row says so, upwards and downwards.
-        Mode("tight_rows", relaxed_boxes=True, one_sided=True),
+        Mode("tight_rows", relaxed_margins=True, relaxed_boxes=True, one_sided=True),
     )
 }
 

@@ -47,7 +47,7 @@ class Region:
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["graph", "lipschitz", "norms", "regions", "vectors"],
+    data_fields=["graph", "lipschitz", "norms", "radii", "regions", "vectors"],
     meta_fields=["mode", "rivals"],
 )
 @dataclasses.dataclass(frozen=True)
@@ -61,6 +61,8 @@ class Bound:
             activations above 1 and the root of the copies where padding copies entries; sums where
             nodes add.
         norms: one scalar per linear node but the last.
+        radii: of each of those how far its value can be from the center, but for what moves no
+            output of the activation behind.
         regions: ``regions[i]`` is what is known of node i of the graph.
         vectors: last vectors of the power iterations, to start the next from. A dict with "local"
             (per example) and "global" (shared by all), where the mode has them (`Mode.vectors`);
@@ -72,6 +74,7 @@ class Bound:
     graph: Graph
     lipschitz: jax.Array
     norms: tuple[jax.Array, ...]
+    radii: tuple[jax.Array, ...]
     regions: tuple[Region, ...]
     vectors: Any
     mode: str

@@ -73,7 +73,7 @@ class Reverse:
         graph: of the function.
         view, arithmetic: of the walk.
         regions: of the nodes, up to the one that rows begin at at least.
-        norms: of the linear nodes, in order.
+        radii: `Bound.radii` of the linear nodes, in order.
         end: the node that rows begin at.
     """
 
@@ -83,7 +83,7 @@ class Reverse:
         view: Callable,
         arithmetic: rounding.Rounding,
         regions: Sequence[Region],
-        norms: Sequence[jax.Array],
+        radii: Sequence[jax.Array],
         end: int,
     ):
         self.graph = graph
@@ -91,7 +91,7 @@ class Reverse:
         self.arithmetic = arithmetic
         self.regions = regions[: end + 1]
         self.end = end
-        self.norm_of = dict(zip(graph.linear, norms, strict=False))
+        self.radius_of = dict(zip(graph.linear, radii, strict=False))
         self.relaxations = {
             i: self._relaxed(i, node)
             for i, node in enumerate(graph.nodes[: end + 1])
@@ -116,12 +116,7 @@ class Reverse:
         while isinstance(node, Rearrange) and len(node.inputs) == 1 and node.copies == 1:
             (i,) = node.inputs
             node = self.graph.nodes[i]
-        if not isinstance(node, Linear) or i not in self.norm_of:
-            return None
-        before = self.regions[node.inputs[0]]
-        operator = self.view(node.operator, before.center)
-        slack = self.arithmetic.slack(operator, before.lower, before.upper)
-        return self.arithmetic.up(self.norm_of[i] * before.radius + self.arithmetic.norm(slack))
+        return self.radius_of.get(i)
 
     def gain(self, d: jax.Array) -> jax.Array:
         """Upper bound of ``<d, D h>``, h the value of the node `end`; NaN if anything is.

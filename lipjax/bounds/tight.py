@@ -215,7 +215,7 @@ def one_sided(
         slopes: `by` or `given`, as `OneSided` takes them.
     """
     (end,) = bound.graph.nodes[-1].inputs
-    return OneSided(bound.graph, view, arithmetic, bound.regions, bound.norms, end, **slopes)
+    return OneSided(bound.graph, view, arithmetic, bound.regions, bound.radii, end, **slopes)
 
 
 # ------------------------------------------------------------------------------ better slopes

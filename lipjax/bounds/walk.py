@@ -23,6 +23,8 @@ SMALL = 1e-30
 # norm(k, operator, like, mask_in, mask_out) -> (sigma, vector); k counts the linear nodes. Masks
 # are None for a whole norm. The walk is the same for estimates and certificates; only this differs.
 NormFunction = Callable[..., tuple[jax.Array, Any]]
+# Entries of the product of two linear maps up to which it is made.
+LARGEST_PRODUCT = 2**21
 
 
 @functools.partial(
@@ -56,12 +58,13 @@ class Found:
 
     Attributes:
         known: of each node.
-        norms: of the linear nodes.
+        norms, radii: of the linear nodes, as in `Bound`.
         vectors: last vectors of their power iterations, by kind (`Mode.vectors`).
     """
 
     known: list[Known] = dataclasses.field(default_factory=list)
     norms: list[jax.Array] = dataclasses.field(default_factory=list)
+    radii: list[jax.Array] = dataclasses.field(default_factory=list)
     vectors: dict[str, list] = dataclasses.field(
         default_factory=lambda: {"global": [], "local": []}
     )
@@ -79,8 +82,8 @@ class Walk:
         graph: its last node is Linear.
         mode: which bound.
         local_norm, global_norm: of a linear node.
-        stacked_norm: of the maps that meet at a sum, side by side; k counts `stacks`. None: there
-            the radii are added.
+        joint_norm: of two maps as one, side by side at a sum or one after the other; k counts
+            `joints`. None: there the radii are added, or the norms multiplied.
         view: ``(operator, like) -> operator``, the same map in the form that computes best.
         arithmetic: `rounding.EXACT` or `rounding.OUTWARD`.
     """
@@ -91,7 +94,7 @@ class Walk:
     global_norm: NormFunction
     view: Callable = lambda operator, like: operator
     arithmetic: rounding.Rounding = rounding.EXACT
-    stacked_norm: NormFunction | None = None
+    joint_norm: NormFunction | None = None
 
     def __call__(self, x: jax.Array, epsilon: jax.Array) -> Bound:
         """The bound of one example x on the ball of this radius."""
@@ -110,6 +113,7 @@ class Walk:
             graph=self.graph,
             lipschitz=found.known[head].lipschitz,
             norms=tuple(found.norms),
+            radii=tuple(found.radii),
             regions=tuple(known.region for known in found.known),
             vectors={name: tuple(found.vectors[name]) for name in self.mode.vectors},
             mode=self.mode.name,
@@ -179,9 +183,9 @@ class Walk:
         # Adding the constant rounds nothing that the sums of the slack do not cover.
         moved = arithmetic.norm(4 * rounding.DOUBLE * _magnitude(node, centers))
         radius = up(_sum([p.radius for p in parts]) + moved, terms + 1)
-        places = stacks(self.graph) if self.stacked_norm is not None and self.mode.local else ()
-        if i in places:
-            together = self._stacked_radius(places.index(i), node, found)
+        place = self._joint(i)
+        if place is not None:
+            together = self._stacked_radius(place, node, found)
             radius = jnp.minimum(radius, up(together + moved, terms + 1))
         whole = up(_sum([known.whole_radius for known in before]) + moved, terms + 1)
         lipschitz = before[0].lipschitz
@@ -211,7 +215,7 @@ class Walk:
         The two changes are seldom in the worst directions of both. Any t is sound; by this one it
         is never more than the radii added up, but for rounding.
         """
-        assert self.stacked_norm is not None
+        assert self.joint_norm is not None
         up = self.arithmetic.up
         maps = [behind for j in node.inputs if (behind := linear_before(self.graph, j))]
         inputs = []
@@ -235,7 +239,7 @@ class Walk:
         operator = stacked(operators, [region.center.shape for region in inputs])
         varies = jnp.concatenate([region.varies.reshape(-1) for region in inputs])
         like = jnp.zeros(varies.shape, first.dtype)
-        sigma, _ = self.stacked_norm(k, operator, like, varies, None)
+        sigma, _ = self.joint_norm(k, operator, like, varies, None)
         length = up(safe_norm(jnp.stack([first, second / t])), 2)
         # That t rounds the entries counts less than a sum of so many terms.
         sigma = up(sigma, math.prod(node.shape))
@@ -297,21 +301,62 @@ class Walk:
         if not mode.local:
             sigma = self._whole_norm(operator, region.center, found)
             whole = up(sigma * before.whole_radius + moved)
+        active = None
         if mode.masked:
-            masks = (
-                (None, None) if mode.masks_off else (region.varies, self._active_rows(behind, box))
-            )
+            active = None if mode.masks_off else self._active_rows(behind, box)
+            varies = None if mode.masks_off else region.varies
             place = len(found.norms)
-            sigma, vector = self.local_norm(place, operator, region.center, *masks)
+            sigma, vector = self.local_norm(place, operator, region.center, varies, active)
             found.vectors["local"].append(vector)
         found.norms.append(sigma)
 
         radius = up(sigma * region.radius + moved)
+        if (joint := self._joint(i)) is not None:
+            radius = jnp.minimum(radius, up(self._chained_radius(joint, i, active, found) + moved))
+        found.radii.append(radius)
         lipschitz = up(before.lipschitz * sigma)
         if behind is not None:
             return Known(box, lipschitz, whole, masked_radius=radius)
         least = jnp.minimum(radius, box.radius) if mode.local else radius
         return Known(dataclasses.replace(box, radius=least), lipschitz, whole)
+
+    def _chained_radius(self, k: int, i: int, active, found: Found) -> jax.Array:
+        """Bound of how far ``W_2 h`` can be from that of the computed h, where h is the value of
+        another linear node, by the norm of the product of the two; a scalar (METHOD 1).
+
+        Args:
+            k: among `joints`.
+            i: the second node; its norm is known.
+            active: its rows that count, or None.
+            found: so far.
+        """
+        assert self.joint_norm is not None
+        up = self.arithmetic.up
+        node = self.graph.nodes[i]
+        before = linear_before(self.graph, node.inputs[0])
+        assert before is not None and isinstance(node, Linear)
+        j, path = before
+        first = self.graph.nodes[j]
+        assert isinstance(first, Linear)
+        region = found.known[first.inputs[0]].region
+        operator, off = product(
+            functools.reduce(moved, path, first.operator),
+            node.operator,
+            region.center,
+            self.arithmetic,
+        )
+        sigma, _ = self.joint_norm(k, operator, region.center, region.varies, active)
+        # How far the center of the first, which was computed by the view, is from the exact one.
+        computed = self.view(first.operator, region.center)
+        slack = self.arithmetic.norm(self.arithmetic.slack(computed, region.lower, region.upper))
+        return up(up(sigma + off) * region.radius + up(found.norms[-1] * slack), 3)
+
+    def _joint(self, i: int) -> int | None:
+        """The place of node i among `joints`, where their norms are asked for."""
+        if self.joint_norm is None or not self.mode.local:
+            return None
+        places = joints(self.graph)
+        return places.index(i) if i in places else None
 
     def _ball_through_linear(
         self, operator: LinearOperator, before: Known, center, moved, last: bool, found: Found
@@ -327,6 +372,7 @@ class Walk:
             found.norms.append(sigma)
             lipschitz = up(before.lipschitz * sigma)
         radius = up(sigma * before.region.radius + moved)
+        found.radii.append(radius)
         return Known(ball_region(center, radius, self.arithmetic), lipschitz, radius)
 
     def _whole_norm(self, operator: LinearOperator, like: jax.Array, found: Found) -> jax.Array:
@@ -339,7 +385,7 @@ class Walk:
         row."""
         (end,) = node.inputs
         regions = [known.region for known in found.known]
-        shared = (self.graph, self.view, self.arithmetic, regions, found.norms, end)
+        shared = (self.graph, self.view, self.arithmetic, regions, found.radii, end)
         if not self.mode.one_sided:
             reach = relaxed.row_bounds(relaxed.Reverse(*shared), node)
             return reach, reach
@@ -421,6 +467,65 @@ def activation_behind(graph: Graph, i: int) -> tuple[list[Rearrange], Activation
         if not isinstance(node, Rearrange) or len(node.inputs) != 1:
             return None
         path.append(node)
+
+
+def joints(graph: Graph) -> tuple[int, ...]:
+    """Positions of the nodes where the norm of two linear maps as one is of use: `stacks`, then
+    `chains`."""
+    return stacks(graph) + chains(graph)
+
+
+def chains(graph: Graph) -> tuple[int, ...]:
+    """Positions of the Linear nodes, but the last, of another one's value, perhaps rearranged, if
+    the product is not too large a matrix."""
+    found = []
+    for i in graph.linear[:-1]:
+        before = linear_before(graph, graph.nodes[i].inputs[0])
+        if before is None:
+            continue
+        source = graph.nodes[graph.nodes[before[0]].inputs[0]]
+        if source.size * graph.nodes[i].size <= LARGEST_PRODUCT:
+            found.append(i)
+    return tuple(found)
+
+
+def joined_sizes(graph: Graph) -> list[int]:
+    """The sizes of what the maps of `joints` take."""
+
+    def source(i: int) -> int:
+        before = linear_before(graph, i)
+        assert before is not None
+        return graph.nodes[graph.nodes[before[0]].inputs[0]].size
+
+    return [sum(source(j) for j in graph.nodes[i].inputs) for i in joints(graph)]
+
+
+def product(
+    first: LinearOperator, second: LinearOperator, like: jax.Array, arithmetic
+) -> tuple[LinearOperator, jax.Array]:
+    """``W_2 W_1`` as an explicit matrix, and a bound of the norm of what its rounding changed.
+
+    Args:
+        first, second: the maps.
+        like: an input of the first.
+        arithmetic: of the bound.
+    """
+    middle = jax.eval_shape(first, like)
+
+    def composed(column):
+        return second(first(column.reshape(like.shape)))
+
+    columns = jax.vmap(composed)(jnp.eye(like.size, dtype=like.dtype))
+    shape = columns.shape[1:]
+    operator = LinearOperator.from_matrix(columns.reshape(like.size, -1).T, like.shape, shape)
+    if arithmetic is rounding.EXACT:
+        return operator, jnp.zeros((), like.dtype)
+    # Columns of the first are entries of its kernel: only the second's sums round.
+    sizes = [
+        arithmetic.up(safe_frobenius(each, x), x.size + each.kernel.size)
+        for each, x in ((first, like), (second, middle))
+    ]
+    return operator, arithmetic.up(rounding.gamma(middle.size + 16) * sizes[0] * sizes[1], 3)
 
 
 def stacks(graph: Graph) -> tuple[int, ...]:

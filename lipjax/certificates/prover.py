@@ -88,11 +88,12 @@ def certify(
         failure_probability: delta in (0, 1), of the whole call; of no meaning in tier
             "deterministic".
         mode: "global", "bcp", "paper", "local", "linear" or "rows", each at least as tight as the
-            one before ("rows": as "local"), or "tight" or "tight_rows", at least as tight as
-            "local"; what they cost says `bound`. "auto": each image by the cheapest that decides
-            it, "local", then "tight", then gradient steps, and with `seconds_per_image` at last
-            "tight_rows"; the certificate says "tight", since what "local" decides, "tight" does, or
-            "tight_rows" if that has certified an image. How many each stage has: its `stages`.
+            one before ("rows": as "local"), or "tight", at least as tight as "linear", or
+            "tight_rows", as "local"; what they cost says `bound`. "auto": each image by the
+            cheapest that decides it, "local", then "tight", then gradient steps, and with
+            `seconds_per_image` at last "tight_rows"; the certificate says "tight", since what
+            "local" decides, "tight" does, or "tight_rows" if that has certified an image. How many
+            each stage has: its `stages`.
         arithmetic: a name in `rounding.ARITHMETICS`: how the network will be executed. None: as
             this process's device executes it (`rounding.arithmetics_of`), e.g. float32 on a CPU,
             TF32 on a GPU at default precision.

@@ -105,7 +105,7 @@ def set_up(
     examined = examined_rows(examine, len(images))
     options, facts = agreed(
         graph,
-        (len(images), len(graph.linear) - 1 + len(bounds.stacks(graph)), attempts),
+        (len(images), len(graph.linear) - 1 + len(bounds.joints(graph)), attempts),
         tier=tier,
         failure_probability=failure_probability,
         mode=stages[0].mode,

@@ -43,9 +43,8 @@ class Stage:
         count = 0
         if self.name != "steps":
             of = bounds.mode_of(self.name)
-            choices = 1 if of.relaxed_margins else 0
+            choices = of.relaxed_margins + of.one_sided
             if of.one_sided:
-                choices = 1
                 # All rivals at once include a row of zeros, for the label.
                 few = min(tight.RETRIED, classes - 1)
                 again = len(tight.CHOICES) - 1

@@ -30,7 +30,7 @@ def verdict(
     global_norms,
     local_norm,
     global_norm,
-    stacked_norm=None,
+    joint_norm=None,
 ):
     """The verdict of one example, in float64, rounded outwards.
 
@@ -42,21 +42,21 @@ def verdict(
         mode: name of the bound.
         arithmetics: how each equation of the graph rounds when the network is executed.
         global_norms: upper bounds of the linear nodes' whole norms, in order.
-        local_norm, global_norm, stacked_norm: as `bounds.Walk` takes them.
+        local_norm, global_norm, joint_norm: as `bounds.Walk` takes them.
 
     Returns:
         What `facts_of` returns.
     """
-    bound = outward_walk(graph, mode, local_norm, global_norm, stacked_norm)(x, epsilon)
+    bound = outward_walk(graph, mode, local_norm, global_norm, joint_norm)(x, epsilon)
     worst = bounds.worst_logits(bound, label, rounding.OUTWARD, view)
     return judged(bound, label, worst, *allowances(bound, label, arithmetics, global_norms))
 
 
-def outward_walk(graph, mode, local_norm, global_norm, stacked_norm) -> bounds.Walk:
+def outward_walk(graph, mode, local_norm, global_norm, joint_norm) -> bounds.Walk:
     """The walk of a proof: rounded outwards. Sound iff the norm functions bound from above."""
     norms = local_norm, global_norm
     return bounds.Walk(
-        graph, bounds.mode_of(mode), *norms, view, rounding.OUTWARD, stacked_norm=stacked_norm
+        graph, bounds.mode_of(mode), *norms, view, rounding.OUTWARD, joint_norm=joint_norm
     )
 
 
@@ -181,12 +181,8 @@ def certify_batch(
         return sigma, None
 
     sizes = [math.prod(graph.nodes[node.inputs[0]].shape) for node in graph.linear_nodes[:-1]]
-    meeting = bounds.stacks(graph)
-    for i in meeting:
-        maps = [bounds.linear_before(graph, j)[0] for j in graph.nodes[i].inputs]
-        sources = [graph.nodes[j].inputs[0] for j in maps]
-        sizes.append(sum(math.prod(graph.nodes[j].shape) for j in sources))
-    first = len(sizes) - len(meeting)  # of those of maps side by side
+    first = len(sizes)  # of those of two maps as one
+    sizes += bounds.joined_sizes(graph)
 
     def norm_function(salt):
         if tier == "deterministic":
@@ -197,10 +193,10 @@ def certify_batch(
         local_norm = norm_function(jax.random.fold_in(local_key, index))
         global_norm = norm_function(global_key)
 
-        def stacked_norm(k, *arguments):
+        def joint_norm(k, *arguments):
             return local_norm(first + k, *arguments)
 
-        bound = outward_walk(graph, mode, local_norm, global_norm, stacked_norm)(x, epsilon)
+        bound = outward_walk(graph, mode, local_norm, global_norm, joint_norm)(x, epsilon)
         worst = bounds.worst_logits(bound, label, rounding.OUTWARD, view)
         facts = judged(bound, label, worst, *allowances(bound, label, arithmetics, global_norms))
         if not keep:

@@ -284,7 +284,7 @@ def check(
     delta = header["failure_probability"] or DETERMINISTIC_FILE_DELTA
     delta = min(max(delta, SMALLEST_DELTA), LARGEST_DELTA)
     network = Network(nodes, [], header["arithmetic"])
-    bounded = len(affine) + len(network.meeting)
+    bounded = len(affine) + len(network.meeting) + len(network.chained)
     linear, rows = header["mode"] in ("linear", "rows"), ROWS.get(header["mode"], ())
     kept = _slopes_by_row(header, arrays) if header["mode"].startswith("tight") else None
     # Walks of a row, the cheaper first: most of a file of mode "auto" needs no smaller boxes.

@@ -30,6 +30,8 @@ ARITHMETICS = {
     "bfloat16_products": (2.0**-8, 2.0**-22, 2.0**-24, 2.0**-125, 2.0**127),
     "bfloat16": (2.0**-8, 2.0**-22, 2.0**-8, 2.0**-125, 2.0**127),
 }
+# Entries of the product of two matrices up to which it is made.
+LARGEST_PRODUCT = 2**21
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +58,22 @@ class Network:
             and len(node.inputs) == 2
             and all(self.affine_before(taken) for taken in node.inputs)
         )
+
+    @functools.cached_property
+    def chained(self) -> frozenset[int]:
+        """The numbers of the affine layers' values, but the last, whose layer takes another one's
+        value, where the product of the two is not too large."""
+        found = set()
+        for number, node in enumerate(self.nodes[:-1], 1):
+            if not isinstance(node.step, Affine) or not (
+                before := self.affine_before(node.inputs[0])
+            ):
+                continue
+            first = self.nodes[before[0] - 1].step
+            assert isinstance(first, Affine)
+            if first.matrix.shape[1] * node.step.matrix.shape[0] <= LARGEST_PRODUCT:
+                found.add(number)
+        return frozenset(found)
 
     def affine_before(self, number: int) -> tuple[int, list[Move]] | None:
         """The number of the affine layer's value that this one is or moves, each entry to at most
@@ -272,6 +290,9 @@ def walk(
                 upper = min(upper, whole[1])
             walked.norms.append((lower, upper))
             radius = up(up(upper * before.radius) + up_norm(slack[rows]))
+            if number in network.chained:
+                chained = _chained(network, node, walked, norms, rows, upper)
+                radius = min(radius, up(chained + up_norm(slack[rows])))
             if number in network.followers:
                 walked.kept[number], radius = radius, math.inf
         half_diagonal = up_norm(known.offset()[known.varies])
@@ -309,6 +330,33 @@ def _side_by_side(network: Network, number: int, walked: Walk, norms: Norms) -> 
     length = up_norm(np.array([first, second / scale]))
     upper = up(upper, matrices[0].shape[0])  # also what the factor has rounded off the entries
     return float(up(up(upper * length) + sum(up_norm(walked.slack[taken]) for taken in numbers)))
+
+
+def _chained(network: Network, node: Node, walked: Walk, norms: Norms, rows, norm: float) -> float:
+    """The radius of an affine layer's value whose layer takes another one's, but for its own slack,
+    by the norm of the product of the two matrices.
+
+    Args:
+        rows: that count.
+        norm: of the layer itself, without what does not count.
+    """
+    found = network.affine_before(node.inputs[0])
+    assert found is not None and isinstance(node.step, Affine)
+    number, path = found
+    layer = network.nodes[number - 1].step
+    assert isinstance(layer, Affine)
+    known = walked.values[network.nodes[number - 1].inputs[0]]
+    inner = layer.matrix[:, known.varies]
+    for step in reversed(path):
+        inner = step.rows(inner)
+    # The rest of what the layer takes is in its slack.
+    inside = walked.values[node.inputs[0]].varies
+    outer = node.step.matrix[rows][:, inside]
+    inner = inner[inside]
+    rounded = 2 * gamma(outer.shape[1] + 8) * up(up_norm(outer.data) * up_norm(inner.data))
+    _, upper = norms(outer @ inner)
+    radius = up(up(upper + rounded) * known.radius)
+    return float(up(radius + up(norm * up_norm(walked.slack[number]))))
 
 
 def _place(network: Network, number: int) -> int:
@@ -379,7 +427,10 @@ def _margin(
 
 
 def _rules(tight: Tight | None, walked: Walk, rivals: np.ndarray):
-    """Rules for slopes, one after the other, and the rivals that each is for."""
+    """Rules for slopes, one after the other, and the rivals that each is for.
+
+    The last is None, errors of both signs: what it says is seldom needed.
+    """
     if tight is None:
         return
     for rule in onesided.RULES:
@@ -389,6 +440,7 @@ def _rules(tight: Tight | None, walked: Walk, rivals: np.ndarray):
         if sum(sizes) == len(given):  # else they are of something else, and prove nothing
             parts = np.split(given, np.cumsum(sizes)[:-1])
             yield onesided.from_file(parts), rivals == rival
+    yield None, np.ones(len(rivals), bool)
 
 
 def transform(
