@@ -149,11 +149,16 @@ def main(options: flags.FlagValues) -> None:
                 say(f"SIGTERM: saved after step {position.step}; the same command continues there")
                 return
             seconds = time.monotonic() - started
-            found = evaluate_and_select(parts, position, splits.validation, checkpoints)
-            record(parts, position, recorders, found, seconds)
+            found = {}
+            if evaluation_is_due(config, position.epoch):
+                with progress.once("evaluation"):
+                    found = evaluate_and_select(parts, position, splits.validation, checkpoints)
+            with progress.once("record"):
+                record(parts, position, recorders, found, seconds)
             position.sums = dict.fromkeys(training.METRICS, 0.0)
             if position.epoch % config.checkpoints.every == 0 or position.epoch == last_epoch:
-                save(parts, position, checkpoints)
+                with progress.once("checkpoint"):
+                    save(parts, position, checkpoints)
         checkpoints.wait()
     conclude(parts, position, workdir, time.monotonic() - began)
 
@@ -381,14 +386,14 @@ def train_epoch(parts, position, steps, feed, checkpoints, preemption, progress)
     return True
 
 
+def evaluation_is_due(config, epoch: int) -> bool:
+    """Whether the validation split is looked at after this epoch."""
+    return epoch % config.evaluation.every == 0 or epoch == config.schedule.epochs
+
+
 def evaluate_and_select(parts, position, validation: sets.Dataset, checkpoints) -> dict[str, float]:
-    """Figures of the validation split, {} where no evaluation is due; saves the parameters if they
-    are the best so far."""
-    config = parts.config
-    last = position.epoch == config.schedule.epochs
-    if position.epoch % config.evaluation.every and not last:
-        return {}
-    found = training.evaluate(position.state.network, validation, config, parts.mesh)
+    """Figures of the validation split; saves the parameters if they are the best so far."""
+    found = training.evaluate(position.state.network, validation, parts.config, parts.mesh)
     reached = score(found)
     if reached > float(position.state.best):
         best = feeding.put(np.asarray(reached, np.float32), parts.mesh, PartitionSpec())
