@@ -116,6 +116,7 @@ def radii(run, columns) -> Element:
         f"Histogram of {len(positive)} positive certified radii, the largest {shown}; {none} "
         "images have none."
     )
+    shows = ", as the attacks below show" if attacked(columns) else ""
     above = int(np.sum(found >= epsilon) if epsilon else len(positive))
     below = int(np.sum(positive < epsilon))
     return section(
@@ -136,7 +137,7 @@ def radii(run, columns) -> Element:
         ),
         note(
             f"Each radius is proved ({proof_of(run)}, seed {run['seed']}, {bound_of(run)}); the "
-            "true one may be larger, as the attacks below show."
+            f"true one may be larger{shows}."
         ),
     )
 
