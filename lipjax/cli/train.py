@@ -153,8 +153,7 @@ def main(options: flags.FlagValues) -> None:
             if evaluation_is_due(config, position.epoch):
                 with progress.once("evaluation"):
                     found = evaluate_and_select(parts, position, splits.validation, checkpoints)
-            with progress.once("record"):
-                record(parts, position, recorders, found, seconds)
+            record(parts, position, recorders, found, seconds, progress)
             position.sums = dict.fromkeys(training.METRICS, 0.0)
             if position.epoch % config.checkpoints.every == 0 or position.epoch == last_epoch:
                 with progress.once("checkpoint"):
@@ -422,22 +421,25 @@ def open_recorders(workdir, parts, position, tensorboard: bool, stack) -> Record
     return Recorders(metrics, curves, board)
 
 
-def record(parts, position, recorders: Recorders | None, found: dict, seconds: float) -> None:
+def record(parts, position, recorders, found: dict, seconds: float, progress: Progress) -> None:
     """Writes the line of an epoch: means of its steps, and what its evaluation found."""
     if recorders is None:
         return
-    line = recorders.metrics.write(
-        step=position.step,
-        epoch=position.epoch,
-        tier="estimate",
-        seed=parts.config.seed,
-        validation_epsilon=parts.config.epsilon.test,
-        **{name: value / parts.steps_per_epoch for name, value in position.sums.items()},
-        learning_rate=parts.rate(position.step - 1),
-        **found,
-        seconds=round(seconds, 3),
-    )
-    recorders.curves.refresh()
+    with progress.once("line"):
+        line = recorders.metrics.write(
+            step=position.step,
+            epoch=position.epoch,
+            tier="estimate",
+            seed=parts.config.seed,
+            validation_epsilon=parts.config.epsilon.test,
+            **{name: value / parts.steps_per_epoch for name, value in position.sums.items()},
+            learning_rate=parts.rate(position.step - 1),
+            **found,
+            seconds=round(seconds, 3),
+        )
+    if recorders.curves.due:
+        with progress.once("curves"):
+            recorders.curves.refresh()
     if recorders.board:
         recorders.board.write(line)
 

@@ -95,9 +95,14 @@ class Curves:
         if kind is None or issubclass(kind, Exception):
             self._draw()
 
+    @property
+    def due(self) -> bool:
+        """Whether a drawing fits into the share of the time."""
+        return self._spent + self._last <= self.share * (time.monotonic() - self._began)
+
     def refresh(self) -> None:
-        """Draws, if that fits into the share of the time."""
-        if self._spent + self._last <= self.share * (time.monotonic() - self._began):
+        """Draws, if that is due."""
+        if self.due:
             self._draw()
 
     def _draw(self):
