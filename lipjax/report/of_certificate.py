@@ -65,14 +65,7 @@ def write(
             f"a page is made of what lipjax.certify or certified_radius returns, got a "
             f"{type(certificate).__name__}."
         )
-    of_radii = isinstance(certificate, CertifiedRadius)
-    if of_radii != (epsilon is not None) or (of_radii and not 0 < epsilon < np.inf):
-        raise ValueError(
-            f"a page of radii needs epsilon > 0, at which to show them, and that of a certificate "
-            f"has its own: got {epsilon} for a {type(certificate).__name__}."
-        )
-    if not of_radii:
-        epsilon = certificate.epsilon
+    at = _epsilon(certificate, epsilon)
     about = dict(data or {})
     known = {"data": about.pop("name", None), "split": about.pop("split", "given"), "title": title}
     if about:
@@ -82,11 +75,23 @@ def write(
 
     # Opened before the work: a folder that cannot be written to is known at once.
     with replaced(Path(path)) as file:
-        columns = _columns(certificate, labels, indices, epsilon)
-        known["epsilon"] = epsilon
+        columns = _columns(certificate, labels, indices, at)
+        known["epsilon"] = at
         summary = _summary(certificate, network, images, columns, known)
         text = page.page(summary, columns, _examples(certificate, images, columns))
         file.write(text.encode("utf-8", "replace"))
+
+
+def _epsilon(certificate: Certificate | CertifiedRadius, given: float | None) -> float:
+    """The epsilon that the page is about; errors as of `write`."""
+    if isinstance(certificate, Certificate) and given is None:
+        return certificate.epsilon
+    if isinstance(certificate, CertifiedRadius) and given is not None and 0 < given < np.inf:
+        return float(given)
+    raise ValueError(
+        "a page of radii needs epsilon > 0, at which to show them, and that of a certificate has "
+        f"its own: got {given} for a {type(certificate).__name__}."
+    )
 
 
 def _columns(certificate, labels, indices, epsilon) -> dict[str, np.ndarray]:
