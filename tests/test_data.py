@@ -4,6 +4,7 @@ what is refused."""
 import gzip
 import importlib.util
 import io
+import os
 import pickle
 import struct
 import subprocess
@@ -178,6 +179,9 @@ IMAGES, LABELS = np.full((10, 4, 4), 255, np.uint8), np.arange(10)
         (IMAGES, LABELS[:5], "do not fit 5 labels"),
         (IMAGES, LABELS * 0, "only one class"),
         (IMAGES[:, 0, 0], LABELS, r"images of shape \(10,\); expected \(N, height"),
+        (IMAGES[:0], LABELS[:0], "there are no images"),
+        (IMAGES > 1, LABELS, r"got bool\. Of black and white: images\.astype"),
+        (IMAGES, LABELS.astype("m8[s]"), r"integers from 0 on, got timedelta64\[s\]"),
     ],
 )
 def test_images_and_labels_that_make_no_sense_are_refused(tmp_path, images, labels, message):
@@ -245,6 +249,9 @@ def test_files_that_are_missing_damaged_or_do_not_fit_together_are_named(tmp_pat
     with pytest.raises(
         DataError, match=r"must hold images and labels \(or x and y\); it holds pictures, labels"
     ):
+        sets.load(f"npz:{cut},{ten}")
+    np.savez(cut, images=IMAGES, labels=LABELS, x=IMAGES // 2, y=LABELS)
+    with pytest.raises(DataError, match="holds images and labels, and x and y too"):
         sets.load(f"npz:{cut},{ten}")
     write_npz(cut, np.full((10, 5, 4), 255, np.uint8), LABELS)
     with pytest.raises(DataError, match=r"\(4, 4, 1\) differ from test images \(5, 4, 1\)"):
@@ -456,6 +463,10 @@ def test_links_to_images_and_to_folders_are_followed(tree, tmp_path):
         with pytest.raises(DataError, match=rf"{place} is a link to nothing"):
             sets.load(f"folder:{tree}")
         link.unlink()
+    os.mkfifo(tree / "train" / "eel" / "pipe.png")
+    with pytest.raises(DataError, match=r"eel/pipe\.png is called as an image is, and is no file"):
+        sets.load(f"folder:{tree}")
+    os.remove(tree / "train" / "eel" / "pipe.png")
     (tree / "train" / "eel" / "up").symlink_to(tree / "train" / "eel")
     with pytest.raises(DataError, match=r"train/eel/up is .*/train/eel once more, by a link"):
         sets.load(f"folder:{tree}")

@@ -160,6 +160,35 @@ def test_no_more_is_kept_than_the_limit_the_newest_programs_of_all(monkeypatch, 
     assert sorted(path.name for path in folder.iterdir()) == ["2-cache", "3-cache"]
 
 
+def test_a_bound_by_itself_is_one_program_and_another_network_of_its_kind_compiles_nothing():
+    names = []
+
+    def listen(event, seconds, fun_name="", **_):
+        if event == "/jax/core/compile/backend_compile_duration":
+            names.append(fun_name)
+
+    def net(seed):
+        kernel = np.random.default_rng(seed).normal(size=(3, 3)).astype(np.float32)
+        return lambda x: kernel[:2] @ jax.nn.relu(kernel @ x)
+
+    x = np.ones(3, np.float32)
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        for of in (lipjax.bound, lipjax.local_lipschitz):
+            first = float(of(net(0), x, 0.5).lipschitz)
+            assert sum("_walked" in name for name in names) == 1 and len(names) < 8, names
+            names.clear()
+            assert float(of(net(1), x, 0.25).lipschitz) != first
+            assert names == []
+            # Within another program it is a part of that, and the same.
+            inside = jax.jit(jax.vmap(lambda x, of=of: of(net(0), x, 0.5).lipschitz))(x[None])
+            np.testing.assert_allclose(inside[0], first, rtol=1e-5)
+            assert "_walked" not in "".join(names)
+            names.clear()
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+
+
 # ------------------------------------------------------------------------ before anything is loaded
 
 

@@ -45,6 +45,11 @@ NOT_IMPORTED = {
     ),
 }
 
+# Where people look for it.
+FOLDERS = ("docs", "notebooks", "configs", "lipjax", "benchmarks", "requirements")
+# What a repository of lipjax may be at; not those of others, which the documents cite.
+ADDRESS = re.compile(r"https?://[\w.-]+(?:/[\w.-]+)*/lipjax\b")
+
 
 def python(*arguments, **options):
     done = subprocess.run(
@@ -56,7 +61,8 @@ def python(*arguments, **options):
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
-    """Built from a copy of the sources, without network and without isolation."""
+    """Built from a copy of the sources, by way of a source distribution, without network and
+    without isolation; beside it the wheel itself."""
     tree, out = tmp_path_factory.mktemp("tree"), tmp_path_factory.mktemp("wheel")
     shutil.copytree(ROOT / "lipjax", tree / "lipjax", ignore=shutil.ignore_patterns("__pycache__"))
     # These must not be taken for packages.
@@ -65,10 +71,15 @@ def wheel(tmp_path_factory):
     for path in ROOT.iterdir():
         if path.is_file():
             shutil.copy(path, tree / path.name)
-    python(
-        "-c", f"import setuptools.build_meta as build\nbuild.build_wheel({str(out)!r})", cwd=tree
-    )
+    # As `python -m build` does: the wheel is made of the source distribution, not of the checkout.
+    build = "import setuptools.build_meta as build\nbuild.build_{}({!r})"
+    python("-c", build.format("sdist", str(out)), cwd=tree)
     (path,) = out.iterdir()
+    assert path.name == f"lipjax-{lipjax.__version__}.tar.gz"
+    shutil.unpack_archive(path, out, filter="data")
+    unpacked = out / path.name.removesuffix(".tar.gz")
+    python("-c", build.format("wheel", str(out)), cwd=unpacked)
+    (path,) = out.glob("*.whl")
     with zipfile.ZipFile(path) as archive:
         archive.extractall(out / "installed")
     return out / "installed"
@@ -165,6 +176,72 @@ def test_the_wheel_is_imported_with_nothing_but_jax_and_flax(wheel, tmp_path):
     assert Path(file) == wheel / "lipjax" / "__init__.py" and version == lipjax.__version__
     assert set(more) <= {"lipjax", "safetensors"}
     assert not set(loaded) & NOT_IMPORTED
+
+
+def test_the_wheel_is_installed_in_a_bare_environment_with_its_command(wheel, tmp_path):
+    """Its requirements are those of this interpreter: nothing is downloaded."""
+    environment = tmp_path / "env"
+    python("-m", "venv", "--without-pip", str(environment))
+    (packages,) = environment.glob("lib/python*/site-packages")
+    # Behind its own, so that lipjax is the wheel's and the rest is found.
+    (packages / "others.pth").write_text(f"{Path(yaml.__file__).parents[1]}\n")
+    (path,) = wheel.parent.glob("*.whl")
+    options = ["--no-deps", "--no-index", "--quiet", "--no-compile", str(path)]
+    interpreter = str(environment / "bin" / "python")
+    python("-m", "pip", "--python", interpreter, "--disable-pip-version-check", "install", *options)
+
+    def run(*command):
+        clean = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+        done = subprocess.run(command, cwd=tmp_path, env=clean, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    assert run(interpreter, "-c", "import lipjax; print(lipjax.__file__)").strip() == str(
+        packages / "lipjax" / "__init__.py"
+    )
+    assert "digits-maxmin" in run(str(environment / "bin" / "lipjax"), "models")
+
+
+def test_the_only_address_of_the_repository_is_that_of_the_project():
+    """A placeholder, as long as there is none: nobody can have it (RFC 2606)."""
+    urls = PROJECT["project"]["urls"]
+    assert list(urls) == ["Repository"]
+    (address,) = urls.values()
+    files = [
+        *(path for path in ROOT.iterdir() if path.is_file()),
+        *(path for name in FOLDERS for path in (ROOT / name).rglob("*") if path.is_file()),
+    ]
+    texts = {
+        path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8")
+        for path in files
+        if path.suffix in (".py", ".md", ".toml", ".cff", ".yml", ".ipynb", ".txt", "")
+    }
+    found = {name: set(ADDRESS.findall(text)) for name, text in texts.items()}
+    found = {name: addresses for name, addresses in found.items() if addresses}
+    assert found == {
+        name: {address}
+        for name in ("pyproject.toml", "notebooks/digits.ipynb", "notebooks/larger_set.ipynb")
+    }
+    # No line installs what somebody may have put under this name on an index.
+    installs = re.compile(r"pip install [^\n`#]*(?<![\w./\"-])lipjax(?![\w/])")
+    assert not [name for name, text in texts.items() if installs.search(text)]
+
+
+def test_tags_are_versions_of_the_changelog():
+    if not (ROOT / ".git").exists() or not shutil.which("git"):
+        pytest.skip("no git checkout")
+    listing = ["git", "tag", "--list", "v*", "--format=%(refname:short) %(objectname)"]
+    tags = subprocess.run(listing, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    names = [line.split()[0] for line in tags.splitlines()]
+    text = (ROOT / "CHANGELOG.md").read_text()
+    assert [name for name in names if f"## [{name.removeprefix('v')}] - " not in text] == []
+    assert all(Version(name) <= Version(lipjax.__version__) for name in names)
+
+
+def test_the_policy_says_what_a_broken_certificate_is_and_how_to_report_it():
+    text = (ROOT / "SECURITY.md").read_text()
+    assert "## What is a broken certificate" in text and "## How to report" in text
+    assert "(CONTRIBUTING.md)" in text
 
 
 def test_the_changelog_says_what_this_version_brought():

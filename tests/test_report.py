@@ -9,6 +9,7 @@ import re
 import shutil
 import struct
 import subprocess
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +21,8 @@ from PIL import Image
 
 import lipjax
 from lipjax import report, trace
+from lipjax.certificates.results import StageRun
+from lipjax.cli import certify
 from lipjax.report import ReportError, charts
 from lipjax.training import metrics as reporting
 
@@ -563,6 +566,67 @@ def test_the_page_of_a_certificate_alone_leaves_out_what_needs_network_images_or
     assert "<img" not in (tmp_path / "page.html").read_text()
 
 
+def radii_in_memory():
+    """The radii of the images of `in_memory`."""
+    certificate, network, images, labels = in_memory()
+    fields = vars(certificate).copy()
+    for name in ("certified", "constant", "stable", "epsilon", "slopes_of", "slopes", "stages"):
+        del fields[name]
+    radius = np.array([0.5, 0.25, 0.125, 0.0, 0.375, 0.0])
+    return lipjax.CertifiedRadius(radius=radius, **fields), network, images, labels
+
+
+def test_a_page_of_radii_says_what_is_certified_at_an_epsilon_and_nothing_of_other_balls(tmp_path):
+    found, network, images, labels = radii_in_memory()
+    path = tmp_path / "page.html"
+    for number, certified in ((0.25, 3), (0.5, 1), (1e-9, 4), (0.6, 0)):
+        found.report(path, network, images, labels, epsilon=number)
+        page = Page(path.read_text())
+        assert page.numbers["verdicts.proved"][0] == certified
+        assert page.numbers["modes.local.certified_accuracy"][0] == certified / 6
+        assert page.numbers["radii.none"][0] == 2 and page.numbers["radii.largest"][0] == 0.5
+        assert not [key for key in page.numbers if "lipschitz" in key or "_share" in key]
+        radii = sorted(v for key, (v, _) in page.numbers.items() if key.endswith(".radius"))
+        assert radii == sorted(found.radius)
+        assert "no attack was run" in page.text and "attacks below" not in page.text
+    found.report(path, epsilon=0.25)  # without what was certified
+    for of, given in ((found, {}), (found, {"epsilon": 0.0}), (in_memory()[0], {"epsilon": 0.25})):
+        with pytest.raises(ValueError, match="needs epsilon > 0"):
+            of.report(path, network, images, labels, **given)
+
+
+def test_what_each_stage_came_to_is_on_the_page(tmp_path):
+    def run(name, passes, tried, certified, seconds):
+        return StageRun(
+            name=name,
+            passes=passes,
+            images=np.arange(tried),
+            certified=np.arange(certified),
+            seconds=seconds,
+        )
+
+    stages = (run("local", 3, 6, 2, 0.5), run("tight", 12, 4, 1, 1.25))
+    certificate, *given = in_memory(stages=stages, mode="auto")
+    certificate.report(tmp_path / "page.html", *given)
+    page = Page((tmp_path / "page.html").read_text())
+    found = {key: v for key, (v, _) in page.numbers.items() if ".stages." in key}
+    wanted = {
+        f"modes.auto.stages.{i}.{name}": value
+        for i, stage in enumerate(stages)
+        for name, value in stage.counted().items()
+        if name != "name"
+    }
+    assert found == wanted and found["modes.auto.stages.1.images"] == 4
+    assert "Stage by stage: “auto”" in page.text and "tight" in page.text
+    # summary.json has them by the same names.
+    verdicts = SimpleNamespace(
+        certificates={"auto": certificate},
+        examined={"auto": certificate.correct},
+        certified={"auto": certificate.certified},
+    )
+    assert certify.figures_of_mode(verdicts, "auto")["stages"] == [s.counted() for s in stages]
+
+
 def test_a_page_of_another_network_images_or_labels_is_refused_and_the_old_one_stays(tmp_path):
     certificate, network, images, labels = in_memory()
     deeper = nnx.Sequential(*network.layers, lipjax.ReLU())
@@ -576,7 +640,7 @@ def test_a_page_of_another_network_images_or_labels_is_refused_and_the_old_one_s
     ):
         with pytest.raises(ValueError, match=said):
             certificate.report(tmp_path / "page.html", *given)
-    with pytest.raises(TypeError, match=r"lipjax\.certify returns, got a dict"):
+    with pytest.raises(TypeError, match=r"certified_radius returns, got a dict"):
         report.write(tmp_path / "page.html", {})
     assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("page.html", "old")]
     # A folder that is not there is known before anything is traced.

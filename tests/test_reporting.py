@@ -102,6 +102,23 @@ def test_progress_in_a_log_is_a_quiet_line_with_an_honest_time_left(monkeypatch)
         assert log.getvalue().splitlines()[1] == "training: 100 %, 0 s left; loss 0.1"
 
 
+def test_what_is_compiled_once_does_not_count_in_the_time_left(monkeypatch):
+    """The first evaluation, which compiles, takes as long here as 50 steps, later ones as one."""
+    clock, log = Clock(), io.StringIO()
+    monkeypatch.setattr(reporting, "time", clock)
+    with Progress(100, "training", stream=log, quiet_seconds=1) as progress:
+        progress.update(1)
+        for done, seconds in ((2, 50), (3, 1)):
+            clock.now += 1
+            progress.update(done)
+            with progress.once("evaluation"):
+                clock.now += seconds
+        # 96 steps by 3 s and one evaluation for 3 steps, the first evaluation left out.
+        clock.now += 1
+        progress.update(4)
+    assert log.getvalue().splitlines()[-1] == "training: 4 %, 2 min 8 s left"
+
+
 def test_progress_on_a_terminal_is_a_bar():
     class Terminal(io.StringIO):
         def isatty(self):

@@ -6,11 +6,12 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 
-from lipjax.bounds.modes import mode_of
+from lipjax.bounds.modes import Mode, mode_of
 from lipjax.bounds.regions import Bound, check_epsilon
 from lipjax.bounds.walk import Walk
 from lipjax.graph import Graph, trace
 from lipjax.norms import power
+from lipjax.runtime import kept
 
 # Types that products of power iterations can be in.
 PRODUCTS = ("float32", "bfloat16")
@@ -145,7 +146,6 @@ def bound(
         raise ValueError(
             f"iterations must be >= 0, got {iterations} and {shared_iterations} shared ones."
         )
-    counts = {"local": iterations, "global": shared_iterations}
     x = jnp.asarray(x)
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise TypeError(f"x must be floating, with pixels in [0, 1], got {x.dtype}.")
@@ -155,6 +155,34 @@ def bound(
     if rivals is not None and rivals < 1:
         raise ValueError(f"rivals must be at least 1, or None for all, got {rivals}.")
 
+    found = _bound(
+        graph_of(f, x),
+        x,
+        epsilon,
+        vectors,
+        key,
+        mode=chosen,
+        products=products,
+        iterations=iterations,
+        shared_iterations=shared_iterations,
+    )
+    return dataclasses.replace(found, rivals=rivals)
+
+
+def _walked(
+    graph: Graph,
+    x: jax.Array,
+    epsilon,
+    vectors,
+    key,
+    *,
+    mode: Mode,
+    products: str,
+    iterations: int,
+    shared_iterations: int,
+) -> Bound:
+    """The bound, given the arguments of `bound`."""
+    counts = {"local": iterations, "global": shared_iterations}
     trainable = key is not None or vectors is not None
 
     def start_of(name: str, k: int, like):
@@ -174,5 +202,7 @@ def bound(
 
         return norm
 
-    walk = Walk(graph_of(f, x), chosen, norm_function("local"), norm_function("global"))
-    return dataclasses.replace(walk(x, epsilon), rivals=rivals)
+    return Walk(graph, mode, norm_function("local"), norm_function("global"))(x, epsilon)
+
+
+_bound = kept.by_itself(_walked, "mode", "products", "iterations", "shared_iterations")

@@ -11,11 +11,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lipjax.bounds.modes import mode_of
+from lipjax.bounds.modes import Mode, mode_of
 from lipjax.bounds.regions import check_epsilon
 from lipjax.bounds.two_points import TwoPointWalk
 from lipjax.graph import Graph, trace
 from lipjax.norms import power
+from lipjax.runtime import kept
 
 OUTPUT_NORMS = ("l2", "linf")
 LIPSCHITZ_MODES = ("local", "linear", "rows")
@@ -109,18 +110,29 @@ def local_lipschitz(
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise TypeError(f"x must be floating, got {x.dtype}.")
 
+    graph = vector_graph(f, x)
+    found = _found(graph, x, epsilon, box, key, mode=mode_of(mode), iterations=iterations)
+    lipschitz = found[output_norm]
+    return LipschitzEstimate(
+        lipschitz, found["per_output"], found["lower"], found["upper"], output_norm, mode
+    )
+
+
+def _walked(graph: Graph, x: jax.Array, epsilon, box, key, *, mode: Mode, iterations: int):
+    """The arrays of a `LipschitzEstimate` by both output norms, given the arguments of
+    `local_lipschitz`."""
+
     def norm(k, operator, like, mask_in, mask_out):
         start_key = jax.random.fold_in(jax.random.key(0) if key is None else key, k)
         start = jax.random.normal(start_key, like.shape, like.dtype)
         sigma, _ = power.power_iteration(operator, start, iterations, mask_in, mask_out)
         return _not_trained_with(sigma) if key is None else sigma
 
-    walk = TwoPointWalk(vector_graph(f, x), mode_of(mode), norm)
-    found = walk(x, epsilon, box)
-    lipschitz = found[output_norm]
-    return LipschitzEstimate(
-        lipschitz, found["per_output"], found["lower"], found["upper"], output_norm, mode
-    )
+    found = TwoPointWalk(graph, mode, norm)(x, epsilon, box)
+    return {name: found[name] for name in (*OUTPUT_NORMS, "per_output", "lower", "upper")}
+
+
+_found = kept.by_itself(_walked, "mode", "iterations")
 
 
 @jax.custom_jvp

@@ -36,15 +36,12 @@ def watched(watcher: Callable[[int, int], None]) -> Iterator[None]:
 def compiled(function, *static: str, optimize: bool = True):
     """`function` under `jit`; once compiled it is kept on disk (`lipjax.runtime.kept`).
 
-    On CPU, LLVM's optimizer takes most of the time and gains little if there is little work; and
-    XLA's older way to emit fused loops, which is gone from jaxlib 0.11 on, takes half as long.
+    On CPU, LLVM's optimizer takes most of the time and gains little if there is little work.
     """
-    options: dict[str, Any] = {}
-    if jax.default_backend() == "cpu":
-        options["xla_backend_optimization_level"] = 1 if optimize else 0
-        if not optimize and jax.lib.__version__.startswith("0.10."):
-            options["xla_cpu_use_fusion_emitters"] = False
-    program = jax.jit(function, static_argnames=static, compiler_options=options or None)
+    options: dict[str, Any] | None = kept.quick_to_compile(level=0)
+    if optimize and options:
+        options = {"xla_backend_optimization_level": 1}
+    program = jax.jit(function, static_argnames=static, compiler_options=options)
 
     @functools.wraps(function)
     def run(*arguments, **fixed):

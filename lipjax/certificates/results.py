@@ -94,6 +94,16 @@ class StageRun:
     certified: np.ndarray
     seconds: float
 
+    def counted(self) -> dict[str, Any]:
+        """Its fields as plain numbers: how many images, in the place of their positions."""
+        return {
+            "name": self.name,
+            "passes": self.passes,
+            "images": len(self.images),
+            "certified": len(self.certified),
+            "seconds": self.seconds,
+        }
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Certificate(_Verdicts):
@@ -205,6 +215,13 @@ class CertifiedRadius(_Verdicts):
     def __repr__(self) -> str:
         some = self.radius[self.radius > 0]
         return self._shown(f"{len(some)} with a certified radius, median {_median(some)}")
+
+    def report(self, path, network=None, images=None, labels=None, **about: Any) -> None:
+        """Writes the radii as a page for people, as `lipjax.report.write`, at an `epsilon` that is
+        named: what has a radius of at least that is certified there."""
+        from lipjax import report  # as in `Certificate`
+
+        report.write(path, self, network, images, labels, **about)
 
     @property
     def epsilon(self) -> np.ndarray:

@@ -778,6 +778,7 @@ def figures_of_mode(verdicts: Verdicts, mode: str) -> dict[str, Any]:
         "median_lipschitz": float(np.median(certificate.lipschitz[rows])),
         "constant_share": np.mean(certificate.constant[rows], axis=0).tolist(),
         "stable_share": np.mean(certificate.stable[rows], axis=0).tolist(),
+        "stages": [run.counted() for run in certificate.stages],
     }
 
 

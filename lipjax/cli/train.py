@@ -149,11 +149,15 @@ def main(options: flags.FlagValues) -> None:
                 say(f"SIGTERM: saved after step {position.step}; the same command continues there")
                 return
             seconds = time.monotonic() - started
-            found = evaluate_and_select(parts, position, splits.validation, checkpoints)
-            record(parts, position, recorders, found, seconds)
+            found = {}
+            if evaluation_is_due(config, position.epoch):
+                with progress.once("evaluation"):
+                    found = evaluate_and_select(parts, position, splits.validation, checkpoints)
+            record(parts, position, recorders, found, seconds, progress)
             position.sums = dict.fromkeys(training.METRICS, 0.0)
             if position.epoch % config.checkpoints.every == 0 or position.epoch == last_epoch:
-                save(parts, position, checkpoints)
+                with progress.once("checkpoint"):
+                    save(parts, position, checkpoints)
         checkpoints.wait()
     conclude(parts, position, workdir, time.monotonic() - began)
 
@@ -381,14 +385,14 @@ def train_epoch(parts, position, steps, feed, checkpoints, preemption, progress)
     return True
 
 
+def evaluation_is_due(config, epoch: int) -> bool:
+    """Whether the validation split is looked at after this epoch."""
+    return epoch % config.evaluation.every == 0 or epoch == config.schedule.epochs
+
+
 def evaluate_and_select(parts, position, validation: sets.Dataset, checkpoints) -> dict[str, float]:
-    """Figures of the validation split, {} where no evaluation is due; saves the parameters if they
-    are the best so far."""
-    config = parts.config
-    last = position.epoch == config.schedule.epochs
-    if position.epoch % config.evaluation.every and not last:
-        return {}
-    found = training.evaluate(position.state.network, validation, config, parts.mesh)
+    """Figures of the validation split; saves the parameters if they are the best so far."""
+    found = training.evaluate(position.state.network, validation, parts.config, parts.mesh)
     reached = score(found)
     if reached > float(position.state.best):
         best = feeding.put(np.asarray(reached, np.float32), parts.mesh, PartitionSpec())
@@ -417,22 +421,25 @@ def open_recorders(workdir, parts, position, tensorboard: bool, stack) -> Record
     return Recorders(metrics, curves, board)
 
 
-def record(parts, position, recorders: Recorders | None, found: dict, seconds: float) -> None:
+def record(parts, position, recorders, found: dict, seconds: float, progress: Progress) -> None:
     """Writes the line of an epoch: means of its steps, and what its evaluation found."""
     if recorders is None:
         return
-    line = recorders.metrics.write(
-        step=position.step,
-        epoch=position.epoch,
-        tier="estimate",
-        seed=parts.config.seed,
-        validation_epsilon=parts.config.epsilon.test,
-        **{name: value / parts.steps_per_epoch for name, value in position.sums.items()},
-        learning_rate=parts.rate(position.step - 1),
-        **found,
-        seconds=round(seconds, 3),
-    )
-    recorders.curves.refresh()
+    with progress.once("line"):
+        line = recorders.metrics.write(
+            step=position.step,
+            epoch=position.epoch,
+            tier="estimate",
+            seed=parts.config.seed,
+            validation_epsilon=parts.config.epsilon.test,
+            **{name: value / parts.steps_per_epoch for name, value in position.sums.items()},
+            learning_rate=parts.rate(position.step - 1),
+            **found,
+            seconds=round(seconds, 3),
+        )
+    if recorders.curves.due:
+        with progress.once("curves"):
+            recorders.curves.refresh()
     if recorders.board:
         recorders.board.write(line)
 

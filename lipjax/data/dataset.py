@@ -120,6 +120,8 @@ def in_memory(
     what = f"{name}, {split}"
     images = _four_axes(what, np.asarray(images))
     labels = _numbers(what, np.asarray(labels))
+    if len(images) == len(labels) == 0:
+        raise DataError(f"{what}: there are no images.")
     if len(images) != len(labels) or images.size == 0:
         raise DataError(f"{what}: images of shape {images.shape} do not fit {len(labels)} labels.")
     largest = int(labels.max())
@@ -174,7 +176,7 @@ def _numbers(what: str, labels: np.ndarray) -> np.ndarray:
             "from 0 on: names, labels = np.unique(labels, return_inverse=True)."
         )
     first = labels.min() if len(labels) else 0
-    if not np.issubdtype(labels.dtype, np.integer) or first < 0:
+    if labels.dtype.kind not in "iu" or first < 0:
         raise DataError(
             f"{what}: labels must be integers from 0 on, got {labels.dtype}, {first} first."
         )
@@ -193,6 +195,7 @@ def _levels(what: str, images: np.ndarray, levels: float | None) -> tuple[np.nda
         return images, float(levels or 255.0)
     if not np.issubdtype(images.dtype, np.floating):
         remedy = {
+            "b": "Of black and white: images.astype(np.float32).",
             "u": "Of 16 bits: (images / 65535).astype(np.float32).",
             "V": "If they are bfloat16, which NumPy does not store: images.astype(np.float32).",
         }.get(images.dtype.kind, "")

@@ -218,6 +218,8 @@ def images_below(folder: Path) -> list[Path]:
             raise DataError(
                 f"{path} is not read, only {', '.join(ENDINGS)}: convert it, or remove it."
             )
+        if _is_image(path) and not path.is_file():  # to open a pipe would wait for ever
+            raise DataError(f"{path} is called as an image is, and is no file: remove it.")
     return sorted(path for path in found if _is_image(path))
 
 

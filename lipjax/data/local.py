@@ -142,7 +142,12 @@ def _both_splits(path: Path, file: dict[str, np.ndarray]):
 
 def _one_split(path: Path, file: dict[str, np.ndarray]):
     """Images and labels of the split in a file."""
-    for images, labels in ONE_SPLIT:
-        if images in file and labels in file:
-            return file[images], file[labels]
+    found = [names for names in ONE_SPLIT if all(name in file for name in names)]
+    if len(found) > 1:
+        raise DataError(
+            f"{path} holds images and labels, and x and y too: which are meant is not said. Store "
+            "one of them alone."
+        )
+    for images, labels in found:
+        return file[images], file[labels]
     raise DataError(f"{path} must hold images and labels (or x and y); it holds {', '.join(file)}.")

@@ -116,6 +116,7 @@ def radii(run, columns) -> Element:
         f"Histogram of {len(positive)} positive certified radii, the largest {shown}; {none} "
         "images have none."
     )
+    shows = ", as the attacks below show" if attacked(columns) else ""
     above = int(np.sum(found >= epsilon) if epsilon else len(positive))
     below = int(np.sum(positive < epsilon))
     return section(
@@ -136,7 +137,7 @@ def radii(run, columns) -> Element:
         ),
         note(
             f"Each radius is proved ({proof_of(run)}, seed {run['seed']}, {bound_of(run)}); the "
-            "true one may be larger, as the attacks below show."
+            f"true one may be larger{shows}."
         ),
     )
 
@@ -193,8 +194,11 @@ def _margins(run, columns) -> Element:
 def _edges(largest: float, epsilon: float) -> np.ndarray:
     """Edges of bins. Epsilon is one, so that the bars behind it are what is certified there."""
     end = max(largest, epsilon)
-    width = epsilon / max(1, round(24 * epsilon / end)) if epsilon else largest / 24
+    bins = round(24 * epsilon / end)  # in front of epsilon
+    width = epsilon / bins if bins else end / 24
     edges = np.arange(int(end // width) + 2) * width
+    if epsilon and not bins:  # far below all radii: a narrow bin of its own
+        return np.insert(edges, 1, epsilon)
     if epsilon:
         edges[round(epsilon / width)] = epsilon
     return edges

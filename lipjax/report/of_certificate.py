@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from lipjax.certificates import Certificate, CertifiedRadius
 from lipjax.formats import certificate_files
 from lipjax.formats.files import replaced
 from lipjax.report import page, pictures
@@ -30,6 +31,7 @@ def write(
     title: str | None = None,
     indices=None,
     data: Mapping[str, Any] | None = None,
+    epsilon: float | None = None,
 ) -> None:
     """Writes the page of a certificate: one HTML file, which loads nothing.
 
@@ -39,7 +41,8 @@ def write(
 
     Args:
         path: the file, by custom ``*.html``.
-        certificate: what `lipjax.certify` returned.
+        certificate: what `lipjax.certify` or `lipjax.certified_radius` returned. Of radii Lipschitz
+            constants and neurons are left out: each is of a ball of its own.
         network: what was certified, as it was given to `certify`; traced on an image.
         images, labels: ``(N, ...)`` and ``(N,)``, as they were given to `certify`. Images
             ``(H, W)`` and ``(H, W, C)`` are shown.
@@ -47,19 +50,22 @@ def write(
         indices: ``(N,)`` positions of the images in their source split; 0 .. N - 1 if None.
         data: what the images are: "name" and "split", as strings; the split is "given" if it is
             not said.
+        epsilon: of radii, which need one: what has a radius of at least that is certified there.
 
     Raises:
-        TypeError: no certificate of `certify` (of radii and estimates there is no page); `network`
-            has no bound.
+        TypeError: no certificate (of estimates there is no page); `network` has no bound.
         ValueError: images, labels, indices or network that are not those of the certificate; a
-            network without images.
+            network without images; radii without an epsilon > 0, or one for a certificate, which
+            has its own.
         ImportError: images are to be shown, and Pillow is not installed.
         OSError: the file cannot be written.
     """
-    if not hasattr(certificate, "certified") or not hasattr(certificate, "constant"):
+    if not isinstance(certificate, Certificate | CertifiedRadius):
         raise TypeError(
-            f"a page is made of what lipjax.certify returns, got a {type(certificate).__name__}."
+            f"a page is made of what lipjax.certify or certified_radius returns, got a "
+            f"{type(certificate).__name__}."
         )
+    at = _epsilon(certificate, epsilon)
     about = dict(data or {})
     known = {"data": about.pop("name", None), "split": about.pop("split", "given"), "title": title}
     if about:
@@ -69,13 +75,26 @@ def write(
 
     # Opened before the work: a folder that cannot be written to is known at once.
     with replaced(Path(path)) as file:
-        columns = _columns(certificate, labels, indices)
+        columns = _columns(certificate, labels, indices, at)
+        known["epsilon"] = at
         summary = _summary(certificate, network, images, columns, known)
         text = page.page(summary, columns, _examples(certificate, images, columns))
         file.write(text.encode("utf-8", "replace"))
 
 
-def _columns(certificate, labels, indices) -> dict[str, np.ndarray]:
+def _epsilon(certificate: Certificate | CertifiedRadius, given: float | None) -> float:
+    """The epsilon that the page is about; errors as of `write`."""
+    if isinstance(certificate, Certificate) and given is None:
+        return certificate.epsilon
+    if isinstance(certificate, CertifiedRadius) and given is not None and 0 < given < np.inf:
+        return float(given)
+    raise ValueError(
+        "a page of radii needs epsilon > 0, at which to show them, and that of a certificate has "
+        f"its own: got {given} for a {type(certificate).__name__}."
+    )
+
+
+def _columns(certificate, labels, indices, epsilon) -> dict[str, np.ndarray]:
     """What is known of each image, by the names of examples.npz."""
     count = len(certificate.predicted)
     if labels is None:
@@ -89,13 +108,17 @@ def _columns(certificate, labels, indices) -> dict[str, np.ndarray]:
         raise ValueError(
             "certificate.correct is not predicted == label: pass the labels that certify was given."
         )
-    return {
-        "index": indices,
-        "label": labels,
-        "predicted": certificate.predicted,
-        f"certified_{certificate.mode}": certificate.certified,
-        f"margin_{certificate.mode}": certificate.margin,
-        f"lipschitz_{certificate.mode}": certificate.lipschitz,
+    mode = certificate.mode
+    columns = {"index": indices, "label": labels, "predicted": certificate.predicted}
+    if isinstance(certificate, CertifiedRadius):
+        return columns | {
+            f"certified_{mode}": certificate.radius >= epsilon,
+            "certified_radius": certificate.radius,
+        }
+    return columns | {
+        f"certified_{mode}": certificate.certified,
+        f"margin_{mode}": certificate.margin,
+        f"lipschitz_{mode}": certificate.lipschitz,
     }
 
 
@@ -104,8 +127,6 @@ def _summary(certificate, network, images, columns, known) -> dict[str, Any]:
     import jax
 
     mode = certificate.mode
-    examined = np.isfinite(certificate.lipschitz)
-    rows = examined if np.any(examined) else ~examined
     layers, classes, hashes = _of_network(certificate, network, images, columns["label"])
     facts = ("tier", "failure_probability", "seed", "seed_from", "arithmetic", "backend")
     run = {name: getattr(certificate, name) for name in (*facts, "left_out", "precision")}
@@ -113,7 +134,6 @@ def _summary(certificate, network, images, columns, known) -> dict[str, Any]:
         "run": {
             **run,
             **known,
-            "epsilon": certificate.epsilon,
             "curve_mode": mode,
             "early": False,
             "note": "",
@@ -124,15 +144,7 @@ def _summary(certificate, network, images, columns, known) -> dict[str, Any]:
             "device": f"{jax.device_count()} × {jax.devices()[0].device_kind}",
         },
         "clean_accuracy": float(np.mean(certificate.correct)),
-        "modes": {
-            mode: {
-                "certified_accuracy": float(np.mean(certificate.certified)),
-                "examined": int(np.sum(examined)),
-                "median_lipschitz": float(np.median(certificate.lipschitz[rows])),
-                "constant_share": np.mean(certificate.constant[rows], axis=0).tolist(),
-                "stable_share": np.mean(certificate.stable[rows], axis=0).tolist(),
-            }
-        },
+        "modes": {mode: _of_bound(certificate, columns[f"certified_{mode}"])},
         "pgd_curve": None,
         "classes": classes,
         "activations": layers,
@@ -142,15 +154,31 @@ def _summary(certificate, network, images, columns, known) -> dict[str, Any]:
     }
 
 
+def _of_bound(certificate, certified: np.ndarray) -> dict[str, Any]:
+    """What is known of the bound, by the names of summary.json."""
+    if isinstance(certificate, CertifiedRadius):
+        return {"certified_accuracy": float(np.mean(certified)), "examined": len(certified)}
+    examined = np.isfinite(certificate.lipschitz)
+    rows = examined if np.any(examined) else ~examined
+    return {
+        "certified_accuracy": float(np.mean(certified)),
+        "examined": int(np.sum(examined)),
+        "median_lipschitz": float(np.median(certificate.lipschitz[rows])),
+        "constant_share": np.mean(certificate.constant[rows], axis=0).tolist(),
+        "stable_share": np.mean(certificate.stable[rows], axis=0).tolist(),
+        "stages": [run.counted() for run in certificate.stages],
+    }
+
+
 def _of_network(certificate, network, images, labels):
     """Its activations, how many classes it has (None: not known), and hashes of what is known."""
-    count = certificate.constant.shape[1]
+    count = None if isinstance(certificate, CertifiedRadius) else certificate.constant.shape[1]
     if network is None:
-        return [{"kind": "activation", "shape": []}] * count, None, {}
+        return [{"kind": "activation", "shape": []}] * (count or 0), None, {}
 
     images = np.asarray(images)
     layers = page.activation_layers(network, images.shape[1:])
-    if len(layers) != count:
+    if count is not None and len(layers) != count:
         raise ValueError(
             f"the network has {len(layers)} activations, and the certificate is of one with "
             f"{count}: give the network that was certified."

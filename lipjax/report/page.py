@@ -162,6 +162,7 @@ def page(
             "main",
             results.verdicts(columns, certified),
             results.accuracies(summary, columns),
+            *results.stages(summary),
             *_charts(summary, columns),
             pictures.section_of_images(run, columns, examples) if examples else None,
             results.classes(summary, columns, certified),
@@ -180,6 +181,8 @@ def page(
 def _charts(summary, columns) -> list[Element]:
     """The sections with charts, two beside each other."""
     radii = figures.radii(summary["run"], columns)
+    if f"lipschitz_{summary['run']['curve_mode']}" not in columns:
+        return [radii]  # of radii alone: what else is known is of a ball of each image's own
     constants = figures.lipschitz(summary, columns)
     neurons = figures.neurons(summary)
     if not attacked(columns):

@@ -12,11 +12,12 @@ import os
 import platform
 import threading
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.experimental.compilation_cache.compilation_cache import reset_cache
 
 # Bytes that are kept; what is above is removed when a process begins to use the folder, oldest
@@ -126,3 +127,42 @@ def _take_back() -> None:
         config.update("jax_compilation_cache_dir", None)
         # Else JAX would go on with the folder of its first program.
         reset_cache()
+
+
+def quick_to_compile(level: int) -> dict[str, Any] | None:
+    """Compiler options for programs that run seldom or briefly; None on other devices than CPUs.
+
+    LLVM's optimizer, of `level` 0 to 3, takes most of the time; and XLA's older way to emit fused
+    loops, which is gone from jaxlib 0.11 on, takes half as long.
+    """
+    if jax.default_backend() != "cpu":
+        return None
+    options: dict[str, Any] = {"xla_backend_optimization_level": level}
+    if jax.lib.__version__.startswith("0.10."):
+        options["xla_cpu_use_fusion_emitters"] = False
+    return options
+
+
+def by_itself(function: Callable, *static: str) -> Callable:
+    """`function`, which is called on arrays, as one program, kept on disk; operation by operation
+    it would be hundreds of them. Within another program it is a part of that, as it stands.
+
+    Args:
+        function: of pytrees of arrays, and by name of what is `static`, hashable.
+    """
+
+    @functools.cache
+    def program():  # the device is not known before the first call
+        options = quick_to_compile(level=1)
+        return jax.jit(function, static_argnames=static, compiler_options=options)
+
+    @functools.wraps(function)
+    def run(*arguments, **fixed):
+        # Within a program that is being traced a new array is a part of it, too.
+        leaves = [*jax.tree.leaves(arguments), jnp.zeros(())]
+        if any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
+            return function(*arguments, **fixed)
+        with kept():
+            return program()(*arguments, **fixed)
+
+    return run

@@ -4,6 +4,7 @@ Of training: metrics as JSON lines, curves, progress. Of certificates: a table, 
 their page is `lipjax.report`.
 """
 
+import contextlib
 import csv
 import hashlib
 import importlib
@@ -11,6 +12,7 @@ import json
 import math
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -93,9 +95,14 @@ class Curves:
         if kind is None or issubclass(kind, Exception):
             self._draw()
 
+    @property
+    def due(self) -> bool:
+        """Whether a drawing fits into the share of the time."""
+        return self._spent + self._last <= self.share * (time.monotonic() - self._began)
+
     def refresh(self) -> None:
-        """Draws, if that fits into the share of the time."""
-        if self._spent + self._last <= self.share * (time.monotonic() - self._began):
+        """Draws, if that is due."""
+        if self.due:
             self._draw()
 
     def _draw(self):
@@ -265,6 +272,7 @@ class Progress:
 
     The time left is told by what came after the first update, since what came before it was
     compiling and reading, which do not come again; only before the second update it counts all.
+    What else is done for the first time is left out likewise: see `once`.
 
     Args:
         total: steps in all.
@@ -289,6 +297,7 @@ class Progress:
         self._began = self._spoke = time.monotonic()
         self._from = start
         self._updates = 0
+        self._seen: set[str] = set()
         self._bar = None
         notebook = stream is None and Console().is_jupyter
         if notebook or self.stream.isatty():
@@ -310,6 +319,16 @@ class Progress:
     def __exit__(self, *_):
         if self._bar:
             self._bar.stop()
+
+    @contextlib.contextmanager
+    def once(self, what: str) -> Iterator[None]:
+        """The first time that `what` is done it compiles and imports: that does not count in the
+        time left."""
+        began = time.monotonic()
+        yield
+        if what not in self._seen:
+            self._seen.add(what)
+            self._began += time.monotonic() - began
 
     @property
     def is_bar(self) -> bool:
