@@ -250,7 +250,8 @@ def test_every_baseline_is_a_configuration_whose_loss_can_be_taken(method):
         (
             "bound.loss",
             "trade",
-            "bound.loss must be one of bcp, gloro, trades, lmt, emma, calibrated, got 'trade'",
+            "bound.loss must be one of bcp, gloro, trades, lmt, emma, calibrated, offset, "
+            "annealing, crm, got 'trade'",
         ),
         (
             "vectors.store",

@@ -17,7 +17,17 @@ from lipjax.data import sets
 from lipjax.training.vectors import VECTOR_TYPES
 
 # Names of losses in `lipjax.losses`.
-LOSSES = ("bcp", "gloro", "trades", "lmt", "emma", "calibrated")
+LOSSES = (
+    "bcp",
+    "gloro",
+    "trades",
+    "lmt",
+    "emma",
+    "calibrated",
+    "offset",
+    "annealing",
+    "crm",
+)
 
 # Shapes of the fall of the learning rate.
 DECAYS = ("exponential", "cosine")
@@ -107,9 +117,22 @@ FIELDS: dict[str, Field] = {
     "bound.shared_iterations": Field(
         50, 'of whole norms, which all examples share: modes "global", "bcp", "paper"', least=1
     ),
-    "bound.loss": Field("bcp", 'or "gloro", "trades", "lmt", "emma", "calibrated"', choices=LOSSES),
+    "bound.loss": Field(
+        "bcp",
+        'or "gloro", "trades", "lmt", "emma", "calibrated", "offset", "annealing", "crm"',
+        choices=LOSSES,
+    ),
     "bound.slope": Field(4.0, 'loss "calibrated": logits that a distance of epsilon is', least=0),
     "bound.trades": Field(1.0, 'loss "trades": weight of the term for robustness', least=0),
+    "bound.offset": Field(
+        2.0, 'losses "offset", "annealing": epsilons that the margin is to be worth', least=0
+    ),
+    "bound.temperature": Field(
+        0.25, 'likewise, in units of distance; published for "annealing" is 0.75', least=1e-6
+    ),
+    "bound.annealing": Field(5.0, 'loss "annealing": power of what the label lacks', least=0),
+    "bound.crm": Field(15.0, 'loss "crm": weight of the term for radii', least=0),
+    "bound.sharpness": Field(5.0, "likewise: of its soft minimum, in 1 / distance", least=1e-6),
     "bound.sparsity": Field(0.0, "weight of the sparsity loss", least=0),
     "bound.stability": Field(0.0, 'weight of the stability loss, for mode "linear"', least=0),
     "bound.rivals": Field(

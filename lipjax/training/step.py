@@ -80,14 +80,16 @@ def example_loss(network, x, label, epsilon, kappa, vectors, config):
 
 
 def _loss_of_bound(bound, label, kappa, options):
-    if options.loss == "bcp":
-        return losses.bcp(bound, label, kappa)
-    if options.loss == "calibrated":
-        return losses.calibrated(bound, label, kappa, options.slope)
-    if options.loss == "trades":
-        return losses.trades(bound, label, options.trades)
+    arguments = {
+        "bcp": (kappa,),
+        "trades": (options.trades,),
+        "calibrated": (kappa, options.slope),
+        "offset": (options.offset, options.temperature),
+        "annealing": (options.offset, options.temperature, options.annealing),
+        "crm": (options.crm, options.sharpness),
+    }
     if options.loss in LOSSES:
-        return getattr(losses, options.loss)(bound, label)
+        return getattr(losses, options.loss)(bound, label, *arguments.get(options.loss, ()))
     raise ValueError(f"bound.loss must be one of {', '.join(LOSSES)}, got {options.loss!r}.")
 
 
