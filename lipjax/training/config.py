@@ -80,6 +80,9 @@ FIELDS: dict[str, Field] = {
         False,
         "random crops (padding 4) and flips; with an image_size random resized crops and flips",
     ),
+    "data.rotation": Field(
+        0.0, "degrees by which an image is turned at most, either way, on the devices", least=0
+    ),
     "data.workers": Field(
         0, "processes that decode sets which stay on disk; 0: a thread of this one", least=0
     ),
@@ -97,6 +100,7 @@ FIELDS: dict[str, Field] = {
     "epsilon.test": Field(0.5, "the radius of evaluations and certificates", least=0),
     # ---------------------------------------------------------------- schedule, in epochs
     "schedule.epochs": Field(100, least=1),
+    "schedule.first": Field(0, "epochs that train with bound.first, before bound.mode", least=0),
     "schedule.warmup": Field(0.0, "epochs with an epsilon of 0", least=0),
     "schedule.ramp": Field(
         40.0, "epochs in which epsilon rises to epsilon.train and kappa falls to 0", least=0
@@ -107,10 +111,21 @@ FIELDS: dict[str, Field] = {
     "optimizer.rise": Field(0.0, "epochs in which the learning rate rises from 0", least=0),
     "optimizer.decay_start": Field(50.0, "epoch from which the learning rate falls"),
     "optimizer.decay": Field("exponential", 'how it falls, or "cosine"', choices=DECAYS),
+    "optimizer.average": Field(
+        0.0,
+        "decay in a step of the running average of the weights, which is evaluated, selected and "
+        "certified; 0: the weights themselves",
+        least=0,
+    ),
     # ---------------------------------------------------------------- bound and loss
     "bound.mode": Field(
         "local",
         'or "tight_rows", "tight", "rows", "linear", "paper", "bcp", "global"; control: "unmasked"',
+        choices=(*bounds.MODES, *bounds.CONTROLS),
+    ),
+    "bound.first": Field(
+        "global",
+        "mode of the first schedule.first epochs; evaluations have bound.mode throughout",
         choices=(*bounds.MODES, *bounds.CONTROLS),
     ),
     "bound.iterations": Field(2, "warm-started power iterations per step", least=1),
@@ -220,6 +235,15 @@ def check_config(config) -> None:
     for name, field in FIELDS.items():
         if field.choices or field.least is not None:
             _check(name, field, _value(config, name))
+    average = config.optimizer.average
+    if not average < 1:
+        raise ValueError(f"optimizer.average must be below 1, such as 0.999, got {average}.")
+    first, epochs = config.schedule.first, config.schedule.epochs
+    if not first < epochs:
+        raise ValueError(
+            f"schedule.first must be below schedule.epochs, {epochs}, got {first}: for one mode in "
+            "all epochs give it as bound.mode, and 0 here."
+        )
     network = _value(config, "model.name")
     if network not in models.NETWORKS:
         models.build(network)  # says which there are
