@@ -14,8 +14,8 @@ import importlib
 from pathlib import Path
 
 # Tsuzuku et al. 2018; Leino et al. 2021, and with TRADES as in its code; Lee et al. 2020; Trockman
-# and Kolter 2021 (dense layers; convolutions by Prach and Lampert 2022); Hu et al. 2023; Huang et
-# al. 2021.
+# and Kolter 2021 (dense layers; convolutions by Prach and Lampert 2022); Hu et al. 2023; Fazlyab et
+# al. 2023; Prach and Lampert 2022 with the offset of Prach et al. 2024; Huang et al. 2021.
 METHODS: dict[str, dict] = {
     "lmt": {"mode": "global", "loss": "lmt", "activation": "relu"},
     "gloro": {"mode": "global", "loss": "gloro", "activation": "maxmin"},
@@ -23,6 +23,8 @@ METHODS: dict[str, dict] = {
     "bcp": {"mode": "bcp", "loss": "bcp", "activation": "relu"},
     "orthogonal": {"mode": "global", "loss": "gloro", "activation": "maxmin", "orthogonal": True},
     "emma": {"mode": "global", "loss": "emma", "activation": "maxmin"},
+    "crm": {"mode": "global", "loss": "crm", "activation": "relu"},
+    "offset": {"mode": "global", "loss": "offset", "activation": "maxmin", "orthogonal": True},
     "paper": {"mode": "paper", "loss": "bcp", "activation": "clipped_maxmin"},
 }
 

@@ -94,6 +94,86 @@ def calibrated(bound: Bound, label: jax.Array, kappa, slope=4.0) -> jax.Array:
     return kappa * cross_entropy(bound.logits, label) + (1 - kappa) * robust
 
 
+def _in_distances(bound: Bound, label: jax.Array) -> jax.Array:
+    """The logits divided by what the bound says of them: the rival that can gain most on the label
+    gains ``sqrt(2)`` in a distance of 1.
+
+    So do the logits of a network of Lipschitz constant 1 whose last layer has orthonormal rows,
+    which are returned as they are. At epsilon 0, where nothing is known, the logits as they are.
+    """
+    gain = jnp.max(worst_logits(bound, label) - bound.logits)
+    scale = math.sqrt(2) * bound.input.radius / jnp.where(gain > 0, gain, 1.0)
+    return bound.logits * jnp.where(gain > 0, scale, 1.0)
+
+
+def offset(bound: Bound, label: jax.Array, factor=2.0, temperature=0.25) -> jax.Array:
+    """``T CE((logits - factor sqrt(2) epsilon onehot(label)) / T)`` on logits in distances.
+
+    The loss of networks of Lipschitz constant 1 (Prach and Lampert 2022, arXiv 2208.03160; with
+    this offset and this temperature Prach et al. 2024, arXiv 2311.16833). There a margin of
+    ``sqrt(2) epsilon`` is what is certified, so the default factor asks for twice as much. Other
+    networks' logits are divided by the bound first: the largest gain of a rival is ``sqrt(2)`` for
+    a distance of 1 then, as there.
+
+    Args:
+        factor: of the offset; 1 is the margin that is certified at epsilon.
+        temperature: T > 0, in units of distance: it does not grow with epsilon.
+    """
+    return temperature * _cross_entropy_with_offset(bound, label, factor, temperature)
+
+
+def annealing(bound: Bound, label: jax.Array, factor=2.0, temperature=0.75, power=5.0) -> jax.Array:
+    """``(1 - p)^power`` times `offset`, p the probability that its softmax gives the label: logit
+    annealing (Lai et al. 2025, arXiv 2505.15174).
+
+    What is far inside its class gets no more gradient, so that others get the network's capacity.
+    Temperature and power are its authors'; their offset is the same for all epsilon. For networks
+    of other Lipschitz constants than 1 they raise rivals as `emma` does; here logits are divided
+    by the bound.
+
+    Args:
+        factor, temperature: as of `offset`.
+        power: >= 0; with 0 it is `offset`.
+    """
+    loss = _cross_entropy_with_offset(bound, label, factor, temperature)
+    return temperature * (-jnp.expm1(-loss)) ** power * loss
+
+
+def _cross_entropy_with_offset(bound, label, factor, temperature) -> jax.Array:
+    own = jnp.arange(bound.logits.shape[0]) == label
+    asked = factor * math.sqrt(2) * bound.input.radius
+    raised = _in_distances(bound, label) - jnp.where(own, asked, 0.0)
+    return cross_entropy(raised / temperature, label)
+
+
+def crm(bound: Bound, label: jax.Array, weight=15.0, sharpness=5.0, reach=1.4) -> jax.Array:
+    """``CE(logits) + weight / t log sum exp(-t r_j)``: cross-entropy, and a soft minimum of the
+    radii that is to grow (certified radius maximisation, Fazlyab et al. 2023, arXiv 2310.00116).
+
+    ``r_j`` is the distance at which rival j draws level with the label if its gain grows linearly
+    with the distance: in mode "global" it does; with local bounds the radius is right at epsilon,
+    too small below and too large above. The second term is of images alone that are right and
+    whose smallest radius is below ``reach`` times epsilon. The defaults are its authors' for
+    CIFAR-10; for MNIST the weight is 30, and the reach is 1.4 epsilon likewise.
+
+    Args:
+        weight: of the second term.
+        sharpness: t, in 1 / distance.
+        reach: radii beyond so many epsilon are left alone; a rival that cannot gain counts as
+            there.
+    """
+    rivals = jnp.arange(bound.logits.shape[0]) != label
+    gain = worst_logits(bound, label) - bound.logits
+    ahead = bound.logits[label] - bound.logits
+    epsilon = bound.input.radius
+    far = reach * epsilon
+    radii = jnp.where(gain > 0, epsilon * ahead / jnp.where(gain > 0, gain, 1.0), far)
+    nearest = jnp.min(radii, where=rivals, initial=jnp.inf)
+    soft = jax.nn.logsumexp(-sharpness * radii, where=rivals) / sharpness
+    pushed = (nearest > 0) & (nearest < far)
+    return cross_entropy(bound.logits, label) + weight * jnp.where(pushed, soft, 0.0)
+
+
 def sparsity(bound: Bound) -> jax.Array:
     """The hinge that pushes neurons into their constant ranges, summed over the activations; >= 0.
 

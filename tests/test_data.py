@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.ndimage
 from PIL import Image
 
 from lipjax.data import dataset, sets
@@ -987,12 +988,36 @@ def test_random_crops_and_flips_are_among_the_possible_ones_and_reach_them_all()
     assert all(abs(count - expected) < 5 * np.sqrt(expected) for count in possible.values())
 
 
-def test_augmentation_is_a_function_of_its_key_and_of_each_image_alone():
+def quarter_turns(images, key, **place):
+    return sets.random_rotation(images, key, 90.0, **place)
+
+
+@pytest.mark.parametrize("augmented", [sets.random_crop_and_flip, quarter_turns])
+def test_augmentation_is_a_function_of_its_key_and_of_each_image_alone(augmented):
     images = jax.random.uniform(jax.random.key(1), (8, 5, 5, 1))
     key = jax.random.key(2)
-    out = sets.random_crop_and_flip(images, key)
+    out = augmented(images, key)
     assert out.shape == images.shape and out.dtype == images.dtype
-    np.testing.assert_array_equal(out, jax.jit(sets.random_crop_and_flip)(images, key))
-    assert not np.array_equal(out, sets.random_crop_and_flip(images, jax.random.key(3)))
-    changed = sets.random_crop_and_flip(images.at[0].set(0), key)
+    np.testing.assert_allclose(out, jax.jit(augmented)(images, key), atol=1e-6)
+    assert not np.array_equal(out, augmented(images, jax.random.key(3)))
+    changed = augmented(images.at[0].set(0), key)
     np.testing.assert_array_equal(out[1:], changed[1:])
+    # What becomes of an image depends on its place in the whole batch.
+    np.testing.assert_array_equal(out[3:], augmented(images[3:], key, first=3))
+
+
+def test_rotations_are_those_of_scipy_by_angles_up_to_the_largest_either_way():
+    image = np.random.default_rng(0).random((6, 5, 2)).astype(np.float32)
+    key = jax.random.key(4)
+    out = np.asarray(sets.random_rotation(jnp.asarray([image] * 40), key, 30.0))
+    angles = [
+        30 * float(jax.random.uniform(jax.random.fold_in(key, place), minval=-1.0))
+        for place in range(40)
+    ]
+    assert -30 <= min(angles) < -25 and 25 < max(angles) <= 30
+    for found, angle in zip(out, angles, strict=True):
+        wanted = scipy.ndimage.rotate(
+            image, angle, (1, 0), reshape=False, order=1, mode="grid-constant"
+        )
+        np.testing.assert_allclose(found, wanted, atol=1e-5)
+    assert out.min() >= 0 and out.max() <= 1

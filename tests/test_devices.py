@@ -43,7 +43,8 @@ def experiment(mode):
     config.model.widths, config.model.dense = (4,), 8
     config.schedule.ramp = 1.0  # of two steps: epsilon is there before the end
     config.bound.mode, config.bound.iterations = mode, 1
-    config.data.augment = True
+    config.data.augment, config.data.rotation = True, 20.0
+    config.optimizer.average = 0.6
     config.devices.shard_parameters = mode == "paper"
     return config
 
@@ -98,7 +99,7 @@ def report(mode):
         "metrics": furthest(one_metrics, many_metrics),
         **{
             name: furthest(getattr(one, name), getattr(many, name))
-            for name in ("network", "optimizer", "vectors")
+            for name in ("network", "optimizer", "vectors", "average")
         },
         "moved": furthest(training.build_network(config, (8, 8, 1), 10), many.network),
         "vector_sizes": [np.abs(np.asarray(v)).mean().item() for v in many.vectors["local"]],
@@ -113,7 +114,7 @@ def report(mode):
                 (leaf.shape, leaf.size // max(s.data.size for s in leaf.addressable_shards))
                 for leaf in jax.tree.leaves(getattr(many, part))
             ]
-            for part in ("network", "optimizer")
+            for part in ("network", "optimizer", "average")
         },
     }
     if mode == "local":
@@ -182,7 +183,7 @@ def test_eight_devices_train_as_one_does(found, mode):
     # something was learnt and kept
     assert result["moved"] > 1e-2 and min(result["vector_sizes"]) > 0.05
     assert result["metrics"] < 1e-4
-    for part in ("network", "optimizer", "vectors"):
+    for part in ("network", "optimizer", "vectors", "average"):
         assert result[part] < 1e-4
 
 
@@ -197,7 +198,7 @@ def test_each_device_holds_its_share_of_the_vectors(found, mode):
 def test_each_device_holds_all_parameters_or_its_share_of_the_large_ones_and_of_their_momentum(
     found,
 ):
-    for part in ("network", "optimizer"):
+    for part in ("network", "optimizer", "average"):
         assert all(devices == 1 for _, devices in found["local"]["parameters"][part])
         for shape, devices in found["paper"]["parameters"][part]:
             large = math.prod(shape) >= 32 and any(n % DEVICES == 0 for n in shape)

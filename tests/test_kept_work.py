@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import jax
 import numpy as np
 import pytest
+from flax import nnx
 
 import lipjax
 from lipjax import training
@@ -417,6 +418,9 @@ def test_a_run_of_a_version_that_lacked_a_field_goes_on_with_its_default(tmp_pat
     config = training.default_config().to_dict()
     earlier = json.loads(json.dumps(config))
     del earlier["precision"], earlier["bound"]["rivals"]
+    # Of recipes that came later.
+    del earlier["optimizer"]["average"], earlier["schedule"]["first"], earlier["bound"]["first"]
+    del earlier["bound"]["offset"], earlier["bound"]["crm"], earlier["data"]["rotation"]
     (tmp_path / "config.json").write_text(json.dumps(earlier))
     open_workdir(tmp_path, config, defaults=config)
     other = json.loads(json.dumps(config))
@@ -425,6 +429,7 @@ def test_a_run_of_a_version_that_lacked_a_field_goes_on_with_its_default(tmp_pat
         open_workdir(tmp_path, other, defaults=config)
     found = training.completed(earlier)
     training.check_config(found)
+    assert found.optimizer.average == 0 and training.modes_of(found) == [found.bound.mode]
     assert found.bound.rivals == 0 and found.precision.products == "default"
     earlier["bound"]["loss"] = "gloro"
     earlier["model"]["width"] = 7
@@ -470,6 +475,26 @@ def lines(*robust):
         }
         for i, share in enumerate(robust)
     ]
+
+
+def test_what_is_evaluated_and_selected_is_the_average_of_the_weights(monkeypatch):
+    network, average = (nnx.Linear(1, 1, rngs=nnx.Rngs(seed)) for seed in (0, 1))
+    state = training.State(0, network, None, {}, np.float32(-np.inf), average)
+    seen, saved = [], []
+
+    def evaluate(network, *_):
+        seen.append(network)
+        return {"validation_accuracy": 0.5, "validation_robust_accuracy_estimate": 0.25}
+
+    monkeypatch.setattr(training, "evaluate", evaluate)
+    monkeypatch.setattr(train.feeding, "put", lambda value, *_: value)
+    parts = SimpleNamespace(config=training.default_config(), mesh=None)
+    position = train.Position(state, step=5, epoch=5, sums={})
+    checkpoints = SimpleNamespace(save_best=lambda step, found, meta: saved.append(found))
+    train.evaluate_and_select(parts, position, None, checkpoints)
+    assert seen == [average]
+    np.testing.assert_array_equal(saved[0]["kernel"], average.kernel[...])
+    assert position.state.average is average and position.state.best > 0
 
 
 def test_training_goes_on_where_its_curves_cannot_be_drawn(tmp_path, monkeypatch, capsys):

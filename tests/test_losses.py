@@ -1,6 +1,7 @@
 """The losses against naive NumPy formulas, and their gradients against finite differences."""
 
 import functools
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -48,6 +49,9 @@ def everything(net, x, epsilon, kappa, label, iterations=30):
         losses.lmt(bound, label),
         losses.trades(bound, label, 0.7),
         losses.calibrated(bound, label, kappa, 3.0),
+        losses.offset(bound, label, 1.5, 0.3),
+        losses.annealing(bound, label, 1.5, 0.3, 2.5),
+        losses.crm(bound, label, 2.0, 3.0, 4.0),
     ]
     return jnp.stack(found), bound, lipjax.worst_logits(bound, label)
 
@@ -122,6 +126,30 @@ def naive_stability(net, bound):
     return total
 
 
+def naive_offset(logits, worst, factor, temperature, power):
+    """The loss with offset and temperature, and logit annealing, of logits in distances."""
+    per_distance = max(worst - logits) / EPSILON / np.sqrt(2)
+    scores = [z / per_distance for z in logits]
+    scores[LABEL] -= factor * np.sqrt(2) * EPSILON
+    scores = np.exp(np.array(scores) / temperature)
+    p = scores[LABEL] / sum(scores)
+    loss = -temperature * np.log(p)
+    return loss, (1 - p) ** power * loss
+
+
+def naive_crm(logits, worst, weight, sharpness, reach):
+    """One rival at a time: its margin over its own Lipschitz constant."""
+    radii = [
+        (logits[LABEL] - logits[j]) / ((worst[j] - logits[j]) / EPSILON)
+        for j in range(4)
+        if j != LABEL
+    ]
+    clean = naive_cross_entropy(logits, LABEL)
+    if not 0 < min(radii) < reach * EPSILON:
+        return clean
+    return clean + weight / sharpness * np.log(sum(np.exp(-sharpness * r) for r in radii))
+
+
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_losses_are_their_formulas(x64, activation):
     net = small_net(activation, threshold=0.3)
@@ -152,7 +180,10 @@ def test_losses_are_their_formulas(x64, activation):
     scaled = 3.0 * (1 - KAPPA) * worst / max(worst - logits)
     calibrated = KAPPA * naive_cross_entropy(logits, LABEL)
     calibrated += (1 - KAPPA) * naive_cross_entropy(scaled, LABEL)
+    offset, annealing = naive_offset(logits, worst, 1.5, 0.3, 2.5)
+    crm = naive_crm(logits, worst, 2.0, 3.0, 4.0)
     expected = [bcp, gloro, sparsity, naive_stability(net, bound), lmt, trades, calibrated]
+    expected += [offset, annealing, crm]
     np.testing.assert_allclose(found, expected, rtol=1e-10)
 
 
@@ -265,6 +296,46 @@ def test_emma_raises_each_rival_to_the_label_and_no_further_with_the_share_held_
         ):
             np.testing.assert_allclose(found, wanted, rtol=1e-9, atol=1e-12)
     assert np.any((np.array(shares) > 0) & (np.array(shares) < 1))  # neither all nor nothing
+
+
+def bound_of(logits, gains, epsilon):
+    """What the losses read of a bound: a last layer of which rival j gains ``gains[j]`` on the
+    label, whatever the region."""
+    return SimpleNamespace(
+        logits=jnp.asarray(logits),
+        worst=jnp.asarray(logits) + jnp.asarray(gains),
+        input=SimpleNamespace(radius=jnp.asarray(epsilon)),
+    )
+
+
+@pytest.fixture
+def given_gains(monkeypatch):
+    monkeypatch.setattr(losses, "worst_logits", lambda bound, label: bound.worst)
+
+
+def test_the_logits_of_a_network_of_constant_1_with_orthonormal_rows_are_distances(given_gains):
+    """As the formula is published: on the logits themselves."""
+    logits, epsilon = np.array([0.3, 1.1, -0.2]), 0.2
+    gains = np.sqrt(2) * epsilon * np.array([1.0, 0.0, 1.0])
+    found = losses.offset(bound_of(logits, gains, epsilon), 1)
+    scores = (logits - 2 * np.sqrt(2) * epsilon * np.array([0, 1, 0])) / 0.25
+    np.testing.assert_allclose(found, 0.25 * naive_cross_entropy(scores, 1), rtol=1e-6)
+    # Another size of the weights is no other loss.
+    larger = losses.offset(bound_of(7 * logits, 7 * gains, epsilon), 1)
+    np.testing.assert_allclose(larger, found, rtol=1e-6)
+
+
+@pytest.mark.parametrize("label, reach, pushed", [(1, 4.0, True), (1, 2.9, False), (0, 4.0, False)])
+def test_radii_of_images_that_are_wrong_or_far_inside_are_left_alone(
+    given_gains, label, reach, pushed
+):
+    """The rivals of class 1 draw level at 3 and 5 epsilon; class 0 is not the prediction."""
+    gains = np.where(np.arange(3) == label, 0.0, 0.2)
+    bound = bound_of(np.array([0.4, 1.0, 0.0]), gains, 0.1)
+    plain = float(losses.cross_entropy(bound.logits, label))
+    found = float(losses.crm(bound, label, weight=2.0, sharpness=3.0, reach=reach))
+    soft = 2 / 3 * np.log(np.exp(-3 * 0.3) + np.exp(-3 * 0.5))
+    assert found == pytest.approx(plain + soft if pushed else plain, rel=1e-5)
 
 
 def test_cross_entropy_does_not_overflow():

@@ -55,6 +55,7 @@ def with_memory(size, **changes):
 @pytest.mark.parametrize("mode", ["local", "paper"])
 def test_parameters_optimizer_and_vectors_are_those_of_a_real_state(store, dtype, mode):
     config = small(mode, store=store, dtype=dtype)
+    config.optimizer.average = 0.9 if mode == "paper" else 0.0
     found = planned(config)
     network = training.build_network(config, SHAPE, CLASSES)
     transform = optax.adam(training.learning_rate(config, found.steps_per_epoch))
@@ -66,7 +67,10 @@ def test_parameters_optimizer_and_vectors_are_those_of_a_real_state(store, dtype
     assert found.part("optimizer state").each == nbytes(state.optimizer)
     assert found.part("vectors").each == nbytes(state.vectors)
     whole = store.whole_state(state)
-    assert found.checkpoint == sum(map(nbytes, (whole.network, whole.optimizer, whole.vectors)))
+    kept = (whole.network, whole.average, whole.optimizer, whole.vectors)
+    assert found.checkpoint == sum(map(nbytes, kept))
+    if mode == "paper":
+        assert found.part("average").each == nbytes(state.average) == nbytes(state.network)
 
 
 def test_rows_are_equal_stripes_and_images_and_vectors_have_so_many():
@@ -182,6 +186,15 @@ def test_operations_equal_a_count_by_hand():
     config.bound.mode, config.bound.shared_iterations = "global", 7
     whole = 2 * 64 * 5 * 2 * 7
     assert planned(config).operations == 32 * 2 * (64 * 5 * 2 + 5 * 10 * 3) + whole
+    # A quarter of the epochs with another mode.
+    operations = {"global": planned(config).operations}
+    config.bound.mode = "local"
+    operations["local"] = planned(config).operations
+    config.schedule.first = config.schedule.epochs // 4
+    assert planned(config).operations == pytest.approx(
+        0.25 * operations["global"] + 0.75 * operations["local"]
+    )
+    assert "mode global, then local" in planned(config).title
 
 
 def test_a_convolution_counts_each_entry_of_its_output_times_those_of_its_window():

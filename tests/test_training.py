@@ -46,6 +46,8 @@ SMALL = [
     "--config.evaluation.every=2",
     "--config.checkpoints.every=1",
 ]
+# What a step carries along beyond that, for runs that are stopped.
+RECIPE = ["--config.schedule.first=4", "--config.optimizer.average=0.9"]
 
 
 def command(script, *flags):
@@ -119,10 +121,10 @@ def kill_in_the_middle(process, workdir, epochs, inside_a_save, delay):
 
 def test_a_run_killed_again_and_again_ends_bit_for_bit_as_one_never_stopped(tmp_path):
     straight, broken = tmp_path / "straight", tmp_path / "broken"
-    run("train.py", *SMALL, f"--workdir={straight}")
+    run("train.py", *SMALL, *RECIPE, f"--workdir={straight}")
     dice, kills = random.Random(0), 0
     for epochs, inside_a_save in ((2, True), (0, False), (7, True)):
-        train = command("train.py", *SMALL, f"--workdir={broken}")
+        train = command("train.py", *SMALL, *RECIPE, f"--workdir={broken}")
         process = subprocess.Popen(
             train, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )
@@ -134,7 +136,7 @@ def test_a_run_killed_again_and_again_ends_bit_for_bit_as_one_never_stopped(tmp_
             assert half_done_saves(broken)
         kills += killed
     assert kills >= 2
-    last = run("train.py", *SMALL, f"--workdir={broken}")
+    last = run("train.py", *SMALL, *RECIPE, f"--workdir={broken}")
     assert "continuing after epoch" in last.stdout
 
     assert [line["epoch"] for line in deterministic(straight)] == list(range(1, 11))
@@ -146,12 +148,18 @@ def test_a_run_killed_again_and_again_ends_bit_for_bit_as_one_never_stopped(tmp_
             assert value.dtype == found[2][name].dtype
             assert np.asarray(value).tobytes() == np.asarray(found[2][name]).tobytes(), name
         if kind == "last":
+            names = [name for name in state if name.startswith("network.")]
+            means = [state[name.replace("network.", "average.", 1)] for name in names]
+            pairs = zip((state[name] for name in names), means, strict=True)
+            assert not all(np.array_equal(a, b) for a, b in pairs)
             assert step == int(state["step"]) == 30
-            for part in ("network.", "optimizer.", "vectors.local."):
+            for part in ("network.", "average.", "optimizer.", "vectors.local.", "vectors.global."):
                 assert any(name.startswith(part) for name in state)
     assert not half_done_saves(broken)
 
-    other = refused(run("train.py", *SMALL, "--config.seed=1", f"--workdir={broken}", check=False))
+    other = refused(
+        run("train.py", *SMALL, *RECIPE, "--config.seed=1", f"--workdir={broken}", check=False)
+    )
     assert "seed: stored 0, now 1" in other and "Give another --workdir" in other
 
     few = ["--examples=16", "--pgd_restarts=1", "--pgd_steps=5", "--modes=local"]
@@ -250,7 +258,8 @@ def test_every_baseline_is_a_configuration_whose_loss_can_be_taken(method):
         (
             "bound.loss",
             "trade",
-            "bound.loss must be one of bcp, gloro, trades, lmt, emma, calibrated, got 'trade'",
+            "bound.loss must be one of bcp, gloro, trades, lmt, emma, calibrated, offset, "
+            "annealing, crm, got 'trade'",
         ),
         (
             "vectors.store",
@@ -274,6 +283,9 @@ def test_every_baseline_is_a_configuration_whose_loss_can_be_taken(method):
         ("epsilon.test", float("nan"), "epsilon.test must be finite"),
         ("schedule.ramp", -1.0, "schedule.ramp must be"),
         ("seed", -1, "seed must be"),
+        ("optimizer.average", 1.0, "optimizer.average must be below 1, such as 0.999, got 1.0"),
+        ("schedule.first", 100, "schedule.first must be below schedule.epochs, 100, got 100"),
+        ("bound.first", "", "bound.first must be one of global, bcp,"),
     ],
 )
 def test_a_field_with_a_value_that_makes_no_sense_is_named(field, value, message):
@@ -523,10 +535,11 @@ def steps_on_digits(calls, stop_before=None, **fields):
 
 
 def test_neither_calls_nor_where_images_and_vectors_lie_nor_a_restart_changes_a_bit(monkeypatch):
-    state, metrics = steps_on_digits([3, 3])
+    beyond = {"optimizer.average": 0.7, "data.rotation": 20.0}
+    state, metrics = steps_on_digits([3, 3], **beyond)
     assert metrics[-1]["epsilon"] > 0
     for elsewhere, calls in ((False, [2, 1, 1, 2]), (True, [1, 1, 1, 1, 2])):
-        fields = {}
+        fields = dict(beyond)
         if elsewhere:  # each call brings its images, and takes its vectors along and back
             monkeypatch.setattr(feeding, "RESIDENT_BYTES", 0)
             fields["vectors.store"] = "host"
@@ -535,6 +548,41 @@ def test_neither_calls_nor_where_images_and_vectors_lie_nor_a_restart_changes_a_
         assert others == metrics
         for a, b in zip(jax.tree.leaves(state), jax.tree.leaves(other), strict=True):
             assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
+
+
+def test_the_average_is_the_mean_at_first_and_then_forgets_and_it_is_what_is_evaluated():
+    """Written out: with a decay of 0.75 the first four count alike, whatever there was before."""
+    networks = [{"kernel": jnp.asarray([float(n), -(n**2)])} for n in (3, 1, 4, 1, 5, 9)]
+    before = {"kernel": jnp.asarray([1e3, 1e3])}
+    state = training.State(0, before, None, {}, 0, before)
+    for network in networks:
+        average = step._averaged(state, network, 0.75)
+        state = training.State(state.step + 1, network, None, {}, 0, average)
+        wanted = np.mean([n["kernel"] for n in networks[:4]], axis=0)
+        if state.step == 4:
+            np.testing.assert_allclose(state.evaluated["kernel"], wanted, rtol=1e-6)
+    for network in networks[4:]:
+        wanted = 0.75 * wanted + 0.25 * np.asarray(network["kernel"])
+    np.testing.assert_allclose(state.evaluated["kernel"], wanted, rtol=1e-6)
+    without = training.State(0, before, None, {}, 0)
+    assert step._averaged(without, networks[0], 0.0) is None and without.evaluated is before
+
+
+def test_modes_follow_one_another_and_leave_each_others_vectors_alone():
+    config = digits.get_config()
+    config.schedule.epochs, config.schedule.first, config.bound.first = 4, 3, "paper"
+    assert [training.mode_at(config, epoch) for epoch in range(4)] == ["paper"] * 3 + ["local"]
+    assert training.modes_of(config) == ["paper", "local"]
+    config.schedule.first = 0
+    assert training.modes_of(config) == ["local"]
+    changed = training.with_mode(config, "rows")
+    assert changed.bound.mode == "rows" and config.bound.mode == "local"
+
+    both = {"schedule.first": 1, "bound.first": "local", "bound.mode": "global"}
+    state, _ = steps_on_digits([1], **both)  # makes the steps of bound.mode
+    assert sorted(state.vectors) == ["global", "local"]
+    assert not any(np.any(v) for v in state.vectors["local"])
+    assert all(np.any(v) for v in state.vectors["global"])
 
 
 @pytest.mark.parametrize("mode", ["local", "paper"])

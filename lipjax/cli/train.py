@@ -135,7 +135,8 @@ def main(options: flags.FlagValues) -> None:
         # -------------------------------------------------------------- compile
         # Before the clock of the progress starts, or the time left would be far off for a while.
         feed = stack.enter_context(feeding.Feeder(splits.train, config, mesh, feeding.MAX_STEPS))
-        steps = compile_steps(parts, position, feed)
+        mode = training.mode_at(config, position.epoch)
+        steps = compile_steps(parts, mode, position, feed)
 
         # -------------------------------------------------------------- epochs
         preemption = stack.enter_context(hosts.Preemption())
@@ -143,6 +144,11 @@ def main(options: flags.FlagValues) -> None:
         last_epoch = min(config.schedule.epochs, options.stop_after or config.schedule.epochs)
         while position.epoch < last_epoch:
             started = time.monotonic()
+            if training.mode_at(config, position.epoch) != mode:
+                mode = training.mode_at(config, position.epoch)
+                say(f"epoch {position.epoch + 1}: from here on bound.mode, {mode}")
+                steps = compile_steps(parts, mode, position, feed)
+                position.count = 1  # its steps take another time
             finished = train_epoch(parts, position, steps, feed, checkpoints, preemption, progress)
             if not finished:
                 checkpoints.wait()
@@ -174,7 +180,7 @@ class Parts:
         rate: the learning rate at a step.
         create: the state before the first step, of a network.
         abstract, shardings: shapes of the state, and where it lies on the devices.
-        steps: the function of `training.make_steps`.
+        steps: by mode, the function of `training.make_steps`.
     """
 
     config: Any
@@ -186,7 +192,7 @@ class Parts:
     create: Any
     abstract: training.State
     shardings: Any
-    steps: Any
+    steps: dict[str, Any]
 
 
 @dataclasses.dataclass
@@ -256,9 +262,18 @@ def prepare(config, train: sets.Dataset, mesh) -> Parts:
         create=create,
         abstract=abstract,
         shardings=training.state_shardings(abstract, config, mesh),
-        steps=training.make_steps(
-            config, transform, steps_per_epoch, train, mesh, abstract, feeding.MAX_STEPS
-        ),
+        steps={
+            mode: training.make_steps(
+                training.with_mode(config, mode),
+                transform,
+                steps_per_epoch,
+                train,
+                mesh,
+                abstract,
+                feeding.MAX_STEPS,
+            )
+            for mode in training.modes_of(config)
+        },
     )
 
 
@@ -327,11 +342,11 @@ def save(parts: Parts, position: Position, checkpoints: Checkpoints) -> None:
 # ---------------------------------------------------------------------------------------- an epoch
 
 
-def compile_steps(parts: Parts, position: Position, feed: feeding.Feeder):
-    """The compiled steps."""
+def compile_steps(parts: Parts, mode: str, position: Position, feed: feeding.Feeder):
+    """The compiled steps of a mode."""
     began = time.monotonic()
     with jax.default_matmul_precision(parts.config.precision.products):
-        steps = parts.steps.lower(position.state, *feed.shapes(), np.int32(1)).compile()
+        steps = parts.steps[mode].lower(position.state, *feed.shapes(), np.int32(1)).compile()
     say(f"compiled in {time.monotonic() - began:.0f} s")
     return steps
 
@@ -392,12 +407,12 @@ def evaluation_is_due(config, epoch: int) -> bool:
 
 def evaluate_and_select(parts, position, validation: sets.Dataset, checkpoints) -> dict[str, float]:
     """Figures of the validation split; saves the parameters if they are the best so far."""
-    found = training.evaluate(position.state.network, validation, parts.config, parts.mesh)
+    found = training.evaluate(position.state.evaluated, validation, parts.config, parts.mesh)
     reached = score(found)
     if reached > float(position.state.best):
         best = feeding.put(np.asarray(reached, np.float32), parts.mesh, PartitionSpec())
         position.state = dataclasses.replace(position.state, best=best)
-        parameters = nnx.to_pure_dict(nnx.state(position.state.network))
+        parameters = nnx.to_pure_dict(nnx.state(position.state.evaluated))
         checkpoints.save_best(position.step, parameters, {"epoch": position.epoch, **found})
     return found
 

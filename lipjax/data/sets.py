@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from lipjax.data import folders, local, stored, tfds
-from lipjax.data.augmentation import random_crop_and_flip
+from lipjax.data.augmentation import random_crop_and_flip, random_rotation
 from lipjax.data.dataset import Dataset, Splits, described, fingerprint
 from lipjax.data.errors import DataError
 from lipjax.data.local import DIGITS_TEST
@@ -30,6 +30,7 @@ __all__ = [
     "load",
     "load_test",
     "random_crop_and_flip",
+    "random_rotation",
 ]
 
 # What `listed` says of the names.

@@ -12,7 +12,7 @@ from lipjax.training.config import (
     load_data,
 )
 from lipjax.training.evaluation import evaluate, selected_network
-from lipjax.training.schedules import learning_rate, ramp
+from lipjax.training.schedules import learning_rate, mode_at, modes_of, ramp, with_mode
 from lipjax.training.sharding import device_mesh, split_axis
 from lipjax.training.state import State, initial_state, state_shardings, state_specs
 from lipjax.training.step import (
@@ -48,6 +48,8 @@ __all__ = [
     "learning_rate",
     "load_data",
     "make_steps",
+    "mode_at",
+    "modes_of",
     "pack_vector",
     "ramp",
     "selected_network",
@@ -55,4 +57,5 @@ __all__ = [
     "state_shardings",
     "state_specs",
     "unpack_vector",
+    "with_mode",
 ]

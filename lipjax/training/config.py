@@ -17,7 +17,17 @@ from lipjax.data import sets
 from lipjax.training.vectors import VECTOR_TYPES
 
 # Names of losses in `lipjax.losses`.
-LOSSES = ("bcp", "gloro", "trades", "lmt", "emma", "calibrated")
+LOSSES = (
+    "bcp",
+    "gloro",
+    "trades",
+    "lmt",
+    "emma",
+    "calibrated",
+    "offset",
+    "annealing",
+    "crm",
+)
 
 # Shapes of the fall of the learning rate.
 DECAYS = ("exponential", "cosine")
@@ -70,6 +80,9 @@ FIELDS: dict[str, Field] = {
         False,
         "random crops (padding 4) and flips; with an image_size random resized crops and flips",
     ),
+    "data.rotation": Field(
+        0.0, "degrees by which an image is turned at most, either way, on the devices", least=0
+    ),
     "data.workers": Field(
         0, "processes that decode sets which stay on disk; 0: a thread of this one", least=0
     ),
@@ -87,6 +100,7 @@ FIELDS: dict[str, Field] = {
     "epsilon.test": Field(0.5, "the radius of evaluations and certificates", least=0),
     # ---------------------------------------------------------------- schedule, in epochs
     "schedule.epochs": Field(100, least=1),
+    "schedule.first": Field(0, "epochs that train with bound.first, before bound.mode", least=0),
     "schedule.warmup": Field(0.0, "epochs with an epsilon of 0", least=0),
     "schedule.ramp": Field(
         40.0, "epochs in which epsilon rises to epsilon.train and kappa falls to 0", least=0
@@ -97,19 +111,43 @@ FIELDS: dict[str, Field] = {
     "optimizer.rise": Field(0.0, "epochs in which the learning rate rises from 0", least=0),
     "optimizer.decay_start": Field(50.0, "epoch from which the learning rate falls"),
     "optimizer.decay": Field("exponential", 'how it falls, or "cosine"', choices=DECAYS),
+    "optimizer.average": Field(
+        0.0,
+        "decay in a step of the running average of the weights, which is evaluated, selected and "
+        "certified; 0: the weights themselves",
+        least=0,
+    ),
     # ---------------------------------------------------------------- bound and loss
     "bound.mode": Field(
         "local",
         'or "tight_rows", "tight", "rows", "linear", "paper", "bcp", "global"; control: "unmasked"',
         choices=(*bounds.MODES, *bounds.CONTROLS),
     ),
+    "bound.first": Field(
+        "global",
+        "mode of the first schedule.first epochs; evaluations have bound.mode throughout",
+        choices=(*bounds.MODES, *bounds.CONTROLS),
+    ),
     "bound.iterations": Field(2, "warm-started power iterations per step", least=1),
     "bound.shared_iterations": Field(
         50, 'of whole norms, which all examples share: modes "global", "bcp", "paper"', least=1
     ),
-    "bound.loss": Field("bcp", 'or "gloro", "trades", "lmt", "emma", "calibrated"', choices=LOSSES),
+    "bound.loss": Field(
+        "bcp",
+        'or "gloro", "trades", "lmt", "emma", "calibrated", "offset", "annealing", "crm"',
+        choices=LOSSES,
+    ),
     "bound.slope": Field(4.0, 'loss "calibrated": logits that a distance of epsilon is', least=0),
     "bound.trades": Field(1.0, 'loss "trades": weight of the term for robustness', least=0),
+    "bound.offset": Field(
+        2.0, 'losses "offset", "annealing": epsilons that the margin is to be worth', least=0
+    ),
+    "bound.temperature": Field(
+        0.25, 'likewise, in units of distance; published for "annealing" is 0.75', least=1e-6
+    ),
+    "bound.annealing": Field(5.0, 'loss "annealing": power of what the label lacks', least=0),
+    "bound.crm": Field(15.0, 'loss "crm": weight of the term for radii', least=0),
+    "bound.sharpness": Field(5.0, "likewise: of its soft minimum, in 1 / distance", least=1e-6),
     "bound.sparsity": Field(0.0, "weight of the sparsity loss", least=0),
     "bound.stability": Field(0.0, 'weight of the stability loss, for mode "linear"', least=0),
     "bound.rivals": Field(
@@ -197,6 +235,15 @@ def check_config(config) -> None:
     for name, field in FIELDS.items():
         if field.choices or field.least is not None:
             _check(name, field, _value(config, name))
+    average = config.optimizer.average
+    if not average < 1:
+        raise ValueError(f"optimizer.average must be below 1, such as 0.999, got {average}.")
+    first, epochs = config.schedule.first, config.schedule.epochs
+    if not first < epochs:
+        raise ValueError(
+            f"schedule.first must be below schedule.epochs, {epochs}, got {first}: for one mode in "
+            "all epochs give it as bound.mode, and 0 here."
+        )
     network = _value(config, "model.name")
     if network not in models.NETWORKS:
         models.build(network)  # says which there are

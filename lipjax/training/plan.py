@@ -191,8 +191,9 @@ class Plan:
             memory is not among them.
         host_parts: what is in the memory of the hosts.
         checkpoint: bytes of one on disk, before compression.
-        operations: of one step on all devices, products of matrices (`counted`).
-        step_seconds: of a step, the shortest and the longest that is to be expected.
+        operations: of one step on all devices, products of matrices (`counted`); where the mode
+            changes, the mean over the epochs.
+        step_seconds: of a step, the shortest and the longest that is to be expected; likewise.
     """
 
     title: str
@@ -258,11 +259,12 @@ def plan(
     rows = -(-sizes.examples // config.batch_size) * config.batch_size
     all_local = rows * sum(_bytes(v) // len(v) for v in state.vectors.get("local", ()))
     common = _bytes(state.vectors.get("global", ()))
-    operations, seconds = _time(config, sizes, state.network, devices, device)
+    operations, seconds = _mean_time(config, sizes, state.network, devices, device)
+    modes = ", then ".join(schedules.modes_of(config))
     return Plan(
         title=(
             f"{config.model.name} on {config.data.name}: {sizes.examples:,} training images "
-            f"{sizes.input_shape}, {sizes.classes} classes, mode {config.bound.mode}, batch "
+            f"{sizes.input_shape}, {sizes.classes} classes, mode {modes}, batch "
             f"{config.batch_size}; {devices} x {device.name} on {hosts} host(s)."
         ),
         device=device,
@@ -271,7 +273,9 @@ def plan(
         epochs=config.schedule.epochs,
         parts=tuple(_on_devices(config, sizes, state, rows, devices, temporary)),
         host_parts=tuple(_on_hosts(config, sizes, all_local if store.host else 0, hosts)),
-        checkpoint=_bytes(state.network) + _bytes(state.optimizer) + common + all_local,
+        checkpoint=sum(map(_bytes, (state.network, state.average, state.optimizer)))
+        + common
+        + all_local,
         operations=operations,
         step_seconds=seconds,
     )
@@ -288,6 +292,10 @@ def _on_devices(config, sizes: Sizes, state, rows: int, devices: int, temporary)
 
     moments = _held(state.optimizer, config, devices)
     yield Part("optimizer state", moments, devices * moments, "Adam's two moments")
+
+    if state.average is not None:
+        held = _held(state.average, config, devices)
+        yield Part("average", held, devices * held, "of the parameters")
 
     vectors = _bytes(state.vectors.get("global", ()))
     vectors += _bytes(state.vectors.get("local", ())) // devices
@@ -314,8 +322,23 @@ def _on_hosts(config, sizes: Sizes, vectors: int, hosts: int):
         yield Part("all vectors", -(-vectors // hosts), vectors)
 
 
+def _mean_time(config, sizes: Sizes, network, devices: int, device: Device):
+    """`_time` of the mean step, over the epochs of each mode."""
+    epochs = config.schedule.epochs
+    modes = [schedules.mode_at(config, epoch) for epoch in range(epochs)]
+    operations, shortest, longest = 0.0, 0.0, 0.0
+    for mode in schedules.modes_of(config):
+        share = modes.count(mode) / epochs
+        changed = schedules.with_mode(config, mode)
+        count, seconds = _time(changed, sizes, network, devices, device)
+        operations += share * count
+        shortest += share * seconds[0]
+        longest += share * seconds[1]
+    return operations, (shortest, longest)
+
+
 def _time(config, sizes: Sizes, network, devices: int, device: Device):
-    """Operations of a step, and its shortest and longest time."""
+    """Operations of a step with `bound.mode`, and its shortest and longest time."""
     mode, iterations = config.bound.mode, config.bound.iterations
     layers = _of_shapes(
         lambda network: list(_layers(network, sizes.input_shape, mode, iterations)), network

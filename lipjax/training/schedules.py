@@ -1,7 +1,25 @@
-"""What changes with the epoch: the weight of robustness, and the learning rate."""
+"""What changes with the epoch: the bound, the weight of robustness, and the learning rate."""
 
 import jax.numpy as jnp
 import optax
+
+
+def mode_at(config, epoch: int) -> str:
+    """The mode that trains in an epoch, counted from 0: `bound.first` in the first
+    `schedule.first` epochs, then `bound.mode`."""
+    return config.bound.first if epoch < config.schedule.first else config.bound.mode
+
+
+def modes_of(config) -> list[str]:
+    """The modes that train, each once, in their order."""
+    return list(dict.fromkeys(mode_at(config, epoch) for epoch in range(config.schedule.epochs)))
+
+
+def with_mode(config, mode: str):
+    """The configuration with another `bound.mode`."""
+    changed = config.copy_and_resolve_references()
+    changed.bound.mode = mode
+    return changed
 
 
 def ramp(step, steps_per_epoch: int, warmup: float, length: float):

@@ -16,7 +16,7 @@ from lipjax.training.vectors import initial_vectors
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["step", "network", "optimizer", "vectors", "best"],
+    data_fields=["step", "network", "optimizer", "vectors", "best", "average"],
     meta_fields=[],
 )
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +31,8 @@ class State:
             ``(rows, *shape)`` arrays, row r of the example at r in the flattened `feeding.stripes`
             (store "host": those of one call); "global" a tuple of arrays ``shape``.
         best: scalar, the best validation score so far.
+        average: with `optimizer.average`, the running average of the networks of all steps; else
+            None, which is no leaf, so that checkpoints of before it was there are the same.
     """
 
     step: jax.Array
@@ -38,6 +40,13 @@ class State:
     optimizer: Any
     vectors: dict[str, tuple[jax.Array, ...]]
     best: jax.Array
+    average: Any = None
+
+    @property
+    def evaluated(self) -> Any:
+        """The network that is evaluated, selected and certified. Its norms are its own: evaluations
+        and certificates compute them afresh, from none of `vectors`."""
+        return self.network if self.average is None else self.average
 
 
 def initial_state(
@@ -50,6 +59,8 @@ def initial_state(
         optimizer=transform.init(network),
         vectors=initial_vectors(network, config, examples, input_shape),
         best=jnp.asarray(-jnp.inf, jnp.float32),
+        # A copy: the state is donated, and no buffer can be twice.
+        average=jax.tree.map(jnp.copy, network) if config.optimizer.average else None,
     )
 
 
@@ -75,6 +86,7 @@ def state_specs(state: State, config, devices: int) -> State:
         network=jax.tree.map(spec_of, state.network),
         optimizer=jax.tree.map(spec_of, state.optimizer),
         vectors={name: spec_of_vectors(name, v) for name, v in state.vectors.items()},
+        average=jax.tree.map(spec_of, state.average),
     )
 
 

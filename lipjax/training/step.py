@@ -29,6 +29,9 @@ from lipjax.training.vectors import global_starts, local_starts, store_vectors
 # Figures of each step.
 METRICS = ("loss", "accuracy", "lipschitz_estimate", "gradient_norm", "epsilon", "kappa")
 
+# Of the key from which rotations are drawn.
+ROTATION = 7
+
 # On CPU: bytes of the largest activation of the examples that go through the network at once, and
 # the least number of these; smaller parts cost more in calls than they gain.
 CPU_CACHE = 2**22
@@ -80,14 +83,16 @@ def example_loss(network, x, label, epsilon, kappa, vectors, config):
 
 
 def _loss_of_bound(bound, label, kappa, options):
-    if options.loss == "bcp":
-        return losses.bcp(bound, label, kappa)
-    if options.loss == "calibrated":
-        return losses.calibrated(bound, label, kappa, options.slope)
-    if options.loss == "trades":
-        return losses.trades(bound, label, options.trades)
+    arguments = {
+        "bcp": (kappa,),
+        "trades": (options.trades,),
+        "calibrated": (kappa, options.slope),
+        "offset": (options.offset, options.temperature),
+        "annealing": (options.offset, options.temperature, options.annealing),
+        "crm": (options.crm, options.sharpness),
+    }
     if options.loss in LOSSES:
-        return getattr(losses, options.loss)(bound, label)
+        return getattr(losses, options.loss)(bound, label, *arguments.get(options.loss, ()))
     raise ValueError(f"bound.loss must be one of {', '.join(LOSSES)}, got {options.loss!r}.")
 
 
@@ -134,9 +139,10 @@ def make_steps(
     """The jitted ``(state, images, labels, slots, vector_slots, count) -> (state, metrics)``:
     `count` training steps in one call.
 
-    The state is donated. All randomness comes from ``fold_in(seed, step)``: a restart continues
-    exactly, and how steps are spread over calls has no influence on the result. Each device works
-    on its own `feeding.stripes`; only sums of gradients and metrics travel.
+    All have `bound.mode`, whatever the epoch (`schedules.with_mode`). The state is donated. All
+    randomness comes from ``fold_in(seed, step)``: a restart continues exactly, and how steps are
+    spread over calls has no influence on the result. Each device works on its own
+    `feeding.stripes`; only sums of gradients and metrics travel.
 
     Args:
         train: says how images are stored, and whether they come augmented (`pipeline.augments`).
@@ -233,27 +239,36 @@ def _step(setting, state: State, images, labels, vector_rows):
 
     # ---------------------------------------------------------------- images
     images = images.astype(jnp.float32) / setting.levels
+    first = jax.lax.axis_index("data") * setting.places
     if setting.augment:
-        first = jax.lax.axis_index("data") * setting.places
         images = sets.random_crop_and_flip(images, augment_key, first=first)
+    if config.data.rotation:
+        # A key beside those of the split above, which keep the draws of earlier versions.
+        rotation_key = jax.random.fold_in(step_key, ROTATION)
+        images = sets.random_rotation(images, rotation_key, config.data.rotation, first=first)
 
     # ---------------------------------------------------------------- network, starting vectors
     local_key, global_key = jax.random.split(fresh_key)
+    # Those of a mode that trains in other epochs stay as they are.
+    names = bounds.mode_of(config.bound.mode).vectors
+    own = {name: vectors for name, vectors in state.vectors.items() if name in names}
     network = sharding.gather_parameters(state.network, setting.axes, setting.devices)
     # All parts of the batch begin with the same vectors of what the examples share.
-    starts = global_starts(state.vectors, global_key, config.vectors.dtype)
+    starts = global_starts(own, global_key, config.vectors.dtype)
     starts = _iterate_shared(config, network, images[0], starts)
 
     # ---------------------------------------------------------------- gradient
     one_part = functools.partial(_add_part, setting, network, epsilon, kappa, starts, local_key)
-    totals = (state.vectors, jax.tree.map(jnp.zeros_like, network), jnp.zeros(3))
+    totals = (own, jax.tree.map(jnp.zeros_like, network), jnp.zeros(3))
     totals = _over_parts(one_part, totals, (images, labels, vector_rows), setting.parts)
-    vectors, gradient, sums = totals
+    own, gradient, sums = totals
+    vectors = {**state.vectors, **own}
     gradient, sums, norm = sharding.sum_gradients(gradient, sums, setting.axes, setting.devices)
 
     # ---------------------------------------------------------------- update
     updates, optimizer = setting.transform.update(gradient, state.optimizer, state.network)
     network = activations.project(optax.apply_updates(state.network, updates))
+    average = _averaged(state, network, config.optimizer.average)
     loss, accuracy, lipschitz = sums
     metrics = {
         "loss": loss,
@@ -263,7 +278,16 @@ def _step(setting, state: State, images, labels, vector_rows):
         "epsilon": epsilon,
         "kappa": kappa,
     }
-    return State(state.step + 1, network, optimizer, vectors, state.best), metrics
+    return State(state.step + 1, network, optimizer, vectors, state.best, average), metrics
+
+
+def _averaged(state: State, network, decay: float):
+    """The average of the networks so far with one more: the mean of all at first, so that the
+    initial weights are not in it, then one that forgets exponentially."""
+    if state.average is None:
+        return None
+    weight = jnp.maximum(1 - decay, 1 / (state.step + 1))
+    return optax.incremental_update(network, state.average, weight)
 
 
 def _iterate_shared(config, network, image, starts: dict) -> dict:

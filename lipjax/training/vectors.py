@@ -15,7 +15,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from lipjax import bounds
 from lipjax.norms import power
-from lipjax.training import feeding
+from lipjax.training import feeding, schedules
 
 # Types of the stored singular vectors, and the integers that hold their bits: XLA's CPU backend
 # updates rows of integer arrays in place, but widens a whole array of narrow floats to do so
@@ -48,14 +48,20 @@ def unpack_vector(stored: jax.Array, dtype: str) -> jax.Array:
     return stored.astype(jnp.float32)
 
 
+def names_of(config) -> list[str]:
+    """The names of the vectors that training needs, in whichever of its modes."""
+    modes = map(bounds.mode_of, schedules.modes_of(config))
+    return list(dict.fromkeys(name for mode in modes for name in mode.vectors))
+
+
 def initial_vectors(network, config, examples: int, input_shape) -> dict[str, tuple]:
     """The packed vectors before the first step, all zero.
 
     The fresh component of the first warm start makes them a cold start, for each example once.
 
     Returns:
-        by the mode's names: "local" a tuple of ``(rows, *shape)`` for `examples` in whole batches,
-        "global" one of ``shape``, an array for each affine layer.
+        by the names of `names_of`: "local" a tuple of ``(rows, *shape)`` for `examples` in whole
+        batches, "global" one of ``shape``, an array for each affine layer.
     """
     dtype = VECTOR_TYPES[config.vectors.dtype] or jnp.dtype(config.vectors.dtype)
     shapes = bounds.vector_shapes(network, input_shape)
@@ -63,7 +69,7 @@ def initial_vectors(network, config, examples: int, input_shape) -> dict[str, tu
     leading = {"local": (rows,), "global": ()}
     return {
         name: tuple(jnp.zeros((*leading[name], *shape), dtype) for shape in shapes)
-        for name in bounds.mode_of(config.bound.mode).vectors
+        for name in names_of(config)
     }
 
 
@@ -134,7 +140,7 @@ class VectorStore:
     """
 
     def __init__(self, config, examples: int, mesh: Mesh, max_steps: int):
-        local = "local" in bounds.mode_of(config.bound.mode).vectors
+        local = "local" in names_of(config)
         self.host = config.vectors.store == "host" and local
         if self.host and jax.process_count() > 1:
             raise ValueError(
