@@ -4,9 +4,14 @@
     python -m benchmarks.mutations --budget=36000
 
 A mutant is a copy of the checkout with one change in one module: a comparison made loose, a term or
-factor dropped, an end of a box exchanged, a rounding left out. The tests that guard the module
-(`GUARDS`) run on it up to the first that fails, the quickest file first and in it the quickest
-test. *Killed*: one failed, or the module cannot be imported, or the time limit ended it, which
+factor dropped, an end of a box exchanged, a rounding left out. Of each line of the source one
+mutant counts, drawn at random by the seed (Petrovic and Ivankovic, *State of mutation testing at
+Google*, 2018: those of one line tend to live or die together); `--all` takes all. Three kinds are
+left out by rule: what only trains or reports (`IDLE`), choices of which any is sound (`CHOICES`),
+and twice an allowance for rounding (`UNITS`).
+
+The tests that guard the module (`GUARDS`) run on a mutant up to the first that fails, the quickest
+file first and in it the quickest test. *Killed*: one failed, or the module cannot be imported, or the time limit ended it, which
 follows from the time that the unchanged code took. *Survived*: all passed, so either the change is
 equivalent (`mutations_equivalent.json` says of which this was argued, and why) or a test is
 missing.
@@ -209,6 +214,71 @@ GUARDING = "guard"
 # What trains or reports: no proof rests on it.
 IDLE = {"sparsity", "instability", "stable", "kind", "where", "__repr__", "hinge", "Exact"}
 IDLE |= {"_line", "_place", "_unknown"}
+# Of which any is sound, so that no proof rests on how they are chosen: slopes (METHOD 8), scales
+# and multipliers of a dual bound (METHOD 3), numbers of iterations, estimates from below. By module,
+# functions ("f", "Class.f") and variables ("f.x"): what is assigned to these alone is left out.
+CHOICES = {
+    module: set(" ".join(names).split())
+    for module, names in {
+        "bounds.tight": (
+            "HALVINGS WIDTH Choice CHOICES BOXES RETRIED UNIT ascended flattened unflattened",
+            "OneSided.limits improved.one.first improved.one.least improved.one.slopes",
+            *(f"chosen.{name}" for name in "tiny free share half near left right".split()),
+            *(f"chosen.{name}" for name in "least most costly cheap slope".split()),
+            *(f"best_scale.{name}" for name in "least most pull tiny start halve _ high".split()),
+        ),
+        "bounds.relaxed": (
+            "SCALE ROWS",
+            *(f"largest_product.{name}" for name in "norm least usual".split()),
+        ),
+        "bounds.margins": (
+            "BISECTION_STEPS WIDEST tightened.order ascent.norm ascent.too_short ascent.halve",
+            *(f"ascent.{name}" for name in "tiny start bracket steps left right".split()),
+            *(f"ascent.frozen_{name}" for name in "d low high".split()),
+        ),
+        "bounds.walk": ("SMALL Walk._stacked_radius.t Walk._stacked_radius.a",),
+        "activations.pieces": (
+            "Pieces.extremes Pieces.chord Pieces.at_center Pieces.largest.place",
+        ),
+        "certificates.verdicts": (
+            "SMALL_MATRIX RADIUS_ITERATIONS STEPPED radius_batch estimate_batch _shares",
+            "facts_of.constant facts_of.stable tightened_batch.one.lead",
+            "tightened_batch.one.goals",
+        ),
+        "norms.lanczos": ("RITZ_STEPS HALVINGS norm_estimate ritz_value largest_eigenvalue",),
+        "norms.chebyshev": (
+            "INFLATION SCALE_SLACK chebyshev_steps inflated_norm_bound.scale",
+            "inflated_norm_bound.steps",
+        ),
+        "norms.cholesky": ("INFLATIONS",),
+        "norms.gram": ("EXPLICIT_ENTRIES VECTORISED_ENTRIES dense_cost",),
+        "norms.scaled": ("CPU_CHUNK_ENTRIES CHUNK_ENTRIES chunked application_flops",),
+        "norms.banded": ("masked_convolution_cost _Bands.flops _Bands.capacity",),
+        "check.walk": (
+            "BISECTION_STEPS _side_by_side.scale _side_by_side.a worst_gains.middle",
+            "worst_gains.left worst_gains.right worst_gains.short _rules",
+        ),
+        "check.onesided": (
+            "SECTIONS GOLDEN WIDTH UNIT _at",
+            *(f"by_rule.rule.{name}" for name in "norm half middle length above below".split()),
+            *(f"by_rule.rule.{name}" for name in "own least most still here local near".split()),
+            *(f"by_rule.rule.{name}" for name in "costly cheap slopes straight chord".split()),
+            *(f"_Parabolas.bound.{name}" for name in "value steepest high low inner".split()),
+            *(f"_Parabolas.bound.{name}" for name in "found left fresh there".split()),
+        ),
+        "check.norms": (
+            "INFLATION LANCZOS_STEPS _lanczos norm_by_cholesky.inflations norm_by_cholesky.top",
+            "norm_by_chebyshev.lower norm_by_chebyshev.excess norm_by_chebyshev.steps",
+            "norm_by_chebyshev.guess",
+        ),
+    }.items()
+}
+# Modules of estimates: no proof rests on them, and they run only where they are named.
+ESTIMATES = {"bounds.estimate", "norms.power", "norms.lanczos"}
+# A number that multiplies one of these, or is added to the terms of `gamma`, is an allowance for
+# rounding. Twice as much is only looser: whether it is there at all, and turned to the safe side, is
+# what the other mutants of the same place ask.
+UNITS = {"U", "DOUBLE", "rounding.DOUBLE", "unit", "gamma", "rounding.gamma"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -239,6 +309,7 @@ class Mutant:
 def mutants_of(module: str, text: str, only: Sequence[str] = ()) -> list[Mutant]:
     """All mutants of a module, in the order of its text, each meaning something else."""
     data = text.encode()
+    choices = CHOICES.get(module, set())
     lines = data.splitlines(keepends=True)
     starts = [0, *itertools.accumulate(map(len, lines))]
     found: list[Mutant] = []
@@ -248,12 +319,13 @@ def mutants_of(module: str, text: str, only: Sequence[str] = ()) -> list[Mutant]
             continue
         origin, limit = starts[top.lineno - 1], starts[top.end_lineno]
         seen = {ast.dump(ast.parse(data[origin:limit]))}
-        for node, returns in _nodes(top, "", True):
+        looser = _allowances(top)
+        for node, returns in _nodes(top, "", "", choices):
             start = starts[node.lineno - 1] + node.col_offset
             end = starts[node.end_lineno - 1] + node.end_col_offset
             source = " ".join(lines[node.lineno - 1].decode().split())
             before = ast.unparse(node)
-            for after in _variants(node, returns):
+            for after in _variants(node, returns, node in looser):
                 after = after if isinstance(node, ast.stmt) else f"({after})"
                 changed = data[origin:start] + after.encode() + data[end:limit]
                 shape = ast.dump(ast.parse(changed))
@@ -265,23 +337,41 @@ def mutants_of(module: str, text: str, only: Sequence[str] = ()) -> list[Mutant]
     return found
 
 
-def _nodes(node: ast.AST, returns: str, outside: bool) -> Iterator[tuple]:
-    """What computes something, each with the type that its function is said to return."""
+def drawn(mutants: Sequence[Mutant], seed: int) -> list[Mutant]:
+    """One of each line, at random."""
+    lines: dict[tuple[str, int], Mutant] = {}
+    for mutant in sorted(mutants, key=lambda mutant: _digest(seed, *mutant.key)):
+        lines.setdefault((mutant.module, mutant.line), mutant)
+    return sorted(lines.values(), key=lambda mutant: mutant.line)
+
+
+def _nodes(node: ast.AST, returns: str, within: str, choices: set[str]) -> Iterator[tuple]:
+    """What computes something, each with the type that its function is said to return.
+
+    Args:
+        within: the class and function around it, "" outside of any.
+        choices: what is left out, as `CHOICES` has it.
+    """
     if isinstance(node, ast.Raise | ast.JoinedStr | ast.Import | ast.ImportFrom | ast.Assert):
         return
     children = ast.iter_child_nodes(node)
     if isinstance(node, ast.FunctionDef | ast.ClassDef):
-        if node.name in IDLE:
+        place = f"{within}.{node.name}".removeprefix(".")
+        if node.name in IDLE or place in choices:
             return
         children = iter(node.body)
         if isinstance(node, ast.FunctionDef):
             returns = ast.unparse(node.returns) if node.returns else ""
             children = iter([*node.args.defaults, *filter(None, node.args.kw_defaults), *node.body])
-            outside = False
+        within = place
     elif isinstance(node, ast.Assign | ast.AnnAssign):
-        names = [ast.unparse(t) for t in getattr(node, "targets", None) or [node.target]]
-        union = outside and isinstance(getattr(node.value, "op", None), ast.BitOr)
+        targets = getattr(node, "targets", None) or [node.target]
+        names = [ast.unparse(target) for target in targets]
+        union = not within and isinstance(getattr(node.value, "op", None), ast.BitOr)
         if node.value is None or "__all__" in names or union:  # a union is a type
+            return
+        parts = [name for target in targets for name in getattr(target, "elts", [target])]
+        if {f"{within}.{ast.unparse(part)}".removeprefix(".") for part in parts} <= choices:
             return
         children = iter([node.value])
     elif isinstance(node, ast.If):
@@ -291,7 +381,23 @@ def _nodes(node: ast.AST, returns: str, outside: bool) -> Iterator[tuple]:
         if _number(node) is not None:
             return
     for child in children:
-        yield from _nodes(child, returns, outside)
+        yield from _nodes(child, returns, within, choices)
+
+
+def _allowances(top: ast.AST) -> set[ast.AST]:
+    """The numbers that are allowances for rounding, as `UNITS` has it."""
+    found: set[ast.AST] = set()
+    for node in ast.walk(top):
+        if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Mult):
+            # k * U * x is (k * U) * x
+            names = {ast.unparse(getattr(side, "func", side)) for side in (node.left, node.right)}
+            if names & UNITS:
+                found |= {side for side in (node.left, node.right) if _number(side) is not None}
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).rpartition(".")[2] == "gamma":
+            terms = node.args[0]
+            if isinstance(terms, ast.BinOp) and isinstance(terms.op, ast.Add):
+                found |= {terms.right} if _number(terms.right) is not None else set()
+    return found
 
 
 def _number(node: ast.AST) -> int | float | None:
@@ -303,8 +409,8 @@ def _number(node: ast.AST) -> int | float | None:
     return value if type(value) in (int, float) else None
 
 
-def _variants(node, returns: str) -> Iterator[str]:
-    """What may stand in the place of a node, as source."""
+def _variants(node, returns: str, allowance: bool = False) -> Iterator[str]:
+    """What may stand in the place of a node, as source; of an allowance for rounding no more."""
     text = ast.unparse
     if returns == GUARDING:
         yield from ("True", "False")
@@ -312,7 +418,10 @@ def _variants(node, returns: str) -> Iterator[str]:
     value = _number(node)
     if value is not None:
         half = value // 2 if isinstance(value, int) else value / 2
-        yield from (repr(type(value)(other)) for other in (0, 1, value * 2, half) if other != value)
+        others = [0, half] if allowance else [0, 1, value * 2, half]
+        if allowance and value > 1:
+            others.append(1)
+        yield from (repr(type(value)(other)) for other in others if other != value)
         return
     match node:
         case ast.Constant(value=bool(value)):
@@ -605,7 +714,9 @@ def campaign(root: Path, guards: dict[str, Guard], entries: list[dict], options)
             everything = mutants_of(module, text, guard.only)
             reasons = equivalent(entries, everything, [module])
             if options.only:
-                everything = [m for m in mutants_of(module, text, options.only.split(","))]
+                everything = mutants_of(module, text, options.only.split(","))
+            if not options.all:
+                everything = drawn(everything, options.seed)
             extra = ["-k", options.k] if options.k else []
             files = [(root / test).read_text() for test in guard.tests]
             tests = _digest(*files, extra, options.slowest)
@@ -691,8 +802,10 @@ def parser() -> argparse.ArgumentParser:
     plain = argparse.RawDescriptionHelpFormatter
     found = argparse.ArgumentParser(description=__doc__, formatter_class=plain)
     add = found.add_argument
-    add("--modules", default=",".join(GUARDS), help="names of GUARDS, by commas")
+    proved = ",".join(name for name in GUARDS if name not in ESTIMATES)
+    add("--modules", default=proved, help="names of GUARDS, by commas; without: of all proofs")
     add("--only", default="", help="functions or classes of them, by commas")
+    add("--all", action="store_true", help="all mutants, not one of each line")
     add("--sample", type=int, default=0, help="at most so many mutants a module, drawn at random")
     add("--seed", type=int, default=0, help="of the order")
     add("--budget", type=float, default=math.inf, help="seconds after which none is begun")
@@ -717,7 +830,8 @@ def main(arguments: list[str] | None = None) -> int:
     if options.list:
         for name, guard in guards.items():
             only = options.only.split(",") if options.only else guard.only
-            for mutant in mutants_of(name, (ROOT / guard.path).read_text(), only):
+            mutants = mutants_of(name, (ROOT / guard.path).read_text(), only)
+            for mutant in mutants if options.all else drawn(mutants, options.seed):
                 print(_shown(guard, mutant))
         return 0
     entries = json.loads(EQUIVALENT.read_text())
