@@ -11,10 +11,12 @@ left out by rule: what only trains or reports (`IDLE`), choices of which any is 
 and twice an allowance for rounding (`UNITS`).
 
 The tests that guard the module (`GUARDS`) run on a mutant up to the first that fails, the quickest
-file first and in it the quickest test. *Killed*: one failed, or the module cannot be imported, or the time limit ended it, which
-follows from the time that the unchanged code took. *Survived*: all passed, so either the change is
-equivalent (`mutations_equivalent.json` says of which this was argued, and why) or a test is
-missing.
+file first and in it the quickest test. *Killed*: one failed, or the module cannot be imported, or
+the time limit ended it, which follows from the time that the unchanged code took. *Survived*: all
+passed, so either the change is equivalent (`mutations_equivalent.json` says of which this was
+argued, and why) or a test is missing. With `--tests=tests/test_allowances.py`, which knows most
+changed terms in seconds, and then without, into the same file, the other tests run on the rest
+alone.
 
 Each result is a line of a JSON file, and a later run goes on where one stopped: a killed mutant is
 done, one that survived runs again once its tests have changed. Mutants come in random order, so
@@ -83,34 +85,34 @@ GUARDS = {
     guard.path.removeprefix("lipjax/").removesuffix(".py").replace("/", "."): guard
     for guard in (
         _guard("bounds/modes", "modes regions residual"),
-        _guard("bounds/margins", "margins underflow relaxed rounding certificates"),
-        _guard("bounds/relaxed", "margins underflow relaxed residual rounding"),
-        _guard("bounds/regions", "regions residual underflow executed rounding relaxed"),
-        _guard("bounds/walk", "regions residual underflow executed rounding relaxed"),
+        _guard("bounds/margins", "allowances margins underflow relaxed rounding certificates"),
+        _guard("bounds/relaxed", "allowances margins underflow relaxed residual rounding"),
+        _guard("bounds/regions", "allowances regions residual underflow executed rounding relaxed"),
+        _guard("bounds/walk", "allowances regions residual underflow executed rounding relaxed"),
         _guard("bounds/estimate", "regions residual"),
         _guard("bounds/two_points", "lipschitz ranges"),
         _guard("bounds/lipschitz", "lipschitz"),
         _guard("certificates/lipschitz", "lipschitz ranges"),
         _guard("certificates/ranges", "ranges"),
         _guard("activations/slopes", "lipschitz ranges"),
-        _guard("activations/base", "relaxed regions residual rounding"),
-        _guard("activations/clip", "relaxed regions residual rounding linear"),
-        _guard("activations/maxmin", "relaxed regions residual rounding linear"),
-        _guard("rounding/outward", "outward underflow rounding residual executed"),
-        _guard("rounding/executed", "executed underflow rounding residual"),
-        _guard("activations/absolute", "groupsort trace"),
-        _guard("activations/pieces", "tight"),
-        _guard("bounds/tight", "tight check_tight"),
-        _guard("activations/groupsort", "groupsort"),
-        _guard("activations/leaky", "leaky"),
-        _guard("activations/pooling", "pooling"),
-        _guard("activations/smooth", "smooth"),
+        _guard("activations/base", "allowances relaxed regions residual rounding"),
+        _guard("activations/clip", "allowances relaxed regions residual rounding linear"),
+        _guard("activations/maxmin", "allowances relaxed regions residual rounding linear"),
+        _guard("rounding/outward", "allowances outward underflow rounding residual executed"),
+        _guard("rounding/executed", "allowances executed underflow rounding residual"),
+        _guard("activations/absolute", "allowances groupsort trace"),
+        _guard("activations/pieces", "allowances tight"),
+        _guard("bounds/tight", "allowances tight check_tight"),
+        _guard("activations/groupsort", "allowances groupsort"),
+        _guard("activations/leaky", "allowances leaky"),
+        _guard("activations/pooling", "allowances pooling"),
+        _guard("activations/smooth", "allowances smooth"),
         _guard("activations/softmax", "smooth"),
         _guard("graph/description", "description"),
         _guard("graph/known", "trace executed"),
         _guard("graph/match", "trace"),
         _guard("graph/rearrange", "trace"),
-        _guard("graph/linear", "linear underflow executed regions deterministic"),
+        _guard("graph/linear", "allowances linear underflow executed regions deterministic"),
         _guard("graph/nodes", "trace residual linear executed regions"),
         _guard("graph/trace", "trace executed residual linear regions models"),
         _guard("norms/masks", "spectral deterministic"),
@@ -127,19 +129,21 @@ GUARDS = {
         _guard("certificates/randomness", "seeds certificates"),
         _guard("certificates/setup", "seeds executed certificates check_tight"),
         _guard("certificates/stages", "check_tight seeds"),
-        _guard("certificates/verdicts", "seeds executed underflow certificates check_tight"),
+        _guard(
+            "certificates/verdicts", "allowances seeds executed underflow certificates check_tight"
+        ),
         _guard("certificates/batches", "certificates devices"),
         _guard("certificates/checks", "executed certificates"),
         _guard("certificates/results", "seeds certificates"),
         _guard("bridges/spelled", "onnx_in"),
         _guard("certificates/prover", "seeds certificates"),
-        _guard("check/norms", "check_norms underflow check check_graph forgery"),
-        _guard("check/walk", "check_graph underflow check forgery"),
-        _guard("check/nodes", "description"),
-        _guard("check/layers", "check_graph check forgery"),
-        _guard("check/slopes", "check_graph check forgery"),
-        _guard("check/kinds", "check_kinds"),
-        _guard("check/onesided", "check_tight"),
+        _guard("check/norms", "allowances check_norms underflow check check_graph forgery"),
+        _guard("check/walk", "allowances check_graph underflow check forgery"),
+        _guard("check/nodes", "allowances description"),
+        _guard("check/layers", "allowances check_graph check forgery"),
+        _guard("check/slopes", "allowances check_graph check forgery"),
+        _guard("check/kinds", "allowances check_kinds"),
+        _guard("check/onesided", "allowances check_tight"),
         _guard(
             "check/checker",
             "forgery check check_graph fuzz",
@@ -215,69 +219,70 @@ GUARDING = "guard"
 IDLE = {"sparsity", "instability", "stable", "kind", "where", "__repr__", "hinge", "Exact"}
 IDLE |= {"_line", "_place", "_unknown"}
 # Of which any is sound, so that no proof rests on how they are chosen: slopes (METHOD 8), scales
-# and multipliers of a dual bound (METHOD 3), numbers of iterations, estimates from below. By module,
-# functions ("f", "Class.f") and variables ("f.x"): what is assigned to these alone is left out.
+# and multipliers of a dual bound (METHOD 3), numbers of iterations, estimates from below. By module
+# and place ("" outside of functions), functions and variables: what is assigned to these alone is
+# left out.
+_FREE = {
+    "bounds.tight": {
+        "": "HALVINGS WIDTH Choice CHOICES BOXES RETRIED UNIT ascended flattened unflattened",
+        "OneSided": "limits",
+        "improved.one": "first least slopes",
+        "chosen": "tiny free share half near left right least most costly cheap slope",
+        "best_scale": "least most pull tiny start halve _ high",
+    },
+    "bounds.relaxed": {"": "SCALE ROWS", "largest_product": "norm least usual"},
+    "bounds.margins": {
+        "": "BISECTION_STEPS WIDEST",
+        "tightened": "order",
+        "ascent": "norm too_short halve tiny start bracket steps left right frozen_d frozen_low"
+        " frozen_high",
+    },
+    "bounds.walk": {"": "SMALL", "Walk._stacked_radius": "t a b"},
+    "activations.pieces": {"Pieces": "extremes chord at_center", "Pieces.largest": "place"},
+    "certificates.verdicts": {
+        "": "SMALL_MATRIX RADIUS_ITERATIONS STEPPED radius_batch estimate_batch _shares",
+        "facts_of": "constant stable",
+        "tightened_batch.one": "lead goals",
+    },
+    "norms.lanczos": {"": "RITZ_STEPS HALVINGS norm_estimate ritz_value largest_eigenvalue"},
+    "norms.chebyshev": {
+        "": "INFLATION SCALE_SLACK chebyshev_steps",
+        "inflated_norm_bound": "scale steps",
+    },
+    "norms.cholesky": {"": "INFLATIONS"},
+    "norms.gram": {"": "EXPLICIT_ENTRIES VECTORISED_ENTRIES dense_cost"},
+    "norms.scaled": {"": "CPU_CHUNK_ENTRIES CHUNK_ENTRIES chunked application_flops"},
+    "norms.banded": {"": "masked_convolution_cost", "_Bands": "flops capacity"},
+    "check.walk": {
+        "": "BISECTION_STEPS _rules",
+        "_side_by_side": "scale a b",
+        "worst_gains": "middle left right short",
+    },
+    "check.onesided": {
+        "": "SECTIONS GOLDEN WIDTH UNIT _at",
+        "by_rule.rule": "norm half middle length above below own least most still here local near"
+        " costly cheap slopes straight chord",
+        "_Parabolas.bound": "value steepest high low inner found left fresh there",
+    },
+    "check.norms": {
+        "": "INFLATION LANCZOS_STEPS _lanczos",
+        "norm_by_cholesky": "inflations top",
+        "norm_by_chebyshev": "lower excess steps guess",
+    },
+}
 CHOICES = {
-    module: set(" ".join(names).split())
-    for module, names in {
-        "bounds.tight": (
-            "HALVINGS WIDTH Choice CHOICES BOXES RETRIED UNIT ascended flattened unflattened",
-            "OneSided.limits improved.one.first improved.one.least improved.one.slopes",
-            *(f"chosen.{name}" for name in "tiny free share half near left right".split()),
-            *(f"chosen.{name}" for name in "least most costly cheap slope".split()),
-            *(f"best_scale.{name}" for name in "least most pull tiny start halve _ high".split()),
-        ),
-        "bounds.relaxed": (
-            "SCALE ROWS",
-            *(f"largest_product.{name}" for name in "norm least usual".split()),
-        ),
-        "bounds.margins": (
-            "BISECTION_STEPS WIDEST tightened.order ascent.norm ascent.too_short ascent.halve",
-            *(f"ascent.{name}" for name in "tiny start bracket steps left right".split()),
-            *(f"ascent.frozen_{name}" for name in "d low high".split()),
-        ),
-        "bounds.walk": ("SMALL Walk._stacked_radius.t Walk._stacked_radius.a",),
-        "activations.pieces": (
-            "Pieces.extremes Pieces.chord Pieces.at_center Pieces.largest.place",
-        ),
-        "certificates.verdicts": (
-            "SMALL_MATRIX RADIUS_ITERATIONS STEPPED radius_batch estimate_batch _shares",
-            "facts_of.constant facts_of.stable tightened_batch.one.lead",
-            "tightened_batch.one.goals",
-        ),
-        "norms.lanczos": ("RITZ_STEPS HALVINGS norm_estimate ritz_value largest_eigenvalue",),
-        "norms.chebyshev": (
-            "INFLATION SCALE_SLACK chebyshev_steps inflated_norm_bound.scale",
-            "inflated_norm_bound.steps",
-        ),
-        "norms.cholesky": ("INFLATIONS",),
-        "norms.gram": ("EXPLICIT_ENTRIES VECTORISED_ENTRIES dense_cost",),
-        "norms.scaled": ("CPU_CHUNK_ENTRIES CHUNK_ENTRIES chunked application_flops",),
-        "norms.banded": ("masked_convolution_cost _Bands.flops _Bands.capacity",),
-        "check.walk": (
-            "BISECTION_STEPS _side_by_side.scale _side_by_side.a worst_gains.middle",
-            "worst_gains.left worst_gains.right worst_gains.short _rules",
-        ),
-        "check.onesided": (
-            "SECTIONS GOLDEN WIDTH UNIT _at",
-            *(f"by_rule.rule.{name}" for name in "norm half middle length above below".split()),
-            *(f"by_rule.rule.{name}" for name in "own least most still here local near".split()),
-            *(f"by_rule.rule.{name}" for name in "costly cheap slopes straight chord".split()),
-            *(f"_Parabolas.bound.{name}" for name in "value steepest high low inner".split()),
-            *(f"_Parabolas.bound.{name}" for name in "found left fresh there".split()),
-        ),
-        "check.norms": (
-            "INFLATION LANCZOS_STEPS _lanczos norm_by_cholesky.inflations norm_by_cholesky.top",
-            "norm_by_chebyshev.lower norm_by_chebyshev.excess norm_by_chebyshev.steps",
-            "norm_by_chebyshev.guess",
-        ),
-    }.items()
+    module: {
+        f"{place}.{name}".removeprefix(".")
+        for place, names in places.items()
+        for name in names.split()
+    }
+    for module, places in _FREE.items()
 }
 # Modules of estimates: no proof rests on them, and they run only where they are named.
 ESTIMATES = {"bounds.estimate", "norms.power", "norms.lanczos"}
 # A number that multiplies one of these, or is added to the terms of `gamma`, is an allowance for
-# rounding. Twice as much is only looser: whether it is there at all, and turned to the safe side, is
-# what the other mutants of the same place ask.
+# rounding. Twice as much is only looser: whether it is there at all, and turned to the safe side,
+# is what the other mutants of the same place ask.
 UNITS = {"U", "DOUBLE", "rounding.DOUBLE", "unit", "gamma", "rounding.gamma"}
 
 
@@ -720,15 +725,15 @@ def campaign(root: Path, guards: dict[str, Guard], entries: list[dict], options)
             extra = ["-k", options.k] if options.k else []
             files = [(root / test).read_text() for test in guard.tests]
             tests = _digest(*files, extra, options.slowest)
-            chosen = [mutant for mutant in everything if mutant.key not in reasons]
-            # At random, and the same mutants again where others were argued equivalent or changed.
-            chosen.sort(key=lambda mutant: _digest(options.seed, *mutant.key))
+            # At random, and the same mutants again where some were argued equivalent or changed.
+            sample = sorted(everything, key=lambda mutant: _digest(options.seed, *mutant.key))
+            sample = sample[: options.sample or None]
+            chosen = [mutant for mutant in sample if mutant.key not in reasons]
             row = {
                 "module": module,
                 "mutants": len(everything),
-                "equivalent": len(everything) - len(chosen),
+                "equivalent": len(sample) - len(chosen),
             }
-            chosen = chosen[: options.sample or None]
             results: list[tuple[Mutant, dict]] = []
             plan = None
             for mutant in chosen:
