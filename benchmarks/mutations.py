@@ -259,7 +259,7 @@ _FREE = {
         "worst_gains": "middle left right short",
     },
     "check.onesided": {
-        "": "SECTIONS GOLDEN WIDTH UNIT _at",
+        "": "SECTIONS GOLDEN WIDTH UNIT RULES _at",
         "by_rule.rule": "norm half middle length above below own least most still here local near"
         " costly cheap slopes straight chord",
         "_Parabolas.bound": "value steepest high low inner found left fresh there",
@@ -358,6 +358,8 @@ def _nodes(node: ast.AST, returns: str, within: str, choices: set[str]) -> Itera
         choices: what is left out, as `CHOICES` has it.
     """
     if isinstance(node, ast.Raise | ast.JoinedStr | ast.Import | ast.ImportFrom | ast.Assert):
+        return
+    if isinstance(node, ast.keyword) and node.arg == "strict":  # of zip: says what holds anyway
         return
     children = ast.iter_child_nodes(node)
     if isinstance(node, ast.FunctionDef | ast.ClassDef):
@@ -700,6 +702,18 @@ def _digest(*parts) -> str:
     return hashlib.sha256("\0".join(map(str, parts)).encode()).hexdigest()[:16]
 
 
+def _pool(root: Path, guards: dict[str, Guard], options) -> list[Mutant]:
+    """The mutants of all these modules that count, in random order: the same again where some were
+    argued equivalent since."""
+    found: list[Mutant] = []
+    for module, guard in guards.items():
+        only = options.only.split(",") if options.only else guard.only
+        mutants = mutants_of(module, (root / guard.path).read_text(), only)
+        found += mutants if options.all else drawn(mutants, options.seed)
+    # (By another draw than within a line: else lines with many mutants would come first.)
+    return sorted(found, key=lambda mutant: _digest("order", options.seed, *mutant.key))
+
+
 def campaign(root: Path, guards: dict[str, Guard], entries: list[dict], options) -> tuple:
     """Runs what is not known yet; a row a module, and what survived without a reason."""
     out = options.out
@@ -707,6 +721,7 @@ def campaign(root: Path, guards: dict[str, Guard], entries: list[dict], options)
     known = {(line["kind"], line["id"]): line for line in lines}
     out.parent.mkdir(parents=True, exist_ok=True)
     deadline, rows, survivors = time.monotonic() + options.budget, [], []
+    pool = _pool(root, guards, options)
 
     def note(kind, name, facts):
         known[kind, name] = {"kind": kind, "id": name, **facts}
@@ -716,18 +731,14 @@ def campaign(root: Path, guards: dict[str, Guard], entries: list[dict], options)
     with Copy(root) as copy:
         for module, guard in guards.items():
             text = (root / guard.path).read_text()
-            everything = mutants_of(module, text, guard.only)
-            reasons = equivalent(entries, everything, [module])
-            if options.only:
-                everything = mutants_of(module, text, options.only.split(","))
-            if not options.all:
-                everything = drawn(everything, options.seed)
+            reasons = equivalent(entries, mutants_of(module, text, guard.only), [module])
+            everything = [mutant for mutant in pool if mutant.module == module]
             extra = ["-k", options.k] if options.k else []
             files = [(root / test).read_text() for test in guard.tests]
             tests = _digest(*files, extra, options.slowest)
-            # At random, and the same mutants again where some were argued equivalent or changed.
-            sample = sorted(everything, key=lambda mutant: _digest(options.seed, *mutant.key))
-            sample = sample[: options.sample or None]
+            sample = everything[: options.sample or None]
+            if options.total:
+                sample = [mutant for mutant in pool[: options.total] if mutant.module == module]
             chosen = [mutant for mutant in sample if mutant.key not in reasons]
             row = {
                 "module": module,
@@ -802,6 +813,26 @@ def table(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
+def share(rows: list[dict]) -> str:
+    """Of a sample of all modules together: what share of all mutants is killed or argued."""
+    run, argued, survived = (
+        sum(row[name] for row in rows) for name in ("run", "equivalent", "survived")
+    )
+    low, high = (100 * end for end in wilson(run + argued - survived, run + argued))
+    return (
+        f"killed or argued: {run + argued - survived} of {run + argued} (argued: {argued}); of all "
+        f"{sum(row['mutants'] for row in rows)}, with 95 % confidence, {low:.0f} to {high:.0f} %"
+    )
+
+
+def wilson(good: int, count: int) -> tuple[float, float]:
+    """The interval of a share, with 95 % confidence, of a sample (Wilson 1927)."""
+    z = 1.96
+    middle = (good + z**2 / 2) / (count + z**2)
+    half = z / (count + z**2) * math.sqrt(good * (count - good) / count + z**2 / 4)
+    return middle - half, middle + half
+
+
 def parser() -> argparse.ArgumentParser:
     """Of the program's arguments."""
     plain = argparse.RawDescriptionHelpFormatter
@@ -812,7 +843,8 @@ def parser() -> argparse.ArgumentParser:
     add("--only", default="", help="functions or classes of them, by commas")
     add("--all", action="store_true", help="all mutants, not one of each line")
     add("--sample", type=int, default=0, help="at most so many mutants a module, drawn at random")
-    add("--seed", type=int, default=0, help="of the order")
+    add("--total", type=int, default=0, help="at most so many of all modules, drawn at random")
+    add("--seed", type=int, default=0, help="of what is drawn, and of the order")
     add("--budget", type=float, default=math.inf, help="seconds after which none is begun")
     add("--tests", default="", help="files in the place of those of GUARDS, by commas")
     add("-k", default="", help="chooses among the tests, as pytest's -k")
@@ -833,15 +865,15 @@ def main(arguments: list[str] | None = None) -> int:
         files = tuple(options.tests.split(","))
         guards = {name: dataclasses.replace(guard, tests=files) for name, guard in guards.items()}
     if options.list:
-        for name, guard in guards.items():
-            only = options.only.split(",") if options.only else guard.only
-            mutants = mutants_of(name, (ROOT / guard.path).read_text(), only)
-            for mutant in mutants if options.all else drawn(mutants, options.seed):
-                print(_shown(guard, mutant))
+        pool = _pool(ROOT, guards, options)
+        for mutant in sorted(pool, key=lambda mutant: (mutant.module, mutant.line)):
+            print(_shown(guards[mutant.module], mutant))
         return 0
     entries = json.loads(EQUIVALENT.read_text())
     rows, survivors = campaign(ROOT, guards, entries, options)
     print(table(rows))
+    if options.total and any(row["run"] for row in rows):
+        print(share(rows))
     for guard, mutant in survivors:
         print(f"survived: {_shown(guard, mutant)}")
     return 1 if survivors else 0

@@ -8,9 +8,11 @@ itself, but something that a proof rests on was changed: argue it (CONTRIBUTING.
 `python tests/test_allowances.py` write the numbers anew.
 """
 
+import dataclasses
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +26,7 @@ from lipjax.activations import base, leaky, smooth
 from lipjax.bounds import margins, relaxed, tight
 from lipjax.certificates import setup, verdicts
 from lipjax.check import checker, kinds, layers, norms, onesided, slopes, walk
+from lipjax.graph.linear import LinearOperator
 from lipjax.rounding import executed, outward
 
 # All that is compiled here is single operations, on few shapes.
@@ -57,8 +60,7 @@ def coarse(monkeypatch):
     with_large_units(monkeypatch)
 
 
-def with_large_units(patch) -> None:
-    unit = 2.0**-16
+def with_large_units(patch, unit: float = 2.0**-16) -> None:
     for module in CHECKER:
         for name, value in (("U", unit), ("TINY", 2.0**-24)):
             if hasattr(module, name):
@@ -145,6 +147,37 @@ def of_the_checkers_norms(_=None) -> dict[str, float]:
     return found
 
 
+def of_the_outward_arithmetic(_=None) -> dict[str, float]:
+    """Of `rounding.outward` and of what an inner product rounds off, each by itself."""
+    rng = np.random.default_rng(6)
+    found = {"gamma": outward.gamma(5), "gamma of many": min(outward.gamma(2**16), 9.0)}
+    for name, arithmetic in COARSE.items():
+        both = [rounding.Arithmetic(name, *arithmetic), rounding.Arithmetic("", *COARSE["float64"])]
+        found[f"shares {name}"] = summary(
+            *(executed.shares(both[:k], 7, roundings) for k in (1, 2) for roundings in (0.0, 3.0))
+        )
+    with jax.enable_x64(True):
+        x, y = (jnp.asarray(rng.uniform(0, 2, zoo.SIZE)) for _ in range(2))
+        low, high = x - y, x + y
+        matrix = LinearOperator.from_matrix(jnp.asarray(rng.normal(size=(3, 6))), (6,), (3,))
+        matrix = dataclasses.replace(matrix, bias=-y[:3])
+        own = rounding.OUTWARD
+        found |= {
+            "up": summary(own.up(x), own.up(x, 5)),
+            "around": summary(*own.around(low, high)),
+            "widened": summary(*own.widened(low, high, 0.0), *own.widened(0 * x, 0 * x, y)),
+            "not widened": summary(*own.widened(0 * x, 0 * x, 0 * y)),
+            "slack": summary(own.slack(matrix, low, high), own.norm(y)),
+            "length": summary(own.length(x), own.length(0 * x)),
+            "slope": summary(own.slope_width(x)),
+            "left over": summary(own.left_over(0.1, x, 2.0), own.left_over(0.0, x, 2.0)),
+            "dual": summary(relaxed.dual(low, -x, y, 0.5, 0.7, own)),
+            "product": summary(*(relaxed.largest_product(low, x, r, own) for r in (0, 0.3, 9))),
+            "partial sum": summary(executed.partial_sum(x, y)),
+        }
+    return found
+
+
 def of_the_library(name: str) -> dict[str, float]:
     """Boxes, radii, margins and allowances for rounding, by quantity."""
     x = zoo.example(name)
@@ -187,16 +220,41 @@ def of_the_library(name: str) -> dict[str, float]:
     return found
 
 
-CASES = {
+CASES: dict[str, Any] = {
     "checker": (of_the_checker, zoo.FUNCTIONS),
     "library": (of_the_library, zoo.FUNCTIONS),
     "norms of the checker": (of_the_checkers_norms, ("",)),
+    "outward": (of_the_outward_arithmetic, ("",)),
 }
 
 
 @pytest.mark.parametrize("name", zoo.FUNCTIONS)
 def test_each_term_of_the_librarys_bounds_is_what_was_argued(name, coarse):
     compared(of_the_library(name), f"library, {name}")
+
+
+@pytest.mark.core
+def test_each_term_of_the_outward_arithmetic_is_what_was_argued(coarse):
+    compared(of_the_outward_arithmetic(), "outward, ")
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("name", ["sums", "narrow"])
+def test_with_twice_the_unit_of_roundoff_no_box_is_smaller_and_no_margin_larger(name, monkeypatch):
+    """So that a mutant that counts an allowance twice need not be run (`benchmarks.mutations`)."""
+    before = None
+    for unit in (2.0**-17, 2.0**-16):
+        with_large_units(monkeypatch, unit)
+        x, network, bounds = network_of(name)
+        walked = walk.walk(network, x, 0.1, bounds).values
+        rows = walk.derive(network, x, 0, 0.1, bounds, linear=True, rows=(None,))
+        tight = walk.derive(network, x, 0, 0.1, bounds, tight=walk.Tight(np.inf, {}))
+        if before is not None:
+            for old, new in zip(before[0], walked, strict=True):
+                assert np.all(new.lower <= old.lower) and np.all(new.upper >= old.upper)
+                assert new.radius >= old.radius
+            assert rows.margin < before[1].margin and tight.margin < before[2].margin
+        before = walked, rows, tight
 
 
 @pytest.mark.core
@@ -241,7 +299,7 @@ def test_the_units_are_those_of_the_formats():
         assert walk.ARITHMETICS[name][:4] == (u_in, u_acc, u_out, smallest)
         largest = float(jnp.finfo("float64" if name == "float64" else "float32").max)
         for limit in (own.largest, walk.ARITHMETICS[name][4]):
-            assert largest / 2 < limit <= largest or name == "float64" and 1e300 <= limit <= largest
+            assert limit <= largest and limit > (1e299 if name == "float64" else largest / 2.01)
         if name in kinds.UNITS:
             assert kinds.UNITS[name] == walk.ARITHMETICS[name][2:]
 
