@@ -147,6 +147,78 @@ def of_the_checkers_norms(_=None) -> dict[str, float]:
     return found
 
 
+def activations() -> dict[str, Any]:
+    """Of the checker, on 8 entries."""
+    overlapping = np.array([[8, 0, 1, 2], [1, 2, 3, 4], [3, 4, 5, 6], [5, 6, 7, 8]])
+    ends = np.linspace(0.2, 0.9, 4)
+    found: dict[str, Any] = {
+        "abs": kinds.Absolute(),
+        "sort": kinds.Sort(np.arange(8).reshape(4, 2).T),
+        "sort of eight": kinds.Sort(np.array([[3, 1, 4, 0, 5, 2, 6, 7]])),
+        "pool": kinds.MaxPool(np.arange(8).reshape(2, 4), 8),
+        "overlapping pool": kinds.MaxPool(overlapping, 8),
+        "leaky": kinds.Leaky(np.linspace(-0.4, 0.3, 8), np.linspace(0.2, 2, 8), "float32"),
+        "cut": kinds.Leaky(np.zeros(8), np.ones(8), "bfloat16"),
+        "clip": layers.Activation(False, (8,), np.linspace(0, 0.9, 8), np.array(0.0)),
+        "maxmin": layers.Activation(True, (2, 4), np.array(np.inf), np.array(-np.inf)),
+        "clipped maxmin": layers.Activation(True, (8,), ends, -ends),
+    }
+    smooth = {
+        kind: kinds.Smooth(kind, "float32", np.linspace(-0.5, 1.8, 8) if kind == "elu" else None)
+        for kind in (*kinds.PLAIN, *kinds.GATED, "elu")
+    }
+    return found | smooth
+
+
+def of_the_kinds(kind: str) -> dict[str, float]:
+    """All that the checker says of an activation on boxes: at its kinks and turns, on one side of
+    them, points, wide ones, and some that are not known to be numbers."""
+    activation = activations()[kind]
+    rng = np.random.default_rng(7)
+    found: dict[str, list[float]] = {}
+    for number in range(8):
+        z = rng.choice([-1.5, -0.75, -0.4, -0.1, 0.0, 0.2, 0.4, 1.4, 2.0], 8)
+        wide = rng.choice([0.0, 0.1, 0.4, 3.0, 50.0 if number == 7 else 1.0], (2, 8))
+        lower, upper = z - wide[0], z + wide[1]
+        lower[0], upper[1] = min(lower[0], 0.0) * (number % 2), max(upper[1], 0.0) * (number % 3)
+        z = np.clip(z, np.minimum(lower, upper), np.maximum(lower, upper))
+        lower, upper = np.minimum(lower, z), np.maximum(upper, z)
+        if number == 6:
+            lower[3] = np.nan
+        known = walk.Known(
+            *(z, lower, upper, (lower != upper) & (rng.uniform(size=8) < 0.9)),
+            *(float(rng.uniform(0.1, 2)), rng.uniform(0, 0.1, 8), float(rng.uniform(0.05, 0.3))),
+        )
+        with np.errstate(all="ignore"):
+            for key, value in _said(activation, known, rng).items():
+                found.setdefault(key, []).append(value)
+    return {key: summary(values) for key, values in found.items()}
+
+
+def _said(activation, known, rng) -> dict[str, float]:
+    after, rows = walk.activate(activation, known)
+    g = rng.normal(size=(3, len(after.center)))
+    found = by_field([after], "center lower upper varies error distance")
+    found |= {"rows": summary(rows), "growth": float(activation.growth(known))}
+    found["off"] = summary(activation.off(known.center), activation.lipschitz)
+    row, parts = g, []
+    for piece in reversed(slopes.pieces(activation, known, 0.8)):
+        parts += [piece.reach, piece.radius, piece.along(row), piece.back(row)]
+        row = piece.back(row)
+    found["pieces"] = summary(*parts)
+    row = g
+    steps = [] if np.isnan(known.lower).any() else onesided.steps_of(activation, known, after, rows)
+    for k, step in enumerate(reversed(steps)):
+        met = step.met(row)
+        some = np.where(step.counts, rng.uniform(-0.5, 1.2, met.shape), step.fixed)
+        found |= {f"{k} {key}": v for key, v in by_field([step], "points rise fall unit").items()}
+        found[f"{k} counts"] = summary(step.counts, step.fixed, met)
+        found[f"{k} cost"] = summary(step.cost(met, some, 0.6), step.cost(met, some, 4.0))
+        row = step.back(row, some)
+        found[f"{k} back"] = summary(row)
+    return found
+
+
 def of_the_outward_arithmetic(_=None) -> dict[str, float]:
     """Of `rounding.outward` and of what an inner product rounds off, each by itself."""
     rng = np.random.default_rng(6)
@@ -224,6 +296,7 @@ CASES: dict[str, Any] = {
     "checker": (of_the_checker, zoo.FUNCTIONS),
     "library": (of_the_library, zoo.FUNCTIONS),
     "norms of the checker": (of_the_checkers_norms, ("",)),
+    "activation of the checker": (of_the_kinds, activations()),
     "outward": (of_the_outward_arithmetic, ("",)),
 }
 
@@ -255,6 +328,12 @@ def test_with_twice_the_unit_of_roundoff_no_box_is_smaller_and_no_margin_larger(
                 assert new.radius >= old.radius
             assert rows.margin < before[1].margin and tight.margin < before[2].margin
         before = walked, rows, tight
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("kind", activations())
+def test_each_term_of_the_checkers_activations_is_what_was_argued(kind, coarse):
+    compared(of_the_kinds(kind), f"activation of the checker, {kind}")
 
 
 @pytest.mark.core
