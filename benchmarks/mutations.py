@@ -722,6 +722,7 @@ def campaign(root: Path, guards: dict[str, Guard], entries: list[dict], options)
     out.parent.mkdir(parents=True, exist_ok=True)
     deadline, rows, survivors = time.monotonic() + options.budget, [], []
     pool = _pool(root, guards, options)
+    passed: set[str] = set()
 
     def note(kind, name, facts):
         known[kind, name] = {"kind": kind, "id": name, **facts}
@@ -765,7 +766,9 @@ def campaign(root: Path, guards: dict[str, Guard], entries: list[dict], options)
                                 print(f"left out, as it fails without a mutant: {failed}")
                         baselines.append(known["baseline", name])
                     plan = _plan(baselines, options.slowest)
-                    copy.passes(guard, extra, plan)
+                    if tests not in passed:  # modules may have the same ones
+                        copy.passes(guard, extra, plan)
+                        passed.add(tests)
                 found = copy.verdict(mutant, guard, extra, plan)
                 place = {
                     "module": module,
