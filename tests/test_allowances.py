@@ -34,6 +34,10 @@ LIBRARY = (rounding, outward, base, leaky, smooth)
 KEPT = Path(__file__).with_name("allowances.json")
 CHECKER = (norms, layers, slopes, onesided, kinds, walk)
 EPSILONS = (0.0, 0.05, 0.4)
+# Largest numbers of an executed network, of which some values are above.
+LIMITS = (0.5, 1.0, 2.0, 4.0)
+# Of the names of numbers that cover the rounding of a few operations in float64 itself.
+FINE = "share"
 # Of the executed network: operands, sums, results, what is flushed to zero, the largest number.
 COARSE = {
     "float64": (0.0, 2.0**-13, 2.0**-13, 2.0**-20, 2.0**20),
@@ -125,7 +129,19 @@ def of_the_checker(name: str) -> dict[str, float]:
             fields = "logits rounding differences margin taken rival norms"
             for key, value in by_field(derived, fields).items():
                 found[f"{epsilon} {mode} of {key}"] = value
+    for limit in LIMITS:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(walk, "ARITHMETICS", limited(limit))
+            patch.setattr(kinds, "UNITS", {key: limited(limit)[key][2:] for key in kinds.UNITS})
+            derived = [walk.derive(network, x, k, 0.05, bounds) for k in range(3)]
+        for key, value in by_field(derived, "rounding differences margin").items():
+            found[f"up to {limit} {key}"] = value
     return found
+
+
+def limited(limit: float) -> dict[str, tuple[float, ...]]:
+    """Arithmetics in which larger numbers overflow."""
+    return {name: (*units[:4], limit) for name, units in COARSE.items()}
 
 
 def of_the_checkers_norms(_=None) -> dict[str, float]:
@@ -225,9 +241,9 @@ def of_the_outward_arithmetic(_=None) -> dict[str, float]:
     found = {"gamma": outward.gamma(5), "gamma of many": min(outward.gamma(2**16), 9.0)}
     for name, arithmetic in COARSE.items():
         both = [rounding.Arithmetic(name, *arithmetic), rounding.Arithmetic("", *COARSE["float64"])]
-        found[f"shares {name}"] = summary(
-            *(executed.shares(both[:k], 7, roundings) for k in (1, 2) for roundings in (0.0, 3.0))
-        )
+        for k, roundings in ((1, 0.0), (2, 3.0)):
+            for which, share in zip("ab", executed.shares(both[:k], 7, roundings), strict=True):
+                found[f"{FINE} {which} of {name}, {k}"] = share
     with jax.enable_x64(True):
         x, y = (jnp.asarray(rng.uniform(0, 2, zoo.SIZE)) for _ in range(2))
         low, high = x - y, x + y
@@ -271,12 +287,16 @@ def of_the_library(name: str) -> dict[str, float]:
             found |= {f"{mode} norms": summary(*bound.norms), f"{mode} l": float(bound.lipschitz)}
             if mode != "local":
                 continue
+            boxes = [(region.lower, region.upper) for region in bound.regions]
             for label in (None, 1) if name != "images" else (1,):
-                error = rounding.forward_error(
-                    *(graph, [(r.lower, r.upper) for r in bound.regions], arithmetics, whole),
-                    label=label,
-                )
+                error = rounding.forward_error(graph, boxes, arithmetics, whole, label=label)
                 found[f"error {label}"] = summary(error)
+            for limit in LIMITS:
+                less = [
+                    [dataclasses.replace(a, largest=limit) for a in each] for each in arithmetics
+                ]
+                error = rounding.forward_error(graph, boxes, less, whole)
+                found[f"error up to {limit}"] = summary(error)
             if name == "images":  # what follows takes long to compile
                 continue
             row = margins.directions(graph, bound.penultimate, 1)[0]
@@ -353,7 +373,7 @@ def compared(found: dict[str, float], key: str) -> None:
     other = {
         name: (kept[name], value)
         for name, value in found.items()
-        if not np.isclose(value, kept[name], rtol=1e-9, atol=1e-11)
+        if not np.isclose(value, kept[name], rtol=3e-15 if name.startswith(FINE) else 1e-9, atol=0)
     }
     assert not other, f"{key}: derived numbers (kept, found) have changed: {other}"
 

@@ -473,6 +473,16 @@ def test_a_sum_that_may_overflow_has_an_infinite_allowance():
     assert np.all(np.isfinite(known[1].error)) and np.all(np.isinf(known[2].error))
 
 
+@pytest.mark.parametrize("factor", [1e150, np.nan])
+def test_where_a_number_overflows_or_is_none_no_margin_is_derived(factor):
+    layers = [check_layers._affine(np.diag([factor, 1.0]), None, (2,)) for _ in range(3)]
+    nodes = [Node(layer, (k,)) for k, layer in enumerate(layers)]
+    network = walk.Network(nodes, [(factor, factor)] * 3, "float64")
+    for label in (0, 1):
+        derived = walk.derive(network, np.ones(2), label, 0.0, lambda _: (factor, factor))
+        assert derived.margin == -np.inf
+
+
 def test_where_one_of_two_values_does_not_vary_its_sum_counts_what_is_not_known_of_it():
     def known(center, width, varies):
         center = np.array(center)

@@ -41,7 +41,7 @@ def images(x):
         x, weights(5, 3, 3, 1, 2), (1, 1), "SAME", dimension_numbers=dimensions
     )
     h = jax.nn.relu(h * weights(6, 2, scale=2.0) + weights(7, 2))
-    h = jax.lax.reduce_window(h, -jnp.inf, jax.lax.max, (1, 2, 2, 1), (1, 1, 1, 1), "VALID")
+    h = jax.lax.reduce_window(h, -jnp.inf, jax.lax.max, (1, 2, 2, 1), (1, 1, 1, 1), "SAME")
     h = jax.lax.reduce_window(h, 0.0, jax.lax.add, (1, 2, 2, 1), (1, 1, 1, 1), "VALID") / 4
     h = jax.lax.conv_general_dilated(
         h, weights(8, 2, 2, 2, 6), (2, 2), "VALID", dimension_numbers=dimensions
