@@ -308,6 +308,10 @@ def test_float64_parameters_compute_in_float64_and_are_not_rounded_to_less(x64):
     ("gpu", "highest", "float32"),
     ("tpu", "highest", "bfloat16_products"),
     ("cpu", None, "float32"),
+    # A TPU is taken at its word only where it rounds no less than it says.
+    ("gpu", jax.lax.DotAlgorithmPreset.F32_F32_F32, "float32"),
+    ("tpu", jax.lax.DotAlgorithmPreset.F32_F32_F32, "bfloat16_products"),
+    ("tpu", jax.lax.DotAlgorithmPreset.TF32_TF32_F32, "bfloat16_products"),
 ])  # fmt: skip
 def test_accelerators_round_their_products_unless_told_otherwise(
     monkeypatch, platform, precision, expected
