@@ -327,6 +327,16 @@ def test_sums_are_kept_in_their_own_type():
     assert pooled.accumulate == 2.0**-8
 
 
+def test_a_sum_that_may_overflow_has_an_infinite_error(x64):
+    graph = trace(lambda x: x + x[::-1], jax.ShapeDtypeStruct((2,), jnp.float32))
+    arithmetics = rounding.arithmetics_of(graph)
+    for size, fits in ((1.4e38, True), (2e38, False)):
+        value = jnp.full(2, size)
+        boxes = [(value, value)] * (len(graph.nodes) - 1) + [(2 * value, 2 * value)]
+        error = rounding.forward_error(graph, boxes, arithmetics, [])
+        assert np.all(np.isfinite(error)) == fits
+
+
 def test_overflow_of_the_executed_network_is_an_infinite_error(x64):
     net = dense_net("relu")
     net.layers[0].kernel[...] = net.layers[0].kernel[...] * 1e38
