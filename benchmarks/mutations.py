@@ -4,12 +4,19 @@
     python -m benchmarks.mutations --budget=36000
 
 A mutant is a copy of the checkout with one change in one module: a comparison made loose, a term or
-factor dropped, an end of a box exchanged, a rounding left out. The tests that guard the module
-(`GUARDS`) run on it up to the first that fails, the quickest file first and in it the quickest
-test. *Killed*: one failed, or the module cannot be imported, or the time limit ended it, which
-follows from the time that the unchanged code took. *Survived*: all passed, so either the change is
-equivalent (`mutations_equivalent.json` says of which this was argued, and why) or a test is
-missing.
+factor dropped, an end of a box exchanged, a rounding left out. Of each line of the source one
+mutant counts, drawn at random by the seed (Petrovic and Ivankovic, *State of mutation testing at
+Google*, 2018: those of one line tend to live or die together); `--all` takes all. Three kinds are
+left out by rule: what only trains or reports (`IDLE`), choices of which any is sound (`CHOICES`),
+and twice an allowance for rounding (`UNITS`).
+
+The tests that guard the module (`GUARDS`) run on a mutant up to the first that fails, the quickest
+file first and in it the quickest test. *Killed*: one failed, or the module cannot be imported, or
+the time limit ended it, which follows from the time that the unchanged code took. *Survived*: all
+passed, so either the change is equivalent (`mutations_equivalent.json` says of which this was
+argued, and why) or a test is missing. With `--tests=tests/test_allowances.py`, which knows most
+changed terms in seconds, and then without, into the same file, the other tests run on the rest
+alone.
 
 Each result is a line of a JSON file, and a later run goes on where one stopped: a killed mutant is
 done, one that survived runs again once its tests have changed. Mutants come in random order, so
@@ -78,34 +85,34 @@ GUARDS = {
     guard.path.removeprefix("lipjax/").removesuffix(".py").replace("/", "."): guard
     for guard in (
         _guard("bounds/modes", "modes regions residual"),
-        _guard("bounds/margins", "margins underflow relaxed rounding certificates"),
-        _guard("bounds/relaxed", "margins underflow relaxed residual rounding"),
-        _guard("bounds/regions", "regions residual underflow executed rounding relaxed"),
-        _guard("bounds/walk", "regions residual underflow executed rounding relaxed"),
+        _guard("bounds/margins", "allowances margins underflow relaxed rounding certificates"),
+        _guard("bounds/relaxed", "allowances margins underflow relaxed residual rounding"),
+        _guard("bounds/regions", "allowances regions residual underflow executed rounding relaxed"),
+        _guard("bounds/walk", "allowances regions residual underflow executed rounding relaxed"),
         _guard("bounds/estimate", "regions residual"),
         _guard("bounds/two_points", "lipschitz ranges"),
         _guard("bounds/lipschitz", "lipschitz"),
         _guard("certificates/lipschitz", "lipschitz ranges"),
         _guard("certificates/ranges", "ranges"),
         _guard("activations/slopes", "lipschitz ranges"),
-        _guard("activations/base", "relaxed regions residual rounding"),
-        _guard("activations/clip", "relaxed regions residual rounding linear"),
-        _guard("activations/maxmin", "relaxed regions residual rounding linear"),
-        _guard("rounding/outward", "outward underflow rounding residual executed"),
-        _guard("rounding/executed", "executed underflow rounding residual"),
-        _guard("activations/absolute", "groupsort trace"),
-        _guard("activations/pieces", "tight"),
-        _guard("bounds/tight", "tight check_tight"),
-        _guard("activations/groupsort", "groupsort"),
-        _guard("activations/leaky", "leaky"),
-        _guard("activations/pooling", "pooling"),
-        _guard("activations/smooth", "smooth"),
+        _guard("activations/base", "allowances relaxed regions residual rounding"),
+        _guard("activations/clip", "allowances relaxed regions residual rounding linear"),
+        _guard("activations/maxmin", "allowances relaxed regions residual rounding linear"),
+        _guard("rounding/outward", "allowances outward underflow rounding residual executed"),
+        _guard("rounding/executed", "allowances executed underflow rounding residual"),
+        _guard("activations/absolute", "allowances groupsort trace"),
+        _guard("activations/pieces", "allowances tight"),
+        _guard("bounds/tight", "allowances tight check_tight"),
+        _guard("activations/groupsort", "allowances groupsort"),
+        _guard("activations/leaky", "allowances leaky"),
+        _guard("activations/pooling", "allowances pooling"),
+        _guard("activations/smooth", "allowances smooth"),
         _guard("activations/softmax", "smooth"),
         _guard("graph/description", "description"),
         _guard("graph/known", "trace executed"),
         _guard("graph/match", "trace"),
         _guard("graph/rearrange", "trace"),
-        _guard("graph/linear", "linear underflow executed regions deterministic"),
+        _guard("graph/linear", "allowances linear underflow executed regions deterministic"),
         _guard("graph/nodes", "trace residual linear executed regions"),
         _guard("graph/trace", "trace executed residual linear regions models"),
         _guard("norms/masks", "spectral deterministic"),
@@ -122,19 +129,21 @@ GUARDS = {
         _guard("certificates/randomness", "seeds certificates"),
         _guard("certificates/setup", "seeds executed certificates check_tight"),
         _guard("certificates/stages", "check_tight seeds"),
-        _guard("certificates/verdicts", "seeds executed underflow certificates check_tight"),
+        _guard(
+            "certificates/verdicts", "allowances seeds executed underflow certificates check_tight"
+        ),
         _guard("certificates/batches", "certificates devices"),
         _guard("certificates/checks", "executed certificates"),
         _guard("certificates/results", "seeds certificates"),
         _guard("bridges/spelled", "onnx_in"),
         _guard("certificates/prover", "seeds certificates"),
-        _guard("check/norms", "check_norms underflow check check_graph forgery"),
-        _guard("check/walk", "check_graph underflow check forgery"),
-        _guard("check/nodes", "description"),
-        _guard("check/layers", "check_graph check forgery"),
-        _guard("check/slopes", "check_graph check forgery"),
-        _guard("check/kinds", "check_kinds"),
-        _guard("check/onesided", "check_tight"),
+        _guard("check/norms", "allowances check_norms underflow check check_graph forgery"),
+        _guard("check/walk", "allowances check_graph underflow check forgery"),
+        _guard("check/nodes", "allowances description"),
+        _guard("check/layers", "allowances check_graph check forgery"),
+        _guard("check/slopes", "allowances check_graph check forgery"),
+        _guard("check/kinds", "allowances check_kinds"),
+        _guard("check/onesided", "allowances check_tight"),
         _guard(
             "check/checker",
             "forgery check check_graph fuzz",
@@ -209,6 +218,73 @@ GUARDING = "guard"
 # What trains or reports: no proof rests on it.
 IDLE = {"sparsity", "instability", "stable", "kind", "where", "__repr__", "hinge", "Exact"}
 IDLE |= {"_line", "_place", "_unknown"}
+# Of which any is sound, so that no proof rests on how they are chosen: slopes (METHOD 8), scales
+# and multipliers of a dual bound (METHOD 3), numbers of iterations, estimates from below. By module
+# and place ("" outside of functions), functions and variables: what is assigned to these alone is
+# left out. And what only words an error.
+_FREE = {
+    "rounding.executed": {"arithmetics_of": "names", "_arithmetic": "strange"},
+    "bounds.tight": {
+        "": "HALVINGS WIDTH Choice CHOICES BOXES RETRIED UNIT ascended flattened unflattened",
+        "OneSided": "limits",
+        "improved.one": "first least slopes",
+        "chosen": "tiny free share half near left right least most costly cheap slope",
+        "best_scale": "least most pull tiny start halve _ high",
+    },
+    "bounds.relaxed": {"": "SCALE ROWS", "largest_product": "norm least usual"},
+    "bounds.margins": {
+        "": "BISECTION_STEPS WIDEST",
+        "tightened": "order",
+        "ascent": "norm too_short halve tiny start bracket steps left right frozen_d frozen_low"
+        " frozen_high",
+    },
+    "bounds.walk": {"": "SMALL", "Walk._stacked_radius": "t a b"},
+    "activations.pieces": {"Pieces": "extremes chord at_center", "Pieces.largest": "place"},
+    "certificates.verdicts": {
+        "": "SMALL_MATRIX RADIUS_ITERATIONS STEPPED radius_batch estimate_batch _shares",
+        "facts_of": "constant stable",
+        "tightened_batch.one": "lead goals",
+    },
+    "norms.lanczos": {"": "RITZ_STEPS HALVINGS norm_estimate ritz_value largest_eigenvalue"},
+    "norms.chebyshev": {
+        "": "INFLATION SCALE_SLACK chebyshev_steps",
+        "inflated_norm_bound": "scale steps",
+    },
+    "norms.cholesky": {"": "INFLATIONS"},
+    "norms.gram": {"": "EXPLICIT_ENTRIES VECTORISED_ENTRIES dense_cost"},
+    "norms.scaled": {"": "CPU_CHUNK_ENTRIES CHUNK_ENTRIES chunked application_flops"},
+    "norms.banded": {"": "masked_convolution_cost", "_Bands": "flops capacity"},
+    "check.walk": {
+        "": "BISECTION_STEPS _rules",
+        "_side_by_side": "scale a b",
+        "worst_gains": "middle left right short",
+    },
+    "check.onesided": {
+        "": "SECTIONS GOLDEN WIDTH UNIT RULES _at",
+        "by_rule.rule": "norm half middle length above below own least most still here local near"
+        " costly cheap slopes straight chord",
+        "_Parabolas.bound": "value steepest high low inner found left fresh there",
+    },
+    "check.norms": {
+        "": "INFLATION LANCZOS_STEPS _lanczos",
+        "norm_by_cholesky": "inflations top",
+        "norm_by_chebyshev": "lower excess steps guess",
+    },
+}
+CHOICES = {
+    module: {
+        f"{place}.{name}".removeprefix(".")
+        for place, names in places.items()
+        for name in names.split()
+    }
+    for module, places in _FREE.items()
+}
+# Modules of estimates: no proof rests on them, and they run only where they are named.
+ESTIMATES = {"bounds.estimate", "norms.power", "norms.lanczos"}
+# A number that multiplies one of these, or is added to the terms of `gamma`, is an allowance for
+# rounding. Twice as much is only looser: whether it is there at all, and turned to the safe side,
+# is what the other mutants of the same place ask.
+UNITS = {"U", "DOUBLE", "rounding.DOUBLE", "unit", "gamma", "rounding.gamma"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -239,6 +315,7 @@ class Mutant:
 def mutants_of(module: str, text: str, only: Sequence[str] = ()) -> list[Mutant]:
     """All mutants of a module, in the order of its text, each meaning something else."""
     data = text.encode()
+    choices = CHOICES.get(module, set())
     lines = data.splitlines(keepends=True)
     starts = [0, *itertools.accumulate(map(len, lines))]
     found: list[Mutant] = []
@@ -248,12 +325,13 @@ def mutants_of(module: str, text: str, only: Sequence[str] = ()) -> list[Mutant]
             continue
         origin, limit = starts[top.lineno - 1], starts[top.end_lineno]
         seen = {ast.dump(ast.parse(data[origin:limit]))}
-        for node, returns in _nodes(top, "", True):
+        looser = _allowances(top)
+        for node, returns in _nodes(top, "", "", choices):
             start = starts[node.lineno - 1] + node.col_offset
             end = starts[node.end_lineno - 1] + node.end_col_offset
             source = " ".join(lines[node.lineno - 1].decode().split())
             before = ast.unparse(node)
-            for after in _variants(node, returns):
+            for after in _variants(node, returns, node in looser):
                 after = after if isinstance(node, ast.stmt) else f"({after})"
                 changed = data[origin:start] + after.encode() + data[end:limit]
                 shape = ast.dump(ast.parse(changed))
@@ -265,23 +343,43 @@ def mutants_of(module: str, text: str, only: Sequence[str] = ()) -> list[Mutant]
     return found
 
 
-def _nodes(node: ast.AST, returns: str, outside: bool) -> Iterator[tuple]:
-    """What computes something, each with the type that its function is said to return."""
+def drawn(mutants: Sequence[Mutant], seed: int) -> list[Mutant]:
+    """One of each line, at random."""
+    lines: dict[tuple[str, int], Mutant] = {}
+    for mutant in sorted(mutants, key=lambda mutant: _digest(seed, *mutant.key)):
+        lines.setdefault((mutant.module, mutant.line), mutant)
+    return sorted(lines.values(), key=lambda mutant: mutant.line)
+
+
+def _nodes(node: ast.AST, returns: str, within: str, choices: set[str]) -> Iterator[tuple]:
+    """What computes something, each with the type that its function is said to return.
+
+    Args:
+        within: the class and function around it, "" outside of any.
+        choices: what is left out, as `CHOICES` has it.
+    """
     if isinstance(node, ast.Raise | ast.JoinedStr | ast.Import | ast.ImportFrom | ast.Assert):
+        return
+    if isinstance(node, ast.keyword) and node.arg == "strict":  # of zip: says what holds anyway
         return
     children = ast.iter_child_nodes(node)
     if isinstance(node, ast.FunctionDef | ast.ClassDef):
-        if node.name in IDLE:
+        place = f"{within}.{node.name}".removeprefix(".")
+        if node.name in IDLE or place in choices:
             return
         children = iter(node.body)
         if isinstance(node, ast.FunctionDef):
             returns = ast.unparse(node.returns) if node.returns else ""
             children = iter([*node.args.defaults, *filter(None, node.args.kw_defaults), *node.body])
-            outside = False
+        within = place
     elif isinstance(node, ast.Assign | ast.AnnAssign):
-        names = [ast.unparse(t) for t in getattr(node, "targets", None) or [node.target]]
-        union = outside and isinstance(getattr(node.value, "op", None), ast.BitOr)
+        targets = getattr(node, "targets", None) or [node.target]
+        names = [ast.unparse(target) for target in targets]
+        union = not within and isinstance(getattr(node.value, "op", None), ast.BitOr)
         if node.value is None or "__all__" in names or union:  # a union is a type
+            return
+        parts = [name for target in targets for name in getattr(target, "elts", [target])]
+        if {f"{within}.{ast.unparse(part)}".removeprefix(".") for part in parts} <= choices:
             return
         children = iter([node.value])
     elif isinstance(node, ast.If):
@@ -291,7 +389,23 @@ def _nodes(node: ast.AST, returns: str, outside: bool) -> Iterator[tuple]:
         if _number(node) is not None:
             return
     for child in children:
-        yield from _nodes(child, returns, outside)
+        yield from _nodes(child, returns, within, choices)
+
+
+def _allowances(top: ast.AST) -> set[ast.AST]:
+    """The numbers that are allowances for rounding, as `UNITS` has it."""
+    found: set[ast.AST] = set()
+    for node in ast.walk(top):
+        if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Mult):
+            # k * U * x is (k * U) * x
+            names = {ast.unparse(getattr(side, "func", side)) for side in (node.left, node.right)}
+            if names & UNITS:
+                found |= {side for side in (node.left, node.right) if _number(side) is not None}
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).rpartition(".")[2] == "gamma":
+            terms = node.args[0]
+            if isinstance(terms, ast.BinOp) and isinstance(terms.op, ast.Add):
+                found |= {terms.right} if _number(terms.right) is not None else set()
+    return found
 
 
 def _number(node: ast.AST) -> int | float | None:
@@ -303,8 +417,8 @@ def _number(node: ast.AST) -> int | float | None:
     return value if type(value) in (int, float) else None
 
 
-def _variants(node, returns: str) -> Iterator[str]:
-    """What may stand in the place of a node, as source."""
+def _variants(node, returns: str, allowance: bool = False) -> Iterator[str]:
+    """What may stand in the place of a node, as source; of an allowance for rounding no more."""
     text = ast.unparse
     if returns == GUARDING:
         yield from ("True", "False")
@@ -312,7 +426,10 @@ def _variants(node, returns: str) -> Iterator[str]:
     value = _number(node)
     if value is not None:
         half = value // 2 if isinstance(value, int) else value / 2
-        yield from (repr(type(value)(other)) for other in (0, 1, value * 2, half) if other != value)
+        others = [0, half] if allowance else [0, 1, value * 2, half]
+        if allowance and value > 1:
+            others.append(1)
+        yield from (repr(type(value)(other)) for other in others if other != value)
         return
     match node:
         case ast.Constant(value=bool(value)):
@@ -351,7 +468,8 @@ def _variants(node, returns: str) -> Iterator[str]:
                 yield from ("return True", "return False")
             elif not isinstance(value, ast.Tuple | ast.Constant | ast.Dict | ast.List):
                 numbers = ("Array", "ndarray", "float", "int")
-                if not returns or any(name in returns for name in numbers):
+                nothing = text(value).startswith(("np.zeros", "jnp.zeros"))
+                if not nothing and (not returns or any(name in returns for name in numbers)):
                     yield f"return ({text(value)}) * 0"
 
 
@@ -586,6 +704,18 @@ def _digest(*parts) -> str:
     return hashlib.sha256("\0".join(map(str, parts)).encode()).hexdigest()[:16]
 
 
+def _pool(root: Path, guards: dict[str, Guard], options) -> list[Mutant]:
+    """The mutants of all these modules that count, in random order: the same again where some were
+    argued equivalent since."""
+    found: list[Mutant] = []
+    for module, guard in guards.items():
+        only = options.only.split(",") if options.only else guard.only
+        mutants = mutants_of(module, (root / guard.path).read_text(), only)
+        found += mutants if options.all else drawn(mutants, options.seed)
+    # (By another draw than within a line: else lines with many mutants would come first.)
+    return sorted(found, key=lambda mutant: _digest("order", options.seed, *mutant.key))
+
+
 def campaign(root: Path, guards: dict[str, Guard], entries: list[dict], options) -> tuple:
     """Runs what is not known yet; a row a module, and what survived without a reason."""
     out = options.out
@@ -593,6 +723,8 @@ def campaign(root: Path, guards: dict[str, Guard], entries: list[dict], options)
     known = {(line["kind"], line["id"]): line for line in lines}
     out.parent.mkdir(parents=True, exist_ok=True)
     deadline, rows, survivors = time.monotonic() + options.budget, [], []
+    pool = _pool(root, guards, options)
+    passed: set[str] = set()
 
     def note(kind, name, facts):
         known[kind, name] = {"kind": kind, "id": name, **facts}
@@ -602,22 +734,20 @@ def campaign(root: Path, guards: dict[str, Guard], entries: list[dict], options)
     with Copy(root) as copy:
         for module, guard in guards.items():
             text = (root / guard.path).read_text()
-            everything = mutants_of(module, text, guard.only)
-            reasons = equivalent(entries, everything, [module])
-            if options.only:
-                everything = [m for m in mutants_of(module, text, options.only.split(","))]
+            reasons = equivalent(entries, mutants_of(module, text, guard.only), [module])
+            everything = [mutant for mutant in pool if mutant.module == module]
             extra = ["-k", options.k] if options.k else []
             files = [(root / test).read_text() for test in guard.tests]
             tests = _digest(*files, extra, options.slowest)
-            chosen = [mutant for mutant in everything if mutant.key not in reasons]
-            # At random, and the same mutants again where others were argued equivalent or changed.
-            chosen.sort(key=lambda mutant: _digest(options.seed, *mutant.key))
+            sample = everything[: options.sample or None]
+            if options.total:
+                sample = [mutant for mutant in pool[: options.total] if mutant.module == module]
+            chosen = [mutant for mutant in sample if mutant.key not in reasons]
             row = {
                 "module": module,
                 "mutants": len(everything),
-                "equivalent": len(everything) - len(chosen),
+                "equivalent": len(sample) - len(chosen),
             }
-            chosen = chosen[: options.sample or None]
             results: list[tuple[Mutant, dict]] = []
             plan = None
             for mutant in chosen:
@@ -638,7 +768,9 @@ def campaign(root: Path, guards: dict[str, Guard], entries: list[dict], options)
                                 print(f"left out, as it fails without a mutant: {failed}")
                         baselines.append(known["baseline", name])
                     plan = _plan(baselines, options.slowest)
-                    copy.passes(guard, extra, plan)
+                    if tests not in passed:  # modules may have the same ones
+                        copy.passes(guard, extra, plan)
+                        passed.add(tests)
                 found = copy.verdict(mutant, guard, extra, plan)
                 place = {
                     "module": module,
@@ -686,15 +818,38 @@ def table(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
+def share(rows: list[dict]) -> str:
+    """Of a sample of all modules together: what share of all mutants is killed or argued."""
+    run, argued, survived = (
+        sum(row[name] for row in rows) for name in ("run", "equivalent", "survived")
+    )
+    low, high = (100 * end for end in wilson(run + argued - survived, run + argued))
+    return (
+        f"killed or argued: {run + argued - survived} of {run + argued} (argued: {argued}); of all "
+        f"{sum(row['mutants'] for row in rows)}, with 95 % confidence, {low:.0f} to {high:.0f} %"
+    )
+
+
+def wilson(good: int, count: int) -> tuple[float, float]:
+    """The interval of a share, with 95 % confidence, of a sample (Wilson 1927)."""
+    z = 1.96
+    middle = (good + z**2 / 2) / (count + z**2)
+    half = z / (count + z**2) * math.sqrt(good * (count - good) / count + z**2 / 4)
+    return middle - half, middle + half
+
+
 def parser() -> argparse.ArgumentParser:
     """Of the program's arguments."""
     plain = argparse.RawDescriptionHelpFormatter
     found = argparse.ArgumentParser(description=__doc__, formatter_class=plain)
     add = found.add_argument
-    add("--modules", default=",".join(GUARDS), help="names of GUARDS, by commas")
+    proved = ",".join(name for name in GUARDS if name not in ESTIMATES)
+    add("--modules", default=proved, help="names of GUARDS, by commas; without: of all proofs")
     add("--only", default="", help="functions or classes of them, by commas")
+    add("--all", action="store_true", help="all mutants, not one of each line")
     add("--sample", type=int, default=0, help="at most so many mutants a module, drawn at random")
-    add("--seed", type=int, default=0, help="of the order")
+    add("--total", type=int, default=0, help="at most so many of all modules, drawn at random")
+    add("--seed", type=int, default=0, help="of what is drawn, and of the order")
     add("--budget", type=float, default=math.inf, help="seconds after which none is begun")
     add("--tests", default="", help="files in the place of those of GUARDS, by commas")
     add("-k", default="", help="chooses among the tests, as pytest's -k")
@@ -715,14 +870,15 @@ def main(arguments: list[str] | None = None) -> int:
         files = tuple(options.tests.split(","))
         guards = {name: dataclasses.replace(guard, tests=files) for name, guard in guards.items()}
     if options.list:
-        for name, guard in guards.items():
-            only = options.only.split(",") if options.only else guard.only
-            for mutant in mutants_of(name, (ROOT / guard.path).read_text(), only):
-                print(_shown(guard, mutant))
+        pool = _pool(ROOT, guards, options)
+        for mutant in sorted(pool, key=lambda mutant: (mutant.module, mutant.line)):
+            print(_shown(guards[mutant.module], mutant))
         return 0
     entries = json.loads(EQUIVALENT.read_text())
     rows, survivors = campaign(ROOT, guards, entries, options)
     print(table(rows))
+    if options.total and any(row["run"] for row in rows):
+        print(share(rows))
     for guard, mutant in survivors:
         print(f"survived: {_shown(guard, mutant)}")
     return 1 if survivors else 0

@@ -152,6 +152,28 @@ def test_branches_without_an_end_or_of_another_shape_are_refused(kinds, said):
         check_layers.nodes_of([*layers, dense(2, 2)], (2,))
 
 
+def test_a_residual_of_an_older_file_is_a_branch_of_its_own_layers():
+    dense = {"type": "Linear", "dtype": None, "precision": None}
+    stored = [
+        {"type": "Sequential", "layers": [{"type": "ReLU"}]},
+        {"type": "Residual", "layers": [dense, {"type": "MaxMin"}]},
+        dense,
+    ]
+    first, last = np.eye(2), np.ones((2, 3))
+    arrays = {"layers.1.branch.layers.0.kernel": first, "layers.2.kernel": last}
+    found = check_layers.of_stored(stored, arrays)
+    kinds = ["relu", "fork", "linear", "maxmin", "join", "linear"]
+    assert [layer["kind"] for layer in found] == kinds
+    assert found[2]["kernel"] is first and found[-1]["kernel"] is last
+
+
+@pytest.mark.parametrize("window", [(3, 1), (1, 4)])
+def test_a_pool_that_is_larger_than_what_it_takes_is_refused(window):
+    pool = {"kind": "average_pool", "window": window, "strides": (1, 1)}
+    with pytest.raises(checker.CannotCheck, match="cannot take"):
+        check_layers.nodes_of([pool], (2, 3, 1))
+
+
 # ----------------------------------------------------------------------------------------- the walk
 
 
@@ -471,6 +493,16 @@ def test_a_sum_that_may_overflow_has_an_infinite_allowance():
     network, norms = network_of(nodes)
     known = walk.walk(network, np.full(2, 2.0**126.5), 0.0, norms).values
     assert np.all(np.isfinite(known[1].error)) and np.all(np.isinf(known[2].error))
+
+
+@pytest.mark.parametrize("factor", [1e150, np.nan])
+def test_where_a_number_overflows_or_is_none_no_margin_is_derived(factor):
+    layers = [check_layers._affine(np.diag([factor, 1.0]), None, (2,)) for _ in range(3)]
+    nodes = [Node(layer, (k,)) for k, layer in enumerate(layers)]
+    network = walk.Network(nodes, [(factor, factor)] * 3, "float64")
+    for label in (0, 1):
+        derived = walk.derive(network, np.ones(2), label, 0.0, lambda _: (factor, factor))
+        assert derived.margin == -np.inf
 
 
 def test_where_one_of_two_values_does_not_vary_its_sum_counts_what_is_not_known_of_it():

@@ -324,6 +324,14 @@ SLOPES = {"below": np.float32(0.1), "above": np.float32(1)}
         ("max_pool", {"shape": [4, 6], **windows(1, 1, pad=1)}, "holds nothing"),
         ("max_pool", {"shape": [2, 2], **windows(1, 2, stride=0)}, "which are none"),
         ("max_pool", {"shape": [2, 2], **windows(1)}, "other axes"),
+        (
+            *("max_pool", {"shape": [2, 2], **windows(1, 2), "padding": [[0, 0, 0], [0, 0]]}),
+            "which are none",
+        ),
+        (
+            *("max_pool", {"shape": [2, 2], **windows(1, 2), "padding": [[10**30, -(10**30)]] * 2}),
+            "which are none",
+        ),
         ("gelu", {}, "no arithmetic"),
         ("gelu", {"executed": [["tanh", ["float32"], "float32", None, None]]}, "'tanh'"),
         (

@@ -1,6 +1,7 @@
 """The mutation program: what tests notice is killed, what they do not is reported, and its lists
 fit the code."""
 
+import ast
 import json
 
 import pytest
@@ -44,7 +45,9 @@ def tiny(tmp_path):
 def run(root, capsys, *arguments, entries=()):
     """Rows, survivors and what was printed."""
     guards = {"tiny": mutations.Guard("tiny.py", ("tests/test_tiny.py",))}
-    options = mutations.parser().parse_args([f"--out={root.parent / 'found.jsonl'}", *arguments])
+    options = mutations.parser().parse_args(
+        [f"--out={root.parent / 'found.jsonl'}", "--all", *arguments]
+    )
     rows, survivors = mutations.campaign(root, guards, list(entries), options)
     return rows, {mutant.key[2] for _, mutant in survivors}, capsys.readouterr().out
 
@@ -123,6 +126,52 @@ def region(lower, upper, radius: "1 + 1" = 0.5):
     assert not any("'a'" in before or "1 + 1" in before for before, _ in found)
 
 
+def test_of_each_line_one_mutant_is_drawn_and_every_one_by_some_seed():
+    everything = mutations.mutants_of("tiny", MODULE)
+    seen = set()
+    for seed in range(40):
+        found = mutations.drawn(everything, seed)
+        assert [mutant.line for mutant in found] == sorted({m.line for m in everything})
+        seen |= {mutant.key for mutant in found}
+    assert seen == {mutant.key for mutant in everything}
+
+
+def test_choices_and_twice_an_allowance_are_no_mutants_and_half_of_it_is_one(monkeypatch):
+    monkeypatch.setitem(mutations.CHOICES, "text", {"f.scale", "f.low", "f.high", "chosen"})
+    text = """
+def f(x):
+    scale = 2 * x
+    low, high = x - 1, x + 1
+    both, high = x - 3, x + 3
+    return x * (1 + 4 * U) + gamma(x + 8) + 16 * x
+def chosen(x):
+    return x + 5
+"""
+    found = {(m.before, m.after) for m in mutations.mutants_of("text", text)}
+    changed = {before for before, _ in found}
+    assert not changed & {"2", "2 * x", "x - 1", "x + 1", "x + 5", "5"}
+    assert {"x - 3", "x + 3", "3"} <= changed
+    assert not found & {("4", "(8)"), ("8", "(16)")}
+    assert found >= {("4", "(2)"), ("4", "(0)"), ("8", "(4)"), ("8", "(0)"), ("16", "(32)")}
+
+
+def test_the_choices_that_are_left_out_stand_in_the_code():
+    """What was renamed would be counted again, and what takes its name left out."""
+    for module, names in mutations.CHOICES.items():
+        tree = ast.parse((ROOT / mutations.GUARDS[module].path).read_text())
+        stored = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
+        stored |= {getattr(node, "name", "") for node in ast.walk(tree)}
+        places = {part for name in names for part in name.split(".")}
+        assert places <= stored, (module, places - stored)
+
+
+def test_the_share_of_all_is_an_interval_around_that_of_the_sample():
+    # Newcombe 1998, table I: of 81 in 263 by Wilson's, 25.5 to 36.6 %.
+    low, high = mutations.wilson(81, 263)
+    assert (round(low, 3), round(high, 3)) == (0.255, 0.366)
+    assert mutations.wilson(20, 20)[0] < 0.9
+
+
 def test_the_guards_name_files_that_exist_and_all_that_a_proof_rests_on():
     for guard in mutations.GUARDS.values():
         for path in (guard.path, *guard.tests):
@@ -135,12 +184,24 @@ def test_the_guards_name_files_that_exist_and_all_that_a_proof_rests_on():
             assert str(path.relative_to(ROOT)) in guarded
 
 
+def holding(text, lines) -> tuple[str, ...]:
+    """The functions and classes that these lines are in, "" for what is outside of any."""
+    found = set()
+    for top in ast.parse(text).body:
+        segment = ast.get_source_segment(text, top) or ""
+        if lines & {" ".join(line.split()) for line in segment.splitlines()}:
+            found.add(getattr(top, "name", ""))
+    return tuple(sorted(found))
+
+
 def test_every_entry_of_the_equivalent_ones_is_a_mutant_of_the_code_and_has_a_reason():
     entries = json.loads(mutations.EQUIVALENT.read_text())
     assert {entry["module"] for entry in entries} <= mutations.GUARDS.keys()
     for module in sorted({entry["module"] for entry in entries}):
         guard = mutations.GUARDS[module]
-        mutants = mutations.mutants_of(module, (ROOT / guard.path).read_text(), guard.only)
+        text = (ROOT / guard.path).read_text()
+        lines = {entry["line"] for entry in entries if entry["module"] == module}
+        mutants = mutations.mutants_of(module, text, holding(text, lines))
         reasons = mutations.equivalent(entries, mutants, [module]).values()
         assert all(len(reason) > 20 for reason in reasons)
     with pytest.raises(ValueError, match="no mutant any more"):

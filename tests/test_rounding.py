@@ -308,6 +308,10 @@ def test_float64_parameters_compute_in_float64_and_are_not_rounded_to_less(x64):
     ("gpu", "highest", "float32"),
     ("tpu", "highest", "bfloat16_products"),
     ("cpu", None, "float32"),
+    # A TPU is taken at its word only where it rounds no less than it says.
+    ("gpu", jax.lax.DotAlgorithmPreset.F32_F32_F32, "float32"),
+    ("tpu", jax.lax.DotAlgorithmPreset.F32_F32_F32, "bfloat16_products"),
+    ("tpu", jax.lax.DotAlgorithmPreset.TF32_TF32_F32, "bfloat16_products"),
 ])  # fmt: skip
 def test_accelerators_round_their_products_unless_told_otherwise(
     monkeypatch, platform, precision, expected
@@ -321,6 +325,16 @@ def test_sums_are_kept_in_their_own_type():
     """A pool in bfloat16 adds up in bfloat16, where a product would be summed in float32."""
     (pooled,) = arithmetics(lambda x: jax.lax.reduce_sum(x, (0,)), dtype=jnp.bfloat16)[:1]
     assert pooled.accumulate == 2.0**-8
+
+
+def test_a_sum_that_may_overflow_has_an_infinite_error(x64):
+    graph = trace(lambda x: x + x[::-1], jax.ShapeDtypeStruct((2,), jnp.float32))
+    arithmetics = rounding.arithmetics_of(graph)
+    for size, fits in ((1.4e38, True), (2e38, False)):
+        value = jnp.full(2, size)
+        boxes = [(value, value)] * (len(graph.nodes) - 1) + [(2 * value, 2 * value)]
+        error = rounding.forward_error(graph, boxes, arithmetics, [])
+        assert np.all(np.isfinite(error)) == fits
 
 
 def test_overflow_of_the_executed_network_is_an_infinite_error(x64):
