@@ -97,6 +97,9 @@ def of_the_checker(name: str) -> dict[str, float]:
     affine = [node.step for node in network.nodes if isinstance(node.step, layers.Affine)]
     found = {"whole": summary(network.whole), "meeting": summary(sorted(network.meeting))}
     found |= {f"affine {k}": v for k, v in by_field(affine, "terms largest row_norms").items()}
+    with np.errstate(all="ignore"):
+        count = sum(onesided.sizes(walk.walk(network, x, EPSILONS[1], bounds)))
+    given = np.random.default_rng(9).integers(0, onesided.UNIT, count)
     for epsilon in EPSILONS:
         for mode, rows in {"": (), **checker.ROWS}.items():
             if mode == "rows" or (mode and epsilon != EPSILONS[1]):
@@ -121,6 +124,7 @@ def of_the_checker(name: str) -> dict[str, float]:
             "rows": {"linear": True, "rows": checker.ROWS["rows"]},
             "tight": {"tight": walk.Tight(np.inf, {})},
             "tight_rows": {"tight": walk.Tight(np.inf, {}), "rows": checker.ROWS["tight_rows"]},
+            "slopes": {"tight": walk.Tight(np.inf, dict.fromkeys(range(3), given))},
         }.items():
             if mode not in ("local", "tight") and epsilon != EPSILONS[1]:
                 continue
