@@ -341,7 +341,7 @@ def of_the_library(name: str) -> dict[str, float]:
                 f"{mode} {key}": value
                 for key, value in by_field(bound.regions, "center radius lower upper").items()
             }
-            found |= {f"{mode} norms": summary(*bound.norms), f"{mode} l": float(bound.lipschitz)}
+            found |= {f"{mode} norms": summary(*bound.radii), f"{mode} l": float(bound.lipschitz)}
             if mode != "local":
                 continue
             boxes = [(region.lower, region.upper) for region in bound.regions]
@@ -359,7 +359,7 @@ def of_the_library(name: str) -> dict[str, float]:
             row = margins.directions(graph, bound.penultimate, 1)[0]
             found["ascent"] = summary(margins.ascent(row, bound.penultimate, rounding.OUTWARD))
             end = graph.nodes[-1].inputs[0]
-            same = (graph, verdicts.view, rounding.OUTWARD, bound.regions, bound.norms, end)
+            same = (graph, verdicts.view, rounding.OUTWARD, bound.regions, bound.radii, end)
             for kind in (relaxed.Reverse, tight.OneSided):
                 found[kind.__name__] = summary(*kind(*same).propagate(row), kind(*same).gain(row))
             facts = verdicts.judged(
