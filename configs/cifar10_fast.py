@@ -6,7 +6,7 @@
 
 Measured (seed 0, one H100, 102 s of steps; first 1,000 of the test set's fixed shuffle, bound
 local, tier probabilistic with delta 1e-6, float32, PGD of 100 steps and 5 restarts; the weights
-rounded to float16): clean 73.9, PGD 66.3, certified 44.2 % at epsilon 36/255, 55.0 % but for the
+rounded to float16): clean 73.9, PGD 66.3, certified 52.4 % at epsilon 36/255, 55.0 % but for the
 rounding of float32 that the error model allows (docs/results.md). On two CPU cores it takes 4.7
 hours by the time of a step; that was not run.
 """
