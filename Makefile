@@ -6,12 +6,12 @@ RUN := $(VENV)/bin/python
 .PHONY: help demo test test-slow test-versions docs clean
 
 help:
-	@echo "make demo   set up, train on scikit-learn's digits, certify; says which page to open"
+	@echo "make demo   set up, certify a network that comes along, train another, certify it; says which pages to open"
 	@echo "make test   set up, lint, check types, run the tests"
 	@echo "make test-slow   the tests that take a minute or more each"
 	@echo "make test-versions   the core tests on the oldest supported versions, and on the newest if there is a newer Python"
 	@echo "make docs   the documents as a site, in site/index.html"
-	@echo "make clean  remove the environment, the demo's run and the site"
+	@echo "make clean  remove the environment, the demo's runs and the site"
 	@echo "VENV=DIR and PYTHON=python3.12 choose the environment and the interpreter (Python >= 3.11)."
 
 $(VENV)/.scripts: requirements.txt pyproject.toml
@@ -24,10 +24,12 @@ $(VENV)/.tests: $(VENV)/.scripts tests/requirements.txt
 	$(RUN) -m pip install --quiet --no-compile --disable-pip-version-check -r tests/requirements.txt
 	touch $@
 
+# First a network that comes along, so that there is a page at once; then one of your own.
 demo: $(VENV)/.scripts
-	$(RUN) train.py --config=configs/digits.py --workdir=runs/digits
-	$(RUN) certify.py --workdir=runs/digits
-	@echo "The page to open: runs/digits/certification/report.html"
+	$(RUN) certify.py --network=digits-maxmin --data=digits --epsilon=0.5 --examples=100 --modes=local --nocurve --workdir=runs/shipped
+	$(RUN) train.py --config=configs/digits_dense.py --workdir=runs/demo
+	$(RUN) certify.py --workdir=runs/demo
+	@echo "The pages to open: runs/shipped/certification/report.html and runs/demo/certification/report.html"
 
 test: $(VENV)/.tests
 	$(RUN) -m ruff check .
@@ -46,4 +48,4 @@ docs: $(VENV)/.tests
 	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict
 
 clean:
-	rm -rf $(VENV) runs/digits site
+	rm -rf $(VENV) runs/shipped runs/demo site

@@ -228,7 +228,7 @@ _FREE = {
         "": "HALVINGS WIDTH Choice CHOICES BOXES RETRIED UNIT ascended flattened unflattened",
         "OneSided": "limits",
         "improved.one": "first least slopes",
-        "chosen": "tiny free share half near left right least most costly cheap slope",
+        "chosen": "whole tiny free share half near least most costly cheap slope",
         "best_scale": "least most pull tiny start halve _ high",
     },
     "bounds.relaxed": {"": "SCALE ROWS", "largest_product": "norm least usual"},
@@ -261,8 +261,8 @@ _FREE = {
     },
     "check.onesided": {
         "": "SECTIONS GOLDEN WIDTH UNIT RULES _at",
-        "by_rule.rule": "norm half middle length above below own least most still here local near"
-        " costly cheap slopes straight chord",
+        "by_rule.rule": "norm half middle length above below own least most still here central"
+        " whole near costly cheap slopes straight chord",
         "_Parabolas.bound": "value steepest high low inner found left fresh there",
     },
     "check.norms": {

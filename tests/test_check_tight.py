@@ -12,8 +12,8 @@ from conftest import make_activation
 from flax import nnx
 
 import lipjax
-from lipjax import bounds
-from lipjax.bounds import relaxed
+from lipjax import bounds, rounding
+from lipjax.bounds import relaxed, tight
 from lipjax.certificates import batches, setup, stages, verdicts
 from lipjax.check import checker, norms, onesided, walk
 from lipjax.check.kinds import Leaky, MaxPool, Smooth, Sort, sorting
@@ -23,6 +23,8 @@ from lipjax.formats import certificate_files
 COUNT = 24
 INPUTS = 10
 STEPS = 15
+# Of pairs: few images need slopes of their own.
+MORE_STEPS = 40
 KINDS = ("relu", "clipped_maxmin")
 FUNCTIONS = {
     "leaky": lambda z: jax.nn.leaky_relu(z, 0.2),
@@ -87,11 +89,14 @@ def checked(layers, x, labels, header, arrays):
     return checker.check(layers, x, labels, header, arrays, np.random.default_rng(0))
 
 
-@pytest.mark.parametrize("kind", ["relu", pytest.param("clipped_maxmin", marks=pytest.mark.slow)])
-def test_each_stage_decides_at_least_what_those_before_do(kind):
+@pytest.mark.parametrize(
+    "kind, steps",
+    [("relu", STEPS), pytest.param("clipped_maxmin", MORE_STEPS, marks=pytest.mark.slow)],
+)
+def test_each_stage_decides_at_least_what_those_before_do(kind, steps):
     local = certified(kind, "deterministic", "local")
     tight = certified(kind, "deterministic", "tight")
-    auto = certified(kind, "deterministic", "auto", STEPS)
+    auto = certified(kind, "deterministic", "auto", steps)
     assert auto.mode == tight.mode == "tight" and not len(tight.slopes)
     np.testing.assert_array_equal(auto.norms, local.norms)
     assert np.all(tight.margin >= local.margin - 1e-12)
@@ -230,7 +235,7 @@ def _added(shared, x, *, twice):
 WHICH = [
     ("relu", "deterministic", "tight"),
     ("relu", "probabilistic", "auto", STEPS),
-    ("clipped_maxmin", "deterministic", "auto", STEPS),
+    ("clipped_maxmin", "deterministic", "auto", MORE_STEPS),
     ("clipped_maxmin", "probabilistic", "tight"),
     ("leaky", "deterministic", "tight"),
     ("tanh", "probabilistic", "tight"),
@@ -262,7 +267,7 @@ def test_certificates_of_mode_tight_are_confirmed(tmp_path, which, monkeypatch):
     assert sum(asked) <= checker.LARGEST_DELTA
     assert report.confirmed, report
     assert report.certified == np.sum(certificate.certified) > 0
-    assert (STEPS in which) == (len(file[-1]["slopes"]) > 0)
+    assert (len(which) > 3) == (len(file[-1]["slopes"]) > 0)
 
 
 def test_a_margin_by_smaller_boxes_than_rows_prove_is_rejected(tmp_path, monkeypatch):
@@ -451,3 +456,46 @@ def test_the_comparators_of_the_checker_sort_whatever_a_block_holds(size):
             for i in (i for i in starts if i + distance < held):
                 z[:, [i, i + distance]] = np.sort(z[:, [i, i + distance]], axis=1)
         assert np.all(np.diff(z, axis=1) >= 0)
+
+
+@pytest.mark.parametrize("kind", ["relu", "clipped_relu", "abs"])
+def test_the_second_choice_takes_crowns_slopes_here_and_in_the_checker(kind):
+    """Slopes by hand: Zhang et al., NeurIPS 2018 (arXiv 1811.00866), table 2, adaptive ReLU."""
+    function = {
+        "relu": lambda t: np.maximum(t, 0),
+        "clipped_relu": lambda t: np.clip(t, 0, 0.4),
+        "abs": np.abs,
+    }[kind]
+    slopes_of = {"relu": (0.0, 1.0), "clipped_relu": (0.0, 1.0), "abs": (-1.0, 1.0)}[kind]
+    kinks = {"relu": [0.0], "clipped_relu": [0.0, 0.4], "abs": [0.0]}[kind]
+    rng = np.random.default_rng(8)
+    z = rng.uniform(-0.6, 0.9, 200)
+    lower, upper = z - rng.uniform(0.01, 0.6, 200), z + rng.uniform(0.01, 0.6, 200)
+    w = rng.normal(size=200)
+
+    expected = []
+    for a, b, weight, center in zip(lower, upper, w, z, strict=True):
+        chord = (function(b) - function(a)) / (b - a)
+        if not any(a < kink < b for kink in kinks):
+            expected.append(chord)
+            continue
+        bend = (function(b) - function(center)) / (b - center)
+        bend -= (function(center) - function(a)) / (center - a)
+        nearer = slopes_of[1] if 2 * chord > sum(slopes_of) else slopes_of[0]
+        expected.append(chord if weight * bend >= 0 else nearer)
+
+    with jax.enable_x64(True):
+        act = {"relu": jax.nn.relu, "abs": jnp.abs}.get(kind) or (lambda t: jnp.clip(t, 0, 0.4))
+        graph = lipjax.trace(act, jax.ShapeDtypeStruct((200,), jnp.float64))
+        ends = map(jnp.asarray, (z, lower, upper))
+        (pieces,) = graph.nodes[-1].rule.pieces(*ends, rounding.EXACT)
+        found = tight.chosen(pieces, jnp.asarray(w), jnp.asarray(0.3), tight.CHOICES[1])
+    np.testing.assert_allclose(found, expected, atol=1e-9)
+
+    known = walk.Known(z, lower, upper, lower < upper, 9.0, np.zeros(200), 0.0)
+    layer = Activation(False, (200,), np.asarray({"clipped_relu": 0.4}.get(kind, np.inf)), 0.0)
+    if kind == "abs":
+        layer = Leaky(np.full(200, -1.0), np.ones(200), "float32")
+    after, rows = walk.activate(layer, known)
+    (step,) = onesided.steps_of(layer, known, after, rows)
+    np.testing.assert_allclose(onesided.RULES[1](step, w[None], 0.3)[0], expected, atol=1e-9)

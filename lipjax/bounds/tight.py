@@ -49,20 +49,23 @@ class Choice:
     ``h_i = r |w_i| / ||w||``.
 
     Attributes:
-        spread: where w_i makes the error costly, the chord over ``h_i / spread`` to both sides.
+        spread: where w_i makes the error costly, the chord over ``h_i / spread`` to both sides; 0:
+            over the whole box.
         local: where it makes it cheap, this much of the slope at the center, the rest of the middle
-            of all slopes.
+            of all slopes; None: the smallest or the largest slope, to which the chord over the box
+            is nearer.
         kept: this much of the slope where the activation is linear on the box.
     """
 
     spread: float
-    local: float
+    local: float | None
     kept: float
 
 
 # Measured on networks that others trained (`python -m benchmarks.foreign`): the first is best on
-# most, the second where nearly all neurons are stable.
-CHOICES = (Choice(0.4, 0.75, 0.8), Choice(0.5, 0.75, 1.0))
+# most, the second, which are CROWN's slopes (Zhang et al., NeurIPS 2018, arXiv 1811.00866), where
+# nearly all neurons are stable.
+CHOICES = (Choice(0.4, 0.75, 0.8), Choice(0.0, None, 1.0))
 # For the boxes of neurons: there the second is the better one, and both together gain nothing.
 BOXES = CHOICES[1]
 # Rivals, the worst, for which the others than the first are tried.
@@ -73,19 +76,24 @@ UNIT = 100
 
 def chosen(pieces: Pieces, w: jax.Array, radius: jax.Array, by: Choice) -> jax.Array:
     """Slopes by a rule, of the shape of w."""
-    tiny = jnp.finfo(w.dtype).tiny ** 0.25
-    free = jnp.where(pieces.free, w, 0.0)
-    share = radius * jnp.abs(free) / jnp.maximum(safe_norm(free), tiny)
-    half = jnp.maximum(share / by.spread, tiny)
-
     center, lower, upper = pieces.center, pieces.lower, pieces.upper
-    near = pieces.chord(jnp.maximum(lower, center - half), jnp.minimum(upper, center + half))
-    left = pieces.chord(lower, center)
-    right = pieces.chord(center, upper)
     least, most = pieces.extremes()
+    whole = pieces.chord(lower, upper)
+
+    near = whole
+    if by.spread:
+        tiny = jnp.finfo(w.dtype).tiny ** 0.25
+        free = jnp.where(pieces.free, w, 0.0)
+        share = radius * jnp.abs(free) / jnp.maximum(safe_norm(free), tiny)
+        half = jnp.maximum(share / by.spread, tiny)
+        near = pieces.chord(jnp.maximum(lower, center - half), jnp.minimum(upper, center + half))
+    if by.local is None:
+        cheap = jnp.where(2 * whole > least + most, most, least)
+    else:
+        cheap = by.local * pieces.at_center() + (1 - by.local) * (least + most) / 2
+
     # Convex as seen from the center: errors are >= 0, and cheap for a row that pulls downwards.
-    costly = w * (right - left) >= 0
-    cheap = by.local * pieces.at_center() + (1 - by.local) * (least + most) / 2
+    costly = w * (pieces.chord(center, upper) - pieces.chord(lower, center)) >= 0
     slope = jnp.where(costly, near, cheap)
     slope = jnp.where(least == most, by.kept * least, slope)
     return jnp.where(pieces.free, slope, pieces.exact)

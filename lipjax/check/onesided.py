@@ -155,28 +155,27 @@ class _Parabolas:
         return up(up(scale * radius**2 / 2) + total)
 
 
-def by_rule(spread: float, kept: float) -> Callable[..., np.ndarray]:
+def by_rule(spread: float, local: float | None, kept: float) -> Callable[..., np.ndarray]:
     """A rule for slopes: ``(step, w, radius)`` to ``(rows, n)``.
 
     A row that is spread evenly over the ball moves coordinate i by ``radius |w_i| / ||w||``. Where
     the error is of the sign that costs, the slope is that of the chord over so much, divided by
-    `spread`, to both sides; where it is of the other sign, near the slope at the center. Where the
-    function is straight on the box, it is `kept` of its slope.
+    `spread`, to both sides (of 0: over the box). Where it is of the other sign, it is `local` of
+    the slope at the center and the rest of the middle of all slopes (of None: the smallest or the
+    largest, as the chord over the box is nearer). Where the function is straight on the box, it is
+    `kept` of its slope.
     """
 
     def rule(step: Step, w: np.ndarray, radius: float) -> np.ndarray:
         w = w * step.counts
         z, (lower, upper) = step.center, (step.points[0], step.points[-1])
-        norm = np.maximum(np.linalg.norm(w, axis=1, keepdims=True), 1e-80)
-        half = np.maximum(radius * np.abs(w) / norm / spread, 1e-80)
-
         middle = (step.rise + step.fall) / 2
 
         def chord(low, high):
             """Of the function, from its values at the ends of the parts."""
             rises = [_at(step, middle, end) for end in (low, high)]
             gap = high - low
-            return np.where(gap > 0, (rises[1] - rises[0]) / np.where(gap > 0, gap, 1.0), local)
+            return np.where(gap > 0, (rises[1] - rises[0]) / np.where(gap > 0, gap, 1.0), central)
 
         length = np.diff(step.points, axis=0)
         above, below = (
@@ -189,11 +188,19 @@ def by_rule(spread: float, kept: float) -> Callable[..., np.ndarray]:
         still = least > most
         least, most = np.where(still, 0.0, least), np.where(still, 0.0, most)
         here = (length > 0) & (step.points[:-1] <= z) & (z <= step.points[1:])
-        local = (own * here).sum(axis=0) / np.maximum(here.sum(axis=0), 1)
+        central = (own * here).sum(axis=0) / np.maximum(here.sum(axis=0), 1)
 
-        near = chord(np.maximum(lower, z - half), np.minimum(upper, z + half))
+        whole = chord(lower, upper)
+        near = whole
+        if spread:
+            norm = np.maximum(np.linalg.norm(w, axis=1, keepdims=True), 1e-80)
+            half = np.maximum(radius * np.abs(w) / norm / spread, 1e-80)
+            near = chord(np.maximum(lower, z - half), np.minimum(upper, z + half))
+        if local is None:
+            cheap = np.where(2 * whole > least + most, most, least)
+        else:
+            cheap = local * central + (1 - local) * (least + most) / 2
         costly = w * (chord(z, upper) - chord(lower, z)) >= 0
-        cheap = 0.75 * local + 0.25 * (least + most) / 2
         slopes = np.where(costly, near, cheap)
         straight = np.abs(most - least) <= 1e-9
         slopes = np.where(straight, kept * least, slopes)
@@ -203,7 +210,7 @@ def by_rule(spread: float, kept: float) -> Callable[..., np.ndarray]:
 
 
 # The rules that are tried, the best for each rival.
-RULES = (by_rule(0.4, 0.8), by_rule(0.5, 1.0))
+RULES = (by_rule(0.4, 0.75, 0.8), by_rule(0.0, None, 1.0))
 
 
 def _at(step: Step, rise: np.ndarray, t: np.ndarray) -> np.ndarray:
