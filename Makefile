@@ -26,7 +26,7 @@ $(VENV)/.tests: $(VENV)/.scripts tests/requirements.txt
 
 # First a network that comes along, so that there is a page at once; then one of your own.
 demo: $(VENV)/.scripts
-	$(RUN) certify.py --network=digits-maxmin --data=digits --epsilon=0.5 --examples=100 --modes=local --nocurve --workdir=runs/shipped
+	$(RUN) certify.py --network=digits-dense --data=digits --epsilon=0.5 --modes=global,local --nocurve --workdir=runs/shipped
 	$(RUN) train.py --config=configs/digits_dense.py --workdir=runs/demo
 	$(RUN) certify.py --workdir=runs/demo
 	@echo "The pages to open: runs/shipped/certification/report.html and runs/demo/certification/report.html"
