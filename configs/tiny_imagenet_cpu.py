@@ -3,8 +3,9 @@
     python train.py --config=configs/tiny_imagenet_cpu.py --workdir=runs/tiny
     python certify.py --workdir=runs/tiny --examples=1000 --modes=local --nocurve --early
 
-A first look, not a recipe: figures on a tenth of the set are in docs/results.md. Unpack
-tiny-imagenet-200.zip and give its folder: --config.data.name=folder:<path>.
+A first look, not a recipe. On a tenth of the set (seed 0, 1,000 validation images of 200 classes,
+bound local, tier probabilistic with delta 1e-6, float32): clean 15.1, PGD 11.7, certified 5.7 %.
+Unpack tiny-imagenet-200.zip and give its folder: --config.data.name=folder:<path>.
 """
 
 from lipjax.configs import mnist_small
