@@ -402,3 +402,11 @@ def answer() -> None:
             answers.append(json.loads(pipe.read()))
         os.waitpid(child, 0)
     print(json.dumps(answers))
+
+
+def test_the_picture_of_the_readme_fits_a_screen():
+    (path, width) = re.findall(r'<img src="([^"]+)"[^>]* width="(\d+)">', PAGES[0].read_text())[0]
+    header = (ROOT / path).read_bytes()[:24]
+    assert header.startswith(b"\x89PNG")
+    across, down = (int.from_bytes(header[start : start + 4]) for start in (16, 20))
+    assert down * int(width) / across < 700
