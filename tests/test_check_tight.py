@@ -460,7 +460,7 @@ def test_the_comparators_of_the_checker_sort_whatever_a_block_holds(size):
 
 @pytest.mark.parametrize("kind", ["relu", "clipped_relu", "abs"])
 def test_the_second_choice_takes_crowns_slopes_here_and_in_the_checker(kind):
-    """Slopes by hand: Zhang et al., NeurIPS 2018 (arXiv 1811.00866), table 2, adaptive ReLU."""
+    """Slopes by hand, after Zhang et al., NeurIPS 2018 (arXiv 1811.00866), adaptive for ReLU."""
     function = {
         "relu": lambda t: np.maximum(t, 0),
         "clipped_relu": lambda t: np.clip(t, 0, 0.4),

@@ -75,7 +75,10 @@ UNIT = 100
 
 
 def chosen(pieces: Pieces, w: jax.Array, radius: jax.Array, by: Choice) -> jax.Array:
-    """Slopes by a rule, of the shape of w."""
+    """Slopes by a rule, of the shape of w.
+
+    Any are sound; with a NaN in w or in the box the bound that follows is NaN (`error_cost`).
+    """
     center, lower, upper = pieces.center, pieces.lower, pieces.upper
     least, most = pieces.extremes()
     whole = pieces.chord(lower, upper)
