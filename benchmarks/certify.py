@@ -2,29 +2,29 @@
 one run.
 
     python -m benchmarks.certify --network=conv6_dense2 --activation=clipped_relu --json
-    python -m benchmarks.certify --workdir=runs/cifar10 --examples=128 --json
+    python -m benchmarks.certify --file=cifar10-maxmin --data=npz:test.npz --examples=128 --json
 
-Without --workdir: fresh weights, random images, their predictions as labels. One JSON line (or
-plain text): seconds an image of each tier and of `lipjax.estimate` with 20 and with 2000 iterations
-(as many as the published evaluation has), each the median of --rounds rounds in turn, compilation
-apart; the smallest and largest ratio of each one's Lipschitz constants to those of the estimate
-with most iterations; certified shares; peak memory.
+Without --workdir or --file: fresh weights, random images, their predictions as labels. One JSON
+line (or plain text): seconds an image of each tier and of `lipjax.estimate` with 20 and with 2000
+iterations (as many as the published evaluation has), each the median of --rounds rounds in turn,
+compilation apart; the smallest and largest ratio of each one's Lipschitz constants to those of the
+estimate with most iterations; certified shares; peak memory.
 """
 
 import argparse
 import json
 import statistics
 import time
+from pathlib import Path
 
 import jax
 import numpy as np
 from flax import nnx
-from ml_collections import ConfigDict
 
 import lipjax
 from benchmarks.step import SHAPES, peak_memory
-from lipjax import bounds, models, training
-from lipjax.training.checkpoints import Checkpoints, load_config
+from lipjax import bounds, models
+from lipjax.cli import networks
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -34,6 +34,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--network", default="conv6_dense2", choices=models.NETWORKS)
     parser.add_argument("--activation", default="clipped_relu", choices=models.ACTIVATIONS)
     parser.add_argument("--workdir", help="a run of train.py instead: its network and test images")
+    parser.add_argument("--file", help="a network as certify.py's --network names it")
+    parser.add_argument("--data", default="", help="with --file: the test images, as certify.py")
     parser.add_argument("--mode", default="local", choices=bounds.MODES)
     parser.add_argument("--tiers", default="probabilistic,deterministic")
     parser.add_argument("--epsilon", type=float, default=36 / 255)
@@ -76,12 +78,14 @@ def main(arguments: list[str] | None = None) -> None:
             times[name].append(time.perf_counter() - began)
     seconds = {name: statistics.median(values) for name, values in times.items()}
     found = {
-        "network": options.workdir or f"{options.network}, {options.activation}, fresh weights",
+        "network": options.workdir
+        or options.file
+        or f"{options.network}, {options.activation}, fresh weights",
         "mode": options.mode,
         "epsilon": options.epsilon,
         "failure_probability": options.failure_probability,
         "seed": options.seed,
-        "split": "test" if options.workdir else "random images",
+        "split": "test" if options.workdir or options.file else "random images",
         "examples": len(images),
         "seconds_per_image": {
             name: round(value / len(images), 4) for name, value in seconds.items()
@@ -113,15 +117,13 @@ def main(arguments: list[str] | None = None) -> None:
 
 def subject(options):
     """Network, images and labels."""
-    if options.workdir:
-        config = ConfigDict(load_config(options.workdir))
-        config.data.test_examples = options.examples
-        test = training.load_data(config).test
-        with Checkpoints(options.workdir) as checkpoints:
-            network, _ = training.selected_network(
-                checkpoints, config, test.images.shape[1:], test.classes
-            )
-        return network, test.unit_images(slice(None)), test.labels
+    if options.workdir or options.file:
+        given = (
+            networks.of_run(Path(options.workdir), examples=options.examples)
+            if options.workdir
+            else networks.of_network(options.file, options.data, examples=options.examples)
+        )
+        return given.network, given.test.unit_images(slice(None)), given.test.labels
     shape, classes = SHAPES[options.network]
     network = models.build(
         options.network,

@@ -19,6 +19,7 @@ from lipjax.check import checker, norms, onesided, walk
 from lipjax.check.kinds import Leaky, MaxPool, Smooth, Sort, sorting
 from lipjax.check.layers import Activation, Affine, nodes_of
 from lipjax.formats import certificate_files
+from lipjax.norms.best import WholeNorm
 
 COUNT = 24
 INPUTS = 10
@@ -198,7 +199,8 @@ def test_passes_are_counted_as_they_are_made(monkeypatch, x64):
     layers = [nnx.Linear(n, m, rngs=rngs) for n, m in itertools.pairwise(sizes)]
     net = nnx.Sequential(layers[0], lipjax.ReLU(), layers[1], lipjax.ReLU(), layers[2])
     graph = setup.in_float64(bounds.graph_of(net, jnp.zeros(2, jnp.float32)))
-    shared = (graph, (jnp.asarray(9.0),) * 3, jax.random.key(0))
+    whole = WholeNorm(jnp.asarray(9.0), jnp.ones((), bool))
+    shared = (graph, (whole,) * 3, jax.random.key(0))
     columns = (jnp.full((1, 2), 0.5), jnp.zeros(1, int), jnp.ones(1), jnp.zeros(1, int))
     options = {"tier": "deterministic", "failure_probability": 0.5, "arithmetics": ()}
 
@@ -212,7 +214,9 @@ def test_passes_are_counted_as_they_are_made(monkeypatch, x64):
 
     seen.clear()
     bound, worst = kept
-    verdicts.tightened_batch(shared[:2], (columns[1], bound, worst + 1e3), arithmetics=(), steps=2)
+    verdicts.tightened_batch(
+        (graph, (whole.bound,) * 3), (columns[1], bound, worst + 1e3), arithmetics=(), steps=2
+    )
     jax.effects_barrier()
     # Of a gradient step the value's pass says so.
     gradients = 2 * verdicts.STEPPED * stages.GRADIENT

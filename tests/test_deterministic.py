@@ -558,6 +558,85 @@ def _bounds_of_any_size(whole, kernel, mask_in, mask_out):
     )
 
 
+# ----------------------------------------------------------------------- masks that keep everything
+
+
+def examples_of_masks(shape, *, masked):
+    """Masks ``(4, *shape)`` that keep everything, but for those of the examples named."""
+    masks = np.ones((4, *shape), bool)
+    for i in masked:
+        masks[i].flat[: masks[i].size // 2] = False
+    return jnp.asarray(masks)
+
+
+@pytest.mark.parametrize("masked, computed", [([], 0), ([2], 4)])
+@pytest.mark.parametrize("side", ["in", "out"])
+def test_a_norm_is_bounded_anew_only_for_a_batch_in_which_a_mask_takes_something_away(
+    x64, masked, computed, side
+):
+    matrix = np.random.default_rng(0).normal(size=(6, 6))
+    operator, like = explicit(jnp.asarray(matrix))
+    whole = norms.best.whole_norm(operator, like)
+    calls = []
+
+    def bound(operator, mask_in, mask_out):
+        found = norms.gram.dense_norm_bound(operator, like, mask_in, mask_out)
+        jax.debug.callback(calls.append, found)
+        return found
+
+    masks = {"in": None, "out": None, side: examples_of_masks((6,), masked=masked)}
+
+    @jax.jit
+    @jax.vmap
+    def run(masks):
+        return whole.unless_masked(bound, operator, masks["in"], masks["out"])
+
+    found = run(masks)
+    jax.effects_barrier()
+    assert len(calls) == computed
+    for value, kept in zip(found, masks[side], strict=True):
+        part = matrix * np.asarray(kept)[None if side == "in" else (slice(None), None)]
+        exact = np.linalg.norm(part, 2)
+        assert exact * (1 - 1e-12) <= value <= exact * ATTEMPT
+
+
+def test_a_bound_that_is_not_needed_is_not_computed_in_front_of_the_loop_either(x64):
+    """What does not change in a loop XLA moves in front of it, where it runs whether or not the
+    loop does."""
+    operator, like = convolution(dict(kernel_size=(3, 3), padding=1), (6, 6, 2))
+    whole = norms.best.whole_norm(operator, like)
+    start = jnp.ones((norms.chebyshev.STARTS, like.size))
+
+    def bound(operator, mask_in, mask_out):
+        drawn = norms.chebyshev.inflated_norm_bound
+        return drawn(operator, start, 1e-6, like, mask_in, mask_out)
+
+    run = jax.jit(jax.vmap(lambda mask: whole.unless_masked(bound, operator, mask, None)))
+    program = run.lower(examples_of_masks(like.shape, masked=[0])).compile().as_text()
+    entry = program[program.index("\nENTRY") :]
+    assert entry.count(" while(") == 1
+    assert " dot(" not in entry
+
+
+def test_a_whole_norm_that_is_not_close_never_stands_for_that_of_an_example(x64):
+    """Schur's test is all there is of a matrix too large to factor."""
+    matrix = np.random.default_rng(0).normal(size=(5, 5))
+    operator, like = explicit(jnp.asarray(matrix))
+    loose = norms.closed.schur_bound(operator, like)
+    exact = np.linalg.norm(matrix, 2)
+    assert loose > norms.best.CLOSE * exact
+    close = loose <= norms.best.CLOSE * norms.lanczos.norm_estimate(operator, like)
+    whole = norms.best.WholeNorm(loose, close)
+    found = whole.unless_masked(
+        lambda operator, *masks: norms.gram.dense_norm_bound(operator, like, *masks),
+        operator,
+        jnp.ones(5, bool),
+        None,
+    )
+    assert exact * (1 - 1e-12) <= found <= exact * ATTEMPT
+    assert norms.best.whole_norm(operator, like).close
+
+
 # ---------------------------------------------------------------------------------- degenerate maps
 
 

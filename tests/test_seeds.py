@@ -240,8 +240,12 @@ def draws(monkeypatch):
     monkeypatch.setattr(norms.chebyshev, "inflated_norm_bound", record)
     monkeypatch.setattr(batches, "compiled", eager)
     monkeypatch.setattr(batches, "compile_for", lambda *_: None)
+
     # So that what was recorded is what counts.
-    monkeypatch.setattr(setup, "global_norms_of", lambda graph: (jnp.asarray(1e90),) * 3)
+    def unknown(graph):
+        return (norms.best.WholeNorm(jnp.asarray(1e90), jnp.zeros((), bool)),) * 3
+
+    monkeypatch.setattr(setup, "whole_norms_of", unknown)
     monkeypatch.setattr(norms.closed, "schur_bound", lambda *_: jnp.asarray(1e90))
     monkeypatch.setattr(relaxed.Reverse, "gain", lambda *_: jnp.asarray(1e90))
     return found

@@ -19,10 +19,10 @@ from lipjax.bounds import lipschitz
 from lipjax.bounds.two_points import TwoPointWalk
 from lipjax.certificates import batches, checks
 from lipjax.certificates.results import Proof, said
-from lipjax.certificates.setup import agreed, global_norms_of, in_float64
-from lipjax.certificates.verdicts import view
+from lipjax.certificates.setup import agreed, in_float64, whole_norms_of
+from lipjax.certificates.verdicts import norm_of_tier, view
 from lipjax.graph import Graph
-from lipjax.norms import best, chebyshev, closed
+from lipjax.norms import best, chebyshev
 
 
 @dataclasses.dataclass(frozen=True, repr=False, kw_only=True)
@@ -160,7 +160,7 @@ class RegionProof:
         with batches.exact():
             graph = in_float64(self.graph)
             key = jax.random.key(self.facts["seed"], impl="threefry2x32")
-            shared = (graph, global_norms_of(graph), key)
+            shared = (graph, whole_norms_of(graph), key)
             compiled = batches.compiled(_prove_batch, *self.options, optimize=False)
             run = functools.partial(compiled, shared, **self.options)
             indices = np.arange(len(self.columns[0]))
@@ -170,42 +170,32 @@ class RegionProof:
 def _prove_batch(
     shared, columns, *, mode, tier, failure_probability, arithmetics, budget
 ) -> dict[str, jax.Array]:
-    graph, global_norms, key = shared
+    graph, whole_norms, key = shared
 
     def one(x, epsilon, box, index):
         fresh = jax.random.fold_in(key, index)
 
-        def norm(k, operator, like, mask_in, mask_out):
-            whole = global_norms[k] if k < len(global_norms) else jnp.inf
-            if tier == "deterministic":
-                return best.norm_bound(
-                    operator, like, mask_in, mask_out, global_bound=whole, budget=budget
-                )
-            (start,) = chebyshev.starts(jax.random.fold_in(fresh, k), [like.size])
-            sigma = chebyshev.inflated_norm_bound(
-                operator,
-                start,
-                failure_probability,
-                like,
-                mask_in,
-                mask_out,
-            )
-            schur = closed.schur_bound(operator, like, mask_in, mask_out)
-            return jnp.minimum(jnp.minimum(sigma, whole), schur)
+        def norm(k, operator, like, *masks):
+            def start():
+                return chebyshev.starts(jax.random.fold_in(fresh, k), [like.size])[0]
 
-        return _prove(graph, x, epsilon, box, mode, norm, arithmetics, global_norms)
+            how = tier, failure_probability, budget, whole_norms
+            return norm_of_tier(*how, k, start, operator, like, *masks)
+
+        return _prove(graph, x, epsilon, box, mode, norm, arithmetics, whole_norms)
 
     return jax.vmap(one)(*columns)
 
 
-def _prove(graph, x, epsilon, box, mode, norm, arithmetics, global_norms) -> dict[str, Any]:
+def _prove(graph, x, epsilon, box, mode, norm, arithmetics, whole_norms) -> dict[str, Any]:
     """Constants, box and rounding of one region; infinite where the arithmetic broke down."""
     outward = rounding.OUTWARD
     walk = TwoPointWalk(graph, bounds.mode_of(mode), norm, view, outward)
     found = walk(x, epsilon, box)
     variations = found.pop("variations")
     boxes = [(v.lower, v.upper) for v in variations]
-    executed = rounding.forward_error(graph, boxes, arithmetics, global_norms, view)
+    largest = [norm.bound for norm in whole_norms]
+    executed = rounding.forward_error(graph, boxes, arithmetics, largest, view)
 
     # An overflow or NaN anywhere, even one that a minimum hides later, proves nothing.
     numbers = [(v.lower, v.upper, v.center, v.rates, v.rate, v.entries) for v in variations]

@@ -27,7 +27,7 @@ from lipjax.certificates.results import StageRun
 from lipjax.certificates.stages import Stage, affordable, planned
 from lipjax.graph import Activation, Graph
 from lipjax.graph.joining import rejoined
-from lipjax.norms.best import global_norm_bound
+from lipjax.norms.best import WholeNorm, whole_norm
 
 # Images at once in the stages behind the first one, which few images reach.
 STAGE_BATCH = 16
@@ -44,7 +44,7 @@ class Setup:
         images, labels: of the whole call, checked.
         examined: positions of the images to decide.
         graph: of the network, in float64.
-        global_norms: proven upper bounds of the linear nodes' whole norms, in order.
+        whole_norms: what is proven of the linear nodes' whole norms, in order.
         key: of all draws of the call.
         options: static arguments of `verdicts.certify_batch`.
         stages: the first is tried on every image, the others on those that are right and still
@@ -59,7 +59,7 @@ class Setup:
     labels: np.ndarray
     examined: np.ndarray
     graph: Graph
-    global_norms: tuple[jax.Array, ...]
+    whole_norms: tuple[WholeNorm, ...]
     key: jax.Array
     options: dict[str, Any]
     stages: tuple[Stage, ...]
@@ -67,6 +67,11 @@ class Setup:
     batch_size: int
     optimize: bool
     facts: dict[str, Any]
+
+    @property
+    def global_norms(self) -> tuple[jax.Array, ...]:
+        """Proven upper bounds of the linear nodes' whole norms, in order."""
+        return tuple(norm.bound for norm in self.whole_norms)
 
 
 def set_up(
@@ -120,7 +125,7 @@ def set_up(
             labels=labels,
             examined=examined,
             graph=graph,
-            global_norms=global_norms_of(graph),
+            whole_norms=whole_norms_of(graph),
             # In 64 bits, where no bit of the seed is lost, by the generator that is meant.
             key=jax.random.key(facts["seed"], impl="threefry2x32"),
             options=options,
@@ -190,9 +195,9 @@ def seed_of(tier: str, seed: int | None) -> tuple[int, str]:
     return 0, "unused"
 
 
-def global_norms_of(graph: Graph) -> tuple[jax.Array, ...]:
+def whole_norms_of(graph: Graph) -> tuple[WholeNorm, ...]:
     """Proven bounds of the linear nodes' whole norms. Compiled one by one: nets share them."""
-    compiled = batches.compiled(global_norm_bound, optimize=False)
+    compiled = batches.compiled(whole_norm, optimize=False)
     inputs = (graph.nodes[node.inputs[0]] for node in graph.linear_nodes)
     pairs = zip(graph.linear_nodes, inputs, strict=True)
     return tuple(compiled(node.operator, jnp.zeros(before.shape)) for node, before in pairs)
@@ -297,7 +302,7 @@ def _in_stages(setup: Setup, batch: Batch, seconds: float, slopes) -> None:
 def _walked(setup: Setup, columns, key, mode: str, keep) -> tuple[Batch, float]:
     """A batch, decided by a walk in this mode, and seconds; `keep`: with what was found on it."""
     options = {**setup.options, "mode": mode, "keep": bool(keep)}
-    shared = (setup.graph, setup.global_norms, key)
+    shared = (setup.graph, setup.whole_norms, key)
     run = _program(setup, verdicts.certify_batch, shared, options)
     (found, kept), seconds = _timed(setup, run, columns)
     bound, worst = (None, np.zeros(0)) if kept is None else kept

@@ -147,47 +147,62 @@ def view(operator, like):
     return operator.materialized(like) if like.size * outputs <= SMALL_MATRIX else operator
 
 
+def norm_of_tier(
+    tier, failure_probability, budget, whole_norms, k, start, operator, like, mask_in, mask_out
+):
+    """The norm of a masked linear map, bounded as the tier does.
+
+    Args:
+        tier, failure_probability, budget: as in `certify_batch`.
+        whole_norms: a `norms.best.WholeNorm` of each of the first maps.
+        k: which map it is.
+        start: gives a fresh block of `chebyshev.starts`, in tier "probabilistic".
+        operator, like, mask_in, mask_out: as in `norms.best.norm_bound`.
+    """
+    whole = whole_norms[k] if k < len(whole_norms) else None
+
+    def bound(operator, *masks):
+        if tier == "deterministic":
+            known = math.inf if whole is None else whole.bound
+            return best.norm_bound(operator, like, *masks, global_bound=known, budget=budget)
+        drawn = chebyshev.inflated_norm_bound(operator, start(), failure_probability, like, *masks)
+        return jnp.minimum(drawn, closed.schur_bound(operator, like, *masks))
+
+    given = operator, mask_in, mask_out
+    return bound(*given) if whole is None else whole.unless_masked(bound, *given)
+
+
 def certify_batch(
     shared, columns, *, mode, tier, failure_probability, arithmetics, budget, keep=False
 ):
     """The verdicts of a batch, by the norms of the tier.
 
     Args:
-        shared: graph, global norms, and the key of all draws.
+        shared: graph, whole norms, and the key of all draws.
         columns: images, labels, radii, and places in the whole call.
         failure_probability: of each norm bound.
         keep: return also the bounds without their graphs, and the worst-case logits, as
             `tightened_batch` takes them.
     """
-    graph, global_norms, key = shared
-    # Global norms are drawn once and shared, so their key must not depend on the example; indices
-    # make the others independent of how the images are batched.
+    graph, whole_norms, key = shared
+    global_norms = [norm.bound for norm in whole_norms]
+    # What all images share is drawn once, so its key must not depend on the example; indices make
+    # the others independent of how the images are batched.
     global_key, local_key = jax.random.split(key)
-
-    def deterministic(k, operator, like, mask_in, mask_out):
-        known = global_norms[k] if k < first else math.inf
-        sigma = best.norm_bound(
-            operator, like, mask_in, mask_out, global_bound=known, budget=budget
-        )
-        return sigma, None
-
-    def probabilistic(starts, k, operator, like, mask_in, mask_out):
-        sigma = chebyshev.inflated_norm_bound(
-            operator, starts[k], failure_probability, like, mask_in, mask_out
-        )
-        if k < first:
-            sigma = jnp.minimum(sigma, global_norms[k])
-        sigma = jnp.minimum(sigma, closed.schur_bound(operator, like, mask_in, mask_out))
-        return sigma, None
-
     sizes = [math.prod(graph.nodes[node.inputs[0]].shape) for node in graph.linear_nodes[:-1]]
     first = len(sizes)  # of those of two maps as one
     sizes += bounds.joined_sizes(graph)
 
     def norm_function(salt):
-        if tier == "deterministic":
-            return deterministic
-        return functools.partial(probabilistic, chebyshev.starts(salt, sizes))
+        starts = chebyshev.starts(salt, sizes) if tier == "probabilistic" else ()
+        of_tier = functools.partial(
+            norm_of_tier, tier, failure_probability, budget, whole_norms[:first]
+        )
+
+        def norm(k, operator, *like_and_masks):
+            return of_tier(k, lambda: starts[k], operator, *like_and_masks), None
+
+        return norm
 
     def one(x, label, epsilon, index):
         local_norm = norm_function(jax.random.fold_in(local_key, index))

@@ -279,25 +279,33 @@ def _convolve_by_products(strides, padding, input_dilation, dilation, groups, ke
     counts = [(n - e) // s + 1 for n, e, s in zip(x.shape, extents, strides, strict=False)]
     if min(counts) < 1:
         return jnp.zeros((0,), x.dtype)
-    seen = []  # what each kernel position sees, (*counts, groups, channels)
-    for tap in itertools.product(*(range(k) for k in window)):
-        first = [t * d for t, d in zip(tap, dilation, strict=True)]
-        last = [f + (n - 1) * s + 1 for f, n, s in zip(first, counts, strides, strict=True)]
-        part = jax.lax.slice(x, [*first, 0], [*last, x.shape[-1]], [*strides, 1])
-        seen.append(part.reshape(*counts, groups, channels))
-    taps = kernel.reshape(-1, channels, groups, outputs // groups)
-    if channels < THIN:
-        parts, kernels = [jnp.concatenate(seen, axis=-1)], [taps.reshape(-1, *taps.shape[2:])]
-    else:
-        parts, kernels = seen, list(taps)
-    total = jnp.zeros((*counts, outputs), x.dtype)
-    for part, each in zip(parts, kernels, strict=True):
+    taps = list(itertools.product(*(range(k) for k in window)))
+    corners = [[t * d for t, d in zip(tap, dilation, strict=True)] + [0] for tap in taps]
+    extent = [(n - 1) * s + 1 for n, s in zip(counts, strides, strict=True)] + [x.shape[-1]]
+
+    def seen(corner):  # by a kernel position
+        part = jax.lax.dynamic_slice(x, corner, extent)
+        part = jax.lax.slice(part, [0] * (rank + 1), extent, [*strides, 1])
+        return part.reshape(*counts, groups, channels)
+
+    def product(part, each):
         if groups == 1:
-            total += jax.lax.dot_general(part[..., 0, :], each[:, 0], (((rank,), (0,)), ((), ())))
-        else:
-            product = jax.lax.dot_general(part, each, (((rank + 1,), (0,)), ((rank,), (1,))))
-            total += jnp.moveaxis(product, 0, rank).reshape(total.shape)
-    return total
+            return jax.lax.dot_general(part[..., 0, :], each[:, 0], (((rank,), (0,)), ((), ())))
+        product = jax.lax.dot_general(part, each, (((rank + 1,), (0,)), ((rank,), (1,))))
+        return jnp.moveaxis(product, 0, rank).reshape(*counts, outputs)
+
+    kernels = kernel.reshape(-1, channels, groups, outputs // groups)
+    if channels < THIN:
+        every = jnp.concatenate([seen(corner) for corner in corners], axis=-1)
+        return product(every, kernels.reshape(-1, *kernels.shape[2:]))
+
+    # A loop, and not a sum: XLA would add the products up again in all that reads the sum.
+    def add(total, position):
+        corner, each = position
+        return total + product(seen(list(corner)), each), None
+
+    begin = jnp.zeros((*counts, outputs), x.dtype)
+    return jax.lax.scan(add, begin, (jnp.asarray(corners), kernels))[0]
 
 
 @dataclasses.dataclass(frozen=True)
