@@ -37,7 +37,7 @@ SHAPES = {
     "conv4_dense3": ((28, 28, 1), 10),
     "conv6_dense2": ((32, 32, 3), 10),
     "conv8_dense2": ((64, 64, 3), 200),
-    **dict.fromkeys(("small_conv", "small_dense", "small_residual"), ((8, 8, 1), 10)),
+    **dict.fromkeys(("small_conv", "small_dense", "small_residual", "shifted"), ((8, 8, 1), 10)),
 }
 
 

@@ -42,7 +42,7 @@ from lipjax.certificates import (
     estimate,
 )
 from lipjax.graph import Graph, TraceError, trace
-from lipjax.layers import AveragePool, Flatten, Normalize, Residual
+from lipjax.layers import AveragePool, Flatten, Normalize, Residual, Shift, SpaceToDepth
 from lipjax.orthogonal import AOLConv, CayleyLinear
 from lipjax.pretrained import load
 from lipjax.runtime.cpu import for_cpu
@@ -70,6 +70,8 @@ __all__ = [
     "ReLU",
     "Region",
     "Residual",
+    "Shift",
+    "SpaceToDepth",
     "TraceError",
     "activations",
     "attacks",

@@ -1,5 +1,5 @@
-"""Layers that Flax has not: flattening, sums of branches, average pooling, normalisation of
-pixels."""
+"""Layers that Flax has not: flattening, sums of branches, average pooling, rearrangements of
+pixels, normalisation."""
 
 import math
 from collections.abc import Sequence
@@ -102,6 +102,44 @@ def _window_sum(window, strides, scale, x):
         x, zero, jax.lax.add, (*batch, *window, 1), (*batch, *strides, 1), [(0, 0)] * x.ndim
     )
     return scale.astype(x.dtype) * total
+
+
+class SpaceToDepth(nnx.Module):
+    """Patches become pixels: ``(.., H, W, C) -> (.., H / p, W / p, p p C)``, also known as
+    PixelUnshuffle. Moves numbers only, so its norm is 1.
+
+    Args:
+        patch: p, the side of a patch.
+    """
+
+    def __init__(self, patch: int):
+        self.patch = patch
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        *batch, height, width, channels = x.shape
+        p = self.patch
+        if height % p or width % p:
+            raise ValueError(f"patches of {p} do not tile images of {height} by {width}.")
+        patches = x.reshape(*batch, height // p, p, width // p, p, channels)
+        patches = jnp.moveaxis(patches, -4, -3)
+        return patches.reshape(*batch, height // p, width // p, p * p * channels)
+
+
+class Shift(nnx.Module):
+    """Four fifths of the channels moved by one pixel, a fifth each way; what leaves the image comes
+    in on the other side. Moves numbers only, so its norm is 1.
+
+    Between products with the channels of one pixel (`CayleyLinear`) it does what a convolution's
+    window does, after LipNeXt (Hu, Hu and Fredrikson 2026, arXiv 2601.18513).
+    """
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        share = x.shape[-1] // 5
+        moves = ((1, -3), (-1, -3), (1, -2), (-1, -2))
+        cut = [share * i for i in range(1, 5)]
+        *parts, rest = jnp.split(x, cut, axis=-1)
+        moved = [jnp.roll(part, by, axis) for part, (by, axis) in zip(parts, moves, strict=True)]
+        return jnp.concatenate([*moved, rest], axis=-1)
 
 
 class Normalize(nnx.Module):

@@ -17,7 +17,7 @@ import jax
 from flax import nnx
 
 from lipjax.activations import ClippedMaxMin, ClippedReLU, MaxMin, ReLU
-from lipjax.layers import Flatten, Normalize, Residual
+from lipjax.layers import Flatten, Normalize, Residual, Shift, SpaceToDepth
 from lipjax.orthogonal import AOLConv, CayleyLinear
 
 ACTIVATIONS = ("relu", "clipped_relu", "maxmin", "clipped_maxmin")
@@ -205,6 +205,53 @@ def small_residual(
     return nnx.Sequential(*layers)
 
 
+def shifted(
+    *,
+    activation: str = "maxmin",
+    classes: int = 10,
+    input_shape: Sequence[int] = (8, 8, 1),
+    patch: int = 2,
+    width: int = 32,
+    blocks: int = 4,
+    dense: int = 64,
+    threshold: float = 1.0,
+    orthogonal: bool = False,
+    rngs: nnx.Rngs,
+) -> nnx.Sequential:
+    """Matrix products and rearrangements only: patches, blocks of a shift and a product with each
+    pixel's channels, one hidden dense layer. After LipNeXt (`lipjax.layers.Shift`), whose position
+    encoding and pooling it has not.
+
+    Args:
+        patch: side of the patches that become pixels.
+        width: channels of all blocks.
+        blocks: how many; each is followed by an activation.
+        dense, threshold, orthogonal: as those of `small_conv`.
+
+    Raises:
+        ValueError: patches that do not tile the images; what `build` says.
+    """
+    height, side, channels = input_shape
+    if height % patch or side % patch:
+        raise ValueError(f"patches of {patch} do not tile images of {height} by {side}.")
+    shape = (height // patch, side // patch, width)
+    pair = (threshold, -threshold)
+
+    def product(inputs, outputs):
+        if orthogonal:
+            return CayleyLinear(inputs, outputs, rngs=rngs)
+        return nnx.Linear(inputs, outputs, kernel_init=nnx.initializers.orthogonal(), rngs=rngs)
+
+    layers: list = [SpaceToDepth(patch), product(patch**2 * channels, width)]
+    layers.append(_activation(activation, shape, threshold, pair))
+    for _ in range(blocks):
+        layers += [Shift(), product(width, width)]
+        layers.append(_activation(activation, shape, threshold, pair))
+    layers += [Flatten(), product(math.prod(shape), dense)]
+    layers += [_activation(activation, (dense,), threshold, pair), _dense(dense, classes, rngs)]
+    return nnx.Sequential(*layers)
+
+
 NETWORKS = {
     "conv4_dense3": conv4_dense3,
     "conv6_dense2": conv6_dense2,
@@ -212,6 +259,7 @@ NETWORKS = {
     "small_conv": small_conv,
     "small_dense": small_dense,
     "small_residual": small_residual,
+    "shifted": shifted,
 }
 
 

@@ -21,7 +21,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lipjax import norms
-from lipjax.graph.linear import Convolution, LinearOperator
+from lipjax.graph.linear import Convolution, LinearOperator, Product
 
 # What an accepted first attempt inflates the norm by, and what Gram iteration may.
 ATTEMPT = norms.cholesky.INFLATIONS[0] ** 0.5 + 1e-6
@@ -635,6 +635,26 @@ def test_a_whole_norm_that_is_not_close_never_stands_for_that_of_an_example(x64)
     )
     assert exact * (1 - 1e-12) <= found <= exact * ATTEMPT
     assert norms.best.whole_norm(operator, like).close
+
+
+def test_a_product_at_every_position_has_the_norm_of_its_matrix_however_many_positions(x64):
+    rng = np.random.default_rng(0)
+    # (numbers of dot_general, is the kernel first, kernel, example), and the matrices
+    one, each = rng.normal(size=(7, 5)), rng.normal(size=(3, 7, 5))
+    cases = [
+        ((((2,), (0,)), ((), ())), False, one, (4, 3, 7), [one]),
+        ((((1,), (1,)), ((), ())), True, one, (4, 5), [one]),
+        ((((2,), (1,)), ((1,), (0,))), False, each, (4, 3, 7), each),
+    ]
+    for numbers, first, kernel, shape, matrices in cases:
+        operator = LinearOperator(Product(numbers, first), jnp.asarray(kernel))
+        like = jax.ShapeDtypeStruct(shape, jnp.float64)
+        exact = max(np.linalg.norm(matrix, 2) for matrix in matrices)
+        assert exact == pytest.approx(np.linalg.norm(matrix_of(operator, like), 2))
+        many = jax.ShapeDtypeStruct((5000, *shape[1:]), jnp.float64)
+        for size in (like, many):
+            bound = norms.best.global_norm_bound(operator, size)
+            assert exact * (1 - 1e-12) <= bound <= exact * ATTEMPT
 
 
 # ---------------------------------------------------------------------------------- degenerate maps

@@ -83,6 +83,29 @@ def test_dense_and_pooling_views_equal_their_explicit_matrices(x64):
     check(lipjax.Normalize((0.1,), (0.3,)), (5,))
 
 
+@pytest.mark.parametrize("layer", [lipjax.Shift(), lipjax.SpaceToDepth(2)])
+def test_layers_that_only_move_numbers_are_permutations_and_traced_as_one_node(layer):
+    numbers = np.arange(4 * 6 * 10, dtype=np.float32).reshape(4, 6, 10)
+    moved = layer(jnp.asarray(numbers))
+    np.testing.assert_array_equal(np.sort(np.ravel(moved)), np.ravel(numbers))
+    np.testing.assert_array_equal(layer(jnp.stack([numbers, -numbers])), [moved, -moved])
+    nodes = lipjax.trace(lambda x: layer(x).reshape(-1), numbers).nodes
+    assert [type(node).__name__ for node in nodes[:2]] == ["Input", "Rearrange"]
+    assert not any(node.executed for node in nodes)
+
+
+def test_what_a_pixel_becomes_when_images_are_shifted_or_taken_apart():
+    image = jnp.zeros((4, 4, 5)).at[1, 2].set(jnp.arange(1.0, 6.0))
+    shifted = lipjax.Shift()(image)
+    for channel, place in enumerate([(2, 2), (0, 2), (1, 3), (1, 1), (1, 2)]):
+        assert shifted[*place, channel] == channel + 1
+        assert jnp.sum(shifted[..., channel]) == channel + 1
+    apart = lipjax.SpaceToDepth(2)(image)
+    np.testing.assert_array_equal(apart[0, 1].reshape(2, 2, 5)[1, 0], image[1, 2])
+    with pytest.raises(ValueError, match="patches of 3 do not tile images of 4 by 4"):
+        lipjax.SpaceToDepth(3)(image)
+
+
 def test_epsilon_is_a_radius_on_the_pixels_and_not_on_what_a_first_layer_makes_of_them():
     rngs, deviation = nnx.Rngs(0), np.array([0.5, 0.125])
     layer = nnx.Linear(2, 3, rngs=rngs)

@@ -196,6 +196,36 @@ def test_the_other_small_networks_have_their_layers_behind_a_normalisation(name,
     )
 
 
+@pytest.mark.parametrize("orthogonal", [False, True])
+def test_a_network_of_shifts_is_of_products_and_rearrangements_and_its_bound_is_that_of_the_head(
+    orthogonal,
+):
+    network = models.build(
+        "shifted",
+        classes=3,
+        input_shape=(6, 4, 2),
+        width=10,
+        blocks=2,
+        dense=8,
+        orthogonal=orthogonal,
+        rngs=nnx.Rngs(0),
+    )
+    product = lipjax.CayleyLinear if orthogonal else nnx.Linear
+    block = [lipjax.Shift, product, lipjax.MaxMin]
+    head = [lipjax.Flatten, product, lipjax.MaxMin, nnx.Linear]
+    kinds = [lipjax.SpaceToDepth, product, lipjax.MaxMin, *block * 2, *head]
+    assert [type(layer) for layer in network.layers] == kinds
+    plain = lipjax.orthogonal.plain(network)
+    images = np.random.default_rng(0).uniform(size=(3, 6, 4, 2)).astype(np.float32)
+    nodes = lipjax.trace(plain, images[0]).nodes[1:]
+    assert {type(node).__name__ for node in nodes} == {"Rearrange", "Linear", "Activation"}
+    found = lipjax.certify(plain, images, None, 1e-4, tier="deterministic")
+    assert found.certified.all()
+    assert np.all(found.norms >= 1 - 1e-6) and np.all(found.norms < 1.0011)
+    with pytest.raises(ValueError, match="patches of 4 do not tile images of 6 by 4"):
+        models.build("shifted", input_shape=(6, 4, 2), patch=4, rngs=nnx.Rngs(0))
+
+
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_a_small_network_is_a_function_of_its_seed_and_takes_its_widths(activation):
     def make(seed):

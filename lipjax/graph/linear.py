@@ -324,6 +324,12 @@ class Product:
         operands = (kernel, x) if self.kernel_first else (x, kernel)
         return jax.lax.dot_general(*operands, self.numbers)
 
+    def one_position(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The example's shape with one entry along each axis that is neither summed over nor of the
+        batch."""
+        used = {axis for axes in self.numbers for axis in axes[1 if self.kernel_first else 0]}
+        return tuple(size if axis in used else 1 for axis, size in enumerate(shape))
+
 
 @dataclasses.dataclass(frozen=True)
 class Scale:

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from lipjax.graph.linear import Convolution, LinearOperator
+from lipjax.graph.linear import Convolution, LinearOperator, Product
 from lipjax.norms.banded import masked_convolution_cost, masked_convolution_norm_bound
 from lipjax.norms.closed import closed_form
 from lipjax.norms.fourier import convolution_norm_bound
@@ -75,6 +75,9 @@ def global_norm_bound(
     known: jax.Array | float = math.inf
     if isinstance(operator.apply, Convolution):
         known = convolution_norm_bound(operator, like)
+    elif isinstance(operator.apply, Product):
+        # The same matrix at every position of the axes that it does not sum over.
+        like = jax.ShapeDtypeStruct(operator.apply.one_position(like.shape), like.dtype)
     return norm_bound(operator, like, global_bound=known, budget=budget)
 
 
