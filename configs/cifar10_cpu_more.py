@@ -5,8 +5,14 @@ epochs.
     lipjax export runs/cifar10 --out=cifar10.safetensors
     python train.py --config=configs/cifar10_cpu_more.py --config.start=cifar10.safetensors \\
         --workdir=runs/cifar10-more
-    python certify.py --workdir=runs/cifar10-more --examples=1000 --modes=global,local --nocurve \\
-        --early --arithmetic=float32
+    python certify.py --workdir=runs/cifar10-more --examples=1000 --modes=local --nocurve --early \\
+        --arithmetic=float64
+
+Measured, which is `lipjax.load("cifar10-maxmin")` (seed 0, its start rounded to float16; first
+1,000 of the test set's fixed shuffle, bound local, tier probabilistic with delta 1e-6, PGD of 10
+steps; the weights rounded to float16): clean 75.4, PGD 67.8, certified at epsilon 36/255 53.8 %
+executed in float32 and 57.3 % executed in float64. Undisturbed an epoch takes 60 to 66 s on two
+cores: 38 minutes, behind 41 of the first cycle.
 """
 
 from lipjax.configs import cifar10_cpu
