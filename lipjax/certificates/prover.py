@@ -58,7 +58,9 @@ def certify(
     default. Each norm is bounded from above by `norms.chebyshev.inflated_norm_bound` with fresh
     starts; failure_probability is split evenly over layers and images
     (`split_failure_probability`). Tier "deterministic": they hold, without any probability; each
-    norm is bounded by `norms.best.norm_bound`.
+    norm is bounded by `norms.best.norm_bound`. Where nothing of a layer is masked both take the
+    whole matrix's norm, bounded once a call without chance, if that is close
+    (`norms.best.WholeNorm`).
 
     Both: the bounds are computed in float64 (on the host, where the device has none), rounded
     outwards, and hold for the real-number function of the network as well as for the network as
