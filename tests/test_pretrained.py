@@ -45,7 +45,7 @@ def test_a_card_says_all_that_a_figure_needs(name):
         assert result["seed"] != 0 or "seed, 0, which was public" in said
     assert name in pretrained.listed()
     page = (pretrained._FOLDER / f"{name}.html").read_text()
-    assert f"{100 * card['results'][0]['clean_accuracy']:.1f}" in page and len(page) < 300_000
+    assert f"{100 * card['results'][0]['clean_accuracy']:.2f} %" in page and len(page) < 300_000
 
 
 def test_the_shipped_digits_network_is_as_accurate_and_as_certified_as_its_card_says():
