@@ -1,4 +1,4 @@
-"""MNIST on two CPU cores by products and shifts: orthogonal layers, MaxMin, EMMA loss, epsilon 1.58.
+"""MNIST on two CPU cores by products and shifts: orthogonal, MaxMin, EMMA loss, epsilon 1.58.
 
     python train.py --config=configs/mnist_shifted.py --workdir=runs/mnist_shifted
     python certify.py --workdir=runs/mnist_shifted --modes=local --nocurve --early \\
