@@ -4,11 +4,10 @@
     python certify.py --workdir=runs/cifar10 --examples=1000 --modes=local --nocurve --early \\
         --arithmetic=float32
 
-Measured (seed 0; first 1,000 of the test set's fixed
-shuffle, bound local, tier probabilistic with delta 1e-6, float32, PGD of 10 steps; the weights
-rounded to float16): clean 68.4, PGD 62.6, certified 52.3 % at epsilon 36/255. Training took 75
-minutes on two cores that had other work too; undisturbed an epoch takes 61 to 63 s. A second cycle
-(cifar10_cpu_more.py) goes on from there.
+Measured (seed 0; first 1,000 of the test set's fixed shuffle, bound local, tier probabilistic with
+delta 1e-6, float32, PGD of 10 steps; the weights rounded to float16): clean 68.4, PGD 62.6,
+certified 52.3 % at epsilon 36/255. Training took 75 minutes on two cores that had other work too;
+undisturbed an epoch takes 61 to 63 s. A second cycle (cifar10_cpu_more.py) goes on from there.
 """
 
 from lipjax.configs import cifar10_fast

@@ -110,6 +110,9 @@ class SpaceToDepth(nnx.Module):
 
     Args:
         patch: p, the side of a patch.
+
+    Raises:
+        ValueError: when called, if patches do not tile the image.
     """
 
     def __init__(self, patch: int):
@@ -126,15 +129,20 @@ class SpaceToDepth(nnx.Module):
 
 
 class Shift(nnx.Module):
-    """Four fifths of the channels moved by one pixel, a fifth each way; what leaves the image comes
-    in on the other side. Moves numbers only, so its norm is 1.
+    """Four fifths of the channels of ``(.., H, W, C)`` moved by one pixel, a fifth each way; what
+    leaves the image comes in on the other side. Moves numbers only, so its norm is 1.
 
     Between products with the channels of one pixel (`CayleyLinear`) it does what a convolution's
     window does, after LipNeXt (Hu, Hu and Fredrikson 2026, arXiv 2601.18513).
+
+    Raises:
+        ValueError: when called, with fewer than 5 channels, of which none would move.
     """
 
     def __call__(self, x: jax.Array) -> jax.Array:
         share = x.shape[-1] // 5
+        if not share:
+            raise ValueError(f"Shift moves fifths of the channels, got {x.shape[-1]} of them.")
         moves = ((1, -3), (-1, -3), (1, -2), (-1, -2))
         cut = [share * i for i in range(1, 5)]
         *parts, rest = jnp.split(x, cut, axis=-1)

@@ -104,6 +104,43 @@ def test_what_a_pixel_becomes_when_images_are_shifted_or_taken_apart():
     np.testing.assert_array_equal(apart[0, 1].reshape(2, 2, 5)[1, 0], image[1, 2])
     with pytest.raises(ValueError, match="patches of 3 do not tile images of 4 by 4"):
         lipjax.SpaceToDepth(3)(image)
+    with pytest.raises(ValueError, match="fifths of the channels, got 4 of them"):
+        lipjax.Shift()(image[..., :4])
+
+
+@pytest.mark.parametrize("thin", [1, 99])
+@pytest.mark.parametrize("how", [{}, {"strides": 2, "feature_group_count": 2}])
+def test_a_float64_convolution_is_jaxs_own_in_one_product_and_in_a_loop_of_them(
+    x64, monkeypatch, thin, how
+):
+    """Forwards, backwards and in its kernel, alone and under `vmap`."""
+    monkeypatch.setattr(linear, "THIN", thin)
+    layer = nnx.Conv(4, 6, (3, 2), param_dtype=jnp.float64, rngs=nnx.Rngs(0), **how)
+    operator = operator_of(layer, (6, 5, 4))
+    assert operator.kernel.dtype == jnp.float64
+    x = jax.random.normal(jax.random.key(0), (2, 6, 5, 4), jnp.float64)
+
+    def ours(kernel, x):
+        return jax.vmap(lambda each: operator.apply(kernel, each))(x)
+
+    def theirs(kernel, x):
+        return jax.lax.conv_general_dilated(
+            x,
+            kernel,
+            (how.get("strides", 1),) * 2,
+            "SAME",
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+            feature_group_count=how.get("feature_group_count", 1),
+        )
+
+    images, back = jax.vjp(jax.jit(ours), operator.kernel, x)
+    expected, expected_back = jax.vjp(theirs, operator.kernel, x)
+    np.testing.assert_allclose(images, expected, rtol=0, atol=1e-12)
+    weights = jnp.cos(jnp.arange(images.size, dtype=images.dtype)).reshape(images.shape)
+    for found, wanted in zip(back(weights), expected_back(weights), strict=True):
+        np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-12)
+    loops = str(jax.make_jaxpr(ours)(operator.kernel, x)).count("scan[")
+    assert loops == (1 if thin == 1 else 0)
 
 
 def test_epsilon_is_a_radius_on_the_pixels_and_not_on_what_a_first_layer_makes_of_them():

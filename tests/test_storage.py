@@ -481,6 +481,19 @@ def test_certificates_of_a_stored_function_are_checked_from_its_file(tmp_path, c
     assert "about the network" in capsys.readouterr().out
 
 
+def test_a_stored_function_is_an_argument_under_jit_as_a_network_is_and_can_be_attacked(tmp_path):
+    """As certify.py does with --network."""
+    weights = jnp.asarray(np.random.default_rng(0).normal(size=(6, 3)), jnp.float32)
+    images = np.random.default_rng(1).uniform(size=(4, 6)).astype(np.float32)
+    storage.save(lambda x: jax.nn.relu(x) @ weights, tmp_path / "f.safetensors", example=images[0])
+    f = storage.load(tmp_path / "f.safetensors")
+    wanted = f(images)
+    np.testing.assert_array_equal(jax.jit(lambda f, x: f(x))(f, images), wanted)
+    labels = np.argmax(wanted, axis=1)
+    found = lipjax.attacks.pgd(f, images, labels, 2.0, steps=5)
+    assert found.broken.any()
+
+
 @pytest.mark.parametrize(
     ("f", "expected"),
     [

@@ -12,8 +12,11 @@ from jax import lax
 Described = Sequence[Mapping[str, Any]]
 
 
+@jax.tree_util.register_static
 class Program:
     """A function that computes what a description says, equation by equation, in its types.
+
+    To JAX a value without arrays, so that it can be an argument under `jit` as a network can.
 
     Attributes:
         nodes: as `lipjax.graph.description.described` writes them.
