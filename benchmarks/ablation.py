@@ -28,6 +28,8 @@ FIELDS = {
     "modes": "bound.mode",
     "iterations": "bound.iterations",
     "activations": "model.activation",
+    "thresholds": "model.threshold",
+    "orthogonal": "model.orthogonal",
     "losses": "bound.loss",
     "sparsity": "bound.sparsity",
     "stability": "bound.stability",
@@ -51,6 +53,8 @@ def main(arguments: list[str] | None = None) -> None:
         "--bounds", default=",".join(bounds.MODES), help="to certify with, from the loosest"
     )
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--pgd_steps", type=int, default=100, help="of the attack")
+    parser.add_argument("--pgd_restarts", type=int, default=5, help="of the attack")
     parser.add_argument("--out", type=Path, default=Path("runs/ablation"))
     parser.add_argument("extra", nargs="*", help="further flags of train.py, after --")
     options = parser.parse_args(arguments)
@@ -122,7 +126,13 @@ def run(options, settings: dict[str, str], seed: int) -> dict:
                 f"--config.seed={seed}",
                 *options.extra,
             ],
-            ["certify.py", "--nocurve", "--modes=" + ",".join(options.bounds)],
+            [
+                "certify.py",
+                "--nocurve",
+                f"--modes={','.join(options.bounds)}",
+                f"--pgd_steps={options.pgd_steps}",
+                f"--pgd_restarts={options.pgd_restarts}",
+            ],
         ):
             full = [sys.executable, *command, f"--workdir={workdir}"]
             subprocess.run(full, check=True, stdout=subprocess.DEVNULL, env=environment)
@@ -151,7 +161,7 @@ def statement(run: dict, seeds: int) -> str:
         f"{run['data']}, {run['split']} split, {run['examples']} images, ε = {run['epsilon']:g}, "
         f"tier {run['tier']}, "
         f"δ = {run['failure_probability']:g} a run, {run['arithmetic']}, training seeds 0 to "
-        f"{seeds - 1}"
+        f"{seeds - 1}; PGD of {run['pgd_steps']} steps, {run['pgd_restarts']} restarts"
     )
 
 
