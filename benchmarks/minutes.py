@@ -124,6 +124,7 @@ def picture(path: Path, found: list, facts: str) -> None:
     axes.set(xlabel="minutes of training steps", ylabel="accuracy, %", xscale="log")
     axes.set_xticks(minutes, [f"{x:.2g}" for x in minutes])
     axes.minorticks_off()
+    axes.margins(0.08, 0.12)
     axes.set_title(facts, fontsize=7, wrap=True)
     axes.legend(fontsize=8)
     figure.savefig(path, metadata={"Date": None})
