@@ -39,21 +39,20 @@ def main(arguments: list[str] | None = None) -> None:
     lengths = [int(length) for length in options.epochs.split(",")]
     found = [(length, *run(options, length)) for length in lengths]
     facts = statement(options, found[0][2])
+    points = [(f"{length}", minutes, *accuracies(summary)) for length, minutes, summary in found]
     lines = [
         "| epochs | minutes of steps | clean | PGD | certified |",
         "|---|---|---|---|---|",
         *(
-            f"| {length} | {minutes:.1f} | "
-            + " | ".join(f"{100 * value:.1f}" for value in accuracies(summary))
-            + " |"
-            for length, minutes, summary in found
+            f"| {label} | {' | '.join(f'{value:.1f}' for value in values)} |"
+            for label, *values in points
         ),
         "",
         facts,
     ]
     print("\n".join(lines))
     (options.out / "table.md").write_text("\n".join(lines) + "\n")
-    picture(options.out / "minutes.svg", found, facts)
+    picture(points, facts).savefig(options.out / "minutes.svg", metadata={"Date": None})
 
 
 def run(options, length: int) -> tuple[float, dict]:
@@ -82,9 +81,9 @@ def run(options, length: int) -> tuple[float, dict]:
 
 
 def accuracies(summary: dict) -> tuple[float, float, float]:
-    """Clean, under attack, certified."""
+    """Clean, under attack, certified; in percent."""
     certified = summary["modes"]["local"]["certified_accuracy"]
-    return summary["clean_accuracy"], summary["pgd_accuracy"], certified
+    return tuple(100 * x for x in (summary["clean_accuracy"], summary["pgd_accuracy"], certified))
 
 
 def statement(options, summary: dict) -> str:
@@ -98,8 +97,14 @@ def statement(options, summary: dict) -> str:
     )
 
 
-def picture(path: Path, found: list, facts: str) -> None:
-    """The three accuracies against minutes, which are on a logarithmic scale."""
+def picture(points: list[tuple], facts: str):
+    """Matplotlib's figure of the accuracies against minutes, which are on a logarithmic scale.
+
+    Args:
+        points: each a label, minutes, and the accuracies clean, under attack and certified, in
+            percent.
+        facts: what they are about and rest on.
+    """
     import matplotlib
 
     matplotlib.use("svg")
@@ -107,28 +112,20 @@ def picture(path: Path, found: list, facts: str) -> None:
 
     plt.rcParams["svg.hashsalt"] = "lipjax"
     figure, axes = plt.subplots(figsize=(6, 3.6), layout="constrained")
-    minutes = [entry[1] for entry in found]
-    values = zip(*(accuracies(summary) for *_, summary in found), strict=True)
+    labels, minutes, *values = zip(*points, strict=True)
     names = ("clean", "PGD of 10 steps (upper bound)", "certified")
     for name, colour, line in zip(names, ("#9e9e9e", "#c62828", "#00796b"), values, strict=True):
-        axes.plot(minutes, [100 * value for value in line], "o-", color=colour, label=name)
-    for length, x, summary in found:
-        axes.annotate(
-            f"{length} epochs",
-            (x, 100 * accuracies(summary)[2]),
-            xytext=(0, -12),
-            textcoords="offset points",
-            ha="center",
-            fontsize=7,
-        )
+        axes.plot(minutes, line, "o-", color=colour, label=name)
+    for label, *place in zip(labels, minutes, values[-1], strict=True):
+        below = {"xytext": (0, -12), "textcoords": "offset points", "ha": "center"}
+        axes.annotate(f"{label} epochs", place, fontsize=7, **below)
     axes.set(xlabel="minutes of training steps", ylabel="accuracy, %", xscale="log")
     axes.set_xticks(minutes, [f"{x:.2g}" for x in minutes])
     axes.minorticks_off()
     axes.margins(0.08, 0.12)
     axes.set_title(facts, fontsize=7, wrap=True)
     axes.legend(fontsize=8)
-    figure.savefig(path, metadata={"Date": None})
-    plt.close(figure)
+    return figure
 
 
 if __name__ == "__main__":

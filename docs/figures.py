@@ -1,5 +1,5 @@
-"""Draws the figures of docs/method.md, each from a computation: python -m docs.figures (a minute on
-two CPU cores).
+"""Draws the figures of docs/method.md, each from a computation, and those of docs/results.md from
+its tables: python -m docs.figures (a minute on two CPU cores).
 
 Writes docs/images/*.svg. The nets of two of them are trained on scikit-learn's digits in a
 temporary folder.
@@ -20,6 +20,7 @@ from matplotlib.patches import Circle, Rectangle
 from ml_collections import ConfigDict
 
 import lipjax
+from benchmarks.minutes import picture
 from lipjax import norms, training
 from lipjax.graph.linear import LinearOperator
 from lipjax.training.checkpoints import Checkpoints, load_config
@@ -40,6 +41,7 @@ def main() -> None:
         }
     )
     IMAGES.mkdir(exist_ok=True)
+    minutes()
     region()
     margin()
     estimate_and_proof()
@@ -51,6 +53,28 @@ def main() -> None:
 def save(figure, name: str) -> None:
     figure.savefig(IMAGES / f"{name}.svg", bbox_inches="tight", metadata={"Date": None})
     plt.close(figure)
+
+
+def minutes() -> None:
+    """Certified accuracy against minutes of training."""
+    facts = "test images, bound local, tier probabilistic, δ = 1e-6 a run, training seed 0"
+    about = f"MNIST, ε = 1.58, 10,000 {facts}, executed in float64, one core"
+    figure = picture(schedules("## MNIST"), about)
+    save(figure, "mnist_minutes")
+    about = f"CIFAR-10, ε = 36/255, 1,000 {facts}, executed in float64 (40: float32), two cores"
+    figure = picture(schedules("### CIFAR-10 on two CPU cores"), about)
+    save(figure, "cifar10_minutes")
+
+
+def schedules(heading: str) -> list[tuple]:
+    """The rows of the table of schedules below a heading of docs/results.md, as
+    `benchmarks.minutes.picture` takes them."""
+    text = (ROOT / "docs" / "results.md").read_text()
+    below = text.partition(f"\n{heading}\n")[2]
+    table = below.partition("| epochs | minutes | clean | PGD | certified |\n")[2]
+    rows = table.partition("\n\n")[0].splitlines()[1:]
+    cells = [[cell.split(",")[0].split("%")[0].strip() for cell in row.split("|")] for row in rows]
+    return [(label, *map(float, values)) for _, label, *values, _ in cells]
 
 
 def trained(folder: str, mode: str, epsilon: float, activation: str):
